@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder layer of an EAGLE head, and the cache of its keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.activations import ACT2FN
+
+from hf_polyspec.eagle.configuration import EagleHeadConfig
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+_GROWTH = 256
+
+
+class EagleRMSNorm(nn.Module):
+    """Root-mean-square norm computed in float32, as in Llama."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        wide = hidden.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(hidden.dtype)
+
+
+class HeadCache:
+    """Keys and values of an EAGLE head, one entry per (feature, token) pair, the same count in every row.
+
+    Rows of different length are kept equal by padding; which entries of a row are real is the business of the
+    caller's attention mask. Entries live in preallocated buffers, so appending copies only what is new and
+    dropping speculative entries (`crop`) copies nothing.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._keys: list[torch.Tensor] = []
+        self._values: list[torch.Tensor] = []
+
+    def append(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds entries to one layer and returns all of that layer's entries.
+
+        The length counts once all layers have been fed, that is after `advance`.
+
+        Args:
+            layer: Index of the layer.
+            key: `[B, n_kv, T, d]`, rotated.
+            value: `[B, n_kv, T, d]`.
+
+        Returns:
+            Keys and values `[B, n_kv, length + T, d]`.
+
+        Raises:
+            ValueError: If the batch size differs from that of the entries already held.
+        """
+        stop = self.length + key.shape[2]
+        if layer == len(self._keys):
+            self._keys.append(key.new_empty((*key.shape[:2], 0, key.shape[3])))
+            self._values.append(value.new_empty((*value.shape[:2], 0, value.shape[3])))
+        if self._keys[layer].shape[0] != key.shape[0]:
+            raise ValueError(
+                f"The head's cache holds {self._keys[layer].shape[0]} rows and was given {key.shape[0]}."
+            )
+        self._keys[layer] = _write(self._keys[layer], key, self.length)
+        self._values[layer] = _write(self._values[layer], value, self.length)
+        return self._keys[layer][:, :, :stop], self._values[layer][:, :, :stop]
+
+    def advance(self, count: int) -> None:
+        """Counts `count` appended entries as held, after every layer has appended them."""
+        self.length += count
+
+    def crop(self, length: int) -> None:
+        """Forgets every entry from `length` on.
+
+        Raises:
+            ValueError: If fewer entries are held.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"Cannot crop a cache of {self.length} entries to {length}.")
+        self.length = length
+
+    def gather(self, index: torch.Tensor) -> None:
+        """Keeps, in every row, the entries at the given places in the given order.
+
+        Args:
+            index: `[B, S]` places in `0..length-1`; a place may be repeated (for padding).
+
+        Raises:
+            ValueError: If the shape or a place does not fit.
+        """
+        if index.dim() != 2 or (self._keys and index.shape[0] != self._keys[0].shape[0]):
+            raise ValueError(f"Places must be given as [batch, entries], got {tuple(index.shape)}.")
+        if index.numel() and not (0 <= int(index.min()) and int(index.max()) < self.length):
+            raise ValueError(f"A place lies outside the {self.length} entries held.")
+        self._keys = [_take(keys, index) for keys in self._keys]
+        self._values = [_take(values, index) for values in self._values]
+        self.length = index.shape[1]
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Keeps the given rows of the batch, `[B']`, in the given order (a row may be repeated)."""
+        self._keys = [keys.index_select(0, rows.to(keys.device)) for keys in self._keys]
+        self._values = [values.index_select(0, rows.to(values.device)) for values in self._values]
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the keys and values `[B, n_kv, length, d]` that one layer holds."""
+        return self._keys[layer][:, :, : self.length], self._values[layer][:, :, : self.length]
+
+
+def _write(buffer: torch.Tensor, new: torch.Tensor, start: int) -> torch.Tensor:
+    if new.requires_grad:  # autograd forbids writing into a buffer it still needs
+        return torch.cat((buffer[:, :, :start], new), dim=2)
+    stop = start + new.shape[2]
+    if buffer.shape[2] < stop:
+        capacity = max(stop, buffer.shape[2] + buffer.shape[2] // 2) + _GROWTH
+        grown = new.new_empty((*new.shape[:2], capacity, new.shape[3]))
+        grown[:, :, :start] = buffer[:, :, :start]
+        buffer = grown
+    buffer[:, :, start:stop] = new
+    return buffer
+
+
+def _take(entries: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    # [B, S] -> [B, n_kv, S, d]
+    places = index.to(entries.device)[:, None, :, None].expand(-1, entries.shape[1], -1, entries.shape[3])
+    return entries.gather(2, places)
+
+
+class EagleAttention(nn.Module):
+    """Llama attention whose queries, keys and values may be projected from a wider input than they return to."""
+
+    def __init__(self, config: EagleHeadConfig, input_size: int) -> None:
+        super().__init__()
+        self.head_dim = int(config.head_dim or 0)
+        self.implementation = config
+        heads, kv_heads = config.num_attention_heads, int(config.num_key_value_heads or 0)
+        self.groups = heads // kv_heads
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(input_size, heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(input_size, kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(input_size, kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=config.attention_out_bias)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = EagleRMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = EagleRMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def project(self, hidden: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns rotated queries `[B, n_h, T, d]`, rotated keys and values `[B, n_kv, T, d]`."""
+        shape = (*hidden.shape[:-1], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden).view(shape)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden).view(shape)).transpose(1, 2)
+        value = self.v_proj(hidden).view(shape).transpose(1, 2)
+        return rotate(query, rotary), rotate(key, rotary), value
+
+    def forward(self, hidden: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
+        query, key, value = self.project(hidden, rotary)
+        # [B, n_h, T, d] -> [B, T, n_h * d]
+        mixed = attend(query, key, value).transpose(1, 2).flatten(2)
+        out: torch.Tensor = self.o_proj(mixed)
+        return out
+
+
+def rotate(states: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """Turns `[B, n, T, d]` by the rotary angles `[B, T, d]` (halves paired, as in Llama; arXiv 2104.09864)."""
+    cos, sin = rotary[0].unsqueeze(1), rotary[1].unsqueeze(1)
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool
+) -> torch.Tensor:
+    """Scaled dot-product attention by torch's fused kernels, grouped heads included."""
+    grouped = query.shape[1] != key.shape[1]
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+    )
+
+
+def eager(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool
+) -> torch.Tensor:
+    """Scaled dot-product attention spelled out, with the softmax in float32."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = (query @ key.transpose(2, 3)).float() * query.shape[-1] ** -0.5
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1).to(query.dtype) @ value
+
+
+ATTENTION = {"sdpa": sdpa, "eager": eager}
+
+
+class EagleMLP(nn.Module):
+    """Gated MLP, as in Llama."""
+
+    def __init__(self, config: EagleHeadConfig) -> None:
+        super().__init__()
+        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(size, inner, bias=bias)
+        self.up_proj = nn.Linear(size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, size, bias=bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return out
+
+
+class EagleLayer(nn.Module):
+    """One decoder layer of a head; the first of an EAGLE-3 head reads embedding and feature side by side.
+
+    With x the stream, E the embedding and `||` concatenation:
+
+    - EAGLE-3, first layer: `a = r + Attn(RMS_in(E) || RMS_hid(x))`, r = x or RMS_hid(x) (`norm_before_residual`);
+    - EAGLE-1, first layer: `a = x + Attn(x)`, or `Attn(RMS_in(x))` with `fused_norm`;
+    - further layers: `a = x + Attn(RMS_in(x))`;
+
+    and always `y = a + MLP(RMS_post(a))`.
+    """
+
+    def __init__(self, config: EagleHeadConfig, index: int) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.side_by_side = config.algorithm == "eagle3" and index == 0
+        self.norm_before_residual = config.norm_before_residual
+        self.self_attn = EagleAttention(config, 2 * size if self.side_by_side else size)
+        self.mlp = EagleMLP(config)
+        self.input_layernorm: nn.Module = nn.Identity()
+        if index > 0 or config.algorithm == "eagle3" or config.fused_norm:
+            self.input_layernorm = EagleRMSNorm(size, eps)
+        if self.side_by_side:
+            self.hidden_norm = EagleRMSNorm(size, eps)
+        self.post_attention_layernorm = EagleRMSNorm(size, eps)
+
+    def attention_input(
+        self, hidden: torch.Tensor, embedded: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what attention reads, `[B, T, H or 2H]`, and the residual `[B, T, H]` it is added to."""
+        if not self.side_by_side:
+            return self.input_layernorm(hidden), hidden
+        normed = self.hidden_norm(hidden)
+        pair = torch.cat((self.input_layernorm(embedded), normed), dim=-1)
+        return pair, normed if self.norm_before_residual else hidden
+
+    def forward(
+        self, hidden: torch.Tensor, embedded: torch.Tensor, rotary: Rotary, attend: Attend
+    ) -> torch.Tensor:
+        attention_input, residual = self.attention_input(hidden, embedded)
+        hidden = residual + self.self_attn(attention_input, rotary, attend)
+        out: torch.Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return out

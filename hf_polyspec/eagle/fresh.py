@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fresh, untrained head for any target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_polyspec.eagle.configuration import EagleHeadConfig
+from hf_polyspec.eagle.features import TargetParts, bind, default_layers, target_parts
+from hf_polyspec.eagle.modeling import EagleHead
+
+
+def init_for(
+    target_model: PreTrainedModel,
+    algorithm: str = "eagle3",
+    draft_vocab: torch.Tensor | list[int] | None = None,
+    *,
+    own_lm_head: bool | None = None,
+    dtype: torch.dtype | None = None,
+    **config_overrides: Any,
+) -> EagleHead:
+    """Makes an untrained head for a target, bound to it.
+
+    The head's own layer is always of the Llama type, whatever the target is. Its sizes come from the target's text
+    config; for grouped or unusual attention the nearest even split of the width is taken.
+
+    Args:
+        target_model: Any transformers decoder-only causal language model.
+        algorithm: `"eagle1"` or `"eagle3"`.
+        draft_vocab: Target ids the head shall score, distinct; `None` means all. Kept in ascending order.
+        own_lm_head: Whether the head trains an lm_head of its own (default for EAGLE-3, where it starts as a copy of
+            the target's rows) or scores with the target's frozen rows (default for EAGLE-1).
+        dtype: Of the head's weights; default the target's.
+        **config_overrides: Any field of `EagleHeadConfig`.
+
+    Returns:
+        The head, bound to the target, in training mode on the target's device.
+
+    Raises:
+        ValueError: If the target cannot carry such a head.
+        TypeError: If the target has no embedding or lm_head.
+    """
+    parts = target_parts(target_model)
+    fields = _fields_from_target(target_model, parts, algorithm)
+    if own_lm_head is not None:
+        fields["own_lm_head"] = own_lm_head
+    ids = _draft_ids(draft_vocab, parts.vocab_size)
+    fields["draft_vocab_size"] = parts.vocab_size if ids is None else len(ids)
+    fields.update(config_overrides)
+    config = EagleHeadConfig(**fields)
+    if config.feature_layer_ids is None:
+        config.feature_layer_ids = default_layers(config, parts.num_layers)
+    head = EagleHead(config)
+    if ids is not None and config.maps_vocabulary:
+        head.d2t.copy_(ids - torch.arange(len(ids)))
+    bind(head, target_model)
+    _copy_lm_head(head, parts, ids)
+    return head.to(device=parts_device(parts), dtype=dtype or _compute_dtype(target_model)).train()
+
+
+def _fields_from_target(model: PreTrainedModel, parts: TargetParts, algorithm: str) -> dict[str, Any]:
+    text = model.config.get_text_config(decoder=True)
+    size = parts.hidden_size if algorithm == "eagle1" else parts.embedding_size
+    heads, kv_heads, head_dim = _attention_split(text, size)
+    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * size
+    return {
+        "algorithm": algorithm,
+        "vocab_size": parts.vocab_size,
+        "hidden_size": size,
+        "target_hidden_size": parts.hidden_size,
+        "intermediate_size": inner if isinstance(inner, int) else 4 * size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": getattr(text, "max_position_embeddings", None) or 2048,
+        "rms_norm_eps": getattr(text, "rms_norm_eps", None) or 1e-6,
+        "initializer_range": getattr(text, "initializer_range", None) or 0.02,
+        "pad_token_id": getattr(text, "pad_token_id", None),
+        "bos_token_id": getattr(text, "bos_token_id", None),
+        "eos_token_id": getattr(text, "eos_token_id", None),
+    }
+
+
+def _attention_split(text: Any, size: int) -> tuple[int, int, int]:
+    """Returns query heads, key-value heads and an even head width for a head of the given width."""
+    heads = getattr(text, "num_attention_heads", None) or max(1, size // 64)
+    heads = heads if isinstance(heads, int) else max(1, size // 64)
+    kv_heads = getattr(text, "num_key_value_heads", None)
+    head_dim = getattr(text, "head_dim", None)
+    kv_heads = kv_heads if isinstance(kv_heads, int) and kv_heads > 0 and heads % kv_heads == 0 else heads
+    head_dim = head_dim if isinstance(head_dim, int) else size // heads
+    if head_dim < 2 or head_dim % 2:
+        head_dim += head_dim % 2 or 2
+    return heads, kv_heads, head_dim
+
+
+def _draft_ids(draft_vocab: torch.Tensor | list[int] | None, vocab_size: int) -> torch.Tensor | None:
+    if draft_vocab is None:
+        return None
+    ids = torch.as_tensor(draft_vocab, dtype=torch.long).flatten().cpu()
+    if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+        raise ValueError(f"draft_vocab must hold ids of the target's vocabulary of {vocab_size}.")
+    if len(ids.unique()) != len(ids):
+        raise ValueError("draft_vocab lists an id twice.")
+    return ids.sort().values
+
+
+def _copy_lm_head(head: EagleHead, parts: TargetParts, ids: torch.Tensor | None) -> None:
+    """Starts the head's own lm_head from the target's rows, where they can be read and fit."""
+    weight = getattr(parts.lm_head, "weight", None)
+    if not head.config.own_lm_head or not torch.is_tensor(weight) or not weight.is_floating_point():
+        return
+    rows = weight.detach() if ids is None else weight.detach()[ids.to(weight.device)]
+    if rows.shape == head.lm_head.weight.shape and rows.device.type != "meta":
+        head.lm_head.weight.data.copy_(rows)
+
+
+def parts_device(parts: TargetParts) -> torch.device:
+    """Returns where a head of this target should live: beside its lm_head."""
+    weight = getattr(parts.lm_head, "weight", None)
+    device = weight.device if torch.is_tensor(weight) else torch.device("cpu")
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _compute_dtype(model: PreTrainedModel) -> torch.dtype:
+    dtype = model.dtype
+    return dtype if dtype.is_floating_point else torch.float32

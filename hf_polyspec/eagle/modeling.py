@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The EAGLE draft head: one small decoder layer that reads a larger model's features and guesses its next tokens."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import ModelOutput
+
+from hf_polyspec.eagle.attention import ATTENTION, Attend, EagleLayer, EagleRMSNorm, HeadCache, Rotary
+from hf_polyspec.eagle.configuration import EagleHeadConfig
+from hf_polyspec.eagle.masks import attention_mask_4d, default_positions
+from hf_polyspec.eagle.vocabulary import Borrowed, VocabularySlice, lm_head_logits
+
+
+@dataclass
+class EagleHeadOutput(ModelOutput):  # type: ignore[misc]
+    """What one pass of a head returns.
+
+    Args:
+        logits: `[B, T, Vd]`, over the head's own ids.
+        hidden: `[B, T, H]`, the head's guess of the next feature; what the next draft step eats.
+    """
+
+    logits: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+
+
+class EagleHead(PreTrainedModel):
+    """An EAGLE-1, EAGLE-2 or EAGLE-3 draft head for any decoder-only target.
+
+    At position i the head reads the target's feature of token i together with the embedding of token i+1, and
+    guesses token i+2 (arXiv 2401.15077, arXiv 2503.01840). Target features pass through `fuse` once; the head's own
+    output feeds the next step as it is. The embedding, and where the head has none of its own the lm_head, are the
+    target's modules: `bind` them before the first step. They are neither copied nor saved.
+
+    Args:
+        config: The head's configuration.
+    """
+
+    config: EagleHeadConfig
+    config_class = EagleHeadConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    _no_split_modules = ["EagleLayer"]
+    _supports_sdpa = True
+
+    def __init__(self, config: EagleHeadConfig) -> None:
+        super().__init__(config)
+        size, eps = config.hidden_size, config.rms_norm_eps
+        feature_size = config.feature_size
+        if config.algorithm == "eagle1":
+            self.fc = nn.Linear(2 * size, size, bias=config.fc_bias)
+        elif config.has_fc:
+            self.fc = nn.Linear(feature_size, size, bias=config.fc_bias)
+        if config.embed_norm:
+            self.embed_layernorm = EagleRMSNorm(size, eps)
+        if config.norm_before_fc:
+            self.input_norm = EagleRMSNorm(feature_size, eps)
+        if config.fc_norm:
+            width = feature_size // (config.num_features or 1)
+            self.fc_norm = nn.ModuleList(EagleRMSNorm(width, eps) for _ in range(config.num_features or 1))
+        self.layers = nn.ModuleList(EagleLayer(config, index) for index in range(config.num_hidden_layers))
+        if config.final_norm:
+            self.norm = EagleRMSNorm(size, eps)
+        if config.own_embedding:
+            self.embed_tokens = nn.Embedding(config.vocab_size, size)
+        if config.own_lm_head:
+            self.lm_head = nn.Linear(size, int(config.draft_vocab_size or 0), bias=False)
+        if config.maps_vocabulary:
+            # target id = draft id + d2t[draft id]
+            self.register_buffer("d2t", torch.zeros(int(config.draft_vocab_size or 0), dtype=torch.long))
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self._borrowed = Borrowed()
+        self._rows: VocabularySlice | None = None
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> EagleHead:
+        """Loads a head from a folder or a hub id, in this library's or any published EAGLE layout.
+
+        Recognised: EAGLE-1/2 and EAGLE-3 official, speculators (EAGLE-1 0.1 and EAGLE-3), SpecForge, ModelOpt.
+        Every key of the checkpoint must find its place and every weight of the head its key.
+
+        Args:
+            pretrained_model_name_or_path: Folder or hub id.
+            *args: Passed to `PreTrainedModel.from_pretrained`.
+            **kwargs: The usual ones (`dtype`, `device_map`, `revision`, `token`, ...).
+
+        Returns:
+            The head, in evaluation mode.
+
+        Raises:
+            ValueError: If keys are missing, unexpected or misshapen (all are listed), or if the checkpoint asks for
+                a variant that is not supported (named).
+        """
+        from hf_polyspec.eagle.loading import load_head
+
+        return load_head(cls, super().from_pretrained, pretrained_model_name_or_path, args, kwargs)
+
+    # -- the target's modules --------------------------------------------------------------------------------------
+
+    def bind(
+        self,
+        embed_tokens: nn.Module,
+        lm_head: nn.Module | None = None,
+        *,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
+    ) -> EagleHead:
+        """Lends the head the target's embedding and lm_head, without copying or registering them.
+
+        A head that brings its own embedding drops it here when it equals the target's, and keeps it otherwise.
+
+        Args:
+            embed_tokens: Module from ids to embeddings, V rows of width H.
+            lm_head: Module from hidden states to V logits; needed if the head has none of its own.
+            logit_scale: Factor the target applies to its lm_head's output.
+            logit_softcap: The target's final logit soft cap c, as in c * tanh(logits / c).
+
+        Returns:
+            The head itself.
+
+        Raises:
+            ValueError: If the modules do not fit the head.
+        """
+        self._borrowed = Borrowed.checked(self, embed_tokens, lm_head, logit_scale, logit_softcap)
+        self._rows = None
+        if self.config.own_embedding and self._borrowed.same_embedding(self.embed_tokens):
+            del self.embed_tokens
+            self.config.own_embedding = False
+        return self
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the head has everything it needs to draft."""
+        has_embedding = self.config.own_embedding or self._borrowed.embed_tokens is not None
+        return has_embedding and bool(self.config.own_lm_head or self._borrowed.lm_head is not None)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Returns the embedding in use, the head's own or the target's."""
+        return self.embed_tokens if self.config.own_embedding else self._borrowed.need_embedding()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Returns the head's own lm_head, or `None` where the target's is used."""
+        return self.lm_head if self.config.own_lm_head else None
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Embeds target ids `[B, T]` as the head reads them, `[B, T, H]`, on the head's device and in its dtype."""
+        module = self.get_input_embeddings()
+        device = getattr(getattr(module, "weight", None), "device", token_ids.device)
+        ids = token_ids if device.type == "meta" else token_ids.to(device)  # meta: offloaded, moved by its hook
+        embedded: torch.Tensor = module(ids).to(device=self.device, dtype=self.dtype)
+        return embedded
+
+    # -- drafting ----------------------------------------------------------------------------------------------------
+
+    def new_cache(self) -> HeadCache:
+        """Returns an empty cache for `step`."""
+        return HeadCache()
+
+    def fuse(self, features: torch.Tensor) -> torch.Tensor:
+        """Turns target features into what the first layer reads.
+
+        Args:
+            features: `[B, T, num_features * H_t]`, concatenated in the order of `feature_layer_ids`.
+
+        Returns:
+            `[B, T, H]`. For EAGLE-1 the features as they are; for EAGLE-3 their projection.
+
+        Raises:
+            ValueError: If the width is not the head's.
+        """
+        if features.shape[-1] != self.config.feature_size:
+            raise ValueError(
+                f"The head reads features {self.config.feature_size} wide, got {features.shape[-1]}."
+            )
+        features = features.to(device=self.device, dtype=self.dtype)
+        if self.config.algorithm == "eagle1" or not self.config.has_fc:
+            return features
+        if self.config.norm_before_fc:
+            features = self.input_norm(features)
+        if self.config.fc_norm:
+            parts = features.chunk(len(self.fc_norm), dim=-1)
+            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        fused: torch.Tensor = self.fc(features)
+        return fused
+
+    def rotary(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> Rotary:
+        """Returns the rotary angles (cos, sin), each `[B, T, d]`, of any positions, however far."""
+        angles: Rotary = self.rotary_emb(hidden, position_ids)
+        return angles
+
+    def mix(self, token_ids: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what enters the first layer: the stream and the embedding, each `[B, T, H]`.
+
+        For EAGLE-1 the stream is `fc(E || f)`; for EAGLE-3 it is the feature itself.
+        """
+        embedded = self.embed(token_ids)
+        features = features.to(device=self.device, dtype=self.dtype)
+        if self.config.algorithm == "eagle3":
+            return features, embedded
+        if self.config.embed_norm:
+            embedded = self.embed_layernorm(embedded)
+        return self.fc(torch.cat((embedded, features), dim=-1)), embedded
+
+    def step(
+        self,
+        token_ids: torch.Tensor,
+        features: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        cache: HeadCache | None = None,
+    ) -> torch.Tensor:
+        """Runs the head over T pairs of a feature and the token that followed it.
+
+        Args:
+            token_ids: Target ids, `[B, T]`: the token *after* each feature's own.
+            features: `[B, T, H]`: `fuse(target features)`, or what an earlier step returned.
+            position_ids: Positions of the features, `[B, T]` or `[1, T]`; default: in order, padding not counted.
+            attention_mask: `None` (causal over cache and input), `[B, S]` with 0 for padding, or `[B or 1, 1 or n_h,
+                T, S]` boolean (True is visible) or additive, where S is the cache's length plus T.
+            cache: Entries of earlier steps; extended by T.
+
+        Returns:
+            `[B, T, H]`: the guess of the next feature, read by `logits` and by the next step.
+
+        Raises:
+            ValueError: If shapes do not fit or the head is not bound to a target.
+        """
+        batch, count = token_ids.shape
+        if features.shape != (batch, count, self.config.hidden_size):
+            raise ValueError(
+                f"features must be [{batch}, {count}, {self.config.hidden_size}] (fuse target features first), "
+                f"got {list(features.shape)}."
+            )
+        past = cache.length if cache is not None else 0
+        if position_ids is None:
+            position_ids = default_positions(attention_mask, past, count, self.device)
+        mask, causal = attention_mask_4d(attention_mask, past, count, self.device, self.dtype)
+        stream, embedded = self.mix(token_ids, features)
+        rotary = self.rotary(stream, position_ids.to(self.device))
+        for index, layer in enumerate(self.layers):
+            stream = layer(stream, embedded, rotary, self._attend(index, mask, causal, cache))
+        if cache is not None:
+            cache.advance(count)
+        return self.norm(stream) if self.config.norm_output else stream
+
+    def _attend(
+        self, index: int, mask: torch.Tensor | None, causal: bool, cache: HeadCache | None
+    ) -> Attend:
+        function = ATTENTION[self.config._attn_implementation or "sdpa"]
+
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            if cache is not None:
+                key, value = cache.append(index, key, value)
+            return function(query, key, value, mask, causal)
+
+        return attend
+
+    def logits(self, hidden: torch.Tensor, rows: VocabularySlice | None = None) -> torch.Tensor:
+        """Scores the next token.
+
+        Args:
+            hidden: `[..., H]`, what `step` returned.
+            rows: A slice of the head's ids from `vocabulary_slice`, to score only those.
+
+        Returns:
+            `[..., Vd]` (or one column per row of the slice), as raw logits over the head's ids: translate chosen ids
+            with `draft_to_target`.
+
+        Raises:
+            ValueError: If the head is not bound to a target whose lm_head it needs.
+        """
+        if self.config.final_norm and not self.config.norm_output:
+            hidden = self.norm(hidden)
+        return lm_head_logits(self, hidden, rows)
+
+    def vocabulary_slice(self, target_ids: torch.Tensor) -> VocabularySlice:
+        """Copies the lm_head rows of some target ids, so that only they are scored (FR-Spec, arXiv 2502.14856).
+
+        Args:
+            target_ids: `[N]` distinct target ids, each of which the head can score.
+
+        Returns:
+            The slice, for `logits` and `draft_to_target`.
+
+        Raises:
+            ValueError: If an id is outside the head's vocabulary or the lm_head's rows cannot be read (quantised).
+        """
+        return VocabularySlice.of(self, target_ids)
+
+    def draft_to_target(self, ids: torch.Tensor, rows: VocabularySlice | None = None) -> torch.Tensor:
+        """Translates the head's ids (or a slice's columns) of any shape into target ids."""
+        if rows is not None:
+            return rows.target_ids.to(ids.device)[ids]
+        if not self.config.maps_vocabulary:
+            return ids
+        return ids + self.d2t.to(ids.device)[ids]
+
+    def borrowed_rows(self) -> VocabularySlice:
+        """Returns the target's lm_head rows for all the head's ids, copied once; for heads that map the vocabulary."""
+        if self._rows is None or self._rows.weight.device != self.device or self._rows.weight.dtype != self.dtype:
+            self._rows = VocabularySlice.of(self, self.target_ids())
+        return self._rows
+
+    def target_ids(self) -> torch.Tensor:
+        """Returns the target id of each of the head's ids, `[Vd]`."""
+        return self.draft_to_target(torch.arange(int(self.config.draft_vocab_size or 0), device=self.device))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        features: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        cache: HeadCache | None = None,
+    ) -> EagleHeadOutput:
+        """Fuses target features, runs one step and scores: `logits(step(input_ids, fuse(features), ...))`.
+
+        Args:
+            input_ids: `[B, T]`, the token after each feature's own.
+            features: `[B, T, num_features * H_t]`, target features.
+            position_ids: As in `step`.
+            attention_mask: As in `step`.
+            cache: As in `step`.
+
+        Returns:
+            Logits `[B, T, Vd]` and the predicted features `[B, T, H]`.
+        """
+        hidden = self.step(input_ids, self.fuse(features), position_ids, attention_mask, cache)
+        return EagleHeadOutput(logits=self.logits(hidden), hidden=hidden)
+
+
+AutoConfig.register("polyspec_eagle", EagleHeadConfig)
+AutoModel.register(EagleHeadConfig, EagleHead)

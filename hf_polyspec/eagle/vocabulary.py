@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vocabulary of a head: the target's modules it borrows, and slices of the rows it scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from hf_polyspec.eagle.modeling import EagleHead
+
+# Embeddings are sometimes padded to a multiple of a power of two; a larger difference is another vocabulary.
+_PADDING = 512
+
+
+@dataclass(frozen=True)
+class Borrowed:
+    """The modules of a target that a head uses without owning them.
+
+    Copying a head (`copy.deepcopy`) shares them: a copy of the head is not a copy of the target.
+
+    Args:
+        embed_tokens: Module from ids to embeddings.
+        lm_head: Module from hidden states to logits.
+        logit_scale: Factor on the lm_head's output.
+        logit_softcap: Final soft cap, or `None`.
+    """
+
+    embed_tokens: nn.Module | None = None
+    lm_head: nn.Module | None = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Borrowed:
+        return self
+
+    @classmethod
+    def checked(
+        cls,
+        head: EagleHead,
+        embed_tokens: nn.Module,
+        lm_head: nn.Module | None,
+        logit_scale: float,
+        logit_softcap: float | None,
+    ) -> Borrowed:
+        """Returns the modules after checking that they fit a head.
+
+        Raises:
+            ValueError: If the embedding's width or rows, or the lm_head's input width, differ from the head's.
+        """
+        rows, width = module_shape(embed_tokens)
+        config = head.config
+        if rows is not None and not 0 <= rows - config.vocab_size < _PADDING:
+            raise ValueError(
+                f"The head was made for a vocabulary of {config.vocab_size}; this embedding has {rows} rows."
+            )
+        if not config.own_embedding and width is not None and width != config.hidden_size:
+            raise ValueError(
+                f"The head is {config.hidden_size} wide and has no embedding of its own; this embedding is {width} wide."
+            )
+        if not config.own_lm_head:
+            if lm_head is None:
+                raise ValueError("This head scores tokens with the target's lm_head: bind needs one.")
+            out_rows, in_width = module_shape(lm_head)
+            if in_width is not None and in_width != config.hidden_size:
+                raise ValueError(
+                    f"The head is {config.hidden_size} wide; the target's lm_head reads {in_width} wide states."
+                )
+            if out_rows is not None and out_rows < config.vocab_size:
+                raise ValueError(
+                    f"The head was made for a vocabulary of {config.vocab_size}; this lm_head scores {out_rows} ids."
+                )
+        return cls(embed_tokens, lm_head, logit_scale, logit_softcap)
+
+    def need_embedding(self) -> nn.Module:
+        """Returns the embedding.
+
+        Raises:
+            ValueError: If none is bound.
+        """
+        if self.embed_tokens is None:
+            raise ValueError("The head has no embedding: call bind(embed_tokens, lm_head) with the target's modules.")
+        return self.embed_tokens
+
+    def need_lm_head(self) -> nn.Module:
+        """Returns the lm_head.
+
+        Raises:
+            ValueError: If none is bound.
+        """
+        if self.lm_head is None:
+            raise ValueError("The head has no lm_head: call bind(embed_tokens, lm_head) with the target's modules.")
+        return self.lm_head
+
+    def same_embedding(self, own: nn.Embedding) -> bool:
+        """Whether a head's own embedding holds the same numbers as this one, in the coarser of their two dtypes."""
+        theirs = getattr(self.embed_tokens, "weight", None)
+        scaled = type(self.embed_tokens) is not nn.Embedding
+        if scaled or theirs is None or theirs.shape != own.weight.shape or theirs.device.type == "meta":
+            return False
+        mine = own.weight.detach().to(theirs.device)
+        return torch.equal(mine.to(theirs.dtype), theirs) or torch.equal(mine, theirs.to(mine.dtype))
+
+
+@dataclass(frozen=True)
+class VocabularySlice:
+    """Some rows of the lm_head, copied side by side so that scoring them is one small product.
+
+    Args:
+        target_ids: `[N]`, the target id of each column.
+        weight: `[N, H]`.
+        bias: `[N]` or `None`.
+    """
+
+    target_ids: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.target_ids)
+
+    @classmethod
+    def of(cls, head: EagleHead, target_ids: torch.Tensor) -> VocabularySlice:
+        """Copies the rows of some target ids out of a head's lm_head; see `EagleHead.vocabulary_slice`."""
+        config = head.config
+        known = head.target_ids()
+        # [V], row of each target id or -1
+        row_of = torch.full((config.vocab_size,), -1, dtype=torch.long, device=known.device)
+        row_of[known] = torch.arange(len(known), device=known.device)
+        ids = target_ids.to(known.device).long()
+        if ids.dim() != 1 or not len(ids):
+            raise ValueError(f"A vocabulary slice needs a list of target ids, got shape {list(ids.shape)}.")
+        if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size or bool((row_of[ids] < 0).any()):
+            raise ValueError("A target id of the slice is outside the vocabulary that the head scores.")
+        # a borrowed lm_head has one row per target id, the head's own one per draft id
+        weight, bias = readable_rows(head.lm_head, row_of[ids]) if config.own_lm_head else _borrowed_rows(head, ids)
+        return cls(ids.to(head.device), weight.to(head.device, head.dtype), bias)
+
+
+def _borrowed_rows(head: EagleHead, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    weight, bias = readable_rows(head._borrowed.need_lm_head(), ids)
+    return weight, None if bias is None else bias.to(head.device, head.dtype)
+
+
+def readable_rows(lm_head: nn.Module, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Copies rows `[N]` of an lm_head's weight, `[N, H]`, and bias, `[N]` or `None`.
+
+    Raises:
+        ValueError: If the module keeps its rows in a packed form.
+    """
+    weight, bias = getattr(lm_head, "weight", None), getattr(lm_head, "bias", None)
+    if not torch.is_tensor(weight) or not weight.is_floating_point() or weight.dim() != 2:
+        raise ValueError("The lm_head's rows cannot be read (quantised?), so its vocabulary cannot be sliced.")
+    if weight.device.type == "meta":
+        raise ValueError("The lm_head is offloaded, so its vocabulary cannot be sliced.")
+    picked = weight.detach().index_select(0, rows.to(weight.device))
+    return picked, bias.detach().index_select(0, rows.to(bias.device)) if torch.is_tensor(bias) else None
+
+
+def lm_head_logits(head: EagleHead, hidden: torch.Tensor, rows: VocabularySlice | None) -> torch.Tensor:
+    """Scores `[..., H]` with a slice, with the head's own lm_head, or with the target's; see `EagleHead.logits`."""
+    if rows is not None:
+        scores = functional.linear(hidden, rows.weight, rows.bias)
+    elif head.config.own_lm_head:
+        return _own_logits(head, hidden)
+    elif head.config.maps_vocabulary:
+        own = head.borrowed_rows()
+        scores = functional.linear(hidden, own.weight, own.bias)
+    else:
+        module = head._borrowed.need_lm_head()
+        weight = getattr(module, "weight", None)
+        if torch.is_tensor(weight) and weight.is_floating_point() and weight.device.type != "meta":
+            hidden = hidden.to(weight.device, weight.dtype)
+        scores = module(hidden)[..., : head.config.vocab_size].to(head.device)
+    return scores if head.config.own_lm_head else _as_target(head._borrowed, scores)
+
+
+def _own_logits(head: EagleHead, hidden: torch.Tensor) -> torch.Tensor:
+    scores: torch.Tensor = head.lm_head(hidden)
+    return scores
+
+
+def _as_target(borrowed: Borrowed, scores: torch.Tensor) -> torch.Tensor:
+    if borrowed.logit_scale != 1.0:
+        scores = scores * borrowed.logit_scale
+    if borrowed.logit_softcap is not None:
+        scores = borrowed.logit_softcap * torch.tanh(scores / borrowed.logit_softcap)
+    return scores
+
+
+def module_shape(module: nn.Module) -> tuple[int | None, int | None]:
+    """Returns (rows, width) of an embedding or lm_head, `None` where a module does not tell."""
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    rows, width = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    weight = getattr(module, "weight", None)
+    if rows is None and torch.is_tensor(weight) and weight.dim() == 2 and weight.is_floating_point():
+        rows, width = weight.shape
+    return rows, width
