@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounding float weights to integers: the one description of a quantised matrix that everything here shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SUPPORTED_BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A linear layer's weight as integers: `w[n, k] = scales[n, g] * (codes[n, k] - zeros[n, g])`, `g = g_idx[k]`.
+
+    Attributes:
+        codes: `[N, K]` uint8, unsigned integers below `2 ** bits` (N output features, K input features).
+        scales: `[N, G]` float32, one scale an output feature and group of input features.
+        zeros: `[N, G]` uint8, the code that stands for zero.
+        g_idx: `[K]` int32, the group each input feature belongs to (not sorted under GPTQ's act-order).
+        bits: Bits a code, 2, 3, 4 or 8.
+        group_size: Input features a group; the last group may be smaller. -1: one group.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    g_idx: Tensor
+    bits: int
+    group_size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(N, K)`: output and input features."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether every group's zero is the middle code, so that only scales carry information."""
+        return bool((self.zeros == 1 << (self.bits - 1)).all())
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The float matrix `[N, K]` these integers stand for."""
+        index = self.g_idx.long()
+        # [N, K]
+        centred = self.codes.to(torch.float32) - self.zeros.to(torch.float32)[:, index]
+        return (centred * self.scales.to(torch.float32)[:, index]).to(dtype)
+
+
+def check_bits(bits: int, group_size: int) -> None:
+    """Refuse a format that cannot be stored, in one sentence.
+
+    Raises:
+        ValueError: `bits` is not 2, 3, 4 or 8, or `group_size` is neither -1 nor a positive number.
+    """
+    if bits not in SUPPORTED_BITS:
+        raise ValueError(f"bits={bits!r} is not supported: use one of {SUPPORTED_BITS}.")
+    if group_size != -1 and group_size <= 0:
+        raise ValueError(f"group_size={group_size} must be -1 (one group a row) or positive.")
+
+
+def group_index(features: int, group_size: int) -> Tensor:
+    """The group of each input feature, `[K]` int32, groups in order and the last one ragged where need be."""
+    size = features if group_size == -1 else group_size
+    return torch.arange(features, dtype=torch.int32) // size
+
+
+def store_scales(scales: Tensor) -> Tensor:
+    """Round scales to numbers that float16 (checkpoints) and bfloat16 (kernels) both hold exactly.
+
+    With these, a checkpoint on disk, the packed kernel and `dequantize` all mean the same matrix. The 8 bits of
+    mantissa cost at most 0.4 % of a scale, far below the rounding of the weights themselves. Scales are kept at or
+    above 2 ** -17, the smallest magnitude at which a float16 still holds eight bits.
+    """
+    return scales.clamp(min=2.0**-17, max=6.5e4).to(torch.bfloat16).to(torch.float32)
+
+
+def _grouped(weight: Tensor, group_size: int) -> Tensor:
+    """`[N, G, S]` view of `weight`, the ragged end filled by repeating the last column (it changes no extreme)."""
+    rows, features = weight.shape
+    size = features if group_size == -1 else group_size
+    missing = -features % size
+    if missing:
+        weight = torch.cat([weight, weight[:, -1:].expand(rows, missing)], dim=1)
+    return weight.reshape(rows, -1, size)
+
+
+def group_parameters(
+    weight: Tensor, bits: int, group_size: int, symmetric: bool, shrink: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero of every group, from its extremes.
+
+    Args:
+        weight: `[N, K]` float32.
+        bits: Bits a code.
+        group_size: Features a group, -1 for one group a row.
+        symmetric: Whether the middle code is zero for every group.
+        shrink: Factor on the range; below 1 clips outliers for a finer grid.
+
+    Returns:
+        `scales` `[N, G]` float32 and `zeros` `[N, G]` uint8.
+    """
+    grouped = _grouped(weight.to(torch.float32), group_size)  # [N, G, S]
+    top = (1 << bits) - 1
+    if symmetric:
+        # One code is lost for the symmetry at 8 bits (-127..127); below, the full range is worth more.
+        reach = top // 2 if bits == 8 else top / 2
+        scales = store_scales(grouped.abs().amax(-1) * shrink / reach)
+        return scales, torch.full_like(scales, 1 << (bits - 1), dtype=torch.uint8)
+    low = grouped.amin(-1).clamp(max=0.0) * shrink
+    high = grouped.amax(-1).clamp(min=0.0) * shrink
+    # A zero code of 0 wraps round in AutoGPTQ's layout and some readers let it carry into its neighbour: all-positive
+    # groups give up one code instead.
+    low = torch.minimum(low, -high / (top - 1))
+    scales = store_scales((high - low) / top)
+    return scales, (-low / scales).round().clamp(1, top).to(torch.uint8)
+
+
+def encode(weight: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor, bits: int) -> Tensor:
+    """Codes `[N, K]` uint8 nearest to `weight` on the grid that `scales` and `zeros` `[N, G]` span."""
+    index = g_idx.long()
+    steps = weight.to(torch.float32) / scales[:, index]
+    return (steps.round() + zeros.to(torch.float32)[:, index]).clamp(0, (1 << bits) - 1).to(torch.uint8)
+
+
+def round_to_nearest(
+    weight: Tensor, bits: int = 4, group_size: int = 128, symmetric: bool = False
+) -> QuantizedWeight:
+    """Quantise a matrix by rounding each weight to the nearest code, without data.
+
+    Args:
+        weight: `[N, K]`, any float dtype.
+        bits: Bits a weight.
+        group_size: Input features that share a scale, -1 for a whole row.
+        symmetric: Store no zeros; needs no subtraction but wastes range on lopsided groups.
+
+    Returns:
+        The integers with their scales; `dequantize()` gives the matrix back.
+
+    Raises:
+        ValueError: Unsupported `bits` or `group_size`, or `weight` holds NaN or infinity.
+    """
+    check_bits(bits, group_size)
+    if not torch.isfinite(weight).all():
+        raise ValueError("The weight holds NaN or infinity and cannot be quantised.")
+    scales, zeros = group_parameters(weight, bits, group_size, symmetric)
+    g_idx = group_index(weight.shape[1], group_size).to(weight.device)
+    codes = encode(weight, scales, zeros, g_idx, bits)
+    return QuantizedWeight(codes, scales, zeros, g_idx, bits, group_size)
