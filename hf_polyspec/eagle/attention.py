@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hf_polyspec.eagle.configuration import EagleHeadConfig
 
@@ -141,9 +143,7 @@ class EagleAttention(nn.Module):
     def __init__(self, config: EagleHeadConfig, input_size: int) -> None:
         super().__init__()
         self.head_dim = int(config.head_dim or 0)
-        self.implementation = config
         heads, kv_heads = config.num_attention_heads, int(config.num_key_value_heads or 0)
-        self.groups = heads // kv_heads
         bias = config.attention_bias
         self.q_proj = nn.Linear(input_size, heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(input_size, kv_heads * self.head_dim, bias=bias)
@@ -172,10 +172,37 @@ class EagleAttention(nn.Module):
 
 
 def rotate(states: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """Turns `[B, n, T, d]` by the rotary angles `[B, T, d]` (halves paired, as in Llama; arXiv 2104.09864)."""
+    """Turns `[B, n, T, d]` by the rotary angles `[B, T, r]` (halves paired, as in Llama; arXiv 2104.09864).
+
+    Where r < d (partial rotary embeddings) the last d - r values stay as they are.
+    """
     cos, sin = rotary[0].unsqueeze(1), rotary[1].unsqueeze(1)
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat((-second, first), dim=-1) * sin
+    turned, kept = states[..., : cos.shape[-1]], states[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
+
+
+class EagleRotaryEmbedding(LlamaRotaryEmbedding):
+    """Rotary angles of any position, computed when asked: no table, so no longest context."""
+
+    @staticmethod
+    def compute_default_rope_parameters(config: EagleHeadConfig, **kwargs: Any) -> tuple[torch.Tensor, float]:
+        """Returns the inverse frequencies of the plain rotary embedding, and its scaling (1).
+
+        Unlike Llama's own, this obeys `partial_rotary_factor`.
+
+        Args:
+            config: The head's config.
+            **kwargs: Ignored; transformers' scaled variants take more.
+
+        Returns:
+            `[r / 2]` frequencies with r = partial_rotary_factor * head_dim, and 1.0.
+        """
+        rope = config.rope_parameters or {}
+        size = int((config.head_dim or 0) * rope.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, size, 2, dtype=torch.float) / size
+        return 1.0 / rope["rope_theta"] ** exponents, 1.0
 
 
 def sdpa(

@@ -184,8 +184,7 @@ class EagleHeadConfig(PreTrainedConfig):
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})."
             )
-        if (self.head_dim or 0) % 2:
-            raise ValueError(f"Rotary positions need an even head_dim, got {self.head_dim}.")
         rope = self.rope_parameters or {}
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError("The head asks for `partial_rotary_factor`, which is not supported.")
+        turned = int((self.head_dim or 0) * (rope.get("partial_rotary_factor") or 1.0))
+        if turned < 2 or turned % 2:
+            raise ValueError(f"Rotary positions turn an even number of values per head, not {turned}.")

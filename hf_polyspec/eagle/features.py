@@ -155,7 +155,7 @@ def feature_layers(config: EagleHeadConfig, num_layers: int) -> list[int]:
     listed = config.feature_layer_ids
     if listed is None:
         listed = default_layers(config, num_layers)
-    outside = [index for index in listed if not LAST_HIDDEN_STATE <= index < num_layers]
+    outside = [index for index in listed if not (0 <= index < num_layers or index == LAST_HIDDEN_STATE)]
     if outside:
         raise ValueError(
             f"This EAGLE head reads hidden states {list(listed)}; a target of {num_layers} layers has no un-normed "
@@ -165,16 +165,14 @@ def feature_layers(config: EagleHeadConfig, num_layers: int) -> list[int]:
 
 
 def default_layers(config: EagleHeadConfig, num_layers: int) -> list[int]:
-    """Returns the hidden states an algorithm reads by default; see `feature_layers`."""
+    """Returns the hidden states that a published head reads by default; see `feature_layers`."""
     if config.algorithm == "eagle1" or not config.has_fc:
         return [LAST_HIDDEN_STATE]
     if config.num_features != 3:
         raise ValueError(
             f"This EAGLE head reads {config.num_features} hidden states and does not say which; set feature_layer_ids."
         )
-    # a target of fewer than six layers has no three distinct depths in the official places
-    low, mid, high = min(2, num_layers - 1), num_layers // 2, max(num_layers - 3, 0)
-    return sorted((low, mid, high))
+    return [2, num_layers // 2, num_layers - 3]
 
 
 def select_features(hidden_states: Sequence[torch.Tensor | None], layers: Sequence[int]) -> torch.Tensor:

@@ -52,13 +52,31 @@ def init_for(
     fields.update(config_overrides)
     config = EagleHeadConfig(**fields)
     if config.feature_layer_ids is None:
-        config.feature_layer_ids = default_layers(config, parts.num_layers)
+        config.feature_layer_ids = spread_layers(config, parts.num_layers)
     head = EagleHead(config)
     if ids is not None and config.maps_vocabulary:
         head.d2t.copy_(ids - torch.arange(len(ids)))
     bind(head, target_model)
     _copy_lm_head(head, parts, ids)
     return head.to(device=parts_device(parts), dtype=dtype or _compute_dtype(target_model)).train()
+
+
+def spread_layers(config: EagleHeadConfig, num_layers: int) -> list[int]:
+    """Returns which hidden states a fresh head reads: the published places where the target is deep enough for them.
+
+    A target of fewer than six layers, or another number of features, gets depths spread evenly from 0 to L-1.
+
+    Args:
+        config: The head's config.
+        num_layers: Decoder layers of the target, L.
+
+    Returns:
+        Indices into the target's `hidden_states`.
+    """
+    count = config.num_features or 1
+    if config.algorithm == "eagle1" or not config.has_fc or (count == 3 and num_layers >= 6):
+        return default_layers(config, num_layers)
+    return torch.linspace(0, num_layers - 1, count).round().long().tolist()
 
 
 def _fields_from_target(model: PreTrainedModel, parts: TargetParts, algorithm: str) -> dict[str, Any]:

@@ -1,53 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`EagleHead.from_pretrained`: finding out what a checkpoint is, and accounting for every one of its keys."""
+"""`EagleHead.from_pretrained`: one reader for every layout, then transformers' own loader for dtype and devices."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import fields as dataclass_fields
 from typing import TYPE_CHECKING, Any
 
 from hf_polyspec.eagle.configuration import EagleHeadConfig
+from hf_polyspec.eagle.formats import account, check_mapping, convert
+from hf_polyspec.eagle.formats_files import HUB_ARGUMENTS, read_config, read_tensors
 
 if TYPE_CHECKING:
     from hf_polyspec.eagle.modeling import EagleHead
 
+# Arguments of from_pretrained that have no say in how a head is read.
+_IDLE = ("trust_remote_code", "variant", "weights_only", "_from_auto", "_from_pipeline", "adapter_kwargs")
+# Fields of the config that from_pretrained takes as its own arguments.
+_NOT_OVERRIDES = ("dtype", "output_hidden_states", "return_dict")
+
 
 def load_head(
-    cls: type[EagleHead],
-    base: Callable[..., Any],
-    source: str | os.PathLike[str] | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    base: Callable[..., Any], source: str | os.PathLike[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> EagleHead:
-    """Loads a head of any known layout through transformers' own loader; see `EagleHead.from_pretrained`."""
-    want_info = kwargs.pop("output_loading_info", False)
-    head, info = base(source, *args, output_loading_info=True, **kwargs)
-    refuse_unaccounted(info, source)
-    return (head, info) if want_info else head
-
-
-def refuse_unaccounted(info: dict[str, Any], source: object) -> None:
-    """Raises if a load left weights without keys or keys without weights.
+    """Loads a head of any known layout; see `EagleHead.from_pretrained`.
 
     Args:
-        info: The loading info of `PreTrainedModel.from_pretrained`.
-        source: What was loaded, for the message.
+        base: `PreTrainedModel.from_pretrained`, bound to the class.
+        source: Folder or hub id, or `None` with `config` and `state_dict` given.
+        args: Positional arguments for `base`.
+        kwargs: Keyword arguments of `from_pretrained`.
+
+    Returns:
+        The head.
 
     Raises:
-        ValueError: Listing every missing, unexpected and misshapen key.
+        ValueError: If the checkpoint does not add up.
     """
-    complaints = [
-        f"{kind} keys: {', '.join(sorted(str(key) for key in info[name]))}"
-        for kind, name in (
-            ("missing", "missing_keys"),
-            ("unexpected", "unexpected_keys"),
-            ("misshapen", "mismatched_keys"),
-        )
-        if info.get(name)
-    ]
-    if complaints:
-        raise ValueError(f"The EAGLE head {str(source)!r} does not add up; {'; '.join(complaints)}.")
+    if source is None:
+        head: EagleHead = base(None, *args, **kwargs)
+        return head
+    name = os.fspath(source)
+    hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+    for key in (*HUB_ARGUMENTS, *_IDLE):
+        kwargs.pop(key, None)
+    prefer_safetensors = kwargs.pop("use_safetensors", None) is not False
+    given = kwargs.pop("config", None)
+    overrides = {key: kwargs.pop(key) for key in _override_names() if key in kwargs}
+    written = read_config(name, hub)
+    tensors = read_tensors(name, hub, prefer_safetensors)
+    if written.get("model_type") == EagleHeadConfig.model_type:
+        config = given if isinstance(given, EagleHeadConfig) else EagleHeadConfig(**{**written, **overrides})
+        account(config, tensors)
+        if config.maps_vocabulary:
+            check_mapping(tensors["d2t"], config)
+    else:
+        config, tensors = convert(written, tensors, overrides)
+    loaded: EagleHead = base(None, *args, config=config, state_dict=tensors, **kwargs)
+    head = loaded[0] if isinstance(loaded, tuple) else loaded
+    head.name_or_path = name
+    head.config._name_or_path = name
+    return loaded
 
 
-__all__ = ["EagleHeadConfig", "load_head", "refuse_unaccounted"]
+def _override_names() -> list[str]:
+    names = [field.name for field in dataclass_fields(EagleHeadConfig)]
+    return [name for name in names if name not in _NOT_OVERRIDES]

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import ModelOutput
 
-from hf_polyspec.eagle.attention import ATTENTION, Attend, EagleLayer, EagleRMSNorm, HeadCache, Rotary
+from hf_polyspec.eagle.attention import ATTENTION, Attend, EagleLayer, EagleRMSNorm, EagleRotaryEmbedding, HeadCache, Rotary
 from hf_polyspec.eagle.configuration import EagleHeadConfig
 from hf_polyspec.eagle.masks import attention_mask_4d, default_positions
 from hf_polyspec.eagle.vocabulary import Borrowed, VocabularySlice, lm_head_logits
@@ -76,7 +75,7 @@ class EagleHead(PreTrainedModel):
         if config.maps_vocabulary:
             # target id = draft id + d2t[draft id]
             self.register_buffer("d2t", torch.zeros(int(config.draft_vocab_size or 0), dtype=torch.long))
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.rotary_emb = EagleRotaryEmbedding(config)
         self._borrowed = Borrowed()
         self._rows: VocabularySlice | None = None
         self.post_init()
@@ -104,7 +103,7 @@ class EagleHead(PreTrainedModel):
         """
         from hf_polyspec.eagle.loading import load_head
 
-        return load_head(cls, super().from_pretrained, pretrained_model_name_or_path, args, kwargs)
+        return load_head(super().from_pretrained, pretrained_model_name_or_path, args, kwargs)
 
     # -- the target's modules --------------------------------------------------------------------------------------
 

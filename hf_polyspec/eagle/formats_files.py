@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a checkpoint's config and tensors from a folder or the hub, whatever layout they are in."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers.utils import cached_file
+
+# What `cached_file` understands of the arguments of `from_pretrained`.
+HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "proxies",
+    "token",
+    "revision",
+    "local_files_only",
+    "subfolder",
+)
+
+_SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+def read_config(source: str, hub: dict[str, Any]) -> dict[str, Any]:
+    """Reads `config.json`.
+
+    Args:
+        source: Folder or hub id.
+        hub: Arguments for the hub, of `HUB_ARGUMENTS`.
+
+    Returns:
+        The config as written.
+
+    Raises:
+        OSError: If there is none.
+        ValueError: If it is not a JSON object.
+    """
+    path = _find(source, "config.json", hub)
+    if path is None:
+        raise OSError(f"{source!r} has no config.json, so it is not an EAGLE head.")
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    if not isinstance(config, dict):
+        raise ValueError(f"The config.json of {source!r} is not a JSON object.")
+    return config
+
+
+def read_tensors(source: str, hub: dict[str, Any], prefer_safetensors: bool = True) -> dict[str, torch.Tensor]:
+    """Reads all tensors of a checkpoint, safetensors first, else pickled files with weights only.
+
+    Args:
+        source: Folder or hub id.
+        hub: Arguments for the hub, of `HUB_ARGUMENTS`.
+        prefer_safetensors: Look for safetensors files before `.bin` files.
+
+    Returns:
+        Tensors by the names they are stored under, on the CPU.
+
+    Raises:
+        OSError: If there are no weights.
+    """
+    order = slice(None) if prefer_safetensors else slice(None, None, -1)
+    for single, index in zip(_SINGLE_FILES[order], _INDEX_FILES[order], strict=True):
+        path = _find(source, single, hub)
+        if path is not None:
+            return _read_file(path)
+        path = _find(source, index, hub)
+        if path is not None:
+            return _read_shards(source, path, hub)
+    names = ", ".join((*_SINGLE_FILES, *_INDEX_FILES))
+    raise OSError(f"{source!r} has no weights (looked for {names}).")
+
+
+def _find(source: str, name: str, hub: dict[str, Any]) -> str | None:
+    path: str | None = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+    return path
+
+
+def _read_file(path: str) -> dict[str, torch.Tensor]:
+    if path.endswith(".safetensors"):
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    tensors = loaded.get("state_dict", loaded)
+    return {name: tensor for name, tensor in tensors.items() if torch.is_tensor(tensor)}
+
+
+def _read_shards(source: str, index_path: str, hub: dict[str, Any]) -> dict[str, torch.Tensor]:
+    with open(index_path, encoding="utf-8") as file:
+        shards = sorted(set(json.load(file)["weight_map"].values()))
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in shards:
+        if os.path.basename(shard) != shard:
+            raise OSError(f"The weight index of {source!r} points outside its folder: {shard!r}.")
+        path = _find(source, shard, hub)
+        if path is None:
+            raise OSError(f"{source!r} names the shard {shard!r} in its index but does not have it.")
+        tensors.update(_read_file(path))
+    return tensors
