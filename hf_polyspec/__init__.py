@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact multi-model speculative decoding for transformers.
+
+    import hf_polyspec
+    hf_polyspec.enable()
+    model.generate(**inputs, assistant_models=[middle, drafter])
+"""
+
+from .context import Context
+from .decoding import decode
+from .errors import LevelError, RollbackError
+from .integration import PolySpecGenerationMixin, attach, detach, disable, enable
+from .levels.base import Drafter, Proposal
+from .options import PolySpecOptions
+from .telemetry import LevelStats, PolySpecStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Context",
+    "Drafter",
+    "LevelError",
+    "LevelStats",
+    "PolySpecGenerationMixin",
+    "PolySpecOptions",
+    "PolySpecStats",
+    "Proposal",
+    "RollbackError",
+    "attach",
+    "decode",
+    "detach",
+    "disable",
+    "enable",
+]

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Key-value caches that can be rolled back, row by row.
+
+Every level owns a `RollbackCache`: full-attention layers in a buffer that grows by doubling, so that neither adding
+nor dropping tokens copies what is already there. Models with sliding windows get full layers too; their masks still
+apply the window, which keeps rows of different lengths exact (a window is measured in columns, and rows are kept
+aligned to the right). Caches the caller handed in are read into one of these and extended once, at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from .errors import RollbackError
+
+_FIRST_CAPACITY = 64
+
+
+class RollbackLayer(DynamicLayer):
+    """Keys and values `[B, H, S, D]` as views of a larger buffer; shrinking is a change of length."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        self._key_buffer: torch.Tensor | None = None
+        self._value_buffer: torch.Tensor | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        self._key_buffer = _with_room(self._key_buffer, key_states, start, end)
+        self._value_buffer = _with_room(self._value_buffer, value_states, start, end)
+        self._key_buffer[:, :, start:end] = key_states
+        self._value_buffer[:, :, start:end] = value_states
+        self._show(end)
+        return self.keys, self.values
+
+    def shrink(self, length: int) -> None:
+        """Keep the first `length` columns."""
+        if self._key_buffer is not None and length < self.get_seq_length():
+            self._show(length)
+
+    def gather(self, columns: torch.Tensor) -> None:
+        """Replace column c of row b by column `columns[b, c]`; `columns` is `[B, S']`."""
+        if self._key_buffer is None or self._value_buffer is None:
+            return
+        width = columns.shape[1]
+        for buffer, current in ((self._key_buffer, self.keys), (self._value_buffer, self.values)):
+            index = columns.to(buffer.device)[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
+            buffer[:, :, :width] = current.gather(2, index)
+        self._show(width)
+
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        """Keep the given rows of the batch."""
+        if self._key_buffer is None or self._value_buffer is None:
+            return
+        length = self.get_seq_length()
+        self._key_buffer = self._key_buffer[rows.to(self._key_buffer.device)]
+        self._value_buffer = self._value_buffer[rows.to(self._value_buffer.device)]
+        self._show(length)
+
+    def _show(self, length: int) -> None:
+        assert self._key_buffer is not None
+        assert self._value_buffer is not None
+        self.keys = self._key_buffer[:, :, :length]
+        self.values = self._value_buffer[:, :, :length]
+
+
+def _with_room(buffer: torch.Tensor | None, states: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """The buffer itself if `end` columns fit, else a larger one with the first `start` columns copied."""
+    if buffer is not None and end <= buffer.shape[2]:
+        return buffer
+    capacity = max(_FIRST_CAPACITY, end + end // 2)
+    larger = states.new_empty(states.shape[0], states.shape[1], capacity, states.shape[3])
+    if buffer is not None:
+        larger[:, :, :start] = buffer[:, :, :start]
+    return larger
+
+
+class RollbackCache(DynamicCache):
+    """A cache of `RollbackLayer`s, added as the model asks for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_class_to_replicate = RollbackLayer
+
+    @property
+    def length(self) -> int:
+        """Columns held, the same in every layer.
+
+        Raises:
+            RollbackError: layers disagree, which only a forward pass that failed midway can bring about.
+        """
+        lengths = {layer.get_seq_length() for layer in self.layers}
+        if len(lengths) > 1:
+            raise RollbackError(f"the cache's layers hold different numbers of tokens: {sorted(lengths)}")
+        return int(lengths.pop()) if lengths else 0
+
+    def shrink(self, length: int) -> None:
+        """Keep the first `length` columns of every layer, and check that they are what is left."""
+        for layer in self.layers:
+            layer.shrink(length)
+        if self.layers and self.length != length:
+            raise RollbackError(f"rolling back to {length} tokens left {self.length} in the cache")
+
+    def realign(self, lengths: list[int], keep: list[int]) -> int:
+        """Drop the end of each row and push the rest to the right edge.
+
+        Args:
+            lengths: columns that row b fills, ending at the cache's right edge.
+            keep: how many of those, counted from their left, row b keeps.
+
+        Returns:
+            The new number of columns, `max(keep)`.
+        """
+        width, new_width = max(lengths), max(keep)
+        if new_width == 0:
+            self.shrink(0)
+            return 0
+        # Row b's first column moves from (width - lengths[b]) to (new_width - keep[b]).
+        shifts = [(width - have) - (new_width - left) for have, left in zip(lengths, keep, strict=True)]
+        if any(shifts):
+            columns = torch.arange(new_width)[None, :] + torch.tensor(shifts)[:, None]  # [B, S']
+            columns = columns.clamp(0, width - 1)
+            for layer in self.layers:
+                layer.gather(columns)
+        else:
+            self.shrink(new_width)
+        return new_width
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Keep the given rows of the batch."""
+        index = torch.tensor(rows)
+        for layer in self.layers:
+            layer.keep_rows(index)
+
+
+def read_cache(cache: Cache) -> tuple[RollbackCache, int]:
+    """A private copy of a caller's cache.
+
+    Sliding layers that have already dropped old columns get zeros in their place: the window's mask hides them.
+
+    Returns:
+        The copy and the number of tokens in it.
+
+    Raises:
+        ValueError: the cache has layers that cannot be copied this way; the sentence names them.
+    """
+    copy = RollbackCache()
+    total = int(cache.get_seq_length())
+    for index, layer in enumerate(cache.layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, RollbackLayer):
+            raise ValueError(
+                f"past_key_values of type {type(cache).__name__} has {type(layer).__name__} layers, which cannot be "
+                "rolled back after a rejected draft; pass a DynamicCache, or leave past_key_values out."
+            )
+        if total and layer.is_initialized and layer.keys.numel():
+            copy.update(_full_width(layer.keys, total), _full_width(layer.values, total), index)
+    return copy, total
+
+
+def _full_width(states: torch.Tensor, total: int) -> torch.Tensor:
+    missing = total - states.shape[2]
+    if missing <= 0:
+        return states[:, :, :total]
+    zeros = states.new_zeros(states.shape[0], states.shape[1], missing, states.shape[3])
+    return torch.cat([zeros, states], dim=2)
+
+
+def write_cache(source: RollbackCache, target: Cache, start: int) -> None:
+    """Append columns `start` onwards of `source` to the caller's cache, as a forward pass would have done."""
+    for index, layer in enumerate(source.layers):
+        if layer.is_initialized and layer.get_seq_length() > start:
+            target.update(layer.keys[:, :, start:].contiguous(), layer.values[:, :, start:].contiguous(), index)

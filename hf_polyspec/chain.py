@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From `assistant_models=[...]` to levels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.generation.candidate_generator import CandidateGenerator
+
+from .compatibility import check_model, check_vocabularies, inner_model, vocabulary_size
+from .levels.base import Drafter
+from .levels.candidate_generator import CandidateGeneratorDrafter
+from .levels.causal_lm import CausalLMDrafter
+from .levels.verifier import Verifier
+from .options import DEFAULT_DRAFT_TOKENS, PolySpecOptions
+from .runner import ModelRunner
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all levels of one chain share.
+
+    Attributes:
+        options: the caller's.
+        device: where laws are compared; the device of the caller's ids.
+        eos: ids that end a text; pad: id that finished rows go on with.
+        batch: number of rows.
+        embedded: width H of the prompt's embeddings if it came as embeddings, else 0.
+    """
+
+    options: PolySpecOptions
+    device: torch.device
+    eos: frozenset[int]
+    pad: int
+    batch: int
+    embedded: int = 0
+
+
+def check_assistants(target: Any, assistants: Any) -> list[Any]:
+    """Refuse what cannot be a chain, before anything is computed.
+
+    Returns:
+        The assistants as a list.
+
+    Raises:
+        TypeError: not a list, or a member that is no model and no drafter.
+        ValueError: empty, or a member that does not fit; the sentence says which and why.
+    """
+    if not isinstance(assistants, (list, tuple)):
+        raise TypeError(
+            f"assistant_models must be a list of models and drafters, the slowest first, got {type(assistants).__name__}."
+        )
+    if not assistants:
+        raise ValueError("assistant_models is an empty list; give at least one model or drafter, or leave it out.")
+    check_model(target, "the target")
+    for i, assistant in enumerate(assistants):
+        role = f"assistant_models[{i}]"
+        if isinstance(assistant, (Drafter, CandidateGenerator)):
+            if i + 1 < len(assistants):
+                raise ValueError(
+                    f"{role} ({type(assistant).__name__}) only drafts and cannot check what "
+                    f"assistant_models[{i + 1}] proposes; a drafter must come last."
+                )
+        elif isinstance(assistant, nn.Module) and hasattr(assistant, "config"):
+            check_model(assistant, role)
+            check_vocabularies(target, assistant, role)
+        else:
+            raise TypeError(
+                f"{role} must be a causal language model, a Drafter or a CandidateGenerator, "
+                f"got {type(assistant).__name__}."
+            )
+    return list(assistants)
+
+
+def build_chain(target: Any, assistants: Sequence[Any], setting: Setting, runner: ModelRunner) -> Verifier:
+    """The chain as one verifier; `begin` has been called on every level.
+
+    Args:
+        target: the model generate() was called on; assistants: checked by `check_assistants`.
+        setting: what all levels share.
+        runner: the target's.
+
+    Raises:
+        ValueError: a drafter cannot serve this many rows.
+    """
+    below: Drafter | None = None
+    for i in reversed(range(len(assistants))):
+        below = _level(assistants[i], i, below, setting)
+        if below.max_batch is not None and setting.batch > below.max_batch:
+            raise ValueError(
+                f"assistant_models[{i}] ({below.name}) serves at most {below.max_batch} row(s) at a time, "
+                f"and this batch has {setting.batch}."
+            )
+    assert below is not None
+    chain = Verifier(
+        runner,
+        below,
+        name=_display_name(target),
+        rule=setting.options.polyspec_verification,
+        eos=setting.eos,
+        pad=setting.pad,
+    )
+    chain.begin(0, setting.batch, vocabulary_size(target))
+    return chain
+
+
+def levels_of(chain: Verifier) -> list[Drafter]:
+    """All levels, the target first."""
+    found: list[Drafter] = [chain]
+    while isinstance(found[-1], Verifier):
+        found.append(found[-1].below)
+    return found
+
+
+def _level(assistant: Any, place: int, below: Drafter | None, setting: Setting) -> Drafter:
+    if isinstance(assistant, Drafter):
+        return assistant
+    if isinstance(assistant, CandidateGenerator):
+        return CandidateGeneratorDrafter(assistant)
+    name = _display_name(assistant)
+    hidden = assistant.get_input_embeddings().weight.shape[-1]
+    runner = ModelRunner(
+        assistant,
+        f"assistant_models[{place}] ({name})",
+        setting.device,
+        reads_embeds=bool(setting.embedded) and hidden == setting.embedded,
+    )
+    options = setting.options.for_assistant(assistant)
+    if below is not None:
+        return Verifier(
+            runner,
+            below,
+            name=name,
+            block_size=options.polyspec_block_size,
+            rule=options.polyspec_verification,
+            eos=setting.eos,
+            pad=setting.pad,
+        )
+    return CausalLMDrafter(
+        runner,
+        name=name,
+        draft_tokens=options.num_assistant_tokens or DEFAULT_DRAFT_TOKENS,
+        confidence_threshold=options.assistant_confidence_threshold or 0.0,
+        schedule=options.num_assistant_tokens_schedule or "constant",
+        eos=setting.eos,
+    )
+
+
+def _display_name(model: Any) -> str:
+    path = str(getattr(inner_model(model), "name_or_path", "") or "")
+    short = path.rstrip("/").rsplit("/", 1)[-1]
+    return short or type(inner_model(model)).__name__

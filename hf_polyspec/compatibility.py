@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a chain cannot serve, refused in one sentence before the first forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+from transformers import AutoTokenizer, GenerationConfig, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from .cache import RollbackLayer
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Layer types whose cache is a list of keys and values that can be cut; all others keep a state that cannot."""
+
+MAX_VOCABULARY_PADDING = 1024
+"""Largest difference in vocabulary rows that padding explains (Qwen2.5: 128)."""
+
+_REFUSED_OPTIONS: tuple[tuple[str, Any, str], ...] = (
+    ("num_beams", 1, "beam search"),
+    ("num_beam_groups", 1, "group beam search"),
+    ("constraints", None, "constrained beam search"),
+    ("force_words_ids", None, "constrained beam search"),
+    ("penalty_alpha", None, "contrastive search"),
+    ("dola_layers", None, "DoLa decoding"),
+    ("prompt_lookup_num_tokens", None, "prompt lookup (put a SuffixDrafter into assistant_models instead)"),
+    ("assistant_early_exit", None, "early exit (put the smaller model into assistant_models instead)"),
+    ("use_mtp", None, "multi-token-prediction heads"),
+    ("speculation_type", None, "transformers' own speculation"),
+)
+
+
+def check_options(config: GenerationConfig) -> None:
+    """Refuse decoding strategies that a chain does not serve.
+
+    Raises:
+        ValueError: names the option.
+    """
+    for name, neutral, what in _REFUSED_OPTIONS:
+        value = getattr(config, name, None)
+        if value is not None and value is not False and value != neutral and value != 0:
+            raise ValueError(f"{name}={value!r} asks for {what}, which assistant_models cannot serve; leave it unset.")
+    ensemble = getattr(config, "assistant_ensemble_weight", None)
+    if ensemble is not None and ensemble != 1.0:
+        raise ValueError(
+            "assistant_ensemble_weight changes the target's distribution, which assistant_models promise not to do; "
+            "leave it unset."
+        )
+    check_cache_implementation(config.cache_implementation)
+
+
+def check_cache_implementation(name: str | None) -> None:
+    """Refuse caches that cannot be rolled back after a rejected draft.
+
+    Raises:
+        ValueError: names the cache.
+    """
+    if name in (None, "dynamic", "dynamic_full", "static", "hybrid", "sliding_window"):
+        return
+    raise ValueError(
+        f"cache_implementation={name!r} cannot be rolled back after a rejected draft; "
+        "leave it unset (or 'static' or 'dynamic') to use assistant_models."
+    )
+
+
+def check_cache(cache: Any) -> None:
+    """Refuse a cache object whose contents a chain could not read or extend.
+
+    Raises:
+        ValueError: names the class.
+    """
+    if cache is None:
+        return
+    if not isinstance(cache, Cache):
+        raise ValueError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}.")
+    if getattr(cache, "offloading", False):
+        raise ValueError("an offloaded cache cannot be used with assistant_models; pass a DynamicCache without offloading.")
+    if cache.get_seq_length() == 0 and type(cache) in (DynamicCache, StaticCache):
+        return
+    known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, RollbackLayer) for layer in cache.layers)
+    if not known:
+        raise ValueError(
+            f"past_key_values of type {type(cache).__name__} cannot be rolled back after a rejected draft; "
+            "pass a DynamicCache, or leave past_key_values out."
+        )
+
+
+def check_model(model: nn.Module, role: str) -> None:
+    """Refuse a model that cannot be a level.
+
+    Args:
+        model: the model; role: how to call it in the message ("the target", "assistant_models[0]").
+
+    Raises:
+        ValueError: names the model and what about it does not fit.
+    """
+    config = model.config
+    kind = type(inner_model(model)).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{role} ({kind}) is an encoder-decoder model; chains are built from decoder-only models.")
+    peft_config = getattr(model, "active_peft_config", None)
+    if peft_config is not None and getattr(peft_config, "is_prompt_learning", False):
+        raise ValueError(
+            f"{role} has a prompt-learning adapter ({peft_config.peft_type}), whose virtual tokens cannot be rolled "
+            "back; use LoRA or merge the adapter."
+        )
+    odd = sorted(set(layer_types(config)) - ATTENTION_LAYERS)
+    if odd or getattr(inner_model(model), "_is_stateful", False):
+        state = f" ({', '.join(odd)} layers)" if odd else ""
+        raise ValueError(
+            f"{role} ({kind}) keeps a recurrent state{state} that cannot be rolled back after a rejected draft; "
+            "chains are built from attention-only models."
+        )
+    if not hasattr(inner_model(model), "generate") or inner_model(model).get_output_embeddings() is None:
+        raise ValueError(f"{role} ({kind}) has no language-modelling head; load it with AutoModelForCausalLM.")
+
+
+def layer_types(config: Any) -> list[str]:
+    """The kinds of layers a model has, as its text config names them."""
+    text = config.get_text_config(decoder=True)
+    return list(getattr(text, "layer_types", None) or ["full_attention"])
+
+
+def inner_model(model: Any) -> Any:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def check_vocabularies(target: Any, assistant: Any, role: str) -> None:
+    """Refuse an assistant with another tokenizer.
+
+    Vocabularies of one tokenizer may be padded differently. Where both tokenizers can be read from local files they
+    are compared themselves; otherwise the numbers of rows and the special ids have to do.
+
+    Raises:
+        ValueError: names the assistant and the difference.
+    """
+    sizes = [vocabulary_size(model) for model in (target, assistant)]
+    both = [_tokenizer_vocabulary(_name(model)) for model in (target, assistant)]
+    if both[0] is not None and both[1] is not None and _name(target) != _name(assistant):
+        mismatched = both[0] != both[1]
+    else:
+        mismatched = abs(sizes[0] - sizes[1]) > MAX_VOCABULARY_PADDING or _special_ids_differ(target, assistant)
+        if min(sizes) <= MAX_VOCABULARY_PADDING:
+            mismatched = mismatched or abs(sizes[0] - sizes[1]) > min(sizes) // 8
+    if mismatched:
+        raise ValueError(
+            f"{role} ({_name(assistant) or type(assistant).__name__}, {sizes[1]} tokens) has a different tokenizer than "
+            f"the target ({_name(target) or type(target).__name__}, {sizes[0]} tokens); "
+            "every level of a chain must share the target's tokenizer."
+        )
+
+
+def vocabulary_size(model: Any) -> int:
+    """Rows of the model's output embedding: the V of its logits."""
+    head = inner_model(model).get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if weight is not None and weight.ndim == 2:
+        features = getattr(head, "out_features", None)
+        return int(features if isinstance(features, int) else weight.shape[0])
+    features = getattr(head, "out_features", None)
+    return int(features if features is not None else model.config.get_text_config().vocab_size)
+
+
+def _special_ids_differ(target: Any, assistant: Any) -> bool:
+    configs = [model.config.get_text_config() for model in (target, assistant)]
+    ends = [_as_set(getattr(config, "eos_token_id", None)) for config in configs]
+    return bool(ends[0] and ends[1]) and not ends[0] & ends[1]
+
+
+def _as_set(value: Any) -> set[int]:
+    if value is None:
+        return set()
+    return set(value) if isinstance(value, (list, tuple)) else {int(value)}
+
+
+def _name(model: Any) -> str:
+    return str(getattr(inner_model(model), "name_or_path", "") or "")
+
+
+@lru_cache(maxsize=32)
+def _tokenizer_vocabulary(name: str) -> Mapping[str, int] | None:
+    """The tokenizer's vocabulary if it lies on this disk, else None; never asks a hub."""
+    if not name:
+        return None
+    try:
+        vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(name, local_files_only=True).get_vocab()
+    except Exception:
+        # No tokenizer there, or none this environment can build: the sizes decide.
+        return None
+    return vocabulary

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a level is asked to continue: the token ids of each row, and what the prompt brought along."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+EMBEDDED = -1
+"""Stands in a row's ids for a prompt position whose id nobody gave: an embedding, or part of a caller's cache."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the caller said about the prompt besides its ids; shared by all levels of one call.
+
+    Attributes:
+        width: number of prompt columns P, left padding and positions without ids included.
+        mask: `[B, P]` of 0/1, or None when every column is real.
+        positions: `[B, P]` position ids.
+        embeds: `[B, E, H]` embeddings of the first E columns, or None.
+        hidden: number of leading columns without ids.
+    """
+
+    width: int
+    mask: torch.Tensor | None
+    positions: torch.Tensor
+    embeds: torch.Tensor | None = None
+    hidden: int = 0
+
+    def select(self, rows: list[int]) -> Prompt:
+        """The same prompt with only the given rows."""
+        return Prompt(
+            self.width,
+            None if self.mask is None else self.mask[rows],
+            self.positions[rows],
+            None if self.embeds is None else self.embeds[rows],
+            self.hidden,
+        )
+
+
+@dataclass(frozen=True)
+class Context:
+    """The rows to continue. Rows of one batch may have different lengths once generation has begun.
+
+    Attributes:
+        ids: a list of token ids per row, the prompt's left padding included (its mask says which those are).
+        prompt: what the caller gave.
+    """
+
+    ids: list[list[int]]
+    prompt: Prompt
+
+    @property
+    def batch(self) -> int:
+        return len(self.ids)
+
+    def extended(self, tokens: list[list[int]]) -> Context:
+        """A new context with `tokens[b]` appended to row b; this one stays as it is."""
+        return Context([row + more for row, more in zip(self.ids, tokens, strict=True)], self.prompt)
+
+    def visible(self, row: int) -> list[int]:
+        """Row's ids as logits processors and id-based drafters may see them: without positions that have none."""
+        ids = self.ids[row]
+        return ids[self.prompt.hidden :] if self.prompt.hidden else ids
+
+
+def common_prefix(left: list[int], right: list[int]) -> int:
+    """Number of leading ids the two lists share.
+
+    Lists almost always agree up to near the end, so equality of slices (one C loop) is tried first and then bisected.
+    """
+    high = min(len(left), len(right))
+    if left[:high] == right[:high]:
+        return high
+    low = 0
+    while low + 1 < high:
+        middle = (low + high) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`decode`: what generate() calls instead of its own sampling loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import Cache
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from .cache import read_cache, write_cache
+from .chain import Setting, build_chain, check_assistants, levels_of
+from .compatibility import check_cache, check_options
+from .context import EMBEDDED, Context, Prompt
+from .distributions import LawMaker
+from .levels.verifier import Verifier
+from .loop import DecodingLoop, Stopping
+from .options import PolySpecOptions
+from .outputs import Recorder, Wanted
+from .runner import ModelRunner
+from .telemetry import PolySpecStats
+
+_UNLIMITED = 1 << 62
+_UNDERSTOOD = {
+    "attention_mask",
+    "inputs_embeds",
+    "logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
+    "past_key_values",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+}
+
+
+@torch.no_grad()
+def decode(
+    model: Any,
+    input_ids: torch.LongTensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    assistant_models: Sequence[Any] | None = None,
+    num_assistant_tokens: int | None = None,
+    assistant_confidence_threshold: float | None = None,
+    num_assistant_tokens_schedule: str | None = None,
+    polyspec_block_size: int | None = None,
+    polyspec_verification: str | None = None,
+    streamer: Any = None,
+    tokenizer: Any = None,
+    synced_gpus: bool = False,
+    **model_kwargs: Any,
+) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    """Polybasic speculative decoding with transformers' `custom_generate` contract.
+
+    Usable as it is: `model.generate(..., custom_generate=hf_polyspec.decode, assistant_models=[...])`. transformers
+    drops a `streamer` on that path; `hf_polyspec.enable()` does not.
+
+    Args:
+        model: the target.
+        input_ids: `[B, L]` prompt ids, left-padded, already repeated for `num_return_sequences`.
+        logits_processor, stopping_criteria, generation_config: as generate() prepared them.
+        assistant_models: the levels below the target, the slowest first.
+        num_assistant_tokens, assistant_confidence_threshold, num_assistant_tokens_schedule, polyspec_block_size,
+            polyspec_verification: see `PolySpecOptions`.
+        streamer: gets the new tokens of every step, `[B]`.
+        tokenizer: accepted for the sake of the contract; not used.
+        synced_gpus: must be False.
+        model_kwargs: mask, positions, cache and other forward arguments prepared by generate().
+
+    Returns:
+        `[B, L + T]` ids, or the output object of plain generation with `polyspec` (a `PolySpecStats`) added to it.
+
+    Raises:
+        ValueError, TypeError: what cannot be served, before the first forward pass.
+        LevelError: a model's forward pass failed; the caller's objects are as they were.
+    """
+    started = time.perf_counter()
+    named = {
+        "num_assistant_tokens": num_assistant_tokens,
+        "assistant_confidence_threshold": assistant_confidence_threshold,
+        "num_assistant_tokens_schedule": num_assistant_tokens_schedule,
+        "polyspec_block_size": polyspec_block_size,
+        "polyspec_verification": polyspec_verification,
+    }
+    if synced_gpus:
+        raise ValueError(
+            "synced_gpus (DeepSpeed ZeRO-3, FSDP) needs all processes to run the same number of forward passes, "
+            "which a chain cannot promise; gather the weights or use plain generation."
+        )
+    options = PolySpecOptions.read(named, generation_config)
+    check_options(generation_config)
+    assistants = check_assistants(model, assistant_models)
+    job = _Job(model, input_ids, logits_processor, stopping_criteria, generation_config, options, model_kwargs)
+    chain = job.chain(assistants)
+    try:
+        rows, origins = job.run(chain, streamer)
+        return job.output(chain, rows, origins, time.perf_counter() - started)
+    finally:
+        chain.end()
+
+
+class _Job:
+    """One call of `decode`: what generate() prepared, in this package's terms."""
+
+    def __init__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        options: PolySpecOptions,
+        model_kwargs: dict[str, Any],
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.options = options
+        self.device = input_ids.device
+        extra = [name for name, value in model_kwargs.items() if value is not None and name not in _UNDERSTOOD]
+        if extra:
+            raise ValueError(f"the forward argument {extra[0]!r} is not supported with assistant_models; leave it out.")
+        self.user_cache: Cache | None = model_kwargs.get("past_key_values")
+        check_cache(self.user_cache)
+        self.use_cache = bool(model_kwargs.get("use_cache", True))
+        self.context = _context(input_ids, config, model_kwargs)
+        self.visible = input_ids.shape[1]
+        self.stopping = Stopping.sort(criteria, config.max_length or _UNLIMITED)
+        self.law = LawMaker(processors, bool(config.do_sample), self.device)
+        pad = getattr(config, "_pad_token_tensor", None)
+        self.pad = int(pad) if pad is not None else 0
+        self.wanted = Wanted()
+        if config.return_dict_in_generate:
+            self.wanted = Wanted(
+                bool(config.output_scores),
+                bool(config.output_logits),
+                bool(config.output_hidden_states),
+                bool(config.output_attentions),
+            )
+        self.cached = 0
+
+    def chain(self, assistants: list[Any]) -> Verifier:
+        """The levels, ready to run; the target starts from the caller's cache if there is something in it."""
+        embeds = self.context.prompt.embeds
+        record = {
+            name: True
+            for name, wanted in (
+                ("output_hidden_states", self.wanted.hidden_states),
+                ("output_attentions", self.wanted.attentions),
+            )
+            if wanted
+        }
+        runner = ModelRunner(
+            self.model, "the target", self.device, use_cache=self.use_cache, record=record, reads_embeds=True
+        )
+        if self.use_cache and self.user_cache is not None and self.user_cache.get_seq_length() > 0:
+            copy, self.cached = read_cache(self.user_cache)
+            runner.adopt(copy, [ids[: self.cached] for ids in self.context.ids])
+        setting = Setting(
+            self.options,
+            self.device,
+            self.stopping.eos,
+            self.pad,
+            self.context.batch,
+            0 if embeds is None else embeds.shape[2],
+        )
+        return build_chain(self.model, assistants, setting, runner)
+
+    def run(self, chain: Verifier, streamer: Any) -> tuple[list[list[int]], list[list[int]]]:
+        self.recorder = Recorder(self.wanted, self.context.batch, len(self.context.ids[0]) - self.cached)
+        if self.config.prefill_chunk_size:
+            chain.prefill(self.context, self.config.prefill_chunk_size)
+        loop = DecodingLoop(
+            chain,
+            self.law,
+            self.stopping,
+            pad=self.pad,
+            device=self.device,
+            recorder=self.recorder,
+            streamer=streamer,
+            may_drop_rows=not (self.wanted.any or self._cache_is_kept() or self.law.bound_to_rows or self.law.in_order),
+        )
+        return loop.run(self.context)
+
+    def output(
+        self, chain: Verifier, rows: list[list[int]], origins: list[list[int]], seconds: float
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        sequences = torch.tensor(rows, dtype=torch.long, device=self.device)
+        if self._cache_is_kept():
+            self._hand_back(chain, rows)
+        if not self.config.return_dict_in_generate:
+            return sequences
+        stats = PolySpecStats(
+            [level.stats for level in levels_of(chain)], origins, sum(len(row) for row in origins), seconds
+        )
+        output = GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            scores=self.recorder.scores if self.wanted.scores else None,
+            logits=self.recorder.logits if self.wanted.logits else None,
+            hidden_states=self.recorder.hidden_states if self.wanted.hidden_states else None,
+            attentions=self.recorder.attentions if self.wanted.attentions else None,
+            past_key_values=self.user_cache if self.use_cache else None,
+        )
+        output.polyspec = stats
+        return output
+
+    def _cache_is_kept(self) -> bool:
+        """Whether anybody sees the target's cache after the call."""
+        if not self.use_cache or self.user_cache is None:
+            return False
+        return bool(self.config.return_dict_in_generate) or bool(getattr(self.user_cache, "_is_user_defined", False))
+
+    def _hand_back(self, chain: Verifier, rows: list[list[int]]) -> None:
+        """Extend the cache that generate() prepared, or the caller brought, to all but the last token."""
+        assert self.user_cache is not None
+        hidden = len(self.context.ids[0]) - self.visible
+        front = [ids[:hidden] for ids in self.context.ids]
+        final = Context([f + row[:-1] for f, row in zip(front, rows, strict=True)], self.context.prompt)
+        chain.runner.settle(final, chain.stats)
+        write_cache(chain.runner.cache, self.user_cache, self.cached)
+
+
+def _context(input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Context:
+    """The prompt as levels see it.
+
+    Raises:
+        ValueError: mask or positions of a form that a chain does not understand, or an empty prompt.
+    """
+    embeds = model_kwargs.get("inputs_embeds")
+    ids = [[int(token) for token in row] for row in input_ids.tolist()]
+    cache = model_kwargs.get("past_key_values")
+    past = 0 if cache is None else int(cache.get_seq_length())
+    mask = model_kwargs.get("attention_mask")
+    width = mask.shape[1] if mask is not None else getattr(config, "_mask_length", None)
+    hidden = 0
+    if embeds is not None:
+        if past:
+            raise ValueError("inputs_embeds with a filled past_key_values is not supported with assistant_models.")
+        if input_ids.shape[1] != 0:
+            raise ValueError("inputs_embeds together with input_ids is not supported with assistant_models; pass one.")
+        hidden = embeds.shape[1]
+    elif past and width is not None and width != input_ids.shape[1]:
+        # Only the new ids were passed. What the cache holds has no ids here, so it gets stand-ins.
+        hidden = past
+    ids = [[EMBEDDED] * hidden + row for row in ids]
+    columns = len(ids[0])
+    if columns == 0:
+        raise ValueError("the prompt is empty; assistant_models need at least one token to start from.")
+    positions = model_kwargs.get("position_ids")
+    if positions is not None and positions.ndim != 2:
+        raise ValueError("position_ids must be [batch, length]; multimodal positions are not supported with assistant_models.")
+    if mask is not None and mask.ndim != 2:
+        raise ValueError("attention_mask must be [batch, length].")
+    mask = None if mask is None else mask[:, :columns].long().cpu()
+    if positions is None or positions.shape[1] != columns:
+        full = torch.ones(len(ids), columns, dtype=torch.long) if mask is None else mask
+        positions = (full.cumsum(-1) - 1).clamp(min=0)
+    if positions.shape[0] != len(ids):
+        positions = positions.expand(len(ids), -1)
+    return Context(ids, Prompt(columns, mask, positions.long().cpu(), embeds, hidden))

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a model's logits to the law it is asked to follow: logits processors, in order, then softmax.
+
+transformers runs its processors once a token on `[B, V]`. A verifier has K + 1 positions of a batch at once, in rows
+that may have different lengths. Three kinds of processors are told apart, by exact type:
+
+* pointwise ones look at the scores alone (temperature, top-k, top-p ...): run on all positions in one call;
+* prefix ones look at the ids before the position too, but keep no state (repetition penalty, minimum length ...): run
+  once per distinct prefix length, always with all rows in their places, because some of them are tied to rows;
+* all others, a caller's own among them, may keep state (grammars): position i is run only after the token at i - 1 is
+  final, with exactly the calls plain generation would make (law 3).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LogitsProcessor
+from transformers.generation import logits_process as hf
+
+from .context import Context
+from .randomness import Randomness, TorchRandomness
+
+
+def _types(*names: str) -> frozenset[type]:
+    """Those of the named classes that the installed transformers has."""
+    return frozenset(getattr(hf, name) for name in names if hasattr(hf, name))
+
+
+POINTWISE = _types(
+    "TemperatureLogitsWarper",
+    "TopHLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "MinPLogitsWarper",
+    "TypicalLogitsWarper",
+    "EpsilonLogitsWarper",
+    "EtaLogitsWarper",
+    "InfNanRemoveLogitsProcessor",
+    "LogitNormalization",
+    "SuppressTokensLogitsProcessor",
+)
+PREFIX = _types(
+    "MinLengthLogitsProcessor",
+    "MinNewTokensLengthLogitsProcessor",
+    "RepetitionPenaltyLogitsProcessor",
+    "EncoderRepetitionPenaltyLogitsProcessor",
+    "NoRepeatNGramLogitsProcessor",
+    "EncoderNoRepeatNGramLogitsProcessor",
+    "SequenceBiasLogitsProcessor",
+    "NoBadWordsLogitsProcessor",
+    "ForcedBOSTokenLogitsProcessor",
+    "ForcedEOSTokenLogitsProcessor",
+    "ExponentialDecayLengthPenalty",
+    "SuppressTokensAtBeginLogitsProcessor",
+)
+
+
+class LawMaker:
+    """Turns raw logits into the distribution a level draws from, and draws from it.
+
+    Args:
+        processors: in the order plain generation runs them.
+        do_sample: False means the zero-temperature limit, the argmax of the processed scores.
+        device: where the laws of this chain live.
+        randomness: source of all draws; torch's global generator by default.
+    """
+
+    def __init__(
+        self,
+        processors: Sequence[LogitsProcessor],
+        do_sample: bool,
+        device: torch.device,
+        randomness: Randomness | None = None,
+    ) -> None:
+        self.processors = list(processors)
+        self.do_sample = do_sample
+        self.device = device
+        self.randomness = randomness or TorchRandomness()
+        self.in_order = any(type(p) not in POINTWISE | PREFIX for p in self.processors)
+        first_pointwise = len(self.processors)
+        while first_pointwise and type(self.processors[first_pointwise - 1]) in POINTWISE:
+            first_pointwise -= 1
+        self._prefix = self.processors[:first_pointwise]
+        self._pointwise = self.processors[first_pointwise:]
+
+    @property
+    def bound_to_rows(self) -> bool:
+        """True when a processor may be tied to a row's place in the batch, so that rows must not be dropped."""
+        return bool(self._prefix)
+
+    def scores(self, context: Context, drafts: list[list[int]], logits: torch.Tensor) -> torch.Tensor:
+        """Processed scores of every position, for processors without state.
+
+        Args:
+            context: the rows; drafts: proposed tokens per row; logits: `[B, K + 1, V]`, row i after i draft tokens.
+
+        Returns:
+            `[B, K + 1, V]`, a new tensor unless there is nothing to process.
+        """
+        if self._prefix:
+            logits = self._run_prefix(context, drafts, logits.clone())
+        if self._pointwise:
+            batch, width, vocabulary = logits.shape
+            flat = logits.reshape(batch * width, vocabulary)
+            empty = torch.empty(batch * width, 0, dtype=torch.long, device=logits.device)
+            for processor in self._pointwise:
+                flat = processor(empty, flat)
+            logits = flat.reshape(batch, width, vocabulary)
+        return logits
+
+    def scores_at(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Processed scores of one position of all rows, as plain generation computes them.
+
+        Args:
+            ids: `[B, L]`, everything before the position; logits: `[B, V]`.
+        """
+        scores = logits.clone()
+        for processor in self.processors:
+            scores = processor(ids, scores)
+        return scores
+
+    def probabilities(self, scores: torch.Tensor) -> torch.Tensor:
+        """The law itself: softmax over the last dimension."""
+        return scores.softmax(dim=-1)
+
+    def draw(self, weights: torch.Tensor) -> torch.Tensor:
+        """One token a row from `[B, V]` weights."""
+        return self.randomness.categorical(weights)
+
+    def fork(self, batch: int) -> LawMaker:
+        """The law maker of the level below: independent of this one from here on.
+
+        Stateless processors are shared. Processors with state are copied as they stand (models and tokenizers inside
+        them are shared, not copied). Where that cannot be done - a batch, whose rows run apart below the target, or a
+        processor that runs a model of its own - the level below goes without them: its proposals are then accepted
+        less often, and remain exact because they carry the law they were drawn from.
+        """
+        if not self.in_order:
+            return self
+        kept = []
+        for processor in self.processors:
+            if type(processor) in POINTWISE | PREFIX:
+                kept.append(processor)
+            elif batch == 1 and not any(isinstance(v, nn.Module) for v in vars(processor).values()):
+                duplicate = _copy_state(processor)
+                if duplicate is not None:
+                    kept.append(duplicate)
+        return LawMaker(kept, self.do_sample, self.device, self.randomness)
+
+    def _run_prefix(self, context: Context, drafts: list[list[int]], logits: torch.Tensor) -> torch.Tensor:
+        rows = [context.visible(b) + drafts[b] for b in range(context.batch)]
+        lengths = [len(context.visible(b)) for b in range(context.batch)]
+        # length of the prefix -> the (row, position) pairs that have it; a row appears at most once per length
+        groups: dict[int, list[tuple[int, int]]] = {}
+        for b, start in enumerate(lengths):
+            for i in range(len(drafts[b]) + 1):
+                groups.setdefault(start + i, []).append((b, i))
+        for length, members in groups.items():
+            ids = torch.tensor([_cut(row, length) for row in rows], dtype=torch.long, device=logits.device)
+            scores = torch.zeros(len(rows), logits.shape[2], dtype=logits.dtype, device=logits.device)
+            for b, i in members:
+                scores[b] = logits[b, i]
+            for processor in self._prefix:
+                scores = processor(ids, scores)
+            for b, i in members:
+                logits[b, i] = scores[b]
+        return logits
+
+
+def fit_vocabulary(logits: torch.Tensor, size: int) -> torch.Tensor:
+    """Cut or pad the last dimension to `size`: models of one family round their vocabularies up differently.
+
+    Padding columns get -inf: a level cannot propose an id it has no row for.
+    """
+    have = logits.shape[-1]
+    if have > size:
+        return logits[..., :size]
+    if have < size:
+        return nn.functional.pad(logits, (0, size - have), value=float("-inf"))
+    return logits
+
+
+def _cut(row: list[int], length: int) -> list[int]:
+    """Exactly `length` ids; filling is only ever seen in rows whose result is not used."""
+    return row[:length] + [0] * (length - len(row))
+
+
+def _copy_state(processor: LogitsProcessor) -> LogitsProcessor | None:
+    """A deep copy that shares modules and tokenizers; None if the processor will not be copied."""
+    memo: dict[int, Any] = {
+        id(value): value
+        for value in vars(processor).values()
+        if isinstance(value, nn.Module) or hasattr(value, "convert_ids_to_tokens")
+    }
+    try:
+        return copy.deepcopy(processor, memo)
+    except Exception:
+        return None

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every member of the chain below the target is: something that proposes tokens and says how it drew them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..context import Context
+from ..telemetry import LevelStats
+
+if TYPE_CHECKING:
+    from ..distributions import LawMaker
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Tokens offered to the level above, with the law each was drawn from (law 1).
+
+    Attributes:
+        tokens: a list of ids per row; rows may have different lengths, an empty row proposes nothing.
+        q: `[B, K, V]` with K the longest row, row i of it the distribution token i was drawn from, after all logits
+            processors; entries beyond a row's length mean nothing. None says one-hot: the proposer did not draw.
+        origins: like `tokens`, the index of the level that first proposed each token.
+    """
+
+    tokens: list[list[int]]
+    q: torch.Tensor | None
+    origins: list[list[int]]
+
+    @property
+    def width(self) -> int:
+        """Longest row."""
+        return max((len(row) for row in self.tokens), default=0)
+
+
+class Drafter(ABC):
+    """A level that can be asked to continue a context.
+
+    Subclass this to plug in a drafter of your own: `propose` is the only method that must be written. A drafter
+    object given to `assistant_models` is told about the start of every generation through `begin`.
+
+    Attributes:
+        name: shown in telemetry and error messages.
+        index: place in the chain, 1 for the level below the target; set when the chain is built.
+        stats: counters of the current generation.
+    """
+
+    name: str = "drafter"
+    max_batch: int | None = None
+    """Largest number of rows `propose` can serve, None for any."""
+
+    def __init__(self) -> None:
+        self.index = 1
+        self.stats = LevelStats(self.name, self.index)
+
+    def begin(self, index: int, batch: int, vocabulary: int) -> None:
+        """A generation starts: forget everything that belongs to an earlier one.
+
+        Args:
+            index: this level's place in the chain.
+            batch: number of rows.
+            vocabulary: number of columns V of every law in this chain.
+        """
+        self.index = index
+        self.stats = LevelStats(self.name, index)
+
+    @abstractmethod
+    def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
+        """Continue each row by at most `limits[b]` tokens; proposing fewer, or none, is always allowed.
+
+        Exactness rests on two promises. `q` is the very distribution each token was drawn from (None if none was).
+        Whether a token is handed up never depends on its own value: stop before drawing, or keep it and stop after.
+
+        Args:
+            context: the rows to continue; may be shorter or different from the last call's.
+            limits: per row, 0 for rows that need nothing.
+            law: turns raw logits into distributions and draws from them; this level's own copy.
+        """
+
+    def observe(self, drafted: list[int], accepted: list[int]) -> None:
+        """Told after each check how many of the proposed tokens of each row were accepted (rows of 0 drafted count not)."""
+
+    def prefill(self, context: Context, chunk: int) -> None:
+        """Read a long prompt in pieces of `chunk` columns, where that saves memory."""
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Only these rows of the batch go on, in this order."""
+
+    def end(self) -> None:
+        """The generation is over: release what need not outlive it."""

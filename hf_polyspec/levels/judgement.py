@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From one forward pass to what a verifier emits: three ways of asking the same question.
+
+Greedy compares argmaxes on the host; sampling judges all positions at once on the device; processors that keep state
+are judged position by position. Each makes one host synchronisation (the last: one a position, it cannot know less).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..context import Context
+from ..distributions import LawMaker
+from ..telemetry import LevelStats
+from ..verification import Verdict, overlap, verify_block, verify_tokens
+from .base import Proposal
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a verifier makes of a proposal.
+
+    Attributes:
+        accepted: per row, leading proposal tokens kept.
+        tokens: per row, the accepted tokens and the one drawn after them.
+        scores: `[B, E, V]` processed scores of the emitted positions.
+        p: `[B, E, V]` the law each emitted token follows; None in the greedy limit.
+    """
+
+    accepted: list[int]
+    tokens: list[list[int]]
+    scores: torch.Tensor
+    p: torch.Tensor | None
+
+
+def judge(
+    law: LawMaker, context: Context, proposal: Proposal, logits: torch.Tensor, active: list[bool], rule: str, pad: int
+) -> Judgement:
+    """Decide what to keep of a proposal and draw the token after it.
+
+    Args:
+        law: the verifier's law maker; context: the rows; proposal: tokens and the law they were drawn from.
+        logits: `[B, K + 1, V]` of the verifier.
+        active: rows that emit; the others emit nothing.
+        rule: "token", "block" or "auto" (block verification where it can help).
+        pad: the id that rows which no longer emit are continued with, where all rows must keep one length.
+    """
+    if law.in_order:
+        return _in_order(law, context, proposal, logits, active, pad)
+    scores = law.scores(context, proposal.tokens, logits)
+    if not law.do_sample:
+        return _greedy(proposal, scores, active)
+    return _sampled(law, proposal, scores, active, rule)
+
+
+def _greedy(proposal: Proposal, scores: torch.Tensor, active: list[bool]) -> Judgement:
+    choices = scores.argmax(dim=-1).tolist()  # [B][K + 1]
+    accepted, tokens = [], []
+    for drafted, chosen, alive in zip(proposal.tokens, choices, active, strict=True):
+        kept = 0
+        while kept < len(drafted) and drafted[kept] == chosen[kept]:
+            kept += 1
+        accepted.append(kept if alive else 0)
+        tokens.append(chosen[: kept + 1] if alive else [])
+    return Judgement(accepted, tokens, scores, None)
+
+
+def _sampled(
+    law: LawMaker, proposal: Proposal, scores: torch.Tensor, active: list[bool], rule: str
+) -> Judgement:
+    p = law.probabilities(scores)  # [B, K + 1, V]
+    verdict = _verdict(law, proposal, p, rule)
+    drawn = law.draw(verdict.following)  # [B]
+    decided = torch.stack([verdict.accepted, drawn], dim=1).tolist()
+    accepted, tokens = [], []
+    for drafted, (kept, token), alive in zip(proposal.tokens, decided, active, strict=True):
+        accepted.append(kept if alive else 0)
+        tokens.append([*drafted[:kept], token] if alive else [])
+    return Judgement(accepted, tokens, scores, p)
+
+
+def _verdict(law: LawMaker, proposal: Proposal, p: torch.Tensor, rule: str) -> Verdict:
+    tokens, lengths = as_tensors(proposal, p.device)
+    if proposal.width == 0:
+        return Verdict(lengths, p[:, 0])
+    q = None if proposal.q is None else proposal.q.to(device=p.device, dtype=p.dtype)
+    # With a one-hot q, or one token, block verification is token verification (Sun et al. 2024).
+    if q is not None and rule != "token" and (proposal.width > 1 or rule == "block"):
+        return verify_block(tokens, lengths, p, q, law.randomness)
+    return verify_tokens(tokens, lengths, p, q, law.randomness)
+
+
+def _in_order(
+    law: LawMaker, context: Context, proposal: Proposal, logits: torch.Tensor, active: list[bool], pad: int
+) -> Judgement:
+    """Position i is processed after i - 1 is final, all rows in step, stopping at the first position that any row
+    does not take from its proposal. The processors see exactly the calls of plain generation."""
+    views = [context.visible(b) for b in range(context.batch)]
+    emitted: list[list[int]] = [[] for _ in views]
+    accepted = [0] * len(views)
+    all_scores, laws = [], []
+    for i in range(proposal.width + 1):
+        ids = torch.tensor([v + e for v, e in zip(views, emitted, strict=True)], dtype=torch.long)
+        scores = law.scores_at(ids.to(logits.device).reshape(len(views), -1), logits[:, i])
+        column = _column(proposal, i)
+        kept, chosen, p = _judge_column(law, column, scores)
+        all_scores.append(scores)
+        laws.append(p)
+        for b, alive in enumerate(active):
+            emitted[b].append(chosen[b] if alive else pad)
+            accepted[b] += kept[b] if alive else 0
+        if not all(k for k, alive in zip(kept, active, strict=True) if alive):
+            break
+    tokens = [row if alive else [] for row, alive in zip(emitted, active, strict=True)]
+    stacked = torch.stack([p for p in laws if p is not None], dim=1) if law.do_sample else None
+    return Judgement(accepted, tokens, torch.stack(all_scores, dim=1), stacked)
+
+
+def _judge_column(
+    law: LawMaker, column: Proposal, scores: torch.Tensor
+) -> tuple[list[int], list[int], torch.Tensor | None]:
+    """Judge one position of every row: (1 if its proposed token is kept, the token emitted, the law)."""
+    if not law.do_sample:
+        chosen = scores.argmax(dim=-1).tolist()
+        kept = [int(bool(d) and d[0] == c) for d, c in zip(column.tokens, chosen, strict=True)]
+        return kept, chosen, None
+    p = law.probabilities(scores)  # [B, V]
+    # The law after an accepted token is never asked for here, so the second row may repeat the first.
+    verdict = _verdict(law, column, p[:, None].expand(-1, column.width + 1, -1), "token")
+    drawn = law.draw(verdict.following)
+    decided = torch.stack([verdict.accepted, drawn], dim=1).tolist()
+    kept = [k for k, _ in decided]
+    chosen = [d[0] if k else t for d, (k, t) in zip(column.tokens, decided, strict=True)]
+    return kept, chosen, p
+
+
+def _column(proposal: Proposal, i: int) -> Proposal:
+    """Position i of a proposal, as a proposal of at most one token."""
+    q = None if proposal.q is None or i >= proposal.q.shape[1] else proposal.q[:, i : i + 1]
+    return Proposal([row[i : i + 1] for row in proposal.tokens], q, [row[i : i + 1] for row in proposal.origins])
+
+
+def as_tensors(proposal: Proposal, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Proposed ids `[B, K]`, filled up with 0, and their number per row `[B]`."""
+    width = proposal.width
+    tokens = torch.tensor([row + [0] * (width - len(row)) for row in proposal.tokens], dtype=torch.long, device=device)
+    lengths = torch.tensor([len(row) for row in proposal.tokens], dtype=torch.long, device=device)
+    return tokens.reshape(len(proposal.tokens), width), lengths
+
+
+def record(stats: LevelStats, proposal: Proposal, judgement: Judgement, active: list[bool]) -> None:
+    """Count one check of a batch, and the acceptance rate the two laws imply at the positions it reached."""
+    reached = []
+    for drafted, kept, alive in zip(proposal.tokens, judgement.accepted, active, strict=True):
+        reached.append(min(kept + 1, len(drafted)) if alive else 0)
+        if alive:
+            stats.record_round(len(drafted), kept)
+    if not any(reached):
+        return
+    if judgement.p is None:
+        stats.record_overlap(torch.tensor(float(sum(judgement.accepted))), sum(reached))
+        return
+    width = max(reached)
+    tokens, _ = as_tensors(proposal, judgement.p.device)
+    q = None if proposal.q is None else proposal.q[:, :width].to(judgement.p)
+    values = overlap(judgement.p[:, :width], q, tokens[:, :width])  # [B, K']
+    limit = torch.tensor(reached, device=values.device)
+    inside = torch.arange(width, device=values.device) < limit[:, None]
+    stats.record_overlap((values * inside).sum(), sum(reached))

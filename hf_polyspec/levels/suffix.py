@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A drafter without a model: what followed the last few tokens the last times they occurred."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..context import Context, Prompt, common_prefix
+from ..distributions import LawMaker
+from .base import Drafter, Proposal
+from .suffix_automaton import ROOT, SEPARATOR, SuffixAutomaton
+
+MAX_TOKENS = 24
+MIN_PROBABILITY = 0.1
+
+# How a row's drafts grow and shrink with what became of them. Measured on greedy texts of a 135M model:
+# shrinking to a half costs 1 to 2 % of the accepted tokens and saves 10 to 25 % of the drafted ones; going
+# further down costs more than it saves.
+GROW, SHRINK = 1.5, 0.9
+SMALLEST, LARGEST = 0.5, 2.0
+
+
+def earned(length: int) -> int:
+    """Tokens that a match of `length` ids deserves: 4, 13, then as many as allowed.
+
+    A longer match is right more often and stays right for longer: on greedy texts of a 135M model the first
+    drafted token was accepted after 23 % of the matches of one id and 46 % of those of two, the tenth after
+    1 % and 7 %.
+    """
+    return 1 + 3 * length * length
+
+
+@dataclass
+class _Row:
+    """One row: its text, the automaton over it, and where it stands in the corpus after each id."""
+
+    ids: list[int] = field(default_factory=list)
+    automaton: SuffixAutomaton = field(default_factory=SuffixAutomaton)
+    matches: list[tuple[int, int]] = field(default_factory=list)
+    scale: float = 1.0
+
+    def follow(self, ids: list[int], corpus: SuffixAutomaton | None) -> None:
+        """Bring everything to `ids`; what the last ones have beyond the common prefix is taken back first."""
+        shared = common_prefix(self.ids, ids)
+        surplus = len(self.ids) - shared
+        if surplus > self.automaton.undoable:
+            self.automaton = SuffixAutomaton()
+            self.automaton.extend(ids)
+        else:
+            self.automaton.pop(surplus)
+            self.automaton.extend(ids[shared:])
+        self.ids = ids
+        if corpus is not None:
+            del self.matches[shared:]
+            state, length = self.matches[-1] if self.matches else (ROOT, 0)
+            for token in ids[len(self.matches) :]:
+                state, length = corpus.step(state, length, token)
+                self.matches.append((state, length))
+
+
+class SuffixDrafter(Drafter):
+    """Drafts what most often followed the longest suffix that occurred before, in the row or in a corpus.
+
+    Costs no forward pass, and pays where texts repeat: editing, code, summaries, retrieval, agents. The index
+    is an online suffix automaton per row (SAM-Decoding, arXiv 2411.10666). A draft is the longer the longer
+    the match, and ends where what followed becomes too varied (SuffixDecoding, arXiv 2411.04975). Nothing is
+    drawn, so proposals are one-hot (`q` is None).
+
+    Args:
+        corpus: texts as lists of token ids, searched as well as the row's own; indexed once, kept across
+            generations, shared by all rows. A match in it counts only if longer than the one in the row.
+        min_match: ids that must match before anything is drafted, 1 or more.
+        max_tokens: most tokens of a draft, 1 or more.
+        min_probability: 0 to 1; a draft ends before the product of its tokens' relative frequencies is lower.
+        eos: ids that end a text: nothing is drafted after one.
+
+    Raises:
+        TypeError: the corpus is not a list of lists of ints.
+        ValueError: an argument or an id is out of range.
+    """
+
+    name = "suffix"
+
+    def __init__(
+        self,
+        corpus: Iterable[Sequence[int]] = (),
+        *,
+        min_match: int = 1,
+        max_tokens: int = MAX_TOKENS,
+        min_probability: float = MIN_PROBABILITY,
+        eos: Iterable[int] = (),
+    ) -> None:
+        super().__init__()
+        _require_count("min_match", min_match)
+        _require_count("max_tokens", max_tokens)
+        if not 0 <= min_probability <= 1:
+            raise ValueError(f"min_probability must be a number from 0 to 1, got {min_probability!r}.")
+        self.min_match = min_match
+        self.max_tokens = max_tokens
+        self.min_probability = min_probability
+        self.eos = frozenset(eos)
+        self.vocabulary: int | None = None
+        self.corpus: SuffixAutomaton | None = None
+        self._rows: list[_Row] = []
+        self._prompt: Prompt | None = None
+        self._masks: list[list[int]] = []
+        self.learn(corpus)
+
+    def learn(self, texts: Iterable[Sequence[int]]) -> None:
+        """Add texts to the corpus, for instance answers given earlier; to be called between generations.
+
+        Args:
+            texts: lists of token ids.
+
+        Raises:
+            TypeError, ValueError: as for `corpus`; nothing has been added then.
+        """
+        checked = _as_texts(texts)
+        if checked and self.corpus is None:
+            self.corpus = SuffixAutomaton(undo=0)
+        for text in checked:
+            assert self.corpus is not None
+            self.corpus.extend(text)
+            self.corpus.append(SEPARATOR)
+        # States that rows remember may have been split; they find their places anew.
+        for row in self._rows:
+            row.matches.clear()
+
+    def begin(self, index: int, batch: int, vocabulary: int) -> None:
+        super().begin(index, batch, vocabulary)
+        self.vocabulary = vocabulary
+        self._rows = [_Row() for _ in range(batch)]
+        self._prompt = None
+
+    def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
+        with self.stats.timed():
+            if len(self._rows) != context.batch:
+                self._rows = [_Row() for _ in range(context.batch)]
+            self._read_masks(context.prompt)
+            tokens = [
+                self._continue(row, self._text(context, b), limits[b]) if limits[b] > 0 else []
+                for b, row in enumerate(self._rows)
+            ]
+        self.stats.drafted += sum(len(row) for row in tokens)
+        return Proposal(tokens, None, [[self.index] * len(row) for row in tokens])
+
+    def observe(self, drafted: list[int], accepted: list[int]) -> None:
+        for row, proposed, kept in zip(self._rows, drafted, accepted, strict=True):
+            if not proposed:
+                continue
+            self.stats.accepted += kept
+            if kept == proposed:
+                row.scale = min(LARGEST, row.scale * GROW)
+            elif kept == 0:
+                row.scale = max(SMALLEST, row.scale * SHRINK)
+            if kept > 1:
+                row.scale = max(1.0, row.scale)
+
+    def keep_rows(self, rows: list[int]) -> None:
+        # A row that is wanted twice starts over in its second place: two rows never share an automaton.
+        self._rows = [_Row() if r in rows[:i] else self._rows[r] for i, r in enumerate(rows)]
+        self._prompt = None
+
+    def end(self) -> None:
+        self._rows = []
+        self._prompt = None
+
+    def _continue(self, row: _Row, ids: list[int], limit: int) -> list[int]:
+        row.follow(ids, self.corpus)
+        source = row.automaton
+        state, length = source.repeated()
+        if self.corpus is not None and row.matches and row.matches[-1][1] > length:
+            source = self.corpus
+            state, length = row.matches[-1]
+        if length < self.min_match:
+            return []
+        wanted = max(1, round(row.scale * earned(length)))
+        draft = source.continuation(state, min(limit, wanted, self.max_tokens), self.min_probability)
+        return self._cut(draft)
+
+    def _cut(self, tokens: list[int]) -> list[int]:
+        """Up to and including the first id that ends the text, without ids that this chain does not know."""
+        for i, token in enumerate(tokens):
+            if self.vocabulary is not None and token >= self.vocabulary:
+                return tokens[:i]
+            if token in self.eos:
+                return tokens[: i + 1]
+        return tokens
+
+    def _read_masks(self, prompt: Prompt) -> None:
+        """Fetch the mask once a prompt: it may live on a device."""
+        if prompt is not self._prompt:
+            self._prompt = prompt
+            self._masks = [] if prompt.mask is None else prompt.mask.to(torch.long).tolist()
+
+    def _text(self, context: Context, b: int) -> list[int]:
+        """The row's real ids: no padding, nothing that was given as an embedding."""
+        ids = context.visible(b)
+        if not self._masks:
+            return list(ids)
+        hidden = len(context.ids[b]) - len(ids)
+        mask = self._masks[b][hidden:]
+        first = mask.index(1) if 1 in mask else len(mask)
+        if all(mask[first:]):
+            return ids[first:]
+        return [token for token, real in zip(ids, mask, strict=False) if real] + ids[len(mask) :]
+
+
+def _require_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}.")
+
+
+def _as_texts(texts: Iterable[Sequence[int]]) -> list[list[int]]:
+    """The corpus as lists of ints.
+
+    Raises:
+        TypeError: not a list of lists of ints; ValueError: a negative id.
+    """
+    checked: list[list[int]] = []
+    for i, text in enumerate(texts):
+        ids = text.tolist() if hasattr(text, "tolist") else text
+        if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
+            raise TypeError(f"corpus[{i}] must be a list of token ids, got {type(text).__name__}.")
+        ids = list(ids)
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise TypeError(f"corpus[{i}] must hold token ids (int), got {type(token).__name__}.")
+            if token < 0:
+                raise ValueError(f"corpus[{i}] holds {token}, and a token id is never negative.")
+        checked.append(ids)
+    return checked

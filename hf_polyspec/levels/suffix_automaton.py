@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An online suffix automaton that can also forget: the index a suffix drafter reads its continuations from.
+
+A. Blumer et al., "The smallest automaton recognizing the subwords of a text" (1985). Each state stands for a
+set of substrings that end at the same places of the text. The suffix link of a state leads to the state of its
+longest suffix that also ends elsewhere, so the link of the newest state is the longest suffix that occurred
+before.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+# What was changed: container, key, and the value before (None: the key was not there).
+_Change = tuple["list[int] | dict[int, int]", int, "int | None"]
+
+ROOT = 0
+SEPARATOR = -1
+"""Put between the texts of a corpus; never drafted and never equal to a token."""
+
+COUNTED = 32
+"""States whose counts an append brings up to date, those of the longest suffixes first. Real text hardly ever
+has more; in a text that loops with a short period the counts of short suffixes fall behind, which can only change
+which draft looks likeliest."""
+
+UNDOABLE = 512
+"""Appends that can be taken back one by one."""
+
+
+class SuffixAutomaton:
+    """All substrings of a growing list of ids, with how often each occurred and what most often followed.
+
+    Appending takes O(1) amortised steps over a text. Taking an append back costs what the append cost, so a
+    text whose last tokens are taken back and replaced again and again costs more than O(1) a token in one
+    case only: when it loops, each new id that breaks the loop walks one suffix link a turn of the loop.
+
+    Args:
+        undo: appends to remember for `pop`.
+
+    Attributes:
+        size: ids appended.
+        lengths: per state, the length of its longest substring.
+        links: per state, its suffix link (-1 for the root).
+        edges: per state, id -> the state that the substring followed by this id is in.
+        counts: per state, how often its substrings occurred, the newest one included.
+        likeliest: per state, the id that followed most often, the latest of equals; -1 if nothing did.
+        last: the state of the whole text.
+    """
+
+    def __init__(self, undo: int = UNDOABLE) -> None:
+        self.size = 0
+        self.lengths = [0]
+        self.links = [-1]
+        self.edges: list[dict[int, int]] = [{}]
+        self.counts = [0]
+        self.likeliest = [-1]
+        self.last = ROOT
+        self._undo: deque[tuple[int, int, list[_Change]]] = deque(maxlen=undo)
+
+    @property
+    def undoable(self) -> int:
+        """Appends that `pop` can take back."""
+        return len(self._undo)
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """Append ids one by one."""
+        for token in tokens:
+            self.append(token)
+
+    def append(self, token: int) -> None:
+        """Append one id."""
+        changes: list[_Change] = []
+        previous = self.last
+        self._undo.append((previous, len(self.lengths), changes))
+        self.size += 1
+        self.last = self._add_state(self.lengths[previous] + 1, {}, 0, -1)
+        state = previous
+        while state >= 0 and token not in self.edges[state]:
+            changes.append((self.edges[state], token, None))
+            self.edges[state][token] = self.last
+            state = self.links[state]
+        self.links[self.last] = ROOT if state < 0 else self._exactly(state, token, changes)
+        self._count(previous, token, changes)
+
+    def pop(self, count: int = 1) -> None:
+        """Take the last `count` appends back, as if they had never happened.
+
+        Raises:
+            IndexError: more than `undoable`.
+        """
+        if count > len(self._undo):
+            raise IndexError(f"{count} appends cannot be taken back, the last {len(self._undo)} can.")
+        for _ in range(count):
+            self.last, states, changes = self._undo.pop()
+            for container, key, old in reversed(changes):
+                if old is None:
+                    del container[key]
+                else:
+                    container[key] = old
+            for column in (self.lengths, self.links, self.edges, self.counts, self.likeliest):
+                del column[states:]
+            self.size -= 1
+
+    def repeated(self) -> tuple[int, int]:
+        """The longest suffix of the text that occurred before, as (state, length); (root, 0) if none did."""
+        state = max(ROOT, self.links[self.last])
+        return state, self.lengths[state]
+
+    def step(self, state: int, length: int, token: int) -> tuple[int, int]:
+        """Follow a text this automaton was not built from.
+
+        Args:
+            state: the state of the longest suffix of that text so far which occurs here, at first `ROOT`.
+            length: the length of that suffix, at first 0.
+            token: the text's next id.
+
+        Returns:
+            The same two for the text with `token`, in O(1) amortised over the text.
+        """
+        while state != ROOT and token not in self.edges[state]:
+            state = self.links[state]
+            length = self.lengths[state]
+        target = self.edges[state].get(token)
+        return (ROOT, 0) if target is None else (target, length + 1)
+
+    def continuation(self, state: int, limit: int, floor: float) -> list[int]:
+        """What most often followed, token by token, each choice made with all the context walked so far.
+
+        Where the walk reaches the end of the text it goes on from the longest repeated suffix, so that a text
+        which has begun to loop is continued around the loop.
+
+        Args:
+            state: where to start, from `repeated` or `step`; not the root.
+            limit: most ids to return.
+            floor: stop before the product of the ids' relative frequencies falls below this.
+        """
+        found: list[int] = []
+        probability = 1.0
+        before = self.links[self.last]
+        while len(found) < limit:
+            if state == self.last:
+                state = before
+            token = self.likeliest[state]
+            if token < 0 or state <= ROOT:
+                break
+            target = self.edges[state][token]
+            # The newest occurrence of the repeated suffix has not been followed by anything yet.
+            followed = self.counts[state] - (state == before)
+            probability *= min(1.0, self.counts[target] / max(1, followed))
+            if probability < floor:
+                break
+            found.append(token)
+            state = target
+        return found
+
+    def _add_state(self, length: int, edges: dict[int, int], count: int, likeliest: int) -> int:
+        self.lengths.append(length)
+        self.links.append(ROOT)
+        self.edges.append(edges)
+        self.counts.append(count)
+        self.likeliest.append(likeliest)
+        return len(self.lengths) - 1
+
+    def _exactly(self, state: int, token: int, changes: list[_Change]) -> int:
+        """The state whose longest substring is that of `state` followed by `token`, split off if need be."""
+        target = self.edges[state][token]
+        if self.lengths[target] == self.lengths[state] + 1:
+            return target
+        clone = self._add_state(
+            self.lengths[state] + 1, dict(self.edges[target]), self.counts[target], self.likeliest[target]
+        )
+        self.links[clone] = self.links[target]
+        changes.append((self.links, target, self.links[target]))
+        self.links[target] = clone
+        while state >= 0 and self.edges[state].get(token) == target:
+            changes.append((self.edges[state], token, target))
+            self.edges[state][token] = clone
+            state = self.links[state]
+        return clone
+
+    def _count(self, previous: int, token: int, changes: list[_Change]) -> None:
+        """The suffixes of the text before `token` were followed by it once more."""
+        state, counted = previous, -1
+        counts, likeliest = self.counts, self.likeliest
+        for _ in range(COUNTED):
+            edges = self.edges[state]
+            target = edges[token]
+            if target != counted:
+                changes.append((counts, target, counts[target]))
+                counts[target] += 1
+                counted = target
+            best = likeliest[state]
+            if token >= 0 and best != token and (best < 0 or counts[target] >= counts[edges[best]]):
+                changes.append((likeliest, state, best))
+                likeliest[state] = token
+            state = self.links[state]
+            if state < 0:
+                return

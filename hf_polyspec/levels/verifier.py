@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The heart: a model and the level below it, which together are a level again.
+
+The target is a `Verifier` over a `Verifier` over a `Drafter`; a chain of any length is this one class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..context import Context
+from ..distributions import LawMaker, fit_vocabulary
+from ..runner import ModelRunner, Pass
+from .base import Drafter, Proposal
+from .judgement import Judgement, judge, record
+
+
+@dataclass(frozen=True)
+class Emission:
+    """What one round of a verifier emitted.
+
+    Attributes:
+        tokens: per row, accepted tokens and the recovered or bonus token; empty for rows that were not asked.
+        p: `[B, E, V]`, the law each of them follows, unmodified; None in the greedy limit.
+        origins: per row, the level that first proposed each token.
+        drafted: per row, how many tokens had been proposed.
+        accepted: per row, how many of those were kept.
+        logits, scores: `[B, E', V]` raw and processed, of the emitted positions.
+        passed: the forward pass behind it.
+    """
+
+    tokens: list[list[int]]
+    p: torch.Tensor | None
+    origins: list[list[int]]
+    drafted: list[int]
+    accepted: list[int]
+    logits: torch.Tensor
+    scores: torch.Tensor
+    passed: Pass
+
+
+class Verifier(Drafter):
+    """A model that checks the level below, and hands up what it emits with its own law (law 1).
+
+    Args:
+        runner: the model.
+        below: the level whose proposals are checked.
+        name: shown in telemetry and errors.
+        block_size: tokens a middle collects before it hands them up; a block may run over by the last round.
+        rule: "auto", "token" or "block" verification.
+        eos: ids that end a text: nothing is drafted after one.
+        pad: id that finished rows are continued with.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        below: Drafter,
+        *,
+        name: str,
+        block_size: int = 8,
+        rule: str = "auto",
+        eos: frozenset[int] = frozenset(),
+        pad: int = 0,
+    ) -> None:
+        self.name = name
+        super().__init__()
+        self.runner = runner
+        self.below = below
+        self.block_size = block_size
+        self.rule = rule
+        self.eos = eos
+        self.pad = pad
+        self.vocabulary = 0
+
+    def begin(self, index: int, batch: int, vocabulary: int) -> None:
+        super().begin(index, batch, vocabulary)
+        self.vocabulary = vocabulary
+        self.below.begin(index + 1, batch, vocabulary)
+
+    def round(self, context: Context, limits: list[int], law: LawMaker) -> Emission:
+        """One draft and one check: every row with a positive limit emits 1 to `limits[b]` tokens.
+
+        Args:
+            context: the rows; limits: most tokens a row may emit, 0 for rows that emit nothing.
+            law: this verifier's law maker.
+
+        Raises:
+            LevelError: a model's forward pass failed.
+        """
+        active = [limit > 0 for limit in limits]
+        # The verifier's own token takes one place of the limit.
+        proposal = self.below.propose(context, [max(0, limit - 1) for limit in limits], law.fork(context.batch))
+        with self.stats.timed():
+            passed = self.runner.run(context, proposal.tokens, self.stats)
+            logits = fit_vocabulary(passed.logits, self.vocabulary)
+            judgement = judge(law, context, proposal, logits, active, self.rule, self.pad)
+            record(self.stats, proposal, judgement, active)
+        drafted = [len(row) for row in proposal.tokens]
+        self.below.observe(drafted, judgement.accepted)
+        return Emission(
+            judgement.tokens,
+            judgement.p,
+            self._origins(proposal, judgement),
+            drafted,
+            judgement.accepted,
+            logits,
+            judgement.scores,
+            passed,
+        )
+
+    def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
+        """Collect a block: rounds until every row has `block_size` tokens, an end-of-text token, or its limit.
+
+        Whether a row goes on is decided from what it already holds, never from a token that is then left out (law 2).
+        """
+        batch = context.batch
+        if not any(limits) or not self.runner.can_read(context):
+            return Proposal([[] for _ in range(batch)], None, [[] for _ in range(batch)])
+        tokens: list[list[int]] = [[] for _ in range(batch)]
+        origins: list[list[int]] = [[] for _ in range(batch)]
+        laws: list[list[torch.Tensor]] = [[] for _ in range(batch)]
+        while True:
+            room = [self._room(block, limit) for block, limit in zip(tokens, limits, strict=True)]
+            if not any(room):
+                break
+            emission = self.round(context.extended(tokens), room, law)
+            for b in range(batch):
+                taken = self._until_end(emission.tokens[b])
+                tokens[b].extend(emission.tokens[b][:taken])
+                origins[b].extend(emission.origins[b][:taken])
+                if emission.p is not None and taken:
+                    laws[b].append(emission.p[b, :taken])
+        return Proposal(tokens, self._stack(laws, law.do_sample), origins)
+
+    def prefill(self, context: Context, chunk: int) -> None:
+        """Read a long prompt in pieces of `chunk` columns, on every level with a model."""
+        if self.runner.can_read(context):
+            self.runner.prefill(context, chunk, self.stats)
+        self.below.prefill(context, chunk)
+
+    def keep_rows(self, rows: list[int]) -> None:
+        self.runner.keep_rows(rows)
+        self.below.keep_rows(rows)
+
+    def end(self) -> None:
+        self.below.end()
+
+    def _room(self, block: list[int], limit: int) -> int:
+        if len(block) >= min(self.block_size, limit) or (block and block[-1] in self.eos):
+            return 0
+        return limit - len(block)
+
+    def _until_end(self, tokens: list[int]) -> int:
+        """How many of the tokens count: up to and including the first that ends the text."""
+        for i, token in enumerate(tokens):
+            if token in self.eos:
+                return i + 1
+        return len(tokens)
+
+    def _origins(self, proposal: Proposal, judgement: Judgement) -> list[list[int]]:
+        return [
+            [*from_below[:kept], self.index][: len(emitted)]
+            for from_below, kept, emitted in zip(proposal.origins, judgement.accepted, judgement.tokens, strict=True)
+        ]
+
+    def _stack(self, laws: list[list[torch.Tensor]], sampled: bool) -> torch.Tensor | None:
+        """`[B, K, V]` from the rows' pieces, shorter rows filled with zeros."""
+        if not sampled:
+            return None
+        rows = [torch.cat(row) if row else None for row in laws]
+        width = max(row.shape[0] for row in rows if row is not None)
+        if len(rows) == 1 and rows[0] is not None:
+            return rows[0].unsqueeze(0)
+        like = next(row for row in rows if row is not None)
+        stacked = like.new_zeros(len(rows), width, like.shape[1])
+        for b, row in enumerate(rows):
+            if row is not None:
+                stacked[b, : row.shape[0]] = row
+        return stacked
+
+
+class NoDraft(Drafter):
+    """Proposes nothing: a verifier above it decodes one token a pass."""
+
+    name = "no draft"
+
+    def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
+        return Proposal([[] for _ in limits], None, [[] for _ in limits])

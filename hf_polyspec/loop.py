@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The outer loop: ask the target for rounds until every row is finished.
+
+Rows accept different numbers of tokens, so they run apart. Streaming and stopping do not: a step is committed once
+every row that is still going has its token for it, and then criteria and streamer see exactly what plain generation
+would show them. Tokens a row has beyond a step that ends it are discarded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
+
+from .context import Context
+from .distributions import LawMaker
+from .levels.verifier import Verifier
+from .outputs import Recorder
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """Stopping criteria, sorted by who can judge them.
+
+    Attributes:
+        max_length: visible ids at which every row stops.
+        eos: ids that end a row; pads follow. Empty when no criterion looks for one.
+        clocks: time limits.
+        others: criteria that are called with tensors, once a token.
+    """
+
+    max_length: int
+    eos: frozenset[int]
+    pads: bool
+    clocks: list[MaxTimeCriteria]
+    others: StoppingCriteriaList
+
+    @classmethod
+    def sort(cls, criteria: StoppingCriteriaList, max_length: int) -> Stopping:
+        """Recognise by exact type what the host can judge; a subclass may have a mind of its own."""
+        eos: set[int] = set()
+        clocks, others = [], StoppingCriteriaList()
+        pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        for criterion in criteria:
+            if type(criterion) is MaxLengthCriteria:
+                max_length = min(max_length, criterion.max_length)
+            elif type(criterion) is EosTokenCriteria:
+                eos.update(criterion.eos_token_id.flatten().tolist())
+            elif type(criterion) is MaxTimeCriteria:
+                clocks.append(criterion)
+            else:
+                others.append(criterion)
+        return cls(max_length, frozenset(eos), pads, clocks, others)
+
+    def out_of_time(self) -> bool:
+        return any(time.time() - clock.initial_timestamp > clock.max_time for clock in self.clocks)
+
+
+@dataclass
+class _Row:
+    """One row of the batch on its way."""
+
+    committed: list[int]
+    queue: deque[tuple[int, int]] = field(default_factory=deque)
+    origins: list[int] = field(default_factory=list)
+    finished: bool = False
+    ended: bool = False
+    """Its queue ends with its last token (end of text or length limit); nothing more is to be drawn."""
+
+
+class DecodingLoop:
+    """Runs one generation.
+
+    Args:
+        target: level 0, already begun.
+        law: the target's law maker.
+        stopping: when rows end.
+        pad: id for the places after a row's end.
+        device: where the caller's ids live.
+        recorder: collects scores and the like.
+        streamer: gets every step's tokens, or None.
+        may_drop_rows: whether finished rows may be taken out of the batch.
+    """
+
+    def __init__(
+        self,
+        target: Verifier,
+        law: LawMaker,
+        stopping: Stopping,
+        *,
+        pad: int,
+        device: torch.device,
+        recorder: Recorder,
+        streamer: Any = None,
+        may_drop_rows: bool = False,
+    ) -> None:
+        self.target = target
+        self.law = law
+        self.stopping = stopping
+        self.pad = pad
+        self.device = device
+        self.recorder = recorder
+        self.streamer = streamer
+        self.may_drop_rows = may_drop_rows
+
+    def run(self, context: Context) -> tuple[list[list[int]], list[list[int]]]:
+        """Generate until every row is finished.
+
+        Returns:
+            Visible ids of each row, all of one length (pads after the end), and the proposing level of each new token.
+        """
+        rows = [_Row(context.visible(b)) for b in range(context.batch)]
+        present = list(range(context.batch))  # rows still in the batch, by their place in it
+        in_step = self.law.in_order and context.batch > 1
+        first = True
+        while not all(row.finished for row in rows):
+            limits = [self._limit(rows[r]) for r in present]
+            lengths = [len(ids) for ids in context.ids]
+            emission = self.target.round(context, limits, self.law)
+            if self.recorder.wanted.any:
+                self.recorder.emitted(emission, lengths, first)
+            first = False
+            context = context.extended(emission.tokens)
+            for place, r in enumerate(present):
+                self._queue(rows[r], emission.tokens[place], emission.origins[place])
+            self._commit(rows)
+            if in_step:
+                context = Context([_with_prompt(context, b, rows[b]) for b in range(len(rows))], context.prompt)
+            elif self.may_drop_rows:
+                context, present = self._drop_finished(context, rows, present)
+        if self.streamer is not None:
+            self.streamer.end()
+        return [row.committed for row in rows], [row.origins for row in rows]
+
+    def _limit(self, row: _Row) -> int:
+        """Tokens the row may still emit; 0 once its end is in sight."""
+        if row.ended or (row.finished and self.stopping.pads):
+            return 0
+        # A prompt that already fills the limit still gets one token, as in plain generation.
+        return max(1, self.stopping.max_length - len(row.committed) - len(row.queue))
+
+    def _queue(self, row: _Row, tokens: list[int], origins: list[int]) -> None:
+        for token, origin in zip(tokens, origins, strict=True):
+            if row.ended:
+                return
+            row.queue.append((token, origin))
+            full = len(row.committed) + len(row.queue) >= self.stopping.max_length
+            row.ended = full or token in self.stopping.eos
+
+    def _commit(self, rows: list[_Row]) -> None:
+        """Make steps final while every row that is still going has a token for the next one."""
+        while not all(row.finished for row in rows):
+            if not all(row.queue or (row.finished and self.stopping.pads) for row in rows):
+                return
+            step = [self._take(row) for row in rows]
+            self.recorder.commit()
+            self._finish(rows, step)
+            if self.streamer is not None:
+                self.streamer.put(torch.tensor(step))
+
+    def _take(self, row: _Row) -> int:
+        if row.finished and self.stopping.pads:
+            row.committed.append(self.pad)
+            return self.pad
+        token, origin = row.queue.popleft()
+        row.committed.append(token)
+        row.origins.append(origin)
+        return token
+
+    def _finish(self, rows: list[_Row], step: list[int]) -> None:
+        late = self.stopping.out_of_time()
+        judged = self._judge_others(rows)
+        for b, (row, token, stop) in enumerate(zip(rows, step, judged, strict=True)):
+            if row.finished:
+                continue
+            full = len(row.committed) >= self.stopping.max_length
+            row.finished = late or stop or full or token in self.stopping.eos
+            if row.finished and self.stopping.pads:
+                row.queue.clear()
+                self.recorder.drop(b)
+
+    def _judge_others(self, rows: list[_Row]) -> list[bool]:
+        if not self.stopping.others:
+            return [False] * len(rows)
+        ids = torch.tensor([row.committed for row in rows], device=self.device)
+        scores = self.recorder.scores if self.recorder.wanted.scores else None
+        done = self.stopping.others(ids, scores)
+        return [bool(value) for value in done.tolist()]
+
+    def _drop_finished(
+        self, context: Context, rows: list[_Row], present: list[int]
+    ) -> tuple[Context, list[int]]:
+        """Take rows that draw nothing more out of the batch: they would only cost time."""
+        places = [place for place, r in enumerate(present) if not (rows[r].finished or rows[r].ended)]
+        if len(places) == len(present) or not places:
+            return context, present
+        self.target.keep_rows(places)
+        context = Context([context.ids[place] for place in places], context.prompt.select(places))
+        return context, [present[place] for place in places]
+
+
+def _with_prompt(context: Context, b: int, row: _Row) -> list[int]:
+    """The row's ids with embedded positions in front, where the prompt has any."""
+    hidden = len(context.ids[b]) - len(context.visible(b))
+    return context.ids[b][:hidden] + list(row.committed)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of a chain: read once, validated, frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+Verification = Literal["auto", "token", "block"]
+Schedule = Literal["constant", "heuristic", "heuristic_transient"]
+
+DEFAULT_DRAFT_TOKENS = 5
+DEFAULT_BLOCK_SIZE = 8
+
+
+@dataclass(frozen=True)
+class PolySpecOptions:
+    """How the levels of a chain behave.
+
+    The first three are transformers' own options for assistants. Given to `generate()` they hold for every drafter;
+    set on an assistant's `generation_config` they hold for that one; left alone, the defaults below apply.
+
+    Attributes:
+        num_assistant_tokens: tokens a drafter proposes a round, 1 or more.
+        assistant_confidence_threshold: 0 to 1; a drafter stops after a token it was less sure of.
+        num_assistant_tokens_schedule: "constant", "heuristic" or "heuristic_transient".
+        polyspec_block_size: tokens a middle model collects before the level above checks them, 1 or more.
+        polyspec_verification: "token", "block", or "auto": block verification wherever it can accept more.
+    """
+
+    num_assistant_tokens: int | None = None
+    assistant_confidence_threshold: float | None = None
+    num_assistant_tokens_schedule: Schedule | None = None
+    polyspec_block_size: int = DEFAULT_BLOCK_SIZE
+    polyspec_verification: Verification = "auto"
+
+    def __post_init__(self) -> None:
+        _require_count("num_assistant_tokens", self.num_assistant_tokens)
+        _require_count("polyspec_block_size", self.polyspec_block_size)
+        threshold = self.assistant_confidence_threshold
+        if threshold is not None and not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
+            raise ValueError(f"assistant_confidence_threshold must be a number from 0 to 1, got {threshold!r}.")
+        _require_choice("num_assistant_tokens_schedule", self.num_assistant_tokens_schedule, (None, *get_args(Schedule)))
+        _require_choice("polyspec_verification", self.polyspec_verification, get_args(Verification))
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """All option names."""
+        return tuple(field.name for field in fields(cls))
+
+    @classmethod
+    def read(cls, explicit: Mapping[str, Any], config: Any) -> PolySpecOptions:
+        """Combine what was passed to `generate()` with what the generation config says.
+
+        Args:
+            explicit: options passed by name; None means not passed.
+            config: the prepared GenerationConfig. transformers has by then filled its own defaults into the
+                assistant options, so a value that equals such a default counts as not set.
+
+        Raises:
+            ValueError: an option is out of range; the sentence names it.
+        """
+        filled: dict[str, Any] = {}
+        defaults = _transformers_defaults(config)
+        for name in cls.names():
+            value = explicit.get(name)
+            if value is None:
+                value = getattr(config, name, None)
+                if name in defaults and value == defaults[name]:
+                    value = None
+            if value is not None:
+                filled[name] = value
+        unknown = [name for name in vars(config) if name.startswith("polyspec_") and name not in cls.names()]
+        if unknown:
+            raise ValueError(f"unknown option {unknown[0]!r}; known are {', '.join(cls.names())}.")
+        return cls(**filled)
+
+    def for_assistant(self, assistant: Any) -> PolySpecOptions:
+        """These options, with gaps filled from an assistant's own generation config."""
+        config = getattr(assistant, "generation_config", None)
+        own = {
+            name: getattr(config, name, None)
+            for name in (
+                "num_assistant_tokens",
+                "assistant_confidence_threshold",
+                "num_assistant_tokens_schedule",
+            )
+        }
+        values = {name: getattr(self, name) for name in self.names()}
+        for name, value in own.items():
+            if values[name] is None:
+                values[name] = value
+        return PolySpecOptions(**values)
+
+
+def _transformers_defaults(config: Any) -> dict[str, Any]:
+    getter = getattr(config, "_get_default_generation_params", None)
+    return dict(getter()) if callable(getter) else {}
+
+
+def _require_count(name: str, value: Any) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+
+
+def _require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices if choice is not None)
+        raise ValueError(f"{name} must be one of {listed}, got {value!r}.")

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only place where the chain draws random numbers.
+
+Everything a level decides by chance goes through one `Randomness` object, so that a test can replace it by one that
+walks through every outcome (exact enumeration) and so that a seed set with `torch.manual_seed` reproduces a run.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class Randomness(Protocol):
+    """A source of Bernoulli and categorical draws."""
+
+    def bernoulli(self, probability: torch.Tensor) -> torch.Tensor:
+        """Draw independent coins.
+
+        Args:
+            probability: any shape, values in [0, 1].
+
+        Returns:
+            Boolean tensor of the same shape, true with the given probability (`u < probability`, strict).
+        """
+        ...
+
+    def categorical(self, weights: torch.Tensor) -> torch.Tensor:
+        """Draw one index a row.
+
+        Args:
+            weights: `[B, V]`, non-negative, every row with a positive sum; need not be normalised.
+
+        Returns:
+            `[B]` int64.
+        """
+        ...
+
+
+class TorchRandomness:
+    """Draws from torch's global generator, as plain `generate()` does."""
+
+    def bernoulli(self, probability: torch.Tensor) -> torch.Tensor:
+        # float64 uniforms: a float32 uniform is exactly 0.0 once in 2^24 draws, which would accept a token of
+        # probability 1e-9 far too often. MPS has no float64.
+        dtype = torch.float32 if probability.device.type == "mps" else torch.float64
+        uniform = torch.rand(probability.shape, dtype=dtype, device=probability.device)
+        return uniform < probability
+
+    def categorical(self, weights: torch.Tensor) -> torch.Tensor:
+        return torch.multinomial(weights, num_samples=1).squeeze(1)

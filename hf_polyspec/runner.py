@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A causal LM with the memo of what its cache holds (law 4), and the one place where models are called."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .cache import RollbackCache
+from .context import EMBEDDED, Context, Prompt, common_prefix
+from .errors import LevelError, RollbackError
+from .telemetry import LevelStats
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass over the uncached end of each row and its draft.
+
+    Attributes:
+        logits: `[B, K + 1, V]` on the chain's device, float32 or wider: row i predicts the token after the context
+            and the first i draft tokens. Entries beyond a row's draft length mean nothing.
+        output: the model's own output (hidden states and attentions, when asked for).
+        fed: columns F of this pass; a row's tokens end at the right edge.
+    """
+
+    logits: torch.Tensor
+    output: Any
+    fed: int
+
+
+class ModelRunner:
+    """Calls one model and keeps its cache true to the ids it was computed from.
+
+    Nobody tells a runner what to forget. It compares the ids asked for with the ids its cache holds, rolls each row
+    back to the common prefix, feeds the rest, and checks the cache's length afterwards.
+
+    Args:
+        model: a causal LM (or a PEFT model around one).
+        name: for error messages.
+        device: where logits are delivered; by default the model's own device.
+        use_cache: False recomputes everything in every pass.
+        record: extra forward arguments such as `output_hidden_states=True`.
+        reads_embeds: whether prompt positions without ids mean anything to this model (it can read the embeddings, or
+            its cache holds them); if not, it sees only the ids after them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        device: torch.device | None = None,
+        *,
+        use_cache: bool = True,
+        record: dict[str, Any] | None = None,
+        reads_embeds: bool = False,
+    ) -> None:
+        self.model = model
+        self.name = name
+        self.model_device = input_device(model)
+        self.device = device or self.model_device
+        self.record = record or {}
+        self.use_cache = use_cache
+        self.reads_embeds = reads_embeds
+        accepted = forward_arguments(model)
+        self._slices_logits = "logits_to_keep" in accepted
+        self._takes_positions = "position_ids" in accepted
+        self.cache = RollbackCache()
+        self.memo: list[list[int]] = []
+
+    def adopt(self, cache: RollbackCache, memo: list[list[int]]) -> None:
+        """Start from a cache that already holds the keys and values of `memo`."""
+        self.cache, self.memo = cache, memo
+
+    def run(self, context: Context, drafts: list[list[int]], stats: LevelStats, *, columns: int = 0) -> Pass:
+        """Feed what the cache lacks of context and drafts.
+
+        Args:
+            context: rows to continue, none empty.
+            drafts: proposed tokens per row, possibly none.
+            stats: where the forward pass is counted.
+            columns: logits wanted besides the K + 1 of the draft (for a prefill that wants them all).
+
+        Raises:
+            LevelError: the model raised; the cache is left at the ids it surely holds.
+            RollbackError: the cache's length is not what was fed into it.
+        """
+        context = self._own_view(context)
+        sequences = [ids + draft for ids, draft in zip(context.ids, drafts, strict=True)]
+        wanted = 1 + max(len(draft) for draft in drafts)
+        keep, fed = self._plan(sequences, wanted)
+        past = self._roll_back(keep)
+        inputs = self._inputs(context, sequences, keep, past, fed)
+        if self._slices_logits:
+            inputs["logits_to_keep"] = max(wanted, columns)
+        stats.forward_passes += 1
+        try:
+            output = self.model(**inputs, **self.record, return_dict=True)
+        except Exception as error:
+            self._recover(past)
+            raise LevelError(f"the forward pass of {self.name} failed: {error}") from error
+        if self.use_cache:
+            self._remember(sequences, past + fed)
+        return Pass(self._align(output.logits, drafts, wanted), output, fed)
+
+    def can_read(self, context: Context) -> bool:
+        """Whether every row has something that this model can be fed."""
+        view = self._own_view(context)
+        return all(len(ids) > 0 for ids in view.ids)
+
+    def _own_view(self, context: Context) -> Context:
+        """The context as this model sees it: without embedded positions if they mean nothing to it."""
+        if not context.prompt.hidden or self.reads_embeds:
+            return context
+        ids = [context.visible(b) for b in range(context.batch)]
+        return Context(ids, Prompt(0, None, torch.full((len(ids), 1), -1, dtype=torch.long)))
+
+    def prefill(self, context: Context, chunk: int, stats: LevelStats) -> None:
+        """Feed all but the last token of an even-length context in pieces of `chunk` columns (prefill_chunk_size)."""
+        length = len(context.ids[0])
+        for end in range(chunk, length, chunk):
+            self.run(Context([ids[:end] for ids in context.ids], context.prompt), [[] for _ in context.ids], stats)
+
+    def settle(self, context: Context, stats: LevelStats) -> None:
+        """Make the cache hold exactly these rows (all of one length), with a forward pass only if something is missing."""
+        lengths = [common_prefix(held, ids) for held, ids in zip(self.memo, context.ids, strict=True)]
+        if lengths != [len(ids) for ids in context.ids]:
+            self.run(context, [[] for _ in context.ids], stats)
+        else:
+            self.cache.realign([len(ids) for ids in self.memo], lengths)
+            self.memo = context.ids
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Only these rows go on."""
+        self.cache.keep_rows(rows)
+        self.memo = [self.memo[row] for row in rows] if self.memo else []
+
+    def _plan(self, sequences: list[list[int]], wanted: int) -> tuple[list[int], int]:
+        """How many cached columns each row keeps, and how many columns F all rows feed.
+
+        Rows that need fewer columns than the neediest are rolled back a little further, so that the input is
+        rectangular and every row's cache still ends at the right edge.
+        """
+        if not self.use_cache or not self.memo:
+            return [0] * len(sequences), max(len(ids) for ids in sequences)
+        missing = [
+            max(len(ids) - common_prefix(held, ids), min(wanted, len(ids)))
+            for held, ids in zip(self.memo, sequences, strict=True)
+        ]
+        fed = max(missing)
+        return [max(0, len(ids) - fed) for ids in sequences], fed
+
+    def _roll_back(self, keep: list[int]) -> int:
+        if not self.memo or not self.use_cache:
+            return 0
+        return self.cache.realign([len(ids) for ids in self.memo], keep)
+
+    def _inputs(
+        self, context: Context, sequences: list[list[int]], keep: list[int], past: int, fed: int
+    ) -> dict[str, Any]:
+        batch, width = len(sequences), past + fed
+        # Every row's sequence ends at column `width`, so row b has this many unused columns at its left.
+        unused = [width - len(ids) for ids in sequences]
+        rows = [[0] * (fed - len(ids)) + ids[-fed:] for ids in sequences]
+        ids = torch.tensor(rows, dtype=torch.long)  # [B, F]
+        mask = self._mask(context, unused, width)
+        inputs: dict[str, Any] = {
+            "attention_mask": None if mask is None else mask.to(self.model_device),
+            "use_cache": self.use_cache,
+            "past_key_values": self.cache if self.use_cache else None,
+        }
+        if self._takes_positions:
+            inputs["position_ids"] = self._positions(context, sequences, fed).to(self.model_device)
+        if context.prompt.embeds is not None and min(keep) < context.prompt.embeds.shape[1]:
+            inputs["inputs_embeds"] = self._embed(context, ids, unused, width)
+        else:
+            inputs["input_ids"] = ids.to(self.model_device)
+        assert ids.shape == (batch, fed)
+        return inputs
+
+    def _mask(self, context: Context, unused: list[int], width: int) -> torch.Tensor | None:
+        """`[B, S + F]` of 0/1, or None when every column of every row is real (attention is then plainly causal)."""
+        prompt = context.prompt
+        if prompt.mask is None and not any(unused):
+            return None
+        mask = torch.ones(len(unused), width, dtype=torch.long)
+        for row, left in enumerate(unused):
+            mask[row, :left] = 0
+            if prompt.mask is not None:
+                seen = min(prompt.width, width - left)
+                mask[row, left : left + seen] = prompt.mask[row, :seen]
+        return mask
+
+    def _positions(self, context: Context, sequences: list[list[int]], fed: int) -> torch.Tensor:
+        """Position ids `[B, F]` of the fed columns: the prompt's own, then counting on; 0 where a row has no token."""
+        prompt = context.prompt
+        positions = torch.zeros(len(sequences), fed, dtype=torch.long)
+        for row, ids in enumerate(sequences):
+            first = max(0, len(ids) - fed)  # index in the row of its first fed token
+            known = prompt.positions[row, first : min(len(ids), prompt.width)]
+            counted = len(ids) - max(first, prompt.width)
+            start = fed - (len(ids) - first)
+            positions[row, start : start + known.shape[0]] = known
+            if counted > 0:
+                onward = int(prompt.positions[row, -1]) + 1 + max(first, prompt.width) - prompt.width
+                positions[row, fed - counted :] = torch.arange(onward, onward + counted)
+        return positions
+
+    def _embed(self, context: Context, ids: torch.Tensor, unused: list[int], width: int) -> torch.Tensor:
+        """Input embeddings `[B, F, H]`: the caller's where a position was given as one, the model's own elsewhere."""
+        assert context.prompt.embeds is not None
+        given = context.prompt.embeds.to(self.model_device)
+        embedded = self.model.get_input_embeddings()(ids.clamp(min=0).to(self.model_device))
+        embedded = embedded.to(given.dtype).clone()
+        fed = ids.shape[1]
+        for row, left in enumerate(unused):
+            first = width - fed - left  # index in the row's sequence of the first fed column
+            for column in range(max(0, -first), min(fed, given.shape[1] - first)):
+                if ids[row, column] == EMBEDDED:
+                    embedded[row, column] = given[row, first + column]
+        return embedded
+
+    def _align(self, logits: torch.Tensor, drafts: list[list[int]], wanted: int) -> torch.Tensor:
+        """The last K + 1 columns, each row's own draft starting at column 0, on the chain's device in float32 or wider."""
+        logits = logits[:, -wanted:]
+        logits = logits.to(device=self.device, dtype=torch.promote_types(logits.dtype, torch.float32))
+        shifts = [wanted - 1 - len(draft) for draft in drafts]
+        if not any(shifts):
+            return logits
+        columns = torch.arange(wanted)[None, :] + torch.tensor(shifts)[:, None]
+        columns = columns.clamp(max=wanted - 1).to(self.device)
+        return logits.gather(1, columns[:, :, None].expand(-1, -1, logits.shape[2]))
+
+    def _remember(self, sequences: list[list[int]], expected: int) -> None:
+        self.memo = sequences
+        held = self.cache.length
+        if held != expected:
+            raise RollbackError(
+                f"{self.name}'s cache holds {held} tokens after a pass that should have left {expected}; "
+                f"{type(self.model).__name__} does not keep its cache in a way that can be rolled back."
+            )
+
+    def _recover(self, past: int) -> None:
+        """After a failed pass: whatever some layers already stored of it is dropped."""
+        for layer in self.cache.layers:
+            layer.shrink(past)
+        self.memo = []
+        self.cache = RollbackCache()
+
+
+def forward_arguments(model: nn.Module) -> set[str]:
+    """Names that the model's forward takes; a PEFT wrapper's are those of the model inside."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return set(inspect.signature(inner.forward).parameters)
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where the model wants its ids: the device of its input embedding (a sharded model has several)."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    for module in (embedding, model):
+        if module is not None:
+            for tensor in module.parameters():
+                if tensor.device.type != "meta":
+                    return tensor.device
+    return torch.device("cpu")
