@@ -13,6 +13,7 @@ from .records import read_records
 from .report import show, to_json, to_markdown
 from .scoring import score_records
 
+PIPED_WIDTH = 170
 WRITERS = {".json": to_json, ".md": to_markdown}
 
 
@@ -56,6 +57,8 @@ def score_command(
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     report.notes[:0] = notes
-    show(report, Console())
+    console = Console()
+    # A pipe or a log has no width of its own; 80 columns would break every row.
+    show(report, console if console.is_terminal else Console(width=PIPED_WIDTH))
     if output is not None:
         output.write_text(WRITERS[output.suffix](report), encoding="utf-8")

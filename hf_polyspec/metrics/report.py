@@ -42,7 +42,7 @@ def to_markdown(report: ScoreReport) -> str:
     parts = []
     for title, header, rows in _tables(report):
         lines = [f"## {title}", "", f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
-        lines += [f"| {' | '.join(row)} |" for row in rows]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
         parts.append("\n".join(lines))
     parts += ["\n".join(f"- {sentence}" for sentence in _sentences(report))]
     return "\n\n".join(part for part in parts if part) + "\n"
