@@ -114,7 +114,7 @@ class DecodingLoop:
         Returns:
             Visible ids of each row, all of one length (pads after the end), and the proposing level of each new token.
         """
-        rows = [_Row(context.visible(b)) for b in range(context.batch)]
+        rows = [_Row(list(context.visible(b))) for b in range(context.batch)]
         present = list(range(context.batch))  # rows still in the batch, by their place in it
         in_step = self.law.in_order and context.batch > 1
         first = True
