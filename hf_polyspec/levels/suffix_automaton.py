@@ -2,8 +2,8 @@
 """An online suffix automaton that can also forget: the index a suffix drafter reads its continuations from.
 
 A. Blumer et al., "The smallest automaton recognizing the subwords of a text" (1985). Each state stands for a
-set of substrings that end at the same places of the text. The suffix link of a state leads to the state of its
-longest suffix that also ends elsewhere, so the link of the newest state is the longest suffix that occurred
+set of substrings that end at the same places of the text. The suffix link of a state leads to the state of
+its longest suffix that also ends elsewhere, so the link of the newest state is the longest suffix that occurred
 before.
 """
 
@@ -21,8 +21,8 @@ SEPARATOR = -1
 
 COUNTED = 32
 """States whose counts an append brings up to date, those of the longest suffixes first. Real text hardly ever
-has more; in a text that loops with a short period the counts of short suffixes fall behind, which can only change
-which draft looks likeliest."""
+has more; in a text that loops with a short period the counts of short suffixes fall behind, which can only
+change which draft looks likeliest."""
 
 UNDOABLE = 512
 """Appends that can be taken back one by one."""
