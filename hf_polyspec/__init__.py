@@ -9,7 +9,7 @@
 from .context import Context
 from .decoding import decode
 from .errors import LevelError, RollbackError
-from .integration import PolySpecGenerationMixin, attach, detach, disable, enable
+from .integration import PolySpecGenerationMixin, attach, detach, disable, enable, generate
 from .levels.base import Drafter, Proposal
 from .options import PolySpecOptions
 from .telemetry import LevelStats, PolySpecStats
@@ -31,4 +31,5 @@ __all__ = [
     "detach",
     "disable",
     "enable",
+    "generate",
 ]

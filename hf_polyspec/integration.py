@@ -23,6 +23,13 @@ from .decoding import decode
 _MARK = "_polyspec_wraps"
 
 
+def generate(model: Any, *args: Any, assistant_models: Any = None, **kwargs: Any) -> Any:
+    """`model.generate(...)` with `assistant_models=[...]`, for a model that has neither been attached nor enabled."""
+    if assistant_models is None:
+        return model.generate(*args, **kwargs)
+    return _generate(inner_model(model), model.generate, args, assistant_models, kwargs)
+
+
 def enable() -> None:
     """Let every transformers model take `assistant_models=[...]` in `generate()`. Calling it twice changes nothing."""
     if not hasattr(GenerationMixin.generate, _MARK):
