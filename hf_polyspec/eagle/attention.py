@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 from hf_polyspec.eagle.configuration import EagleHeadConfig
 
@@ -46,10 +46,9 @@ class HeadCache:
         self.length = 0
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
+        self._positions: torch.Tensor | None = None
 
-    def append(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds entries to one layer and returns all of that layer's entries.
 
         The length counts once all layers have been fed, that is after `advance`.
@@ -77,6 +76,16 @@ class HeadCache:
         self._values[layer] = _write(self._values[layer], value, self.length)
         return self._keys[layer][:, :, :stop], self._values[layer][:, :, :stop]
 
+    def append_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Adds the positions `[B, T]` of new entries and returns those of all, `[B, length + T]`.
+
+        Only heads with a sliding window ask for this, before `advance`.
+        """
+        new = position_ids[:, None, :, None]
+        held = new.new_empty((len(new), 1, 0, 1)) if self._positions is None else self._positions
+        self._positions = _write(held, new, self.length)
+        return self._positions[:, 0, : self.length + new.shape[2], 0]
+
     def advance(self, count: int) -> None:
         """Counts `count` appended entries as held, after every layer has appended them."""
         self.length += count
@@ -102,16 +111,20 @@ class HeadCache:
         """
         if index.dim() != 2 or (self._keys and index.shape[0] != self._keys[0].shape[0]):
             raise ValueError(f"Places must be given as [batch, entries], got {tuple(index.shape)}.")
-        if index.numel() and not (0 <= int(index.min()) and int(index.max()) < self.length):
+        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= self.length):
             raise ValueError(f"A place lies outside the {self.length} entries held.")
         self._keys = [_take(keys, index) for keys in self._keys]
         self._values = [_take(values, index) for values in self._values]
+        if self._positions is not None:
+            self._positions = _take(self._positions, index)
         self.length = index.shape[1]
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keeps the given rows of the batch, `[B']`, in the given order (a row may be repeated)."""
         self._keys = [keys.index_select(0, rows.to(keys.device)) for keys in self._keys]
         self._values = [values.index_select(0, rows.to(values.device)) for values in self._values]
+        if self._positions is not None:
+            self._positions = self._positions.index_select(0, rows.to(self._positions.device))
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the keys and values `[B, n_kv, length, d]` that one layer holds."""
@@ -138,7 +151,7 @@ def _take(entries: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 class EagleAttention(nn.Module):
-    """Llama attention whose queries, keys and values may be projected from a wider input than they return to."""
+    """Llama attention, except that its input may be wider than its output."""
 
     def __init__(self, config: EagleHeadConfig, input_size: int) -> None:
         super().__init__()
@@ -155,7 +168,9 @@ class EagleAttention(nn.Module):
             self.q_norm = EagleRMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = EagleRMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def project(self, hidden: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(
+        self, hidden: torch.Tensor, rotary: Rotary
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns rotated queries `[B, n_h, T, d]`, rotated keys and values `[B, n_kv, T, d]`."""
         shape = (*hidden.shape[:-1], -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden).view(shape)).transpose(1, 2)
@@ -183,26 +198,54 @@ def rotate(states: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
 
 
-class EagleRotaryEmbedding(LlamaRotaryEmbedding):
-    """Rotary angles of any position, computed when asked: no table, so no longest context."""
+class EagleRotaryEmbedding(nn.Module):
+    """Rotary angles of any position, computed when asked: no table, so no longest context.
+
+    The scaled variants (linear, dynamic, yarn, llama3, ...) are transformers' own; unlike Llama's module this
+    one obeys `partial_rotary_factor` in the plain variant.
+
+    Args:
+        config: The head's config.
+    """
+
+    inv_freq: torch.Tensor
+    original_inv_freq: torch.Tensor
+
+    def __init__(self, config: EagleHeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type: str = (config.rope_parameters or {})["rope_type"]
+        compute: Callable[..., Any] = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            compute = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = compute(config)
+        # transformers refills both after loading onto an empty model
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
     @staticmethod
     def compute_default_rope_parameters(config: EagleHeadConfig, **kwargs: Any) -> tuple[torch.Tensor, float]:
-        """Returns the inverse frequencies of the plain rotary embedding, and its scaling (1).
-
-        Unlike Llama's own, this obeys `partial_rotary_factor`.
+        """Returns the inverse frequencies `[r / 2]`, r = partial_rotary_factor * head_dim, and the scaling 1.
 
         Args:
             config: The head's config.
-            **kwargs: Ignored; transformers' scaled variants take more.
-
-        Returns:
-            `[r / 2]` frequencies with r = partial_rotary_factor * head_dim, and 1.0.
+            **kwargs: What transformers passes to scaled variants; not needed here.
         """
         rope = config.rope_parameters or {}
         size = int((config.head_dim or 0) * rope.get("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, size, 2, dtype=torch.float) / size
         return 1.0 / rope["rope_theta"] ** exponents, 1.0
+
+    def _angles(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> Rotary:
+        frequencies = self.inv_freq.to(device=hidden.device, dtype=torch.float)
+        # [B, T, r / 2]
+        angles = position_ids[..., None].float() * frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(hidden.dtype), sin.to(hidden.dtype)
+
+    forward = torch.no_grad()(dynamic_rope_update(_angles))
 
 
 def sdpa(
@@ -228,7 +271,8 @@ def eager(
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
-    return scores.softmax(-1).to(query.dtype) @ value
+    mixed: torch.Tensor = scores.softmax(-1).to(query.dtype) @ value
+    return mixed
 
 
 ATTENTION = {"sdpa": sdpa, "eager": eager}
@@ -255,7 +299,8 @@ class EagleLayer(nn.Module):
 
     With x the stream, E the embedding and `||` concatenation:
 
-    - EAGLE-3, first layer: `a = r + Attn(RMS_in(E) || RMS_hid(x))`, r = x or RMS_hid(x) (`norm_before_residual`);
+    - EAGLE-3, first layer: `a = r + Attn(RMS_in(E) || RMS_hid(x))`, where r is x, or RMS_hid(x) with
+      `norm_before_residual`;
     - EAGLE-1, first layer: `a = x + Attn(x)`, or `Attn(RMS_in(x))` with `fused_norm`;
     - further layers: `a = x + Attn(RMS_in(x))`;
 

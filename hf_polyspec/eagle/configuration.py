@@ -12,13 +12,15 @@ ALGORITHMS = ("eagle1", "eagle3")
 # EAGLE-1 eats the hidden state that the target's lm_head eats; in `hidden_states` that is the last entry.
 LAST_HIDDEN_STATE = -1
 
+# Official heads without a base were trained with this one, whatever their target's own base is.
+DEFAULT_ROPE_THETA = 10_000.0
+
 # Variants that change what a head computes in ways this implementation does not: better refused than misread.
 _UNSUPPORTED_SWITCHES = {
     "mask_hidden": "parallel drafting (P-EAGLE)",
     "mask_token_id": "parallel drafting (P-EAGLE)",
     "parallel_draft_step": "parallel drafting",
     "use_mtp_layernorm": "multi-token-prediction norms",
-    "sliding_window": "a sliding attention window",
 }
 
 
@@ -26,8 +28,8 @@ class EagleHeadConfig(PreTrainedConfig):
     """Describes an EAGLE-1/2 or EAGLE-3 draft head completely, so that no key of a checkpoint is guessed.
 
     The formulas are those of EAGLE (arXiv 2401.15077), EAGLE-2 (arXiv 2406.16858, the same weights) and
-    EAGLE-3 (arXiv 2503.01840). Everything below is a fact about the weights; how a tree is drafted from them is
-    not part of it.
+    EAGLE-3 (arXiv 2503.01840). Everything below is a fact about the weights; how a tree is drafted from them
+    is not part of it.
 
     Args:
         algorithm: `"eagle1"` (EAGLE-1 and EAGLE-2) or `"eagle3"`.
@@ -35,9 +37,9 @@ class EagleHeadConfig(PreTrainedConfig):
         draft_vocab_size: Ids the head scores, Vd; `None` means all V.
         hidden_size: Width of the head, H.
         target_hidden_size: Width of one target feature, H_t; `None` means H.
-        feature_layer_ids: Indices into the target's `hidden_states` (0 is the embedding output, -1 the state the
-            lm_head reads), in the order in which they are concatenated; `None` derives the algorithm's default from
-            the depth of the target.
+        feature_layer_ids: Indices into the target's `hidden_states` (0 is the embedding output, -1 the state
+            the lm_head reads), in the order in which they are concatenated; `None` derives the algorithm's
+            default from the depth of the target.
         num_features: How many target states are concatenated per position.
         intermediate_size: Width of the MLP, I.
         num_hidden_layers: Decoder layers of the head (one in every published head).
@@ -46,12 +48,13 @@ class EagleHeadConfig(PreTrainedConfig):
         head_dim: Width of one attention head; `None` means H / num_attention_heads.
         hidden_act: Activation of the MLP.
         rms_norm_eps: Epsilon of every norm.
-        max_position_embeddings: Length the head was trained for; longer contexts still get exact rotary angles.
+        max_position_embeddings: Length the head was trained for; longer contexts get exact angles, too.
         rope_parameters: Rotary settings; without a `rope_theta` the base is 10000, never the target's.
         fc_bias: Whether the fusing projection has a bias.
         attention_bias: Whether the query, key and value projections have biases.
         attention_out_bias: Whether the output projection has a bias.
         mlp_bias: Whether the MLP projections have biases.
+        sliding_window: How many of the last positions attention sees, itself included; `None` means all.
         qk_norm: Whether queries and keys are normalised per head (Qwen3-type layers).
         has_fc: Whether target features pass through a projection before the first layer (always in EAGLE-1).
         embed_norm: EAGLE-1 only: a norm on the embedding before the fusing projection.
@@ -69,8 +72,7 @@ class EagleHeadConfig(PreTrainedConfig):
         ValueError: If the settings contradict each other or name a variant that cannot be computed here.
     """
 
-    model_type = "polyspec_eagle"
-    default_theta: ClassVar[float] = 10_000.0
+    model_type: ClassVar[str] = "polyspec_eagle"
 
     algorithm: str = "eagle3"
     vocab_size: int = 32000
@@ -92,6 +94,7 @@ class EagleHeadConfig(PreTrainedConfig):
     attention_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
+    sliding_window: int | None = None
     qk_norm: bool = False
     has_fc: bool = True
     embed_norm: bool = False
@@ -155,13 +158,12 @@ class EagleHeadConfig(PreTrainedConfig):
         if self.norm_output and not self.final_norm:
             raise ValueError("`norm_output` needs a final norm (`final_norm`).")
         if self.feature_layer_ids is not None and len(self.feature_layer_ids) != self.num_features:
-            raise ValueError(
-                f"feature_layer_ids {list(self.feature_layer_ids)} do not match num_features={self.num_features}."
-            )
+            listed = list(self.feature_layer_ids)
+            raise ValueError(f"feature_layer_ids {listed} do not match num_features={self.num_features}.")
         if not self.has_fc and self.feature_size != self.hidden_size:
             raise ValueError(
-                f"Without a fusing projection the features ({self.feature_size} wide) must be as wide as the head "
-                f"({self.hidden_size})."
+                f"Without a fusing projection the features ({self.feature_size} wide) must be as wide as the "
+                f"head ({self.hidden_size})."
             )
         if (self.draft_vocab_size or 0) > self.vocab_size:
             raise ValueError(
@@ -176,7 +178,7 @@ class EagleHeadConfig(PreTrainedConfig):
         if not self.has_fc:
             raise ValueError("An EAGLE-1 head always has a fusing projection (`has_fc`).")
         if self.target_hidden_size != self.hidden_size or self.num_features != 1:
-            raise ValueError("An EAGLE-1 head eats one feature of its own width (target_hidden_size, num_features).")
+            raise ValueError("An EAGLE-1 head reads one feature, of its own width.")
 
     def _refuse_shapes_and_rope(self) -> None:
         if self.num_attention_heads % (self.num_key_value_heads or 1):
@@ -184,6 +186,8 @@ class EagleHeadConfig(PreTrainedConfig):
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})."
             )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be positive or None, got {self.sliding_window}.")
         rope = self.rope_parameters or {}
         turned = int((self.head_dim or 0) * (rope.get("partial_rotary_factor") or 1.0))
         if turned < 2 or turned % 2:

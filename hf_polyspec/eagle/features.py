@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a head needs of a target: its features, its embedding and its lm_head, found without copying anything."""
+"""What a head needs of a target: features, embedding and lm_head, found without copying anything."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _embedding(model: PreTrainedModel) -> nn.Module | None:
 
 
 def _logit_scale(config: Any) -> float:
-    """Returns the factor on the lm_head's output: Cohere's `logit_scale`, Granite's `logits_scaling` as a divisor."""
+    """Returns the factor on the lm_head's output: Cohere's `logit_scale`, 1 / Granite's `logits_scaling`."""
     scale = getattr(config, "logit_scale", None)
     divisor = getattr(config, "logits_scaling", None)
     if isinstance(scale, (int, float)):
@@ -130,8 +130,8 @@ def check_fit(config: EagleHeadConfig, parts: TargetParts, name: str) -> None:
     """
     if config.target_hidden_size != parts.hidden_size:
         raise ValueError(
-            f"This EAGLE head reads features {config.target_hidden_size} wide; the hidden states of {name} are "
-            f"{parts.hidden_size} wide."
+            f"This EAGLE head reads features {config.target_hidden_size} wide; the hidden states of {name} "
+            f"are {parts.hidden_size} wide."
         )
     feature_layers(config, parts.num_layers)
 
@@ -139,8 +139,9 @@ def check_fit(config: EagleHeadConfig, parts: TargetParts, name: str) -> None:
 def feature_layers(config: EagleHeadConfig, num_layers: int) -> list[int]:
     """Returns which entries of a target's `hidden_states` a head reads, in order.
 
-    EAGLE-1 reads the state that the lm_head reads, `[-1]`; EAGLE-3 the un-normed inputs of layers 2, L//2 and L-3
-    unless its config lists others.
+    EAGLE-1 reads the state that the lm_head reads, `[-1]`; EAGLE-3 the un-normed inputs of layers 2, L//2 and
+    L-3 unless its config lists others. Pass the list as `output_hidden_states=` to the target: transformers
+    then keeps those states only (older models return all).
 
     Args:
         config: The head's config.
@@ -158,8 +159,8 @@ def feature_layers(config: EagleHeadConfig, num_layers: int) -> list[int]:
     outside = [index for index in listed if not (0 <= index < num_layers or index == LAST_HIDDEN_STATE)]
     if outside:
         raise ValueError(
-            f"This EAGLE head reads hidden states {list(listed)}; a target of {num_layers} layers has no un-normed "
-            f"hidden state {outside[0]}."
+            f"This EAGLE head reads hidden states {list(listed)}; a target of {num_layers} layers has no "
+            f"un-normed hidden state {outside[0]}."
         )
     return list(listed)
 
@@ -170,7 +171,8 @@ def default_layers(config: EagleHeadConfig, num_layers: int) -> list[int]:
         return [LAST_HIDDEN_STATE]
     if config.num_features != 3:
         raise ValueError(
-            f"This EAGLE head reads {config.num_features} hidden states and does not say which; set feature_layer_ids."
+            f"This EAGLE head reads {config.num_features} hidden states and does not say which; set "
+            "feature_layer_ids."
         )
     return [2, num_layers // 2, num_layers - 3]
 
@@ -179,7 +181,8 @@ def select_features(hidden_states: Sequence[torch.Tensor | None], layers: Sequen
     """Concatenates the hidden states a head reads.
 
     Args:
-        hidden_states: The target's `hidden_states`, L + 1 tensors `[B, T, H_t]` (those not asked for may be `None`).
+        hidden_states: The target's `hidden_states`, L + 1 tensors `[B, T, H_t]`; those not asked for may be
+            `None`.
         layers: Indices from `feature_layers`.
 
     Returns:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
-from hf_polyspec.eagle.configuration import LAST_HIDDEN_STATE, EagleHeadConfig
+from hf_polyspec.eagle.configuration import DEFAULT_ROPE_THETA, LAST_HIDDEN_STATE
 from hf_polyspec.eagle.formats_layers import listed_layers
 
 Tensors = dict[str, torch.Tensor]
@@ -23,7 +23,6 @@ _REFUSED = {
     "mask_token_id": "parallel drafting (P-EAGLE)",
     "use_mtp_layernorm": "multi-token-prediction norms",
     "quantization_config": "quantised weights",
-    "sliding_window": "a sliding attention window",
 }
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -53,7 +52,7 @@ class PublishedConfig:
         if kind is None:
             return cls(config, config, False)
         if kind not in ("eagle", "eagle3"):
-            raise ValueError(f"This is a {kind!r} speculator; only EAGLE-1, EAGLE-2 and EAGLE-3 heads are supported.")
+            raise ValueError(f"This is a {kind!r} speculator; only EAGLE-1, -2 and -3 heads are supported.")
         layer = config.get("transformer_layer_config")
         if not isinstance(layer, dict):
             raise ValueError("The speculators config has no `transformer_layer_config`.")
@@ -103,6 +102,7 @@ def derive_config(config: dict[str, Any], tensors: Tensors, vocab_size: int | No
     fields.update(_features(published, tensors, fields))
     fields.update(_vocabulary(published, tensors, vocab_size, fields["algorithm"] == "eagle3"))
     fields["rope_parameters"] = rope_parameters(published.layer)
+    fields["sliding_window"] = sliding_window(published.layer, fields["num_hidden_layers"])
     for name in _TOKEN_IDS:
         fields[name] = published.layer.get(name)
     fields["dtype"] = str(tensors[f"{_FIRST}o_proj.weight"].dtype).removeprefix("torch.")
@@ -110,18 +110,18 @@ def derive_config(config: dict[str, Any], tensors: Tensors, vocab_size: int | No
 
 
 def _refuse_switches(published: PublishedConfig) -> None:
-    windowed = published.layer.get("use_sliding_window", True)
     for name, meaning in _REFUSED.items():
-        value = published.switch(name) or published.layer.get(name)
-        if value and not (name == "sliding_window" and windowed is False):
+        if published.switch(name) or published.layer.get(name):
             raise ValueError(f"The head asks for {meaning} (`{name}`), which is not supported.")
     if (published.switch("parallel_draft_step") or 1) > 1:
-        raise ValueError("The head asks for parallel drafting (`parallel_draft_step`), which is not supported.")
+        raise ValueError("The head asks for parallel drafting (`parallel_draft_step`), which is unsupported.")
     if published.switch("next_layer_regular") is False:
-        raise ValueError("The head's further layers are irregular (`next_layer_regular`), which is not supported.")
+        raise ValueError("The head's further layers are irregular (`next_layer_regular`): unsupported.")
     architecture = published.head.get("transformer_layer_architecture", "auto")
     if architecture not in ("auto", "LlamaDecoderLayer", "Qwen3DecoderLayer", "Qwen2DecoderLayer"):
-        raise ValueError(f"Layers of type {architecture!r} (`transformer_layer_architecture`) are not supported.")
+        raise ValueError(
+            f"Layers of type {architecture!r} (`transformer_layer_architecture`) are unsupported."
+        )
 
 
 def _sizes(published: PublishedConfig, tensors: Tensors) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _sizes(published: PublishedConfig, tensors: Tensors) -> dict[str, Any]:
     size = tensors[f"{_FIRST}o_proj.weight"].shape[0]
     query_size, width = tensors[f"{_FIRST}q_proj.weight"].shape
     if width not in (size, 2 * size):
-        raise ValueError(f"The attention of an EAGLE head {size} wide reads {size} or {2 * size} values, not {width}.")
+        raise ValueError(f"A head {size} wide attends to {size} or {2 * size} values, not {width}.")
     head_dim = _head_dim(published, tensors, query_size)
     gate = tensors.get("layers.0.mlp.gate_proj.weight")
     return {
@@ -180,8 +180,9 @@ def _switches(published: PublishedConfig, tensors: Tensors, algorithm: str) -> d
     norm_output = bool(published.switch("norm_output", False)) and "norm.weight" in tensors and eagle3
     if norm_output and not published.speculators:
         warnings.warn(
-            "The head's `norm_output: true` is taken to mean that the normed output feeds the next draft step; if it "
-            "only says that there is a final norm (SpecForge), pass norm_output=False to from_pretrained.",
+            "The head's `norm_output: true` is taken to mean that the normed output feeds the next draft "
+            "step; if it only says that there is a final norm (SpecForge), pass norm_output=False to "
+            "from_pretrained.",
             UserWarning,
             stacklevel=2,
         )
@@ -222,10 +223,14 @@ def _features(published: PublishedConfig, tensors: Tensors, fields: dict[str, An
         target_size = width // (count or 3)
     if width % target_size or (layers is not None and len(layers) * target_size != width):
         raise ValueError(
-            f"fc.weight reads features {width} wide, which are not {count or 3} hidden states of {target_size} "
-            f"(layers {layers})."
+            f"fc.weight reads features {width} wide, which are not {count or 3} hidden states of "
+            f"{target_size} (layers {layers})."
         )
-    return {"target_hidden_size": target_size, "num_features": width // target_size, "feature_layer_ids": layers}
+    return {
+        "target_hidden_size": target_size,
+        "num_features": width // target_size,
+        "feature_layer_ids": layers,
+    }
 
 
 def _vocabulary(
@@ -261,13 +266,37 @@ def rope_parameters(layer: dict[str, Any]) -> dict[str, Any]:
     written = layer.get("rope_parameters") or layer.get("rope_scaling") or {}
     if any(isinstance(value, dict) for value in written.values()):
         raise ValueError("Rotary settings by layer type (`rope_parameters`) are not supported in a head.")
-    rope = {key: value for key, value in written.items() if key not in ("type", "mrope_section", "mrope_interleaved")}
+    rope = {
+        key: value
+        for key, value in written.items()
+        if key not in ("type", "mrope_section", "mrope_interleaved")
+    }
     kind = written.get("rope_type", written.get("type", "default"))
     # multimodal rotary positions are the ordinary ones for text
     rope["rope_type"] = "default" if kind in ("mrope", "default", None) else kind
     if rope.get("rope_theta") is None:
-        rope["rope_theta"] = layer.get("rope_theta") or EagleHeadConfig.default_theta
+        rope["rope_theta"] = layer.get("rope_theta") or DEFAULT_ROPE_THETA
     factor = rope.get("partial_rotary_factor", layer.get("partial_rotary_factor"))
     if factor not in (None, 1.0):
         rope["partial_rotary_factor"] = factor
     return rope
+
+
+def sliding_window(layer: dict[str, Any], num_layers: int) -> int | None:
+    """Returns the attention window of a published config's layers, `None` for all of the context.
+
+    Raises:
+        ValueError: If only some of the layers have one.
+    """
+    window = layer.get("sliding_window")
+    if not window or layer.get("use_sliding_window") is False:
+        return None
+    kinds = layer.get("layer_types")
+    if kinds is None:
+        # as transformers does: a Llama layer ignores the field, Qwen layers below a number do
+        full = num_layers if layer.get("model_type") == "llama" else layer.get("max_window_layers") or 0
+        kinds = ["full_attention" if index < full else "sliding_attention" for index in range(num_layers)]
+    windowed = {kind == "sliding_attention" for kind in kinds[:num_layers]}
+    if len(windowed) > 1:
+        raise ValueError("Only some of the head's layers have a `sliding_window`, which is not supported.")
+    return int(window) if windowed == {True} else None

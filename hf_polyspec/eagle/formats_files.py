@@ -8,8 +8,8 @@ import os
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from transformers.utils import cached_file
+from safetensors.torch import load_file
+from transformers.utils.hub import cached_file
 
 # What `cached_file` understands of the arguments of `from_pretrained`.
 HUB_ARGUMENTS = (
@@ -50,7 +50,9 @@ def read_config(source: str, hub: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def read_tensors(source: str, hub: dict[str, Any], prefer_safetensors: bool = True) -> dict[str, torch.Tensor]:
+def read_tensors(
+    source: str, hub: dict[str, Any], prefer_safetensors: bool = True
+) -> dict[str, torch.Tensor]:
     """Reads all tensors of a checkpoint, safetensors first, else pickled files with weights only.
 
     Args:
@@ -83,8 +85,7 @@ def _find(source: str, name: str, hub: dict[str, Any]) -> str | None:
 
 def _read_file(path: str) -> dict[str, torch.Tensor]:
     if path.endswith(".safetensors"):
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return load_file(path)
     loaded = torch.load(path, map_location="cpu", weights_only=True)
     tensors = loaded.get("state_dict", loaded)
     return {name: tensor for name, tensor in tensors.items() if torch.is_tensor(tensor)}

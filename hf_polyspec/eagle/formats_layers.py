@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which target layers a published head reads: two conventions that differ by one, told apart.
 
-A number k in a config means either "the input of layer k" (vLLM, speculators), which is `hidden_states[k]`, or "the
-output of layer k" (SGLang, SpecForge, ModelOpt), which is `hidden_states[k + 1]`.
+A number k in a config means either "the input of layer k" (vLLM, speculators), which is `hidden_states[k]`,
+or "the output of layer k" (SGLang, SpecForge, ModelOpt), which is `hidden_states[k + 1]`.
 """
 
 from __future__ import annotations
@@ -11,21 +11,25 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-# Where the lists stand, and what a number means there when the list itself does not tell.
 _INPUTS, _OUTPUTS = "inputs", "outputs"
-_TOP_LEVEL_KEYS = (
-    ("eagle_aux_hidden_state_layer_ids", _INPUTS),
-    ("target_layer_ids", _OUTPUTS),
-    ("aux_hidden_states_layer_ids", _OUTPUTS),
+_KEY = "eagle_aux_hidden_state_layer_ids"
+
+# Where lists stand, and what a number means there when the list itself does not tell.
+_PLACES = (
+    (("eagle_config", _KEY), _OUTPUTS),
+    (("eagle_config", "target_layer_ids"), _OUTPUTS),
+    ((_KEY,), _INPUTS),
+    (("target_layer_ids",), _OUTPUTS),
+    (("aux_hidden_states_layer_ids",), _OUTPUTS),
 )
-_NESTED_KEYS = ("eagle_aux_hidden_state_layer_ids", "target_layer_ids")
 
 
 def listed_layers(config: dict[str, Any], speculators: bool) -> list[int] | None:
     """Finds a head's layer list in its config and translates it into `hidden_states` indices.
 
-    A list that is one of the two defaults, (2, L//2, L-3) for inputs or (1, L//2-1, L-4) for outputs, tells its own
-    convention. Any other is read by where it stands, with a warning.
+    A list that is one of the two defaults, (2, L//2, L-3) for inputs or (1, L//2-1, L-4) for outputs, tells
+    its own convention, and so do two lists that differ by one. Any other is read by where it stands, with a
+    warning.
 
     Args:
         config: The checkpoint's config.
@@ -37,38 +41,38 @@ def listed_layers(config: dict[str, Any], speculators: bool) -> list[int] | None
     Raises:
         ValueError: If the list is not a list of layer numbers.
     """
-    found = _find_list(config)
-    if found is None:
+    found = [(place, _lookup(config, place), meaning) for place, meaning in _PLACES]
+    lists = [(".".join(place), ids, meaning) for place, ids, meaning in found if ids]
+    if not lists:
         return None
-    name, ids, convention = found
-    if any(not isinstance(index, int) or isinstance(index, bool) or index < 0 for index in ids):
-        raise ValueError(f"`{name}` must list layer numbers, got {list(ids)}.")
+    name, ids, meaning = lists[0]
+    for other_name, other, _ in lists:
+        if any(not isinstance(index, int) or isinstance(index, bool) or index < 0 for index in other):
+            raise ValueError(f"`{other_name}` must list layer numbers, got {list(other)}.")
     if speculators:
-        convention = _INPUTS
-    known = _default_convention(ids)
-    if known is None and not speculators:
-        meaning = "inputs of these layers" if convention == _INPUTS else "outputs of these layers"
-        warnings.warn(
-            f"The head's `{name}` {list(ids)} is no default list; taken to mean the {meaning}. If acceptance is poor "
-            "pass feature_layer_ids (indices into the target's hidden_states) to from_pretrained.",
-            UserWarning,
-            stacklevel=2,
-        )
-    shift = 1 if (known or convention) == _OUTPUTS else 0
-    return [index + shift for index in ids]
+        return list(ids)
+    for _, other, _ in lists[1:]:
+        if [index + 1 for index in ids] == list(other):
+            return list(other)
+    meaning = _default_convention(ids) or _guessed(name, ids, meaning)
+    return [index + (meaning == _OUTPUTS) for index in ids]
 
 
-def _find_list(config: dict[str, Any]) -> tuple[str, Sequence[Any], str] | None:
-    nested = config.get("eagle_config")
-    for name in _NESTED_KEYS:
-        ids = nested.get(name) if isinstance(nested, dict) else None
-        if ids:
-            return f"eagle_config.{name}", ids, _OUTPUTS
-    for name, convention in _TOP_LEVEL_KEYS:
-        ids = config.get(name)
-        if ids:
-            return name, ids, convention
-    return None
+def _guessed(name: str, ids: Sequence[int], meaning: str) -> str:
+    warnings.warn(
+        f"The head's `{name}` {list(ids)} is no default list; taken to mean the {meaning} of these layers. "
+        "If acceptance is poor pass feature_layer_ids (indices into the target's hidden_states) to "
+        "from_pretrained.",
+        UserWarning,
+        stacklevel=2,
+    )
+    return meaning
+
+
+def _lookup(config: Any, place: Sequence[str]) -> Sequence[Any] | None:
+    for key in place:
+        config = config.get(key) if isinstance(config, dict) else None
+    return config if isinstance(config, (list, tuple)) and config else None
 
 
 def _default_convention(ids: Sequence[int]) -> str | None:

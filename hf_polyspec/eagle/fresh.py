@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_polyspec.eagle.configuration import EagleHeadConfig
@@ -24,45 +25,51 @@ def init_for(
 ) -> EagleHead:
     """Makes an untrained head for a target, bound to it.
 
-    The head's own layer is always of the Llama type, whatever the target is. Its sizes come from the target's text
-    config; for grouped or unusual attention the nearest even split of the width is taken.
+    The head's own layer is always of the Llama type, whatever the target is. Its sizes come from the target's
+    text config. An EAGLE-3 head may be narrower (`hidden_size=`): it then has an embedding of its own, which
+    starts as the target's projected onto its principal directions.
 
     Args:
         target_model: Any transformers decoder-only causal language model.
         algorithm: `"eagle1"` or `"eagle3"`.
         draft_vocab: Target ids the head shall score, distinct; `None` means all. Kept in ascending order.
-        own_lm_head: Whether the head trains an lm_head of its own (default for EAGLE-3, where it starts as a copy of
-            the target's rows) or scores with the target's frozen rows (default for EAGLE-1).
+        own_lm_head: Whether the head trains an lm_head of its own (default for EAGLE-3, where it starts as a
+            copy of the target's rows) or scores with the target's frozen rows (default for EAGLE-1).
         dtype: Of the head's weights; default the target's.
         **config_overrides: Any field of `EagleHeadConfig`.
 
     Returns:
-        The head, bound to the target, in training mode on the target's device.
+        The head, bound to the target, in training mode on the device of the target's lm_head.
 
     Raises:
         ValueError: If the target cannot carry such a head.
         TypeError: If the target has no embedding or lm_head.
     """
     parts = target_parts(target_model)
-    fields = _fields_from_target(target_model, parts, algorithm)
+    fields = _fields_from_target(target_model, parts, algorithm, config_overrides.get("hidden_size"))
     if own_lm_head is not None:
         fields["own_lm_head"] = own_lm_head
     ids = _draft_ids(draft_vocab, parts.vocab_size)
     fields["draft_vocab_size"] = parts.vocab_size if ids is None else len(ids)
-    fields.update(config_overrides)
-    config = EagleHeadConfig(**fields)
+    config = EagleHeadConfig(**{**fields, **config_overrides})
+    _refuse_narrow(config, parts)
     if config.feature_layer_ids is None:
         config.feature_layer_ids = spread_layers(config, parts.num_layers)
     head = EagleHead(config)
     if ids is not None and config.maps_vocabulary:
         head.d2t.copy_(ids - torch.arange(len(ids)))
+    if config.own_embedding:
+        _project_embedding(head, parts)
     bind(head, target_model)
     _copy_lm_head(head, parts, ids)
-    return head.to(device=parts_device(parts), dtype=dtype or _compute_dtype(target_model)).train()
+    device = parts_device(parts)
+    nn.Module.to(head, device=device, dtype=dtype or _compute_dtype(target_model))
+    head.train()
+    return head
 
 
 def spread_layers(config: EagleHeadConfig, num_layers: int) -> list[int]:
-    """Returns which hidden states a fresh head reads: the published places where the target is deep enough for them.
+    """Returns which hidden states a fresh head reads: the published places where the target is deep enough.
 
     A target of fewer than six layers, or another number of features, gets depths spread evenly from 0 to L-1.
 
@@ -76,12 +83,35 @@ def spread_layers(config: EagleHeadConfig, num_layers: int) -> list[int]:
     count = config.num_features or 1
     if config.algorithm == "eagle1" or not config.has_fc or (count == 3 and num_layers >= 6):
         return default_layers(config, num_layers)
-    return torch.linspace(0, num_layers - 1, count).round().long().tolist()
+    return [round(index * (num_layers - 1) / max(count - 1, 1)) for index in range(count)]
 
 
-def _fields_from_target(model: PreTrainedModel, parts: TargetParts, algorithm: str) -> dict[str, Any]:
+def _refuse_narrow(config: EagleHeadConfig, parts: TargetParts) -> None:
+    if config.hidden_size != parts.hidden_size and not config.own_lm_head:
+        raise ValueError("A head of another width than its target needs its own lm_head (own_lm_head=True).")
+
+
+@torch.no_grad()
+def _project_embedding(head: EagleHead, parts: TargetParts) -> None:
+    """Starts the head's own embedding as the best linear compression of the target's (principal axes)."""
+    weight = getattr(parts.embed_tokens, "weight", None)
+    if not torch.is_tensor(weight) or not weight.is_floating_point() or weight.device.type == "meta":
+        return
+    own = head.embed_tokens.weight
+    rows = weight.detach().float()[: own.shape[0]]
+    if own.shape[1] >= rows.shape[1]:
+        return
+    # eigenvalues ascend: the last columns are the widest directions
+    _, axes = torch.linalg.eigh(rows.T @ rows)
+    own.copy_(rows @ axes[:, -own.shape[1] :])
+
+
+def _fields_from_target(
+    model: PreTrainedModel, parts: TargetParts, algorithm: str, wanted_size: int | None
+) -> dict[str, Any]:
     text = model.config.get_text_config(decoder=True)
-    size = parts.hidden_size if algorithm == "eagle1" else parts.embedding_size
+    own_size = parts.hidden_size if algorithm == "eagle1" else parts.embedding_size
+    size = wanted_size or own_size
     heads, kv_heads, head_dim = _attention_split(text, size)
     inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * size
     return {
@@ -90,6 +120,7 @@ def _fields_from_target(model: PreTrainedModel, parts: TargetParts, algorithm: s
         "hidden_size": size,
         "target_hidden_size": parts.hidden_size,
         "intermediate_size": inner if isinstance(inner, int) else 4 * size,
+        "own_embedding": size != parts.embedding_size,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
@@ -121,7 +152,7 @@ def _draft_ids(draft_vocab: torch.Tensor | list[int] | None, vocab_size: int) ->
     ids = torch.as_tensor(draft_vocab, dtype=torch.long).flatten().cpu()
     if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
         raise ValueError(f"draft_vocab must hold ids of the target's vocabulary of {vocab_size}.")
-    if len(ids.unique()) != len(ids):
+    if len(set(ids.tolist())) != len(ids):
         raise ValueError("draft_vocab lists an id twice.")
     return ids.sort().values
 

@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`EagleHead.from_pretrained`: one reader for every layout, then transformers' own loader for dtype and devices."""
+"""`EagleHead.from_pretrained`: one reader for every layout, then transformers' loader for the rest."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from dataclasses import fields as dataclass_fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_polyspec.eagle.configuration import EagleHeadConfig
 from hf_polyspec.eagle.formats import account, check_mapping, convert
 from hf_polyspec.eagle.formats_files import HUB_ARGUMENTS, read_config, read_tensors
-
-if TYPE_CHECKING:
-    from hf_polyspec.eagle.modeling import EagleHead
+from hf_polyspec.eagle.modeling import EagleHead
 
 # Arguments of from_pretrained that have no say in how a head is read.
 _IDLE = ("trust_remote_code", "variant", "weights_only", "_from_auto", "_from_pipeline", "adapter_kwargs")
@@ -22,8 +20,11 @@ _NOT_OVERRIDES = ("dtype", "output_hidden_states", "return_dict")
 
 
 def load_head(
-    base: Callable[..., Any], source: str | os.PathLike[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> EagleHead:
+    base: Callable[..., Any],
+    source: str | os.PathLike[str] | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     """Loads a head of any known layout; see `EagleHead.from_pretrained`.
 
     Args:
@@ -33,14 +34,13 @@ def load_head(
         kwargs: Keyword arguments of `from_pretrained`.
 
     Returns:
-        The head.
+        The head, or the head and a loading report, as `base` returns it.
 
     Raises:
         ValueError: If the checkpoint does not add up.
     """
     if source is None:
-        head: EagleHead = base(None, *args, **kwargs)
-        return head
+        return base(None, *args, **kwargs)
     name = os.fspath(source)
     hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
     for key in (*HUB_ARGUMENTS, *_IDLE):
@@ -57,8 +57,8 @@ def load_head(
             check_mapping(tensors["d2t"], config)
     else:
         config, tensors = convert(written, tensors, overrides)
-    loaded: EagleHead = base(None, *args, config=config, state_dict=tensors, **kwargs)
-    head = loaded[0] if isinstance(loaded, tuple) else loaded
+    loaded = base(None, *args, config=config, state_dict=tensors, **kwargs)
+    head: EagleHead = loaded[0] if isinstance(loaded, tuple) else loaded
     head.name_or_path = name
     head.config._name_or_path = name
     return loaded

@@ -37,8 +37,8 @@ def attention_mask_4d(
         dtype: Floating type of an additive mask.
 
     Returns:
-        The mask broadcastable to `[B, n_h, count, past + count]`, or `None`, and whether plain causal masking over
-        a square is to be used instead.
+        The mask broadcastable to `[B, n_h, count, past + count]`, or `None`, and whether plain causal masking
+        over a square is to be used instead.
 
     Raises:
         ValueError: If the mask has another shape.
@@ -49,26 +49,46 @@ def attention_mask_4d(
             return None, False
         return (None, True) if past == 0 else (_causal(past, count, device)[None, None], False)
     if attention_mask.shape[-1] != total:
-        raise ValueError(
-            f"attention_mask must cover the {past} cached and {count} new pairs, got {list(attention_mask.shape)}."
-        )
+        shape = list(attention_mask.shape)
+        raise ValueError(f"attention_mask must cover the {past} cached and {count} new pairs, got {shape}.")
     mask = attention_mask.to(device)
     if mask.dim() == 2:
         real = mask.bool()
-        if count == 1 and bool(real.all()):
-            return None, False
         visible = _causal(past, count, device)[None] & real[:, None, :]
         # a padding query sees nothing real; looking at itself keeps its (unused) output finite
         return (visible | _itself(past, count, device)[None])[:, None], False
     if mask.dim() != 4 or mask.shape[2] != count:
-        raise ValueError(
-            f"attention_mask must be [B, {total}] or [B, heads or 1, {count}, {total}], got {list(mask.shape)}."
-        )
+        shape = list(mask.shape)
+        raise ValueError(f"attention_mask must be [B, {total}] or [B, 1, {count}, {total}], got {shape}.")
     if mask.dtype == torch.bool:
         return mask, False
     if not mask.is_floating_point():
         raise ValueError("A 4-D attention_mask must be boolean (True is visible) or additive floating point.")
     return mask.to(dtype), False
+
+
+def windowed(
+    mask: torch.Tensor | None, causal: bool, queries: torch.Tensor, keys: torch.Tensor, window: int
+) -> torch.Tensor:
+    """Hides from a mask what lies further back than a sliding window, by position.
+
+    Args:
+        mask: What `attention_mask_4d` returned.
+        causal: What `attention_mask_4d` returned.
+        queries: Positions of the new pairs, `[B, count]`.
+        keys: Positions of all pairs, `[B, past + count]`.
+        window: How many positions a query sees, its own included.
+
+    Returns:
+        A mask `[B, 1 or n_h, count, past + count]`.
+    """
+    # [B, 1, count, past + count]
+    near = (keys[:, None, :] > queries[:, :, None] - window)[:, None]
+    if causal:
+        near = near & _causal(0, queries.shape[1], near.device)
+    if mask is None:
+        return near
+    return mask & near if mask.dtype == torch.bool else mask.masked_fill(~near, torch.finfo(mask.dtype).min)
 
 
 def _causal(past: int, count: int, device: torch.device) -> torch.Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The EAGLE draft head: one small decoder layer that reads a larger model's features and guesses its next tokens."""
+"""The EAGLE draft head: one small layer that reads a larger model's features and guesses its next tokens."""
 
 from __future__ import annotations
 
@@ -10,21 +10,29 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
-from hf_polyspec.eagle.attention import ATTENTION, Attend, EagleLayer, EagleRMSNorm, EagleRotaryEmbedding, HeadCache, Rotary
+from hf_polyspec.eagle.attention import (
+    ATTENTION,
+    Attend,
+    EagleLayer,
+    EagleRMSNorm,
+    EagleRotaryEmbedding,
+    HeadCache,
+    Rotary,
+)
 from hf_polyspec.eagle.configuration import EagleHeadConfig
-from hf_polyspec.eagle.masks import attention_mask_4d, default_positions
+from hf_polyspec.eagle.masks import attention_mask_4d, default_positions, windowed
 from hf_polyspec.eagle.vocabulary import Borrowed, VocabularySlice, lm_head_logits
 
 
 @dataclass
-class EagleHeadOutput(ModelOutput):  # type: ignore[misc]
+class EagleHeadOutput(ModelOutput):
     """What one pass of a head returns.
 
     Args:
         logits: `[B, T, Vd]`, over the head's own ids.
-        hidden: `[B, T, H]`, the head's guess of the next feature; what the next draft step eats.
+        hidden: `[B, T, H]`, the head's guess of the next feature; what the next draft step reads.
     """
 
     logits: torch.Tensor | None = None
@@ -34,10 +42,10 @@ class EagleHeadOutput(ModelOutput):  # type: ignore[misc]
 class EagleHead(PreTrainedModel):
     """An EAGLE-1, EAGLE-2 or EAGLE-3 draft head for any decoder-only target.
 
-    At position i the head reads the target's feature of token i together with the embedding of token i+1, and
-    guesses token i+2 (arXiv 2401.15077, arXiv 2503.01840). Target features pass through `fuse` once; the head's own
-    output feeds the next step as it is. The embedding, and where the head has none of its own the lm_head, are the
-    target's modules: `bind` them before the first step. They are neither copied nor saved.
+    At position i the head reads the target's feature of token i together with the embedding of token i+1,
+    and guesses token i+2 (arXiv 2401.15077, arXiv 2503.01840). Target features pass through `fuse` once; the
+    head's own output feeds the next step as it is. The embedding, and where the head has none of its own the
+    lm_head, are the target's modules: `bind` them before the first step. They are neither copied nor saved.
 
     Args:
         config: The head's configuration.
@@ -47,24 +55,23 @@ class EagleHead(PreTrainedModel):
     config_class = EagleHeadConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    _no_split_modules = ["EagleLayer"]
     _supports_sdpa = True
+    d2t: torch.Tensor
 
     def __init__(self, config: EagleHeadConfig) -> None:
         super().__init__(config)
-        size, eps = config.hidden_size, config.rms_norm_eps
-        feature_size = config.feature_size
+        size, eps, features = config.hidden_size, config.rms_norm_eps, config.num_features or 1
         if config.algorithm == "eagle1":
             self.fc = nn.Linear(2 * size, size, bias=config.fc_bias)
         elif config.has_fc:
-            self.fc = nn.Linear(feature_size, size, bias=config.fc_bias)
+            self.fc = nn.Linear(config.feature_size, size, bias=config.fc_bias)
         if config.embed_norm:
             self.embed_layernorm = EagleRMSNorm(size, eps)
         if config.norm_before_fc:
-            self.input_norm = EagleRMSNorm(feature_size, eps)
+            self.input_norm = EagleRMSNorm(config.feature_size, eps)
         if config.fc_norm:
-            width = feature_size // (config.num_features or 1)
-            self.fc_norm = nn.ModuleList(EagleRMSNorm(width, eps) for _ in range(config.num_features or 1))
+            width = config.feature_size // features
+            self.fc_norm = nn.ModuleList(EagleRMSNorm(width, eps) for _ in range(features))
         self.layers = nn.ModuleList(EagleLayer(config, index) for index in range(config.num_hidden_layers))
         if config.final_norm:
             self.norm = EagleRMSNorm(size, eps)
@@ -76,6 +83,7 @@ class EagleHead(PreTrainedModel):
             # target id = draft id + d2t[draft id]
             self.register_buffer("d2t", torch.zeros(int(config.draft_vocab_size or 0), dtype=torch.long))
         self.rotary_emb = EagleRotaryEmbedding(config)
+        self._no_split_modules = ["EagleLayer"]
         self._borrowed = Borrowed()
         self._rows: VocabularySlice | None = None
         self.post_init()
@@ -83,29 +91,31 @@ class EagleHead(PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
-    ) -> EagleHead:
+    ) -> Any:
         """Loads a head from a folder or a hub id, in this library's or any published EAGLE layout.
 
-        Recognised: EAGLE-1/2 and EAGLE-3 official, speculators (EAGLE-1 0.1 and EAGLE-3), SpecForge, ModelOpt.
-        Every key of the checkpoint must find its place and every weight of the head its key.
+        Recognised: EAGLE-1/2 and EAGLE-3 official, speculators (EAGLE-1 0.1, EAGLE-3), SpecForge, ModelOpt.
+        Every key of the checkpoint must find its place, and every weight of the head its key.
 
         Args:
             pretrained_model_name_or_path: Folder or hub id.
             *args: Passed to `PreTrainedModel.from_pretrained`.
-            **kwargs: The usual ones (`dtype`, `device_map`, `revision`, `token`, ...).
+            **kwargs: The usual ones (`dtype`, `device_map`, `revision`, `token`, ...), and any field of
+                `EagleHeadConfig` that the caller knows better than the checkpoint.
 
         Returns:
-            The head, in evaluation mode.
+            The head, in evaluation mode; with `output_loading_info=True` also transformers' loading report.
 
         Raises:
-            ValueError: If keys are missing, unexpected or misshapen (all are listed), or if the checkpoint asks for
-                a variant that is not supported (named).
+            ValueError: If keys are missing, unexpected or misshapen (all are listed), or if the checkpoint
+                asks for a variant that is not supported (named).
+            OSError: If there is no checkpoint.
         """
         from hf_polyspec.eagle.loading import load_head
 
         return load_head(super().from_pretrained, pretrained_model_name_or_path, args, kwargs)
 
-    # -- the target's modules --------------------------------------------------------------------------------------
+    # -- the target's modules --------------------------------------------------------------------------------
 
     def bind(
         self,
@@ -117,7 +127,7 @@ class EagleHead(PreTrainedModel):
     ) -> EagleHead:
         """Lends the head the target's embedding and lm_head, without copying or registering them.
 
-        A head that brings its own embedding drops it here when it equals the target's, and keeps it otherwise.
+        A head that brings its own embedding lets it go here when it equals the target's, else keeps it.
 
         Args:
             embed_tokens: Module from ids to embeddings, V rows of width H.
@@ -139,6 +149,11 @@ class EagleHead(PreTrainedModel):
         return self
 
     @property
+    def borrowed(self) -> Borrowed:
+        """The target's modules that the head uses."""
+        return self._borrowed
+
+    @property
     def is_bound(self) -> bool:
         """Whether the head has everything it needs to draft."""
         has_embedding = self.config.own_embedding or self._borrowed.embed_tokens is not None
@@ -153,14 +168,15 @@ class EagleHead(PreTrainedModel):
         return self.lm_head if self.config.own_lm_head else None
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Embeds target ids `[B, T]` as the head reads them, `[B, T, H]`, on the head's device and in its dtype."""
+        """Embeds target ids `[B, T]` as `[B, T, H]`, on the head's device and in its dtype."""
         module = self.get_input_embeddings()
         device = getattr(getattr(module, "weight", None), "device", token_ids.device)
-        ids = token_ids if device.type == "meta" else token_ids.to(device)  # meta: offloaded, moved by its hook
+        # an offloaded embedding (meta) is moved to its inputs by its own hook
+        ids = token_ids if device.type == "meta" else token_ids.to(device)
         embedded: torch.Tensor = module(ids).to(device=self.device, dtype=self.dtype)
         return embedded
 
-    # -- drafting ----------------------------------------------------------------------------------------------------
+    # -- drafting --------------------------------------------------------------------------------------------
 
     def new_cache(self) -> HeadCache:
         """Returns an empty cache for `step`."""
@@ -194,7 +210,7 @@ class EagleHead(PreTrainedModel):
         return fused
 
     def rotary(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> Rotary:
-        """Returns the rotary angles (cos, sin), each `[B, T, d]`, of any positions, however far."""
+        """Returns the rotary angles (cos, sin), each `[B, T, r]`, of any positions, however far."""
         angles: Rotary = self.rotary_emb(hidden, position_ids)
         return angles
 
@@ -224,9 +240,10 @@ class EagleHead(PreTrainedModel):
         Args:
             token_ids: Target ids, `[B, T]`: the token *after* each feature's own.
             features: `[B, T, H]`: `fuse(target features)`, or what an earlier step returned.
-            position_ids: Positions of the features, `[B, T]` or `[1, T]`; default: in order, padding not counted.
-            attention_mask: `None` (causal over cache and input), `[B, S]` with 0 for padding, or `[B or 1, 1 or n_h,
-                T, S]` boolean (True is visible) or additive, where S is the cache's length plus T.
+            position_ids: Positions of the features, `[B, T]` or `[1, T]`; default: in order, not counting
+                padding.
+            attention_mask: `None` (causal over cache and input), `[B, S]` with 0 for padding, or `[B or 1, 1
+                or n_h, T, S]` boolean (True is visible) or additive; S is the cache's length plus T.
             cache: Entries of earlier steps; extended by T.
 
         Returns:
@@ -236,26 +253,29 @@ class EagleHead(PreTrainedModel):
             ValueError: If shapes do not fit or the head is not bound to a target.
         """
         batch, count = token_ids.shape
-        if features.shape != (batch, count, self.config.hidden_size):
+        size, past = self.config.hidden_size, cache.length if cache is not None else 0
+        if features.shape != (batch, count, size):
             raise ValueError(
-                f"features must be [{batch}, {count}, {self.config.hidden_size}] (fuse target features first), "
-                f"got {list(features.shape)}."
+                f"features must be [{batch}, {count}, {size}] (fuse target features first), got "
+                f"{list(features.shape)}."
             )
-        past = cache.length if cache is not None else 0
         if position_ids is None:
             position_ids = default_positions(attention_mask, past, count, self.device)
         mask, causal = attention_mask_4d(attention_mask, past, count, self.device, self.dtype)
         stream, embedded = self.mix(token_ids, features)
-        rotary = self.rotary(stream, position_ids.to(self.device))
+        position_ids = position_ids.to(self.device)
+        if self.config.sliding_window is not None:
+            queries = position_ids.expand(batch, -1)
+            keys = queries if cache is None else cache.append_positions(queries)
+            mask, causal = windowed(mask, causal, queries, keys, self.config.sliding_window), False
+        rotary = self.rotary(stream, position_ids)
         for index, layer in enumerate(self.layers):
             stream = layer(stream, embedded, rotary, self._attend(index, mask, causal, cache))
         if cache is not None:
             cache.advance(count)
         return self.norm(stream) if self.config.norm_output else stream
 
-    def _attend(
-        self, index: int, mask: torch.Tensor | None, causal: bool, cache: HeadCache | None
-    ) -> Attend:
+    def _attend(self, index: int, mask: torch.Tensor | None, causal: bool, cache: HeadCache | None) -> Attend:
         function = ATTENTION[self.config._attn_implementation or "sdpa"]
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -273,8 +293,8 @@ class EagleHead(PreTrainedModel):
             rows: A slice of the head's ids from `vocabulary_slice`, to score only those.
 
         Returns:
-            `[..., Vd]` (or one column per row of the slice), as raw logits over the head's ids: translate chosen ids
-            with `draft_to_target`.
+            `[..., Vd]` (or one column per row of the slice), raw logits over the head's ids: translate chosen
+            ids with `draft_to_target`.
 
         Raises:
             ValueError: If the head is not bound to a target whose lm_head it needs.
@@ -284,7 +304,9 @@ class EagleHead(PreTrainedModel):
         return lm_head_logits(self, hidden, rows)
 
     def vocabulary_slice(self, target_ids: torch.Tensor) -> VocabularySlice:
-        """Copies the lm_head rows of some target ids, so that only they are scored (FR-Spec, arXiv 2502.14856).
+        """Copies the lm_head rows of some target ids, so that only they are scored.
+
+        The idea is FR-Spec's (arXiv 2502.14856).
 
         Args:
             target_ids: `[N]` distinct target ids, each of which the head can score.
@@ -293,7 +315,7 @@ class EagleHead(PreTrainedModel):
             The slice, for `logits` and `draft_to_target`.
 
         Raises:
-            ValueError: If an id is outside the head's vocabulary or the lm_head's rows cannot be read (quantised).
+            ValueError: If an id is outside the head's vocabulary, or the rows cannot be read (quantised).
         """
         return VocabularySlice.of(self, target_ids)
 
@@ -306,10 +328,11 @@ class EagleHead(PreTrainedModel):
         return ids + self.d2t.to(ids.device)[ids]
 
     def borrowed_rows(self) -> VocabularySlice:
-        """Returns the target's lm_head rows for all the head's ids, copied once; for heads that map the vocabulary."""
-        if self._rows is None or self._rows.weight.device != self.device or self._rows.weight.dtype != self.dtype:
-            self._rows = VocabularySlice.of(self, self.target_ids())
-        return self._rows
+        """Returns the target's lm_head rows for all ids of a head that maps the vocabulary, copied once."""
+        rows = self._rows
+        if rows is None or rows.weight.device != self.device or rows.weight.dtype != self.dtype:
+            rows = self._rows = VocabularySlice.of(self, self.target_ids())
+        return rows
 
     def target_ids(self) -> torch.Tensor:
         """Returns the target id of each of the head's ids, `[Vd]`."""
@@ -339,5 +362,5 @@ class EagleHead(PreTrainedModel):
         return EagleHeadOutput(logits=self.logits(hidden), hidden=hidden)
 
 
-AutoConfig.register("polyspec_eagle", EagleHeadConfig)
+AutoConfig.register(EagleHeadConfig.model_type, EagleHeadConfig)
 AutoModel.register(EagleHeadConfig, EagleHead)

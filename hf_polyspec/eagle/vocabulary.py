@@ -50,7 +50,7 @@ class Borrowed:
         """Returns the modules after checking that they fit a head.
 
         Raises:
-            ValueError: If the embedding's width or rows, or the lm_head's input width, differ from the head's.
+            ValueError: If the embedding's or the lm_head's width or rows differ from the head's.
         """
         rows, width = module_shape(embed_tokens)
         config = head.config
@@ -60,21 +60,27 @@ class Borrowed:
             )
         if not config.own_embedding and width is not None and width != config.hidden_size:
             raise ValueError(
-                f"The head is {config.hidden_size} wide and has no embedding of its own; this embedding is {width} wide."
+                f"The head is {config.hidden_size} wide and has no embedding of its own; this embedding is "
+                f"{width} wide."
             )
         if not config.own_lm_head:
-            if lm_head is None:
-                raise ValueError("This head scores tokens with the target's lm_head: bind needs one.")
-            out_rows, in_width = module_shape(lm_head)
-            if in_width is not None and in_width != config.hidden_size:
-                raise ValueError(
-                    f"The head is {config.hidden_size} wide; the target's lm_head reads {in_width} wide states."
-                )
-            if out_rows is not None and out_rows < config.vocab_size:
-                raise ValueError(
-                    f"The head was made for a vocabulary of {config.vocab_size}; this lm_head scores {out_rows} ids."
-                )
+            cls._check_lm_head(head, lm_head)
         return cls(embed_tokens, lm_head, logit_scale, logit_softcap)
+
+    @staticmethod
+    def _check_lm_head(head: EagleHead, lm_head: nn.Module | None) -> None:
+        if lm_head is None:
+            raise ValueError("This head scores tokens with the target's lm_head: bind needs one.")
+        config = head.config
+        rows, width = module_shape(lm_head)
+        if width is not None and width != config.hidden_size:
+            raise ValueError(
+                f"The head is {config.hidden_size} wide; the target's lm_head reads {width} wide states."
+            )
+        if rows is not None and rows < config.vocab_size:
+            raise ValueError(
+                f"The head was made for a vocabulary of {config.vocab_size}; this lm_head scores {rows} ids."
+            )
 
     def need_embedding(self) -> nn.Module:
         """Returns the embedding.
@@ -83,7 +89,7 @@ class Borrowed:
             ValueError: If none is bound.
         """
         if self.embed_tokens is None:
-            raise ValueError("The head has no embedding: call bind(embed_tokens, lm_head) with the target's modules.")
+            raise ValueError("The head has no embedding: call bind(embed_tokens, lm_head) first.")
         return self.embed_tokens
 
     def need_lm_head(self) -> nn.Module:
@@ -93,11 +99,11 @@ class Borrowed:
             ValueError: If none is bound.
         """
         if self.lm_head is None:
-            raise ValueError("The head has no lm_head: call bind(embed_tokens, lm_head) with the target's modules.")
+            raise ValueError("The head has no lm_head: call bind(embed_tokens, lm_head) first.")
         return self.lm_head
 
     def same_embedding(self, own: nn.Embedding) -> bool:
-        """Whether a head's own embedding holds the same numbers as this one, in the coarser of their two dtypes."""
+        """Whether a head's own embedding equals this one, in the coarser of their two dtypes."""
         theirs = getattr(self.embed_tokens, "weight", None)
         scaled = type(self.embed_tokens) is not nn.Embedding
         if scaled or theirs is None or theirs.shape != own.weight.shape or theirs.device.type == "meta":
@@ -136,14 +142,11 @@ class VocabularySlice:
             raise ValueError(f"A vocabulary slice needs a list of target ids, got shape {list(ids.shape)}.")
         if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size or bool((row_of[ids] < 0).any()):
             raise ValueError("A target id of the slice is outside the vocabulary that the head scores.")
-        # a borrowed lm_head has one row per target id, the head's own one per draft id
-        weight, bias = readable_rows(head.lm_head, row_of[ids]) if config.own_lm_head else _borrowed_rows(head, ids)
-        return cls(ids.to(head.device), weight.to(head.device, head.dtype), bias)
-
-
-def _borrowed_rows(head: EagleHead, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    weight, bias = readable_rows(head._borrowed.need_lm_head(), ids)
-    return weight, None if bias is None else bias.to(head.device, head.dtype)
+        # the head's own lm_head has one row per draft id, a borrowed one a row per target id
+        lm_head = head.lm_head if config.own_lm_head else head.borrowed.need_lm_head()
+        weight, bias = readable_rows(lm_head, row_of[ids] if config.own_lm_head else ids)
+        weight = weight.to(head.device, head.dtype)
+        return cls(ids.to(head.device), weight, None if bias is None else bias.to(head.device, head.dtype))
 
 
 def readable_rows(lm_head: nn.Module, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -154,33 +157,34 @@ def readable_rows(lm_head: nn.Module, rows: torch.Tensor) -> tuple[torch.Tensor,
     """
     weight, bias = getattr(lm_head, "weight", None), getattr(lm_head, "bias", None)
     if not torch.is_tensor(weight) or not weight.is_floating_point() or weight.dim() != 2:
-        raise ValueError("The lm_head's rows cannot be read (quantised?), so its vocabulary cannot be sliced.")
+        raise ValueError("The lm_head's rows cannot be read (quantised?), so it cannot be sliced.")
     if weight.device.type == "meta":
-        raise ValueError("The lm_head is offloaded, so its vocabulary cannot be sliced.")
+        raise ValueError("The lm_head is offloaded, so it cannot be sliced.")
     picked = weight.detach().index_select(0, rows.to(weight.device))
     return picked, bias.detach().index_select(0, rows.to(bias.device)) if torch.is_tensor(bias) else None
 
 
 def lm_head_logits(head: EagleHead, hidden: torch.Tensor, rows: VocabularySlice | None) -> torch.Tensor:
-    """Scores `[..., H]` with a slice, with the head's own lm_head, or with the target's; see `EagleHead.logits`."""
-    if rows is not None:
-        scores = functional.linear(hidden, rows.weight, rows.bias)
-    elif head.config.own_lm_head:
-        return _own_logits(head, hidden)
-    elif head.config.maps_vocabulary:
-        own = head.borrowed_rows()
-        scores = functional.linear(hidden, own.weight, own.bias)
+    """Scores `[..., H]` with a slice, the head's own lm_head or the target's; see `EagleHead.logits`."""
+    if rows is None and head.config.own_lm_head:
+        own: torch.Tensor = head.lm_head(hidden)
+        return own
+    if rows is None and head.config.maps_vocabulary:
+        rows = head.borrowed_rows()
+    if rows is None:
+        scores = _scores_by(head.borrowed.need_lm_head(), hidden)[..., : head.config.vocab_size]
+        scores = scores.to(head.device)
     else:
-        module = head._borrowed.need_lm_head()
-        weight = getattr(module, "weight", None)
-        if torch.is_tensor(weight) and weight.is_floating_point() and weight.device.type != "meta":
-            hidden = hidden.to(weight.device, weight.dtype)
-        scores = module(hidden)[..., : head.config.vocab_size].to(head.device)
-    return scores if head.config.own_lm_head else _as_target(head._borrowed, scores)
+        scores = functional.linear(hidden, rows.weight, rows.bias)
+    return scores if head.config.own_lm_head else _as_target(head.borrowed, scores)
 
 
-def _own_logits(head: EagleHead, hidden: torch.Tensor) -> torch.Tensor:
-    scores: torch.Tensor = head.lm_head(hidden)
+def _scores_by(lm_head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Calls an lm_head where it lives, in its own dtype; packed and offloaded ones see to that themselves."""
+    weight = getattr(lm_head, "weight", None)
+    if torch.is_tensor(weight) and weight.is_floating_point() and weight.device.type != "meta":
+        hidden = hidden.to(weight.device, weight.dtype)
+    scores: torch.Tensor = lm_head(hidden)
     return scores
 
 

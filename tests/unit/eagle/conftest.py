@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny checkpoints in every published layout, and an independent reference of what a head computes.
 
-The reference reads the stored tensors under their official names and recomputes every position from the formulas; it
-shares no code with the package.
+The reference reads the stored tensors under their official names and recomputes every position from the
+formulas; it shares no code with the package.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-V, H, I, HEADS, KV, D = 53, 24, 40, 4, 2, 6
+V, H, INNER, HEADS, KV, D = 53, 24, 40, 4, 2, 6
 DRAFT = 17
 
 Tensors = dict[str, torch.Tensor]
@@ -40,9 +40,9 @@ def layer_tensors(
         "self_attn.k_proj.weight": draw(generator, KV * D, width),
         "self_attn.v_proj.weight": draw(generator, KV * D, width),
         "self_attn.o_proj.weight": draw(generator, size, HEADS * D),
-        "mlp.gate_proj.weight": draw(generator, I, size),
-        "mlp.up_proj.weight": draw(generator, I, size),
-        "mlp.down_proj.weight": draw(generator, size, I),
+        "mlp.gate_proj.weight": draw(generator, INNER, size),
+        "mlp.up_proj.weight": draw(generator, INNER, size),
+        "mlp.down_proj.weight": draw(generator, size, INNER),
         "post_attention_layernorm.weight": norm_weight(generator, size),
     }
     if qkv_bias:
@@ -60,7 +60,7 @@ def eagle1(*, bias: bool = False, qkv_bias: bool = False, seed: int = 0) -> tupl
         "eos_token_id": 2,
         "hidden_act": "silu",
         "hidden_size": H,
-        "intermediate_size": I,
+        "intermediate_size": INNER,
         "max_position_embeddings": 2048,
         "model_type": "llama",
         "num_attention_heads": HEADS,
@@ -75,7 +75,10 @@ def eagle1(*, bias: bool = False, qkv_bias: bool = False, seed: int = 0) -> tupl
         config["bias"] = False
     if qkv_bias:
         config["qkv_bias"] = True
-    tensors = {"embed_tokens.weight": draw(generator, V, H, scale=1.0), "fc.weight": draw(generator, H, 2 * H)}
+    tensors = {
+        "embed_tokens.weight": draw(generator, V, H, scale=1.0),
+        "fc.weight": draw(generator, H, 2 * H),
+    }
     if bias:
         tensors["fc.bias"] = draw(generator, H)
     tensors |= layer_tensors(generator, "layers.0.", H, qkv_bias=qkv_bias)
@@ -108,7 +111,7 @@ def eagle3(
         "eos_token_id": 2,
         "hidden_act": "silu",
         "hidden_size": H,
-        "intermediate_size": I,
+        "intermediate_size": INNER,
         "max_position_embeddings": 2048,
         "model_type": "llama",
         "num_attention_heads": HEADS,
@@ -142,7 +145,7 @@ def write(folder: Path, config: dict[str, Any], tensors: Tensors) -> Path:
     return folder
 
 
-# -- the reference ----------------------------------------------------------------------------------------------------
+# -- the reference -----------------------------------------------------------------------------------------
 
 
 def rms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -162,7 +165,12 @@ def turn(x: torch.Tensor, positions: list[int], theta: float, part: int) -> torc
 
 
 def layer(
-    w: Tensors, prefix: str, read: torch.Tensor, residual: torch.Tensor, positions: list[int], facts: SimpleNamespace
+    w: Tensors,
+    prefix: str,
+    read: torch.Tensor,
+    residual: torch.Tensor,
+    positions: list[int],
+    facts: SimpleNamespace,
 ) -> torch.Tensor:
     """One Llama layer on [T, *], causal, without a cache: returns [T, H]."""
     count = len(positions)
@@ -182,8 +190,9 @@ def layer(
     for head in range(HEADS):
         group = head // (HEADS // KV)
         for t in range(count):
-            scores = key[: t + 1, group] @ query[t, head] / D**0.5
-            mixed[t, head] = scores.softmax(0) @ value[: t + 1, group]
+            first = max(0, t + 1 - facts.window)
+            scores = key[first : t + 1, group] @ query[t, head] / D**0.5
+            mixed[t, head] = scores.softmax(0) @ value[first : t + 1, group]
     a = residual + mixed.view(count, HEADS * D) @ w[f"{prefix}self_attn.o_proj.weight"].T
     normed = rms(a, w[f"{prefix}post_attention_layernorm.weight"], facts.eps)
     gate = torch.nn.functional.silu(normed @ w[f"{prefix}mlp.gate_proj.weight"].T)
@@ -196,6 +205,7 @@ def facts(**changes: Any) -> SimpleNamespace:
         "eps": 1e-5,
         "theta": 10000.0,
         "rotary_part": 1.0,
+        "window": 10**6,
         "norm_before_residual": False,
         "norm_output": False,
         "embedding": None,
@@ -207,7 +217,7 @@ def facts(**changes: Any) -> SimpleNamespace:
 def eagle1_forward(
     w: Tensors, tokens: list[int], features: torch.Tensor, positions: list[int], known: SimpleNamespace
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """EAGLE-1 on the whole sequence: returns (y [T, H], logits [T, V]). Features [T, H] are post-norm states."""
+    """EAGLE-1 on the whole sequence: (y [T, H], logits [T, V]). Features [T, H] are post-norm states."""
     embedded = known.embedding[tokens]
     if "embed_layernorm.weight" in w:
         embedded = rms(embedded, w["embed_layernorm.weight"], known.eps)
@@ -231,7 +241,7 @@ def eagle3_fuse(w: Tensors, features: torch.Tensor, known: SimpleNamespace) -> t
 def eagle3_forward(
     w: Tensors, tokens: list[int], h: torch.Tensor, positions: list[int], known: SimpleNamespace
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """EAGLE-3 on the whole sequence of fused or predicted features h [T, H]: (next feature [T, H], logits [T, Vd])."""
+    """EAGLE-3 on all of the fused or predicted features h [T, H]: (next feature [T, H], logits [T, Vd])."""
     embedding = w.get("embed_tokens.weight", known.embedding)
     normed = rms(h, w["midlayer.hidden_norm.weight"], known.eps)
     read = torch.cat([rms(embedding[tokens], w["midlayer.input_layernorm.weight"], known.eps), normed], -1)
@@ -245,8 +255,10 @@ def eagle3_forward(
     return (last if known.norm_output else y), last @ w["lm_head.weight"].T
 
 
-def draft(forward: Any, w: Tensors, tokens: list[int], h: torch.Tensor, steps: int, known: SimpleNamespace) -> Any:
-    """Prefills with true features h [T, H], then drafts greedily: returns (all logits [T + steps, Vd], tokens)."""
+def draft(
+    forward: Any, w: Tensors, tokens: list[int], h: torch.Tensor, steps: int, known: SimpleNamespace
+) -> Any:
+    """Prefills with true features h [T, H], then drafts greedily: (all logits [T + steps, Vd], tokens)."""
     d2t = w.get("d2t")
     tokens, collected = list(tokens), []
     for step in range(steps + 1):
@@ -262,10 +274,10 @@ def draft(forward: Any, w: Tensors, tokens: list[int], h: torch.Tensor, steps: i
 def kit() -> SimpleNamespace:
     """Makers of checkpoints and the reference, in one bundle."""
     return SimpleNamespace(
-        V=V, H=H, I=I, HEADS=HEADS, KV=KV, D=D, DRAFT=DRAFT,
-        eagle1=eagle1, eagle3=eagle3, write=write, facts=facts, offsets=offsets, draw=draw, norm_weight=norm_weight,
-        layer_tensors=layer_tensors, eagle1_forward=eagle1_forward, eagle3_forward=eagle3_forward,
-        eagle3_fuse=eagle3_fuse, draft=draft,
+        V=V, H=H, INNER=INNER, HEADS=HEADS, KV=KV, D=D, DRAFT=DRAFT,
+        eagle1=eagle1, eagle3=eagle3, write=write, facts=facts, offsets=offsets, draw=draw,
+        norm_weight=norm_weight, layer_tensors=layer_tensors, eagle1_forward=eagle1_forward,
+        eagle3_forward=eagle3_forward, eagle3_fuse=eagle3_fuse, draft=draft,
     )  # fmt: skip
 
 

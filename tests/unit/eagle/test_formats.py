@@ -18,7 +18,9 @@ TOLERANCE = 2e-5
 
 
 @torch.no_grad()
-def head_draft(head: EagleHead, tokens: list[int], features: torch.Tensor, steps: int) -> tuple[Any, list[int]]:
+def head_draft(
+    head: EagleHead, tokens: list[int], features: torch.Tensor, steps: int
+) -> tuple[Any, list[int]]:
     """Prefills in two chunks, then drafts greedily with the cache: (all logits [T + steps, Vd], tokens)."""
     cache, tokens, collected, y = head.new_cache(), list(tokens), [], None
     for piece in (slice(0, 2), slice(2, None)):
@@ -28,12 +30,16 @@ def head_draft(head: EagleHead, tokens: list[int], features: torch.Tensor, steps
     for step in range(steps + 1):
         tokens.append(int(head.draft_to_target(collected[-1][-1].argmax())))
         if step < steps:
-            y = head.step(torch.tensor([tokens[-1:]]), y[:, -1:], torch.tensor([[len(tokens) - 1]]), cache=cache)
+            y = head.step(
+                torch.tensor([tokens[-1:]]), y[:, -1:], torch.tensor([[len(tokens) - 1]]), cache=cache
+            )
             collected.append(head.logits(y)[0])
     return torch.cat(collected), tokens
 
 
-def compare(head: EagleHead, target: SimpleNamespace, features: torch.Tensor, reference: tuple[Any, list[int]]) -> None:
+def compare(
+    head: EagleHead, target: SimpleNamespace, features: torch.Tensor, reference: tuple[Any, list[int]]
+) -> None:
     logits, tokens = head_draft(head.bind(target.embedding, target.lm_head), target.tokens, features, STEPS)
     assert tokens == reference[1]
     torch.testing.assert_close(logits, reference[0], atol=TOLERANCE, rtol=TOLERANCE)
@@ -48,7 +54,9 @@ def eagle1_reference(kit: SimpleNamespace, target: SimpleNamespace, w: Any, **ch
     return kit.draft(kit.eagle1_forward, w, target.tokens, target.features(kit.H), STEPS, facts)
 
 
-def eagle3_reference(kit: SimpleNamespace, target: SimpleNamespace, w: Any, width: int, **changes: Any) -> Any:
+def eagle3_reference(
+    kit: SimpleNamespace, target: SimpleNamespace, w: Any, width: int, **changes: Any
+) -> Any:
     facts = known(kit, target, **changes)
     h = kit.eagle3_fuse(w, target.features(width), facts)
     return kit.draft(kit.eagle3_forward, w, target.tokens, h, STEPS, facts)
@@ -63,12 +71,14 @@ def rename(tensors: dict[str, torch.Tensor], *pairs: tuple[str, str]) -> dict[st
     return out
 
 
-# -- EAGLE-1/2 --------------------------------------------------------------------------------------------------------
+# -- EAGLE-1/2 ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("qkv_bias", [True, False])
-def test_eagle1_official(kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path, bias: bool, qkv_bias: bool) -> None:
+def test_eagle1_official(
+    kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path, bias: bool, qkv_bias: bool
+) -> None:
     config, w = kit.eagle1(bias=bias, qkv_bias=qkv_bias)
     w["embed_tokens.weight"] = target.embedding.weight.clone()
     head = EagleHead.from_pretrained(kit.write(tmp_path, config, w))
@@ -88,7 +98,9 @@ def test_eagle1_without_embedding_and_with_other_prefix(
     compare(head, target, target.features(kit.H), eagle1_reference(kit, target, w))
 
 
-def test_eagle1_rope_theta_is_the_heads_own(kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path) -> None:
+def test_eagle1_rope_theta_is_the_heads_own(
+    kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path
+) -> None:
     config, w = kit.eagle1()
     del w["embed_tokens.weight"]
     head = EagleHead.from_pretrained(kit.write(tmp_path, config | {"rope_theta": 500.0}, w))
@@ -107,8 +119,14 @@ def test_eagle1_hass_norms(kit: SimpleNamespace, target: SimpleNamespace, tmp_pa
     compare(head, target, target.features(kit.H), eagle1_reference(kit, target, w))
 
 
-def speculators_config(kit: SimpleNamespace, config: dict[str, Any], kind: str, **fields: Any) -> dict[str, Any]:
-    layer = {key: value for key, value in config.items() if key not in ("architectures", "draft_vocab_size", "bias")}
+def speculators_config(
+    kit: SimpleNamespace, config: dict[str, Any], kind: str, **fields: Any
+) -> dict[str, Any]:
+    layer = {
+        key: value
+        for key, value in config.items()
+        if key not in ("architectures", "draft_vocab_size", "bias")
+    }
     return {
         "architectures": ["EagleSpeculator" if kind == "eagle" else "Eagle3Speculator"],
         "speculators_model_type": kind,
@@ -150,7 +168,7 @@ def test_speculators_eagle1(
     compare(head, target, target.features(kit.H), eagle1_reference(kit, target, w))
 
 
-# -- EAGLE-3 ----------------------------------------------------------------------------------------------------------
+# -- EAGLE-3 -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("draft", [True, False])
@@ -166,7 +184,9 @@ def test_eagle3_official(
     compare(head, target, target.features(3 * kit.H), eagle3_reference(kit, target, w, 3 * kit.H))
 
 
-def test_eagle3_narrow_head_brings_its_embedding(kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path) -> None:
+def test_eagle3_narrow_head_brings_its_embedding(
+    kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path
+) -> None:
     config, w = kit.eagle3(target_size=32, embedding=True)
     head = EagleHead.from_pretrained(kit.write(tmp_path, config, w))
     reference = eagle3_reference(kit, target, w, 96)
@@ -176,7 +196,9 @@ def test_eagle3_narrow_head_brings_its_embedding(kit: SimpleNamespace, target: S
     torch.testing.assert_close(logits, reference[0], atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_eagle3_wrong_layer_count_in_config(kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path) -> None:
+def test_eagle3_wrong_layer_count_in_config(
+    kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path
+) -> None:
     config, w = kit.eagle3()
     head = EagleHead.from_pretrained(kit.write(tmp_path, config | {"num_hidden_layers": 40}, w))
     assert head.config.num_hidden_layers == 1
@@ -185,12 +207,19 @@ def test_eagle3_wrong_layer_count_in_config(kit: SimpleNamespace, target: Simple
 
 def test_eagle3_shapes_win_over_config(kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path) -> None:
     config, w = kit.eagle3()
-    wrong = config | {"intermediate_size": 7, "draft_vocab_size": 3, "num_key_value_heads": 4, "hidden_size": 8}
+    wrong = config | {
+        "intermediate_size": 7,
+        "draft_vocab_size": 3,
+        "num_key_value_heads": 4,
+        "hidden_size": 8,
+    }
     head = EagleHead.from_pretrained(kit.write(tmp_path, wrong | {"vocab_size": 11, "head_dim": kit.D}, w))
     compare(head, target, target.features(3 * kit.H), eagle3_reference(kit, target, w, 3 * kit.H))
 
 
-def test_eagle3_membership_stands_in_for_offsets(kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path) -> None:
+def test_eagle3_membership_stands_in_for_offsets(
+    kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path
+) -> None:
     config, w = kit.eagle3()
     stored = {name: tensor for name, tensor in w.items() if name != "d2t"}
     head = EagleHead.from_pretrained(kit.write(tmp_path, config, stored))
@@ -217,7 +246,9 @@ def test_specforge(kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path
         "tie_word_embeddings": False,
     }
     head = EagleHead.from_pretrained(kit.write(tmp_path, config, w))
-    compare(head, target, target.features(3 * kit.H), eagle3_reference(kit, target, w, 3 * kit.H, theta=777.0))
+    compare(
+        head, target, target.features(3 * kit.H), eagle3_reference(kit, target, w, 3 * kit.H, theta=777.0)
+    )
 
 
 @pytest.mark.parametrize("first_layer", ["midlayer.", "layers.0."])
@@ -239,10 +270,14 @@ def test_modelopt(kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path,
     }
     head = EagleHead.from_pretrained(kit.write(tmp_path, config, rename(w, ("midlayer.", first_layer))))
     assert head.config.feature_layer_ids == [2, 16, 29]
-    compare(head, target, target.features(3 * kit.H), eagle3_reference(kit, target, w, 3 * kit.H, theta=123.0))
+    compare(
+        head, target, target.features(3 * kit.H), eagle3_reference(kit, target, w, 3 * kit.H, theta=123.0)
+    )
 
 
-def test_modelopt_last_hidden_state_only(kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path) -> None:
+def test_modelopt_last_hidden_state_only(
+    kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path
+) -> None:
     config, w = kit.eagle3(draft=False)
     del w["fc.weight"]
     config["eagle_config"] = {"use_aux_hidden_state": False}
@@ -286,7 +321,9 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
-def test_speculators_eagle3(kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path, variant: str) -> None:
+def test_speculators_eagle3(
+    kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path, variant: str
+) -> None:
     switches, add = VARIANTS[variant]
     config, w = kit.eagle3()
     add(kit, w, torch.Generator().manual_seed(11))
@@ -329,7 +366,12 @@ def test_native_norm_output_is_honoured_with_a_warning(
     folder = kit.write(tmp_path, config | {"norm_output": True}, w)
     with pytest.warns(UserWarning, match="norm_output"):
         head = EagleHead.from_pretrained(folder)
-    compare(head, target, target.features(3 * kit.H), eagle3_reference(kit, target, w, 3 * kit.H, norm_output=True))
+    compare(
+        head,
+        target,
+        target.features(3 * kit.H),
+        eagle3_reference(kit, target, w, 3 * kit.H, norm_output=True),
+    )
     with pytest.warns(UserWarning, match="norm_output"):
         head = EagleHead.from_pretrained(folder, norm_output=False)
     compare(head, target, target.features(3 * kit.H), eagle3_reference(kit, target, w, 3 * kit.H))
@@ -343,6 +385,32 @@ def test_partial_rotary(kit: SimpleNamespace, target: SimpleNamespace, tmp_path:
     compare(head, target, target.features(3 * kit.H), reference)
 
 
+@pytest.mark.parametrize(
+    ("fields", "window"),
+    [
+        ({"sliding_window": 3, "layer_types": ["sliding_attention"]}, 3),
+        ({"sliding_window": 3, "layer_types": ["full_attention"]}, None),
+        ({"sliding_window": 3, "model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 0}, 3),
+        (
+            {"sliding_window": 3, "model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 1},
+            None,
+        ),
+        ({"sliding_window": 3, "model_type": "qwen3", "use_sliding_window": False}, None),
+        ({"sliding_window": 3, "model_type": "mistral"}, 3),
+        ({"sliding_window": 3}, None),
+        ({"sliding_window": None}, None),
+    ],
+)
+def test_sliding_window(
+    kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path, fields: dict[str, Any], window: int | None
+) -> None:
+    config, w = kit.eagle3()
+    head = EagleHead.from_pretrained(kit.write(tmp_path, config | fields, w))
+    assert head.config.sliding_window == window
+    reference = eagle3_reference(kit, target, w, 3 * kit.H, window=window or 10**6)
+    compare(head, target, target.features(3 * kit.H), reference)
+
+
 def test_five_features(kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path) -> None:
     config, w = kit.eagle3(features=5)
     config |= {"num_aux_hidden_states": 5, "target_hidden_size": kit.H}
@@ -350,7 +418,7 @@ def test_five_features(kit: SimpleNamespace, target: SimpleNamespace, tmp_path: 
     compare(head, target, target.features(5 * kit.H), eagle3_reference(kit, target, w, 5 * kit.H))
 
 
-# -- the mistakes that cost acceptance must be visible ----------------------------------------------------------------
+# -- the mistakes that cost acceptance must be visible -----------------------------------------------------
 
 
 def swapped(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -361,7 +429,9 @@ def swapped(forward: Callable[..., Any]) -> Callable[..., Any]:
     return wrong
 
 
-def test_swapped_concatenation_would_be_seen(kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path) -> None:
+def test_swapped_concatenation_would_be_seen(
+    kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path
+) -> None:
     config, w = kit.eagle1()
     del w["embed_tokens.weight"]
     head = EagleHead.from_pretrained(kit.write(tmp_path, config, w))
