@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A target's features on disk, so that only the first epoch pays for the target's forward passes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_polyspec.eagle.dataset import Batch, TargetReader, Text
+from hf_polyspec.eagle.losses import TargetView
+
+_HALF_MAX = 65504.0
+
+
+class FeatureCache:
+    """Reads through to the target and remembers, in half precision, what it said about each text.
+
+    A text takes `2 * (F + H_t) + 4` bytes a token. A text is marked as remembered after its values are written, so
+    a killed run leaves no half-written text behind. Several processes may share the folder.
+
+    Args:
+        folder: where the arrays are kept.
+        reader: asks the target.
+        texts: every text that may be asked for.
+        feature_size: width F of the features.
+        final_size: width H_t of what the target's lm_head reads.
+        target_name: part of what makes a cache valid.
+        owner: whether this process creates the arrays; the others wait for it before opening theirs.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        reader: TargetReader,
+        texts: Sequence[Text],
+        feature_size: int,
+        final_size: int,
+        target_name: str,
+        owner: bool = True,
+    ) -> None:
+        self.reader = reader
+        self.starts: dict[int, int] = {}
+        total = 0
+        for text in texts:
+            self.starts[text.number] = total
+            total += len(text)
+        self.index = {text.number: row for row, text in enumerate(texts)}
+        shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+            "features": ((total, feature_size), np.float16),
+            "final": ((total, final_size), np.float16),
+            "best": ((total,), np.int32),
+            "done": ((len(texts),), np.uint8),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp = _stamp(texts, reader.layers, target_name, feature_size)
+        marker = folder / "cache.json"
+        known = marker.is_file() and json.loads(marker.read_text(encoding="utf-8")).get("stamp") == stamp
+        if owner and not known:
+            marker.unlink(missing_ok=True)
+            for name, (shape, dtype) in shapes.items():
+                # a new file of zeros takes no room until it is written to
+                with (folder / name).open("wb") as handle:
+                    handle.truncate(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+            partial = folder / "cache.json.partial"
+            partial.write_text(json.dumps({"stamp": stamp}), encoding="utf-8")
+            os.replace(partial, marker)
+        self.arrays = {
+            name: np.memmap(folder / name, dtype=dtype, mode="r+", shape=shape)
+            for name, (shape, dtype) in shapes.items()
+        }
+
+    @property
+    def remembered(self) -> int:
+        """How many texts need no forward pass of the target."""
+        return int(self.arrays["done"].sum())
+
+    def read(self, batch: Batch) -> TargetView:
+        """What the target says about a batch; see `TargetReader.read`."""
+        done = self.arrays["done"]
+        if all(done[self.index[text.number]] for text in batch.texts):
+            return self._recall(batch)
+        view = self.reader.read(batch)
+        self._remember(batch, view)
+        # rounded in the first epoch as in all others, so that a resumed run computes the same numbers
+        return self._recall(batch)
+
+    def _remember(self, batch: Batch, view: TargetView) -> None:
+        parts = {
+            "features": view.features.float().clamp(-_HALF_MAX, _HALF_MAX).cpu().numpy(),
+            "final": view.final.float().clamp(-_HALF_MAX, _HALF_MAX).cpu().numpy(),
+            "best": view.best.cpu().numpy(),
+        }
+        for row, text in enumerate(batch.texts):
+            start, length = self.starts[text.number], len(text)
+            for name, values in parts.items():
+                self.arrays[name][start : start + length] = values[row, :length]
+            self.arrays["done"][self.index[text.number]] = 1
+
+    def _recall(self, batch: Batch) -> TargetView:
+        device = batch.tokens.device
+        rows, longest = batch.tokens.shape
+        dtype = self.reader.target.dtype
+        found: dict[str, torch.Tensor] = {}
+        for name in ("features", "final", "best"):
+            array = self.arrays[name]
+            padded = np.zeros((rows, longest, *array.shape[1:]), dtype=array.dtype)
+            for row, text in enumerate(batch.texts):
+                start = self.starts[text.number]
+                padded[row, : len(text)] = array[start : start + len(text)]
+            found[name] = torch.from_numpy(padded).to(device)
+        return TargetView(found["features"].to(dtype), found["final"].to(dtype), found["best"].long())
+
+
+def _stamp(texts: Sequence[Text], layers: Sequence[int], target_name: str, feature_size: int) -> str:
+    digest = hashlib.sha256(json.dumps([list(layers), target_name, feature_size]).encode())
+    for text in texts:
+        digest.update(np.int64(text.number).tobytes())
+        digest.update(text.tokens.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-generated training texts: the target answers prompts, its own or the user's, in full batches.
+
+A draft head learns best from what its target really writes (EAGLE-3, arXiv 2503.01840, section 4). A run can be
+killed at any moment: every sample's random numbers follow from its number alone, and finished samples are on disk
+in whole shards, so a second start makes exactly the samples that are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_polyspec.eagle.prompts import (
+    ChatFrame,
+    PromptFilter,
+    chat_frame,
+    normalise,
+    prompt_ids,
+    sample_random,
+    whole_sentences,
+)
+from hf_polyspec.eagle.shards import GREEDY, SAMPLED, Sample, ShardWriter, read_progress, read_samples
+from hf_polyspec.eagle.slots import open_batch
+from hf_polyspec.eagle.stopping import StopRequest
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How texts are made.
+
+    Args:
+        max_tokens: ids (prompts included) after which the run ends, over all processes.
+        slots: texts written at the same time.
+        max_new_tokens: longest answer.
+        max_prompt_tokens: longest prompt; longer ones of a user's file are left out.
+        greedy_fraction: share of answers written greedily, the others are sampled.
+        temperature: of sampled answers and invented prompts.
+        seed: decides every random choice.
+        shard_tokens: ids in a shard.
+        min_words: fewest words of an invented prompt.
+        ascii_ratio: smallest share of ASCII characters in an invented prompt.
+        samples_per_prompt: answers for each prompt of a user's file.
+    """
+
+    max_tokens: int = 3_000_000
+    slots: int = 64
+    max_new_tokens: int = 256
+    max_prompt_tokens: int = 192
+    greedy_fraction: float = 0.5
+    temperature: float = 1.0
+    seed: int = 0
+    shard_tokens: int = 100_000
+    min_words: int = 3
+    ascii_ratio: float = 0.9
+    samples_per_prompt: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "slots", "max_new_tokens", "max_prompt_tokens", "shard_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0.0 <= self.greedy_fraction <= 1.0:
+            raise ValueError(f"greedy_fraction must be between 0 and 1, not {self.greedy_fraction}")
+        if self.temperature <= 0.0:
+            raise ValueError(f"temperature must be above 0, not {self.temperature}")
+
+
+@dataclass
+class Job:
+    """One text being written.
+
+    Args:
+        number: the sample's number.
+        asking: whether the target is still inventing the prompt.
+        tokens: all ids so far, fed or not.
+        start: where the part being written begins.
+        limit: most ids of that part.
+        kind: `GREEDY` or `SAMPLED`.
+        random: this part's random numbers.
+        fed: ids the model has seen.
+    """
+
+    number: int
+    asking: bool
+    tokens: list[int]
+    start: int
+    limit: int
+    kind: int
+    random: Random
+    fed: int = 0
+
+
+@dataclass
+class GenerationState:
+    """What a run has done so far, for progress bars and the status file.
+
+    Args:
+        tokens: ids on disk or waiting, earlier runs included.
+        samples: likewise.
+        new_tokens: ids of finished samples of this run.
+        rejected: invented prompts filtered out in this run.
+        steps: forward passes of this run.
+        started: when this run began, seconds since the epoch.
+    """
+
+    tokens: int = 0
+    samples: int = 0
+    new_tokens: int = 0
+    rejected: int = 0
+    steps: int = 0
+    started: float = field(default_factory=time.time)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Ids of finished samples a second, this run."""
+        return self.new_tokens / max(time.time() - self.started, 1e-9)
+
+
+class Generator:
+    """Writes samples into a folder until told to stop.
+
+    Args:
+        model: the target, or a faster stand-in whose texts are close to the target's.
+        tokenizer: the target's.
+        folder: where shards and the status file go.
+        settings: how texts are made.
+        prompts: conversations to answer, or None to let the model invent them.
+        excluded: normalised prompts that must not be used.
+        rank: number of this process.
+        world: how many processes share the work.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        settings: GenerationSettings,
+        prompts: list[list[dict[str, str]]] | None = None,
+        excluded: frozenset[str] = frozenset(),
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.folder = folder
+        self.settings = settings
+        self.prompts = prompts
+        self.rank, self.world = rank, world
+        self.frame = chat_frame(tokenizer) if prompts is None else ChatFrame((), None)
+        self.stops = stop_ids(model, tokenizer)
+        self.specials = frozenset(int(i) for i in tokenizer.all_special_ids)
+        self.filter = PromptFilter(
+            settings.min_words, settings.max_prompt_tokens, settings.ascii_ratio, excluded, self._seen()
+        )
+        done = read_progress(folder)
+        self.state = GenerationState(tokens=done.tokens, samples=done.samples)
+        self.pending: Iterator[int] = self._numbers(done.numbers)
+        self.ready: deque[Job] = deque()
+        provenance = {key: str(value) for key, value in asdict(settings).items()}
+        provenance["model"] = str(model.config._name_or_path)
+        provenance["prompts"] = "invented by the target" if prompts is None else f"{len(prompts)} of the user's"
+        self.writer = ShardWriter(folder, rank, model.config.get_text_config().vocab_size, provenance)
+        # the widest frame around a prompt: header, closing and the opening of the answer
+        frame = 64 + len(self.frame.header)
+        capacity = settings.max_prompt_tokens + settings.max_new_tokens + frame
+        self.batch = open_batch(model, settings.slots, capacity)
+        self.capacity = capacity
+        self.jobs: list[Job | None] = [None] * settings.slots
+
+    def run(
+        self, deadline: float | None = None, report: Callable[[GenerationState], None] | None = None
+    ) -> GenerationState:
+        """Writes samples until enough are there, the time is up, or the process is asked to end.
+
+        Args:
+            deadline: seconds since the epoch at which to stop, or None.
+            report: called after every step.
+
+        Returns:
+            What was done. Everything finished is on disk; what was under way is begun anew by the next run.
+        """
+        next_status = 0.0
+        missing = self.settings.max_tokens - self.state.tokens
+        share = self.state.tokens + -(-missing // self.world)
+        with StopRequest(deadline) as stop:
+            while self.state.tokens < share and not stop.asked:
+                self._refill()
+                if all(job is None for job in self.jobs):
+                    break
+                self._step()
+                if report is not None:
+                    report(self.state)
+                if time.time() >= next_status:
+                    self._write_status("running")
+                    next_status = time.time() + 30
+        self.writer.flush()
+        self._write_status("finished" if self.state.tokens >= share else "stopped")
+        return self.state
+
+    def _seen(self) -> set[str]:
+        """Prompts already answered, so that a resumed run filters the same duplicates."""
+        if self.prompts is not None or not any(self.folder.glob("shard-*.safetensors")):
+            return set()
+        opening = self.tokenizer.decode(self.frame.header)
+        texts = (
+            self.tokenizer.decode(sample.tokens[: sample.prompt_length]) for sample in read_samples(self.folder)
+        )
+        closing = "" if self.frame.closing is None else self.tokenizer.decode([self.frame.closing])
+        return {normalise(text.removeprefix(opening).split(closing or "\0")[0]) for text in texts}
+
+    def _numbers(self, done: frozenset[int]) -> Iterator[int]:
+        """This process's numbers that are neither on disk nor filtered out."""
+        number = self.rank
+        total = None if self.prompts is None else len(self.prompts) * self.settings.samples_per_prompt
+        while total is None or number < total:
+            if number not in done:
+                yield number
+            number += self.world
+
+    def _next_job(self) -> Job | None:
+        if self.ready:
+            return self.ready.popleft()
+        for number in self.pending:
+            job = self._begin(number)
+            if job is not None:
+                return job
+            self.writer.reject(number)
+            self.state.rejected += 1
+        return None
+
+    def _begin(self, number: int) -> Job | None:
+        """The first job of a sample, or None when its prompt cannot be used."""
+        settings = self.settings
+        if self.prompts is None:
+            if self.frame.closing is None:
+                return self._answer(number, list(self.frame.header))
+            dice = sample_random(settings.seed, number, "prompt")
+            header = list(self.frame.header)
+            return Job(number, True, header, len(header), settings.max_prompt_tokens, SAMPLED, dice)
+        turns = self.prompts[number % len(self.prompts)]
+        ids = prompt_ids(self.tokenizer, turns)
+        if normalise(turns[-1]["content"]) in self.filter.excluded:
+            return None
+        return self._answer(number, ids)
+
+    def _answer(self, number: int, ids: list[int]) -> Job | None:
+        """The job of answering a prompt, or None when the prompt is too long."""
+        if len(ids) + self.settings.max_new_tokens > self.capacity:
+            return None
+        greedy = sample_random(self.settings.seed, number, "kind").random() < self.settings.greedy_fraction
+        if self.prompts is not None and number >= len(self.prompts):
+            greedy = False  # a second greedy answer would be the first one again
+        dice = sample_random(self.settings.seed, number, "answer")
+        kind = GREEDY if greedy else SAMPLED
+        return Job(number, False, ids, len(ids), self.settings.max_new_tokens, kind, dice)
+
+    def _refill(self) -> None:
+        idle = [row for row, job in enumerate(self.jobs) if job is None]
+        if not self.batch.refillable and len(idle) < len(self.jobs):
+            return
+        rows, prompts = [], []
+        for row in idle:
+            job = self._next_job()
+            if job is None:
+                break
+            job.fed = len(job.tokens) - 1
+            self.jobs[row] = job
+            rows.append(row)
+            prompts.append(job.tokens)
+        if rows:
+            self.batch.fill(rows, prompts)
+
+    def _step(self) -> None:
+        tokens = [0 if job is None else job.tokens[job.fed] for job in self.jobs]
+        logits = self.batch.step(torch.tensor(tokens, device=self.model.device))  # [B, V]
+        drawing = []
+        for row, job in enumerate(self.jobs):
+            if job is not None:
+                job.fed += 1
+                if job.fed == len(job.tokens):
+                    drawing.append((row, job))
+        if drawing:
+            self._draw(logits, drawing)
+        self.state.steps += 1
+        if self.writer.waiting_tokens >= self.settings.shard_tokens:
+            self.writer.flush()
+
+    def _draw(self, logits: torch.Tensor, drawing: list[tuple[int, Job]]) -> None:
+        rows = torch.tensor([row for row, _ in drawing], device=logits.device)
+        uniforms = torch.tensor(
+            [-1.0 if job.kind == GREEDY else job.random.random() for _, job in drawing], device=logits.device
+        )
+        drawn = draw(logits[rows], uniforms, self.settings.temperature).tolist()
+        for (row, job), token in zip(drawing, drawn, strict=True):
+            job.tokens.append(token)
+            if job.asking:
+                self._continue_asking(row, job, token)
+            elif token in self.stops or len(job.tokens) - job.start >= job.limit:
+                self._finish(row, job)
+
+    def _continue_asking(self, row: int, job: Job, token: int) -> None:
+        ended = token == self.frame.closing or token in self.stops
+        if not ended and token not in self.specials and len(job.tokens) - job.start < job.limit:
+            return
+        if ended:
+            text = str(self.tokenizer.decode(job.tokens[job.start : -1])).strip()
+        else:
+            # too long or strayed into another special id: what came before its last full sentence is a prompt too
+            text = whole_sentences(str(self.tokenizer.decode(job.tokens[job.start : -1])))
+        if not self.filter.accepts(text, len(job.tokens) - job.start - 1):
+            self._drop(row, job)
+            return
+        answer = self._answer(job.number, prompt_ids(self.tokenizer, [{"role": "user", "content": text}]))
+        if answer is None:
+            self._drop(row, job)
+            return
+        if self.batch.refillable and answer.tokens[: job.fed] == job.tokens[: job.fed]:
+            # the slot already holds this prompt's beginning: only the closing is left to feed
+            answer.fed = job.fed
+            self.jobs[row] = answer
+            return
+        self._free(row)
+        self.ready.append(answer)
+
+    def _drop(self, row: int, job: Job) -> None:
+        self.writer.reject(job.number)
+        self.state.rejected += 1
+        self._free(row)
+
+    def _finish(self, row: int, job: Job) -> None:
+        self.writer.add(Sample(job.number, tuple(job.tokens), job.start, job.kind))
+        self.state.tokens += len(job.tokens)
+        self.state.new_tokens += len(job.tokens)
+        self.state.samples += 1
+        self._free(row)
+
+    def _free(self, row: int) -> None:
+        self.jobs[row] = None
+        self.batch.release(row)
+
+    def _write_status(self, phase: str) -> None:
+        state = self.state
+        facts = {
+            "phase": phase,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "tokens": state.tokens,
+            "tokens_on_disk": state.tokens - self.writer.waiting_tokens,
+            "samples": state.samples,
+            "rejected_prompts_this_run": state.rejected,
+            "tokens_per_second": round(state.tokens_per_second, 1),
+            "steps": state.steps,
+        }
+        suffix = "" if self.world == 1 else f"-{self.rank}"
+        path = self.folder / f"STATUS{suffix}"
+        temporary = path.with_suffix(".partial")
+        temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Draws one token a row by inverting its cumulative distribution.
+
+    Args:
+        logits: `[R, V]`.
+        uniforms: `[R]`, a number in [0, 1) for each row, or a negative one for the most likely token.
+        temperature: above 0.
+
+    Returns:
+        Ids, `[R]`.
+    """
+    tokens = logits.argmax(dim=-1)
+    sampled = (uniforms >= 0).nonzero()[:, 0]
+    if len(sampled):
+        # [S, V]; the first id whose cumulative probability exceeds the uniform number
+        cumulative = torch.softmax(logits[sampled].float() / temperature, dim=-1).cumsum(dim=-1)
+        heights = uniforms[sampled, None].to(cumulative.dtype) * cumulative[:, -1:]
+        picked = torch.searchsorted(cumulative, heights, right=True)[:, 0]
+        tokens[sampled] = picked.clamp(max=logits.shape[-1] - 1)
+    return tokens
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids that end an answer: the generation config's and the tokenizer's.
+
+    Args:
+        model: the target.
+        tokenizer: its tokenizer.
+    """
+    config = model.generation_config
+    listed = config.eos_token_id if config is not None else None
+    found = {listed} if isinstance(listed, int) else set(listed or [])
+    if tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    return frozenset(int(i) for i in found if isinstance(i, int))

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training losses of EAGLE-1/2 and EAGLE-3 heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hf_polyspec.eagle.features import TargetParts
+from hf_polyspec.eagle.modeling import EagleHead
+from hf_polyspec.eagle.unroll import shifted, unroll
+from hf_polyspec.eagle.vocabulary import readable_rows
+
+
+@dataclass(frozen=True)
+class TargetView:
+    """What the frozen target says about a batch of texts.
+
+    Args:
+        features: `[B, T, F]`, what the head reads.
+        final: `[B, T, H_t]`, what the target's lm_head reads.
+        best: `[B, T]`, the target's most likely next token at each position.
+    """
+
+    features: torch.Tensor
+    final: torch.Tensor
+    best: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """A batch's loss before division, so that batches of any size add up.
+
+    Args:
+        loss: weighted sum over steps and rows, what is minimised once divided by `rows`.
+        rows: rows counted at step 0.
+        per_step: `[S]`, unweighted cross-entropy sums of each step, detached.
+        counted: `[S]`, rows counted at each step.
+    """
+
+    loss: torch.Tensor
+    rows: torch.Tensor
+    per_step: torch.Tensor
+    counted: torch.Tensor
+
+
+class Teacher(nn.Module):
+    """The target's distribution over the ids a head scores.
+
+    Args:
+        head: the head.
+        parts: the target's modules.
+    """
+
+    member: torch.Tensor
+    rows: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    def __init__(self, head: EagleHead, parts: TargetParts) -> None:
+        super().__init__()
+        ids = head.target_ids()
+        member = torch.zeros(parts.vocab_size, dtype=torch.bool, device=ids.device)
+        member[ids] = True
+        self.register_buffer("member", member, persistent=False)
+        # without a vocabulary of its own the head scores what the target's lm_head scores: no copy is needed
+        weight, bias = readable_rows(parts.lm_head, ids) if head.config.maps_vocabulary else (None, None)
+        self.register_buffer("rows", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.whole = (parts.lm_head,)  # in a tuple, so that it stays the target's and not this module's
+        self.scale, self.softcap = parts.logit_scale, parts.logit_softcap
+
+    @torch.no_grad()
+    def probabilities(self, final: torch.Tensor) -> torch.Tensor:
+        """The target's distribution restricted to the head's ids and renormalised.
+
+        Args:
+            final: `[N, H_t]`, what the target's lm_head reads.
+
+        Returns:
+            `[N, Vd]` in float32.
+        """
+        if self.rows is None:
+            logits = self.whole[0](final)[..., : len(self.member)].float()
+        else:
+            logits = functional.linear(final.to(self.rows.dtype), self.rows, self.bias).float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits.softmax(dim=-1)
+
+    def knows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Whether the head can say each of some target ids, same shape."""
+        found: torch.Tensor = self.member[ids]
+        return found
+
+
+def cross_entropy(
+    head: EagleHead, teacher: Teacher, hidden: torch.Tensor, final: torch.Tensor
+) -> torch.Tensor:
+    """Cross-entropy of the head's distribution under the target's, a row.
+
+    Args:
+        head: the head.
+        teacher: the target's distribution over the head's ids.
+        hidden: `[N, H]`, what the head's `step` gave.
+        final: `[N, H_t]`, what the target's lm_head reads at the position the head guesses.
+
+    Returns:
+        `[N]` in float32.
+    """
+    log_guess = head.logits(hidden).float().log_softmax(dim=-1)  # [N, Vd]
+    return -(teacher.probabilities(final) * log_guess).sum(dim=-1)
+
+
+def eagle3_loss(
+    head: EagleHead,
+    teacher: Teacher,
+    tokens: torch.Tensor,
+    answer: torch.Tensor,
+    view: TargetView,
+    steps: int,
+    decay: float,
+) -> LossSums:
+    """Training-time test: `sum_s decay^s * CE_s` over the steps a head drafts (EAGLE-3, arXiv 2503.01840).
+
+    A row counts at step s where the token it guesses belongs to an answer and the target's favourite there is one
+    of the ids the head can say.
+
+    Args:
+        head: the head, in training mode.
+        teacher: the target's distribution over the head's ids.
+        tokens: `[B, T]` ids, padded on the right.
+        answer: `[B, T]`, whether the token at a position is to be learned.
+        view: what the target says about the batch.
+        steps: S, 3 to 7 in the literature.
+        decay: weight of each step against the one before, 0.8 in the paper's code.
+    """
+    sums, counts = [], []
+    loss = view.final.new_zeros((), dtype=torch.float32)
+    usable = teacher.knows(view.best)  # [B, T], about token i+1 at position i
+    for step, hidden in enumerate(unroll(head, tokens, view.features, steps)):
+        rows = shifted(answer, 2 + step).bool() & shifted(usable, 1 + step).bool()  # [B, T-1]
+        errors = cross_entropy(head, teacher, hidden[rows], shifted(view.final, 1 + step)[rows])
+        loss = loss + decay**step * errors.sum()
+        sums.append(errors.detach().sum())
+        counts.append(rows.sum())
+    return LossSums(loss, answer_rows(answer), torch.stack(sums), torch.stack(counts))
+
+
+def eagle1_loss(
+    head: EagleHead,
+    teacher: Teacher,
+    tokens: torch.Tensor,
+    answer: torch.Tensor,
+    view: TargetView,
+    *,
+    feature_weight: float = 1.0,
+    token_weight: float = 0.1,
+) -> LossSums:
+    """`feature_weight * SmoothL1(f', f) + token_weight * CE` (EAGLE, arXiv 2401.15077).
+
+    Args:
+        head: the head, in training mode.
+        teacher: the target's distribution over the head's ids.
+        tokens: `[B, T]` ids, padded on the right.
+        answer: `[B, T]`, whether the token at a position is to be learned.
+        view: what the target says about the batch; its features may carry noise, its final states do not.
+        feature_weight: of the feature regression.
+        token_weight: of the cross-entropy.
+    """
+    hidden = next(unroll(head, tokens, view.features, 1))  # [B, T-1, H]
+    rows = shifted(answer, 2).bool()
+    guess, truth = hidden[rows], shifted(view.final, 1)[rows]
+    regression = functional.smooth_l1_loss(guess.float(), truth.float(), reduction="none").mean(dim=-1)
+    errors = cross_entropy(head, teacher, guess, truth)
+    loss = (feature_weight * regression + token_weight * errors).sum()
+    return LossSums(loss, answer_rows(answer), errors.detach().sum()[None], rows.sum()[None])
+
+
+def answer_rows(answer: torch.Tensor) -> torch.Tensor:
+    """How many rows have an answer's token to guess at step 0, a scalar tensor; the loss is divided by it.
+
+    Args:
+        answer: `[B, T]`.
+    """
+    return answer[:, 2:].sum()
+
+
+def noisy(features: torch.Tensor, amount: float, generator: torch.Generator) -> torch.Tensor:
+    """Adds EAGLE-1's uniform noise, `(u - 0.5) * amount * 512 / T`, to a target's features.
+
+    Args:
+        features: `[B, T, F]`.
+        amount: 0.2 in the published recipe; 0 for none.
+        generator: draws u, so that a resumed run sees the same noise.
+    """
+    if amount == 0.0:
+        return features
+    uniform = torch.rand(features.shape, generator=generator).to(features.device, features.dtype)
+    return features + (uniform - 0.5) * (amount * 512 / features.shape[1])

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the prompts of self-generated training texts come from: the user's file, or the target itself."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
+
+# stands in for the user's words while the chat template is taken apart
+_MARK = "\u2402user words\u2402"
+
+
+@dataclass(frozen=True)
+class ChatFrame:
+    """A chat template cut open where the user speaks.
+
+    Args:
+        header: ids up to the user's first word.
+        closing: the id that ends the user's turn, or None for a tokenizer without a chat template.
+    """
+
+    header: tuple[int, ...]
+    closing: int | None
+
+
+def chat_frame(tokenizer: PreTrainedTokenizerBase) -> ChatFrame:
+    """Finds what stands before and after the user's words.
+
+    Args:
+        tokenizer: the target's tokenizer. Without a chat template the frame is the begin-of-text id alone, and the
+            target's own continuation of it is the training text.
+
+    Raises:
+        ValueError: the tokenizer has neither a chat template nor a begin- or end-of-text id.
+    """
+    if not tokenizer.chat_template:
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if start is None:
+            raise ValueError(
+                "the tokenizer has no chat template and no begin-of-text id, so the target cannot invent prompts; "
+                "give a file of prompts"
+            )
+        return ChatFrame((int(cast(int, start)),), None)
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
+    before, _, after = str(rendered).partition(_MARK)
+    closing = tokenizer.encode(after, add_special_tokens=False)
+    if not closing:
+        raise ValueError("the chat template does not end the user's turn, so prompts must come from a file")
+    return ChatFrame(tuple(tokenizer.encode(before, add_special_tokens=False)), int(closing[0]))
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]]) -> list[int]:
+    """Renders a conversation up to where the target answers.
+
+    Args:
+        tokenizer: the target's tokenizer; without a chat template the turns' contents are joined by newlines.
+        turns: messages with `role` and `content`, the last one not the assistant's.
+    """
+    if not tokenizer.chat_template:
+        text = "\n".join(turn["content"] for turn in turns)
+        return [int(i) for i in tokenizer.encode(text)]
+    text = str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True))
+    return [int(i) for i in tokenizer.encode(text, add_special_tokens=False)]
+
+
+def read_prompts(path: Path) -> list[list[dict[str, str]]]:
+    """Reads a user's prompts.
+
+    Args:
+        path: a `.txt` file with a prompt a line, or a `.jsonl`/`.json` file of strings or objects that have one of
+            `messages`, `conversations`, `turns` (the first is used), `prompt`, `instruction`, `question` or `text`.
+
+    Returns:
+        One conversation a prompt, each a list of `{"role", "content"}`.
+
+    Raises:
+        ValueError: the file is missing, empty, or a line holds no prompt.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file of prompts at {path}")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        rows: Iterable[Any] = (json.loads(line) for line in text.splitlines() if line.strip())
+    elif path.suffix == ".json":
+        rows = json.loads(text)
+    else:
+        rows = (line for line in text.splitlines() if line.strip())
+    prompts = [_conversation(row, number, path) for number, row in enumerate(rows, start=1)]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt")
+    return prompts
+
+
+def _conversation(row: Any, number: int, path: Path) -> list[dict[str, str]]:
+    if isinstance(row, str):
+        return [{"role": "user", "content": row}]
+    if isinstance(row, dict):
+        for key in ("messages", "conversations"):
+            if isinstance(row.get(key), list) and row[key]:
+                return _until_answer(row[key], number, path)
+        turns = row.get("turns")
+        if isinstance(turns, list) and turns and isinstance(turns[0], str):
+            return [{"role": "user", "content": turns[0]}]
+        for key in ("prompt", "instruction", "question", "text"):
+            if isinstance(row.get(key), str) and row[key].strip():
+                return [{"role": "user", "content": row[key]}]
+    raise ValueError(f"entry {number} of {path} holds no prompt that could be read")
+
+
+def _until_answer(messages: Sequence[dict[str, str]], number: int, path: Path) -> list[dict[str, str]]:
+    """The turns before the last answer of the assistant; ShareGPT's `from`/`value` names are understood."""
+    names = {"human": "user", "gpt": "assistant"}
+    turns = [
+        {
+            "role": names.get(m.get("role", m.get("from", "user")), m.get("role", m.get("from", "user"))),
+            "content": m.get("content", m.get("value", "")),
+        }
+        for m in messages
+    ]
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    if not turns:
+        raise ValueError(f"entry {number} of {path} holds only answers")
+    return turns
+
+
+@dataclass
+class PromptFilter:
+    """Decides which invented prompts are worth an answer.
+
+    Args:
+        min_words: fewest words.
+        max_tokens: most ids.
+        ascii_ratio: smallest share of ASCII characters; 0 accepts every script.
+        excluded: normalised prompts that must not be used, for example those of a benchmark.
+    """
+
+    min_words: int = 3
+    max_tokens: int = 192
+    ascii_ratio: float = 0.9
+    excluded: frozenset[str] = frozenset()
+    seen: set[str] = field(default_factory=set)
+
+    def accepts(self, text: str, length: int) -> bool:
+        """Whether a prompt passes, and remembers it so that it passes only once.
+
+        Args:
+            text: the prompt.
+            length: its ids.
+        """
+        words = normalise(text)
+        if length > self.max_tokens or len(words.split()) < self.min_words:
+            return False
+        if sum(char.isascii() for char in text) < self.ascii_ratio * len(text):
+            return False
+        if words in self.excluded or words in self.seen:
+            return False
+        self.seen.add(words)
+        return True
+
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces: what counts as the same prompt.
+
+    Args:
+        text: a prompt.
+    """
+    return " ".join(text.lower().split())
+
+
+def whole_sentences(text: str) -> str:
+    """A text without the unfinished sentence at its end; nothing where no sentence ends.
+
+    Args:
+        text: a prompt that was cut off.
+    """
+    end = max(text.rfind(mark) for mark in (". ", "? ", "! ", ".\n", "?\n", "!\n", "\n\n"))
+    return text[: end + 1].strip()
+
+
+def read_excluded(path: Path | None) -> frozenset[str]:
+    """The normalised prompts of a file that must not be trained on, every turn of every entry.
+
+    Args:
+        path: a file as for `read_prompts`, or None.
+    """
+    if path is None:
+        return frozenset()
+    found = {normalise(turn["content"]) for prompt in read_prompts(path) for turn in prompt}
+    if path.suffix == ".jsonl":
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line) if line.strip() else {}
+            if isinstance(row, dict):
+                found.update(normalise(turn) for turn in row.get("turns", []) if isinstance(turn, str))
+    return frozenset(found)
+
+
+def sample_random(seed: int, number: int, stage: str) -> random.Random:
+    """The random numbers of one sample, the same whenever and wherever it is made.
+
+    Args:
+        seed: the run's seed.
+        number: the sample's number.
+        stage: what they are drawn for.
+    """
+    # a string seed is hashed with SHA-512 by random.Random, hence the same on every machine
+    return random.Random(f"{seed}/{number}/{stage}")

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Continuous batching for self-generation: fixed slots, each at its own length.
+
+Every row of the batch (a slot) owns one row of the key/value buffers and writes at its own length, so a finished
+text can be replaced at once and the batch stays full. Rows never see each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class SlotLayer(CacheLayerMixin):
+    """One layer's preallocated keys and values, written at a different column in every row.
+
+    Args:
+        slots: number of rows of the buffer.
+        capacity: columns a row can hold.
+    """
+
+    is_sliding = False
+
+    def __init__(self, slots: int, capacity: int) -> None:
+        super().__init__()
+        self.slots = slots
+        self.capacity = capacity
+        self.rows: torch.Tensor | None = None
+        self.columns: torch.Tensor | None = None
+        self.visible = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocates the buffers from the shape of the first keys and values."""
+        for name, states in (("keys", key_states), ("values", value_states)):
+            _, heads, _, width = states.shape
+            # [slots, heads, capacity, width]; zeros, because a masked NaN would still poison the softmax
+            setattr(self, name, states.new_zeros(self.slots, heads, self.capacity, width))
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores the new columns and returns what the queries may look at."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.keys is None or self.values is None or self.rows is None or self.columns is None:
+            raise RuntimeError("a SlotLayer was used before its slots were chosen")
+        # rows [R, 1] and columns [R, T] pick [R, T, heads, width] of the buffer
+        self.keys[self.rows, :, self.columns] = key_states.transpose(1, 2)
+        self.values[self.rows, :, self.columns] = value_states.transpose(1, 2)
+        if self.visible == 0:
+            return key_states, value_states
+        return self.keys[:, :, : self.visible], self.values[:, :, : self.visible]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys the next update returns."""
+        return (self.visible or query_length), 0
+
+    def get_seq_length(self) -> int:
+        """Columns visible to the next step."""
+        return self.visible
+
+    def get_max_length(self) -> int:
+        """Columns a row can hold."""
+        return self.capacity
+
+
+class SlotBatch:
+    """A model with a fixed number of slots that can be filled, stepped and refilled independently.
+
+    Args:
+        model: any causal LM whose layers all use full attention and which accepts ready 4-D masks.
+        slots: rows of the batch.
+        capacity: tokens a row can hold, prompt and answer together.
+
+    Raises:
+        ValueError: the model has sliding, chunked or recurrent layers.
+    """
+
+    def __init__(self, model: PreTrainedModel, slots: int, capacity: int) -> None:
+        config = model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            raise ValueError(
+                f"continuous batching needs full attention in every layer, and {type(model).__name__} has "
+                f"{', '.join(sorted(kinds))}; use DrainedBatch"
+            )
+        self.model = model
+        self.slots = slots
+        self.capacity = capacity
+        self.device = model.device
+        self.layers = [SlotLayer(slots, capacity) for _ in range(config.num_hidden_layers)]
+        self.cache = Cache(layers=self.layers)
+        self.lengths = torch.zeros(slots, dtype=torch.long, device=self.device)
+        self.running = torch.zeros(slots, dtype=torch.bool, device=self.device)
+
+    @property
+    def refillable(self) -> bool:
+        """Whether a slot may be filled while others are still running."""
+        return True
+
+    def fill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        """Starts new texts in the given slots, ready for a step with each prompt's last token.
+
+        Args:
+            rows: slots to overwrite.
+            prompts: token ids, one non-empty sequence for each slot. The last id of each is left for `step`.
+        """
+        check_prompts(prompts, self.capacity)
+        which = torch.tensor(rows, device=self.device)
+        lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
+        self.lengths[which] = lengths
+        self.running[which] = True
+        longest = int(lengths.max())
+        if longest == 0:
+            return
+        # [R, T], padded on the right: causal attention keeps the padding invisible to the real tokens
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=self.device)
+        for index, prompt in enumerate(prompts):
+            ids[index, : len(prompt) - 1] = torch.tensor(prompt[:-1], device=self.device)
+        positions = torch.arange(longest, device=self.device).expand(len(prompts), longest)
+        mask = torch.ones(longest, longest, dtype=torch.bool, device=self.device).tril()
+        self._aim(which[:, None], positions, visible=0)
+        with torch.inference_mode():
+            self.model.base_model(
+                input_ids=ids,
+                attention_mask=mask.expand(len(prompts), 1, longest, longest),
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Feeds one token to every slot.
+
+        Args:
+            tokens: `[slots]`; idle slots may be given any id.
+
+        Returns:
+            Logits after the token, `[slots, V]`.
+        """
+        rows = torch.arange(self.slots, device=self.device)[:, None]
+        columns = self.lengths[:, None].clone()  # [B, 1]
+        visible = int(self.lengths.max()) + 1
+        self._aim(rows, columns, visible)
+        # [B, 1, 1, visible]: a row sees what it has written, this token included
+        mask = (torch.arange(visible, device=self.device) <= columns)[:, None, None]
+        with torch.inference_mode():
+            output = self.model(
+                input_ids=tokens[:, None],
+                attention_mask=mask,
+                position_ids=columns,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        self.lengths += self.running
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+    def release(self, row: int) -> None:
+        """Marks a slot idle, so that it costs as little as possible until it is filled again."""
+        self.lengths[row] = 0
+        self.running[row] = False
+
+    def _aim(self, rows: torch.Tensor, columns: torch.Tensor, visible: int) -> None:
+        for layer in self.layers:
+            layer.rows, layer.columns, layer.visible = rows, columns, visible
+
+
+class DrainedBatch:
+    """The same interface for models of every other kind: refilled only once all its texts are finished.
+
+    Args:
+        model: any causal LM.
+        slots: rows of the batch.
+        capacity: tokens a row can hold, prompt and answer together.
+    """
+
+    def __init__(self, model: PreTrainedModel, slots: int, capacity: int) -> None:
+        self.model = model
+        self.slots = slots
+        self.capacity = capacity
+        self.device = model.device
+        self.order: list[int] = []
+        self.cache: Any = None
+        self.pending: list[list[int]] = []
+        self.mask = torch.zeros(0, 0, dtype=torch.long, device=self.device)
+
+    @property
+    def refillable(self) -> bool:
+        """Whether a slot may be filled while others are still running."""
+        return False
+
+    def fill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        """Starts a new batch, ready for a step with each prompt's last token; see `SlotBatch.fill`."""
+        check_prompts(prompts, self.capacity)
+        self.order = list(rows)
+        self.pending = [list(prompt) for prompt in prompts]
+        self.cache = None
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Feeds one token to every slot; see `SlotBatch.step`."""
+        order = torch.tensor(self.order, device=self.device)
+        ids = tokens[order][:, None]  # [R, 1]
+        if self.pending:
+            ids = self._start(ids)  # [R, T]
+        else:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(order), 1)], dim=1)
+        # real tokens count from 0 in every row, whatever the padding
+        positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        with torch.inference_mode():
+            output = self.model(
+                input_ids=ids,
+                attention_mask=self.mask,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        self.cache = output.past_key_values
+        picked = output.logits[:, -1]  # [R, V]
+        logits: torch.Tensor = picked.new_zeros(self.slots, picked.shape[-1])
+        logits[order] = picked
+        return logits
+
+    def release(self, row: int) -> None:
+        """Nothing to do: the row runs along until the batch is drained."""
+
+    def _start(self, last: torch.Tensor) -> torch.Tensor:
+        """The whole prompts with the fed tokens at their end, `[R, T]`, padded on the left."""
+        longest = max(len(prompt) for prompt in self.pending)
+        ids = torch.zeros(len(self.pending), longest, dtype=torch.long, device=self.device)
+        self.mask = torch.zeros_like(ids)
+        for index, prompt in enumerate(self.pending):
+            ids[index, longest - len(prompt) :] = torch.tensor(prompt, device=self.device)
+            self.mask[index, longest - len(prompt) :] = 1
+        ids[:, -1:] = last
+        self.pending = []
+        return ids
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], capacity: int) -> None:
+    """Refuses prompts that a batch cannot hold.
+
+    Args:
+        prompts: token ids of each prompt.
+        capacity: tokens a row can hold.
+
+    Raises:
+        ValueError: a prompt is empty or leaves no room for an answer.
+    """
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("a prompt has no tokens, so there is nothing to continue")
+    longest = max(len(prompt) for prompt in prompts)
+    if longest >= capacity:
+        raise ValueError(f"a prompt of {longest} tokens does not fit in rows of {capacity} tokens")
+
+
+def open_batch(model: PreTrainedModel, slots: int, capacity: int) -> SlotBatch | DrainedBatch:
+    """Chooses the batch a model can run in.
+
+    Args:
+        model: the causal LM that writes.
+        slots: rows of the batch.
+        capacity: tokens a row can hold, prompt and answer together.
+    """
+    try:
+        return SlotBatch(model, slots, capacity)
+    except ValueError:
+        return DrainedBatch(model, slots, capacity)

@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: accelerate, exact resume, a curve on disk and acceptance on held-out texts."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_polyspec.eagle.checkpoints import Checkpoints, RunState
+from hf_polyspec.eagle.dataset import (
+    Batch,
+    Corpus,
+    TargetReader,
+    Text,
+    collate,
+    draft_vocabulary,
+    plan_batches,
+)
+from hf_polyspec.eagle.feature_cache import FeatureCache
+from hf_polyspec.eagle.features import TargetParts, bind, target_parts
+from hf_polyspec.eagle.fresh import init_for
+from hf_polyspec.eagle.generation import stop_ids
+from hf_polyspec.eagle.losses import LossSums, TargetView, Teacher, eagle1_loss, eagle3_loss, noisy
+from hf_polyspec.eagle.modeling import EagleHead
+from hf_polyspec.eagle.prompts import sample_random
+from hf_polyspec.eagle.stopping import StopRequest
+from hf_polyspec.eagle.training_config import TrainingConfig
+from hf_polyspec.eagle.validation import KIND_NAMES, Acceptance, count_acceptance
+
+
+class LearningHead(nn.Module):
+    """A head and its loss in one module, so that one forward call is all a data-parallel wrapper has to see.
+
+    Args:
+        head: the head.
+        teacher: the target's distribution over the head's ids.
+        config: the run.
+    """
+
+    def __init__(self, head: EagleHead, teacher: Teacher, config: TrainingConfig) -> None:
+        super().__init__()
+        self.head = head
+        self.lesson = (teacher,)  # in a tuple: not a part of what is trained and saved
+        self.config = config
+
+    def forward(self, tokens: torch.Tensor, answer: torch.Tensor, view: TargetView) -> LossSums:
+        """The loss of a batch, see `eagle1_loss` and `eagle3_loss`."""
+        plan = self.config.optimization
+        if self.head.config.algorithm == "eagle1":
+            weights = {"feature_weight": plan.feature_weight, "token_weight": plan.token_weight}
+            return eagle1_loss(self.head, self.lesson[0], tokens, answer, view, **weights)
+        return eagle3_loss(self.head, self.lesson[0], tokens, answer, view, plan.steps, plan.step_decay)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is shown while training.
+
+    Args:
+        step: optimizer steps done, of `total_steps`.
+        total_steps: of the whole run.
+        epoch: the epoch under way, from 0.
+        tokens: training tokens used, of `total_tokens`.
+        total_tokens: of the whole run.
+        loss: of the last step, a row.
+        tokens_per_second: of this session.
+    """
+
+    step: int
+    total_steps: int
+    epoch: int
+    tokens: int
+    total_tokens: int
+    loss: float
+    tokens_per_second: float
+
+    @property
+    def seconds_left(self) -> float:
+        """At this session's pace."""
+        return (self.total_tokens - self.tokens) / max(self.tokens_per_second, 1e-9)
+
+
+class Trainer:
+    """Trains one head; a second start with the same config goes on where the last checkpoint stands.
+
+    Args:
+        config: the run.
+        target: the frozen model, on the accelerator's device.
+        reader_model: whose features are read; the target or a quantised copy of it.
+        tokenizer: the target's.
+        corpus: the texts.
+        accelerator: processes, precision, trackers.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        target: PreTrainedModel,
+        reader_model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        corpus: Corpus,
+        accelerator: Accelerator,
+    ) -> None:
+        self.config, self.plan = config, config.optimization
+        self.corpus, self.accelerator = corpus, accelerator
+        target.requires_grad_(False)
+        torch.manual_seed(self.plan.seed)
+        parts = target_parts(target)
+        head = self._build_head(target, tokenizer, parts)
+        self.source = self._build_source(head, reader_model)
+        module = LearningHead(head, Teacher(head, parts), config)
+        optimizer = torch.optim.AdamW(
+            [weight for weight in module.parameters() if weight.requires_grad],
+            lr=self.plan.learning_rate,
+            betas=(0.9, self.plan.beta2),
+            weight_decay=self.plan.weight_decay,
+        )
+        self.module, self.optimizer = accelerator.prepare(module, optimizer)
+        self.head = head
+        self.state = RunState(corpus=_fingerprint(corpus.train))
+        accelerator.register_for_checkpointing(self.state)
+        self.checkpoints = Checkpoints(config.folder / "checkpoints", accelerator, self.plan.keep_checkpoints)
+        self.steps_per_epoch = [len(self._groups(epoch)) for epoch in range(self.plan.epochs)]
+        self.total_tokens = self.plan.epochs * sum(len(text) for text in corpus.train)
+        self.session = (time.time(), 0)
+        self.last: dict[str, dict[str, object]] = {}
+
+    def run(
+        self, deadline: float | None = None, report: Callable[[Progress], None] | None = None
+    ) -> dict[str, dict[str, object]] | None:
+        """Trains until all epochs are done.
+
+        Args:
+            deadline: seconds since the epoch at which to stop, or None.
+            report: called after every optimizer step.
+
+        Returns:
+            Acceptance by kind of text after the last step, or None when stopped before the end. Either way there is
+            a checkpoint of the last step.
+
+        Raises:
+            ValueError: the texts are not those the run began with.
+        """
+        self._resume()
+        self.session = (time.time(), self.state.tokens)
+        spent = self.state.seconds
+        with StopRequest(deadline) as stop:
+            for group in self._remaining():
+                self._advance(group, spent, report)
+                if self.state.step % self.plan.checkpoint_every == 0:
+                    self.checkpoints.save(self.state.step)
+                if self.state.step % self.plan.validate_every == 0:
+                    self.validate()
+                if self._anyone(stop.asked):
+                    self.checkpoints.save(self.state.step)
+                    if not self.finished:
+                        return None
+        self.checkpoints.save(self.state.step)
+        return self.validate()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done."""
+        return self.state.step >= sum(self.steps_per_epoch)
+
+    def _build_head(
+        self, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, parts: TargetParts
+    ) -> EagleHead:
+        settings = self.config.head
+        if self.config.init_from is not None:
+            head = EagleHead.from_pretrained(self.config.init_from, dtype=torch.float32)
+            return bind(head, target).to(self.accelerator.device).train()
+        ids = None
+        if settings.draft_vocab_size is not None and settings.draft_vocab_size < parts.vocab_size:
+            keep = sorted(stop_ids(target, tokenizer))
+            ids = draft_vocabulary(self.corpus.train, settings.draft_vocab_size, parts.vocab_size, keep)
+        # float32 weights whatever the target's: small updates vanish in 16 bits
+        return init_for(
+            target,
+            settings.algorithm,
+            ids,
+            own_lm_head=settings.own_lm_head,
+            dtype=torch.float32,
+            **settings.overrides,
+        )
+
+    def _build_source(self, head: EagleHead, reader_model: PreTrainedModel) -> TargetReader | FeatureCache:
+        parts = target_parts(reader_model)
+        reader = TargetReader(reader_model, head.config, parts)
+        if not self.plan.feature_cache:
+            return reader
+        texts = [*self.corpus.train, *self.corpus.validation]
+        folder = self.config.folder / "features"
+        name = f"{self.config.target}/{self.config.revision}/{self.config.reader}/{reader_model.dtype}"
+
+        def opened(owner: bool) -> FeatureCache:
+            return FeatureCache(
+                folder, reader, texts, head.config.feature_size, parts.hidden_size, name, owner
+            )
+
+        if self.accelerator.is_main_process:
+            cache = opened(True)
+        self.accelerator.wait_for_everyone()
+        return cache if self.accelerator.is_main_process else opened(False)
+
+    def _groups(self, epoch: int) -> list[list[list[int]]]:
+        """The optimizer steps of an epoch, each a list of batches over all processes."""
+        batches = plan_batches(self.corpus.train, self.plan.batch_tokens, self.plan.seed, epoch)
+        size = self.plan.accumulation * self.accelerator.num_processes
+        return [batches[start : start + size] for start in range(0, len(batches), size)]
+
+    def _remaining(self) -> Iterator[list[list[int]]]:
+        for epoch in range(self.state.epoch, self.plan.epochs):
+            batches = [batch for group in self._groups(epoch) for batch in group]
+            size = self.plan.accumulation * self.accelerator.num_processes
+            while self.state.position < len(batches):
+                yield batches[self.state.position : self.state.position + size]
+            self.state.epoch, self.state.position = epoch + 1, 0
+
+    def _resume(self) -> None:
+        expected = self.state.corpus
+        if self.checkpoints.load_newest() is None:
+            _truncate(self.config.folder, 0)
+            return
+        if self.state.corpus != expected:
+            raise ValueError(
+                "the texts changed since this run began; keep them as they were, or start a new run that goes on from "
+                "this head (init_from)"
+            )
+        if self.accelerator.is_main_process:
+            _truncate(self.config.folder, self.state.step)
+
+    def _advance(
+        self, group: list[list[int]], spent: float, report: Callable[[Progress], None] | None
+    ) -> None:
+        rate = self.plan.rate(self.state.step, sum(self.steps_per_epoch))
+        for entry in self.optimizer.param_groups:
+            entry["lr"] = rate
+        sums, norm = self._step(group)
+        self.state.step += 1
+        self.state.position += len(group)
+        self.state.tokens += sum(len(self.corpus.train[i]) for batch in group for i in batch)
+        began, before = self.session
+        elapsed = time.time() - began
+        self.state.seconds = spent + elapsed
+        pace = (self.state.tokens - before) / max(elapsed, 1e-9)
+        total = sum(self.steps_per_epoch)
+        loss = float(sums.loss) / max(float(sums.rows), 1.0)
+        if self.state.step % self.plan.log_every == 0 or self.state.step == total:
+            self._log(loss, sums, rate, norm, pace)
+        if report is not None:
+            state = self.state
+            report(Progress(state.step, total, state.epoch, state.tokens, self.total_tokens, loss, pace))
+
+    def _step(self, group: list[list[int]]) -> tuple[LossSums, float]:
+        """One optimizer step over the batches of all processes."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        rows = sum(self._rows(i) for batch in group for i in batch)
+        turns = -(-len(group) // world)
+        totals: LossSums | None = None
+        self.module.train()
+        for turn in range(turns):
+            index = turn * world + rank
+            # a process without a batch of its own joins in with one that counts for nothing
+            share = 1.0 if index < len(group) else 0.0
+            batch, view = self._load([self.corpus.train[i] for i in group[index if share else 0]], turn)
+            last = turn == turns - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
+                sums: LossSums = self.module(batch.tokens, batch.answer, view)
+                # processes average their gradients, hence the factor
+                self.accelerator.backward(sums.loss * (share * world / max(rows, 1)))
+            totals = _added(totals, sums, share)
+        norm = self._clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if totals is None:
+            raise RuntimeError("an optimizer step had no batch")
+        return self._reduced(totals), norm
+
+    def _load(self, texts: list[Text], turn: int) -> tuple[Batch, TargetView]:
+        batch = collate(texts, self.plan.learn_prompts).to(self.accelerator.device)
+        view = self.source.read(batch)
+        if self.config.head.algorithm == "eagle1" and self.module.training:
+            number = (self.state.step * 4096 + turn) * 4096 + self.accelerator.process_index
+            seed = sample_random(self.plan.seed, number, "noise").getrandbits(63)
+            generator = torch.Generator().manual_seed(seed)
+            view = replace(view, features=noisy(view.features, self.plan.feature_noise, generator))
+        return batch, view
+
+    def _rows(self, index: int) -> int:
+        """Tokens of a text's answer that step 0 can guess; see `answer_rows`."""
+        text = self.corpus.train[index]
+        return len(text) - max(2, 0 if self.plan.learn_prompts else text.prompt_length)
+
+    def _clip(self) -> float:
+        weights = [weight for weight in self.module.parameters() if weight.requires_grad]
+        if self.config.head.algorithm == "eagle1":
+            self.accelerator.clip_grad_value_(weights, self.plan.clip)
+            gradients = [weight.grad.norm() for weight in weights if weight.grad is not None]
+            return float(torch.stack(gradients).norm())
+        return float(self.accelerator.clip_grad_norm_(weights, self.plan.clip))
+
+    def _reduced(self, sums: LossSums) -> LossSums:
+        if self.accelerator.num_processes == 1:
+            return sums
+        parts = (sums.loss, sums.rows, sums.per_step, sums.counted)
+        return LossSums(*(self.accelerator.reduce(part, "sum") for part in parts))
+
+    def _anyone(self, asked: bool) -> bool:
+        """Whether any process was asked to stop, so that all stop together."""
+        if self.accelerator.num_processes == 1:
+            return asked
+        flag = torch.tensor(int(asked), device=self.accelerator.device)
+        return int(self.accelerator.reduce(flag, "sum")) > 0
+
+    def _log(self, loss: float, sums: LossSums, rate: float, norm: float, pace: float) -> None:
+        steps = (sums.per_step / sums.counted.clamp(min=1)).tolist()
+        row: dict[str, float] = {
+            "step": self.state.step,
+            "epoch": self.state.epoch,
+            "tokens": self.state.tokens,
+            "loss": round(loss, 5),
+            **{f"cross_entropy_{index}": round(value, 5) for index, value in enumerate(steps)},
+            "learning_rate": rate,
+            "gradient_norm": round(norm, 5),
+            "tokens_per_second": round(pace, 1),
+        }
+        if self.accelerator.is_main_process:
+            _append_csv(self.config.folder / "curve.csv", row)
+        self.accelerator.log(row, step=self.state.step)
+
+    def validate(self) -> dict[str, dict[str, object]]:
+        """Measures acceptance on the held-out texts.
+
+        Returns:
+            By kind of text: see `Acceptance.as_dict`.
+        """
+        ranks = (1, 2, 4, 8)
+        steps = self.plan.validation_steps
+        tallies = {kind: Acceptance(steps, ranks) for kind in KIND_NAMES}
+        texts = self.corpus.validation[: self.plan.validation_texts]
+        batches = plan_batches(texts, self.plan.batch_tokens, self.plan.seed, 0)
+        self.module.eval()
+        for batch in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
+            loaded, view = self._load([texts[i] for i in batch], 0)
+            for kind, tally in count_acceptance(self.head, loaded, view, steps, ranks).items():
+                tallies[kind].add(tally)
+        self.module.train()
+        found: dict[str, dict[str, object]] = {}
+        for kind, tally in tallies.items():
+            counts = self.accelerator.reduce(tally.counts().to(self.accelerator.device), "sum")
+            if int(counts[0, 0]):
+                found[KIND_NAMES[kind]] = Acceptance.from_counts(counts.cpu(), ranks).as_dict()
+        record = {"step": self.state.step, "epoch": self.state.epoch, "tokens": self.state.tokens, **found}
+        if self.accelerator.is_main_process:
+            with (self.config.folder / "validation.jsonl").open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(record) + "\n")
+        self.accelerator.log(_flat(found), step=self.state.step)
+        self.last = found
+        return found
+
+
+def _added(totals: LossSums | None, sums: LossSums, share: float) -> LossSums:
+    parts = [part.detach() * share for part in (sums.loss, sums.rows, sums.per_step, sums.counted)]
+    if totals is None:
+        return LossSums(*parts)
+    before = (totals.loss, totals.rows, totals.per_step, totals.counted)
+    return LossSums(*(old + new for old, new in zip(before, parts, strict=True)))
+
+
+def _flat(found: dict[str, dict[str, object]]) -> dict[str, float]:
+    """Names and numbers for a tracker."""
+    values: dict[str, float] = {}
+    for kind, facts in found.items():
+        for name, fact in facts.items():
+            items: list[Any] = fact if isinstance(fact, list) else [fact]
+            for index, value in enumerate(items):
+                suffix = f"_{index}" if isinstance(fact, list) else ""
+                values[f"validation/{kind}/{name}{suffix}"] = float(value)
+    return values
+
+
+def _fingerprint(texts: list[Text]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.number.to_bytes(8, "little") + len(text).to_bytes(8, "little"))
+    return digest.hexdigest()
+
+
+def _append_csv(path: Path, row: dict[str, float]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _truncate(folder: Path, step: int) -> None:
+    """Forgets what was written after a checkpoint, so that the curve goes on without a fold."""
+    curve, validation = folder / "curve.csv", folder / "validation.jsonl"
+    if curve.exists():
+        header, *lines = curve.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if int(line.split(",", 1)[0]) <= step]
+        curve.write_text("".join([header, *kept]), encoding="utf-8") if kept else curve.unlink()
+    if validation.exists():
+        lines = validation.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        validation.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that decides how a head is trained, in one file that reproduces the run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from hf_polyspec.eagle.configuration import ALGORITHMS
+from hf_polyspec.eagle.generation import GenerationSettings
+
+T = TypeVar("T")
+
+WRITERS = ("target", "int8")
+PRECISIONS = ("no", "bf16", "fp16")
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """What kind of head is trained.
+
+    Args:
+        algorithm: `"eagle1"` (used by EAGLE-2 as well) or `"eagle3"`.
+        draft_vocab_size: ids the head scores, or None for all of the target's.
+        own_lm_head: whether the head trains an output layer of its own; without one it uses the target's rows and
+            the checkpoint stays small.
+        overrides: any field of `EagleHeadConfig`.
+    """
+
+    algorithm: str = "eagle3"
+    draft_vocab_size: int | None = 32_000
+    own_lm_head: bool = False
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _one_of("algorithm", self.algorithm, ALGORITHMS)
+
+
+@dataclass(frozen=True)
+class OptimizationSettings:
+    """How the head is trained. The defaults are the published ones where a small run can use them.
+
+    Args:
+        epochs: passes over the texts.
+        steps: draft steps of training-time test; EAGLE-1 uses 1.
+        step_decay: weight of each draft step against the one before.
+        batch_tokens: tokens in a micro-batch of one process, padding included.
+        accumulation: micro-batches of a process in an optimizer step.
+        learning_rate: peak.
+        warmup_steps: optimizer steps up to the peak.
+        schedule: `"linear"`, `"cosine"` or `"constant"` after the warm-up.
+        beta2: AdamW's second moment; the first is 0.9.
+        weight_decay: AdamW's.
+        clip: largest gradient norm (EAGLE-3) or gradient value (EAGLE-1).
+        feature_noise: EAGLE-1's noise on features; ignored by EAGLE-3.
+        feature_weight: EAGLE-1's weight of the feature regression.
+        token_weight: EAGLE-1's weight of the cross-entropy.
+        learn_prompts: whether prompts are learned as well.
+        max_length: longer texts are cut.
+        validation_fraction: share of texts held out.
+        validation_steps: draft positions whose acceptance is measured.
+        validation_texts: most held-out texts looked at.
+        validate_every: optimizer steps between validations; the end of the run always has one.
+        checkpoint_every: optimizer steps between checkpoints; the end of the run always has one.
+        keep_checkpoints: how many are kept.
+        log_every: optimizer steps between lines of the curve.
+        mixed_precision: `"no"`, `"bf16"` or `"fp16"`.
+        feature_cache: whether features are kept on disk after the first epoch.
+        seed: decides initial weights, split, order and noise.
+    """
+
+    epochs: int = 10
+    steps: int = 7
+    step_decay: float = 0.8
+    batch_tokens: int = 4096
+    accumulation: int = 1
+    learning_rate: float = 1e-4
+    warmup_steps: int = 100
+    schedule: str = "cosine"
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    clip: float = 0.5
+    feature_noise: float = 0.2
+    feature_weight: float = 1.0
+    token_weight: float = 0.1
+    learn_prompts: bool = False
+    max_length: int = 2048
+    validation_fraction: float = 0.03
+    validation_steps: int = 6
+    validation_texts: int = 200
+    validate_every: int = 500
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    mixed_precision: str = "no"
+    feature_cache: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("mixed_precision", self.mixed_precision, PRECISIONS)
+        counts = ("epochs", "steps", "batch_tokens", "accumulation", "validation_steps", "validation_texts")
+        for name in (*counts, "validate_every", "checkpoint_every", "keep_checkpoints", "log_every", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0.0 < self.validation_fraction < 1.0:
+            raise ValueError(f"validation_fraction must be between 0 and 1, not {self.validation_fraction}")
+        if self.learning_rate <= 0.0 or self.clip <= 0.0:
+            raise ValueError("learning_rate and clip must be above 0")
+
+    def rate(self, step: int, total: int) -> float:
+        """The learning rate of an optimizer step.
+
+        Args:
+            step: steps done before, from 0.
+            total: steps of the whole run.
+        """
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.learning_rate
+        done = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))
+        if self.schedule == "linear":
+            return self.learning_rate * (1.0 - done)
+        return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One run: target, texts, head and optimisation.
+
+    Args:
+        target: folder or hub id of the model the head is for.
+        output: folder of the run: texts, checkpoints, curve and the finished head.
+        revision: of the target on the hub.
+        dtype: of the target's weights, `"auto"` for the checkpoint's own.
+        prompts: the user's file of prompts, or None to let the target invent them.
+        exclude: a file of prompts that must not be trained on, such as a benchmark's.
+        texts: a folder of shards written before; nothing is generated then.
+        writer: who writes the texts, the `"target"` or its `"int8"` copy, faster on CPUs.
+        reader: whose features and distributions the head learns from, likewise. A head that will draft for a
+            quantised middle loses nothing by learning from a quantised copy.
+        init_from: a head to go on training instead of a fresh one.
+        generation: how texts are made.
+        head: what is trained.
+        optimization: how it is trained.
+    """
+
+    target: str
+    output: str
+    revision: str | None = None
+    dtype: str = "auto"
+    prompts: str | None = None
+    exclude: str | None = None
+    texts: str | None = None
+    writer: str = "target"
+    reader: str = "target"
+    init_from: str | None = None
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    head: HeadSettings = field(default_factory=HeadSettings)
+    optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
+
+    def __post_init__(self) -> None:
+        _one_of("writer", self.writer, WRITERS)
+        _one_of("reader", self.reader, WRITERS)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.output)
+
+    @property
+    def texts_folder(self) -> Path:
+        """Where the texts are."""
+        return Path(self.texts) if self.texts else self.folder / "texts"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in a config file."""
+        return asdict(self)
+
+    def save(self, path: Path) -> None:
+        """Writes the config as YAML.
+
+        Args:
+            path: the file; its folder exists.
+        """
+        path.write_text(yaml.safe_dump(self.as_dict(), sort_keys=False), encoding="utf-8")
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """Reads a config file.
+
+    Args:
+        path: YAML or JSON.
+
+    Raises:
+        ValueError: the file is missing or is not a mapping.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no config file at {path}")
+    text = path.read_text(encoding="utf-8")
+    values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold names and values, not {type(values).__name__}")
+    return values
+
+
+def build_config(values: Mapping[str, Any]) -> TrainingConfig:
+    """Makes a config of plain values.
+
+    Args:
+        values: as in a config file; what is absent takes its default.
+
+    Raises:
+        ValueError: a name is unknown, a value has the wrong type or cannot be used, or the target is missing.
+    """
+    rest = dict(values)
+    parts = {
+        "generation": _build(GenerationSettings, rest.pop("generation", None) or {}, "generation"),
+        "head": _build(HeadSettings, rest.pop("head", None) or {}, "head"),
+        "optimization": _build(OptimizationSettings, rest.pop("optimization", None) or {}, "optimization"),
+    }
+    for name in ("target", "output"):
+        if not rest.get(name):
+            raise ValueError(f"the config does not say {name!r}")
+    return _build(TrainingConfig, {**rest, **parts}, "config")
+
+
+def _build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+    known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"unknown setting in {where}: {', '.join(unknown)}; known are {', '.join(known)}")
+    checked = {}
+    for name, value in values.items():
+        default = known[name].default
+        if isinstance(default, float) and isinstance(value, (str, int)) and not isinstance(value, bool):
+            # YAML reads 1e-4 as a word
+            try:
+                value = float(value)
+            except ValueError:
+                raise ValueError(f"{where}.{name} must be a number, not {value!r}") from None
+        elif isinstance(default, bool) != isinstance(value, bool) and isinstance(default, (bool, int)):
+            raise ValueError(f"{where}.{name} must be of type {type(default).__name__}, not {value!r}")
+        elif isinstance(default, int) and not isinstance(value, int):
+            raise ValueError(f"{where}.{name} must be a whole number, not {value!r}")
+        checked[name] = value
+    return kind(**checked)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")

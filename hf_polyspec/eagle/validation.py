@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many of a head's guesses a target would accept, position by position, on texts it has not learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from hf_polyspec.eagle.dataset import Batch
+from hf_polyspec.eagle.losses import TargetView
+from hf_polyspec.eagle.modeling import EagleHead
+from hf_polyspec.eagle.shards import GREEDY, SAMPLED
+from hf_polyspec.eagle.unroll import shifted, unroll
+
+KIND_NAMES = {GREEDY: "greedy", SAMPLED: "sampled"}
+
+
+@dataclass
+class Acceptance:
+    """Counts over texts of one kind, one entry a draft position.
+
+    The token to hit is the one the text holds. In a greedy text that is the target's favourite; in a sampled text it
+    is a draw from the target, so hitting it is as frequent as the one-hot rule accepts a deterministic draft.
+
+    Args:
+        steps: draft positions, S.
+        ranks: the k of the top-k hits.
+    """
+
+    steps: int
+    ranks: tuple[int, ...] = (1, 2, 4, 8)
+    rows: list[int] = field(default_factory=list)
+    hits: list[list[int]] = field(default_factory=list)
+    alive: list[int] = field(default_factory=list)
+    survived: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.rows = self.rows or [0] * self.steps
+        self.hits = self.hits or [[0] * len(self.ranks) for _ in range(self.steps)]
+        self.alive = self.alive or [0] * self.steps
+        self.survived = self.survived or [0] * self.steps
+
+    def top(self, rank_index: int) -> list[float]:
+        """Share of rows whose token is among the first k guesses, the true path given, for every position."""
+        return [hit[rank_index] / max(rows, 1) for hit, rows in zip(self.hits, self.rows, strict=True)]
+
+    @property
+    def chain(self) -> list[float]:
+        """Acceptance of the first guess at every position, given that all guesses before it were accepted."""
+        return [kept / max(alive, 1) for kept, alive in zip(self.survived, self.alive, strict=True)]
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens a pass of the target with a chain of S guesses: `1 + sum_s prod_{r<=s} chain_r`, bonus included."""
+        total, product = 1.0, 1.0
+        for rate in self.chain:
+            product *= rate
+            total += product
+        return total
+
+    def add(self, other: Acceptance) -> None:
+        """Adds another count of the same shape."""
+        for step in range(self.steps):
+            self.rows[step] += other.rows[step]
+            self.alive[step] += other.alive[step]
+            self.survived[step] += other.survived[step]
+            for index in range(len(self.ranks)):
+                self.hits[step][index] += other.hits[step][index]
+
+    def counts(self) -> torch.Tensor:
+        """All counts as one tensor `[S, 3 + ranks]`, to be added up over processes."""
+        columns = zip(self.rows, self.alive, self.survived, self.hits, strict=True)
+        return torch.tensor([[rows, alive, kept, *hits] for rows, alive, kept, hits in columns])
+
+    @classmethod
+    def from_counts(cls, counts: torch.Tensor, ranks: tuple[int, ...]) -> Acceptance:
+        """The inverse of `counts`.
+
+        Args:
+            counts: `[S, 3 + ranks]`.
+            ranks: the k of the top-k hits.
+        """
+        table = counts.tolist()
+        columns = [[row[index] for row in table] for index in range(3)]
+        return cls(len(table), ranks, columns[0], [row[3:] for row in table], columns[1], columns[2])
+
+    def as_dict(self) -> dict[str, object]:
+        """Rounded for a file or a tracker."""
+        return {
+            "rows": self.rows[0],
+            "chain": [round(rate, 4) for rate in self.chain],
+            **{f"top{k}": [round(rate, 4) for rate in self.top(i)] for i, k in enumerate(self.ranks)},
+            "mean_acceptance_length": round(self.mean_length, 4),
+        }
+
+
+@torch.no_grad()
+def count_acceptance(
+    head: EagleHead, batch: Batch, view: TargetView, steps: int, ranks: Sequence[int] = (1, 2, 4, 8)
+) -> dict[int, Acceptance]:
+    """Counts hits on one batch.
+
+    Args:
+        head: the head, in evaluation mode.
+        batch: held-out texts.
+        view: what the target says about them.
+        steps: draft positions.
+        ranks: the k of the top-k hits, ascending, the first one 1.
+
+    Returns:
+        Counts by kind of text.
+    """
+    device = batch.tokens.device
+    most = min(max(ranks), int(head.config.draft_vocab_size or head.config.vocab_size))
+    found = {kind: Acceptance(steps, tuple(ranks)) for kind in sorted(set(batch.kinds.tolist()))}
+    alive = torch.ones(batch.tokens.shape[0], batch.tokens.shape[1] - 1, dtype=torch.bool, device=device)
+    for step, hidden in enumerate(unroll(head, batch.tokens, view.features, steps)):
+        label = shifted(batch.tokens, 2 + step)  # [B, T-1]
+        counted = shifted(batch.answer, 2 + step).bool()
+        guesses = torch.full((*counted.shape, most), -1, dtype=torch.long, device=device)
+        best = head.logits(hidden[counted]).topk(most, dim=-1).indices
+        guesses[counted] = head.draft_to_target(best)
+        match = guesses == label[..., None]  # [B, T-1, most]
+        for kind, tally in found.items():
+            rows = counted & (batch.kinds == kind)[:, None]
+            tally.rows[step] += int(rows.sum())
+            tally.alive[step] += int((rows & alive).sum())
+            tally.survived[step] += int((rows & alive & match[..., 0]).sum())
+            for index, rank in enumerate(ranks):
+                tally.hits[step][index] += int((match[..., :rank].any(dim=-1) & rows).sum())
+        alive = alive & match[..., 0]
+    return found
