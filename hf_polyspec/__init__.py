@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact multi-model speculative decoding for transformers.
 
-    import hf_polyspec
-    hf_polyspec.enable()
-    model.generate(**inputs, assistant_models=[middle, drafter])
+import hf_polyspec
+hf_polyspec.enable()
+model.generate(**inputs, assistant_models=[middle, drafter])
 """
 
+from .candidates import PolySpecCandidateGenerator
 from .context import Context
 from .decoding import decode
 from .errors import LevelError, RollbackError
 from .integration import PolySpecGenerationMixin, attach, detach, disable, enable, generate
 from .levels.base import Drafter, Proposal
+from .levels.suffix import SuffixDrafter
 from .options import PolySpecOptions
 from .telemetry import LevelStats, PolySpecStats
 
@@ -21,11 +23,13 @@ __all__ = [
     "Drafter",
     "LevelError",
     "LevelStats",
+    "PolySpecCandidateGenerator",
     "PolySpecGenerationMixin",
     "PolySpecOptions",
     "PolySpecStats",
     "Proposal",
     "RollbackError",
+    "SuffixDrafter",
     "attach",
     "decode",
     "detach",

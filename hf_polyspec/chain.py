@@ -52,7 +52,8 @@ def check_assistants(target: Any, assistants: Any) -> list[Any]:
     """
     if not isinstance(assistants, (list, tuple)):
         raise TypeError(
-            f"assistant_models must be a list of models and drafters, the slowest first, got {type(assistants).__name__}."
+            "assistant_models must be a list of models and drafters, the slowest first, "
+            f"got {type(assistants).__name__}."
         )
     if not assistants:
         raise ValueError("assistant_models is an empty list; give at least one model or drafter, or leave it out.")
@@ -87,6 +88,24 @@ def build_chain(target: Any, assistants: Sequence[Any], setting: Setting, runner
     Raises:
         ValueError: a drafter cannot serve this many rows.
     """
+    chain = Verifier(
+        runner,
+        build_below(assistants, setting),
+        name=_display_name(target),
+        rule=setting.options.polyspec_verification,
+        eos=setting.eos,
+        pad=setting.pad,
+    )
+    chain.begin(0, setting.batch, vocabulary_size(target))
+    return chain
+
+
+def build_below(assistants: Sequence[Any], setting: Setting) -> Drafter:
+    """The levels below the target, as one level that has yet to begin.
+
+    Raises:
+        ValueError: a drafter cannot serve this many rows.
+    """
     below: Drafter | None = None
     for i in reversed(range(len(assistants))):
         below = _level(assistants[i], i, below, setting)
@@ -96,16 +115,7 @@ def build_chain(target: Any, assistants: Sequence[Any], setting: Setting, runner
                 f"and this batch has {setting.batch}."
             )
     assert below is not None
-    chain = Verifier(
-        runner,
-        below,
-        name=_display_name(target),
-        rule=setting.options.polyspec_verification,
-        eos=setting.eos,
-        pad=setting.pad,
-    )
-    chain.begin(0, setting.batch, vocabulary_size(target))
-    return chain
+    return below
 
 
 def levels_of(chain: Verifier) -> list[Drafter]:

@@ -77,7 +77,9 @@ def check_cache(cache: Any) -> None:
     if not isinstance(cache, Cache):
         raise ValueError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}.")
     if getattr(cache, "offloading", False):
-        raise ValueError("an offloaded cache cannot be used with assistant_models; pass a DynamicCache without offloading.")
+        raise ValueError(
+            "an offloaded cache cannot be used with assistant_models; pass a DynamicCache without offloading."
+        )
     if cache.get_seq_length() == 0 and type(cache) in (DynamicCache, StaticCache):
         return
     known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, RollbackLayer) for layer in cache.layers)
@@ -148,7 +150,7 @@ def check_vocabularies(target: Any, assistant: Any, role: str) -> None:
             mismatched = mismatched or abs(sizes[0] - sizes[1]) > min(sizes) // 8
     if mismatched:
         raise ValueError(
-            f"{role} ({_name(assistant) or type(assistant).__name__}, {sizes[1]} tokens) has a different tokenizer than "
+            f"{role} ({_name(assistant) or type(assistant).__name__}, {sizes[1]} tokens) has another tokenizer than "
             f"the target ({_name(target) or type(target).__name__}, {sizes[0]} tokens); "
             "every level of a chain must share the target's tokenizer."
         )

@@ -253,7 +253,9 @@ def _context(input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: di
         raise ValueError("the prompt is empty; assistant_models need at least one token to start from.")
     positions = model_kwargs.get("position_ids")
     if positions is not None and positions.ndim != 2:
-        raise ValueError("position_ids must be [batch, length]; multimodal positions are not supported with assistant_models.")
+        raise ValueError(
+            "position_ids must be [batch, length]; multimodal positions are not supported with assistant_models."
+        )
     if mask is not None and mask.ndim != 2:
         raise ValueError("attention_mask must be [batch, length].")
     mask = None if mask is None else mask[:, :columns].long().cpu()

@@ -33,18 +33,18 @@ def generate(model: Any, *args: Any, assistant_models: Any = None, **kwargs: Any
 def enable() -> None:
     """Let every transformers model take `assistant_models=[...]` in `generate()`. Calling it twice changes nothing."""
     if not hasattr(GenerationMixin.generate, _MARK):
-        GenerationMixin.generate = _wrap(GenerationMixin.generate)  # type: ignore[method-assign]
+        GenerationMixin.generate = _wrap(GenerationMixin.generate)
 
 
 def disable() -> None:
     """Undo `enable()`."""
     original = getattr(GenerationMixin.generate, _MARK, None)
     if original is not None:
-        GenerationMixin.generate = original  # type: ignore[method-assign]
+        GenerationMixin.generate = original
 
 
 def attach(model: Any) -> Any:
-    """Let one model take `assistant_models=[...]`; returns the model. A PEFT model's base model is what is attached to."""
+    """Let one model take `assistant_models=[...]`; returns the model. For a PEFT model, its base model is changed."""
     base = inner_model(model)
     if not hasattr(base.generate, _MARK):
         base.generate = types.MethodType(_wrap(_unbound(base)), base)
@@ -66,11 +66,11 @@ def detach(model: Any) -> Any:
 
 
 class PolySpecGenerationMixin:
-    """Put before a model class to give it `assistant_models`: `class MyModel(PolySpecGenerationMixin, LlamaForCausalLM)`."""
+    """Gives a model class `assistant_models`: `class MyModel(PolySpecGenerationMixin, LlamaForCausalLM)`."""
 
     def generate(self, *args: Any, assistant_models: Any = None, **kwargs: Any) -> Any:
         """`GenerationMixin.generate` with `assistant_models=[...]`."""
-        original = super().generate  # type: ignore[misc]
+        original: Callable[..., Any] = getattr(super(), "generate")  # noqa: B009 - a mixin's super is known at run time
         if assistant_models is None:
             return original(*args, **kwargs)
         return _generate(self, original, args, assistant_models, kwargs)
@@ -80,7 +80,8 @@ def _unbound(model: Any) -> Callable[..., Any]:
     """The model's present generate as a function of the model; an instance attribute (Hub recipes set one) is kept."""
     own = vars(model).get("generate")
     if own is None:
-        return type(model).generate  # type: ignore[no-any-return]
+        plain: Callable[..., Any] = type(model).generate
+        return plain
 
     @functools.wraps(own)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -130,7 +131,8 @@ def _refuse_early(model: Any, given: dict[str, Any]) -> None:
     config = inner_model(model).config
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"the target ({type(model).__name__}) is an encoder-decoder model; assistant_models work with decoder-only models."
+            f"the target ({type(model).__name__}) is an encoder-decoder model; "
+            "assistant_models work with decoder-only models."
         )
     generation_config = given.get("generation_config")
     check_cache_implementation(given.get("cache_implementation"))
@@ -152,10 +154,8 @@ def _with_stop_strings(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     criteria = StoppingCriteriaList(given.get("stopping_criteria") or [])
     # transformers puts its own criteria first; the order among criteria changes nothing.
     criteria.append(StopStringCriteria(stop_strings=strings, tokenizer=tokenizer))
-    without = _WithoutStopStrings(**(config.to_dict() if config is not None else {}))
-    if config is None:
-        without = _WithoutStopStrings()
-    else:
+    without = _WithoutStopStrings()
+    if config is not None:
         without.__dict__.update({k: copy.deepcopy(v) for k, v in vars(config).items() if k != "stop_strings"})
     rest = {name: value for name, value in given.items() if name not in ("stop_strings", "generation_config")}
     return rest | {"stopping_criteria": criteria, "generation_config": without}

@@ -192,9 +192,7 @@ class DecodingLoop:
         done = self.stopping.others(ids, scores)
         return [bool(value) for value in done.tolist()]
 
-    def _drop_finished(
-        self, context: Context, rows: list[_Row], present: list[int]
-    ) -> tuple[Context, list[int]]:
+    def _drop_finished(self, context: Context, rows: list[_Row], present: list[int]) -> tuple[Context, list[int]]:
         """Take rows that draw nothing more out of the batch: they would only cost time."""
         places = [place for place, r in enumerate(present) if not (rows[r].finished or rows[r].ended)]
         if len(places) == len(present) or not places:

@@ -41,7 +41,9 @@ class PolySpecOptions:
         threshold = self.assistant_confidence_threshold
         if threshold is not None and not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
             raise ValueError(f"assistant_confidence_threshold must be a number from 0 to 1, got {threshold!r}.")
-        _require_choice("num_assistant_tokens_schedule", self.num_assistant_tokens_schedule, (None, *get_args(Schedule)))
+        _require_choice(
+            "num_assistant_tokens_schedule", self.num_assistant_tokens_schedule, (None, *get_args(Schedule))
+        )
         _require_choice("polyspec_verification", self.polyspec_verification, get_args(Verification))
 
     @classmethod

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from .cache import RollbackCache
 from .context import EMBEDDED, Context, Prompt, common_prefix
@@ -50,7 +49,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         name: str,
         device: torch.device | None = None,
         *,
@@ -125,7 +124,7 @@ class ModelRunner:
             self.run(Context([ids[:end] for ids in context.ids], context.prompt), [[] for _ in context.ids], stats)
 
     def settle(self, context: Context, stats: LevelStats) -> None:
-        """Make the cache hold exactly these rows (all of one length), with a forward pass only if something is missing."""
+        """Make the cache hold exactly these rows, all of one length; a forward pass only if something is missing."""
         lengths = [common_prefix(held, ids) for held, ids in zip(self.memo, context.ids, strict=True)]
         if lengths != [len(ids) for ids in context.ids]:
             self.run(context, [[] for _ in context.ids], stats)
@@ -213,8 +212,8 @@ class ModelRunner:
         """Input embeddings `[B, F, H]`: the caller's where a position was given as one, the model's own elsewhere."""
         assert context.prompt.embeds is not None
         given = context.prompt.embeds.to(self.model_device)
-        embedded = self.model.get_input_embeddings()(ids.clamp(min=0).to(self.model_device))
-        embedded = embedded.to(given.dtype).clone()
+        own = self.model.get_input_embeddings()(ids.clamp(min=0).to(self.model_device))
+        embedded: torch.Tensor = own.to(given.dtype).clone()
         fed = ids.shape[1]
         for row, left in enumerate(unused):
             first = width - fed - left  # index in the row's sequence of the first fed column
@@ -224,7 +223,7 @@ class ModelRunner:
         return embedded
 
     def _align(self, logits: torch.Tensor, drafts: list[list[int]], wanted: int) -> torch.Tensor:
-        """The last K + 1 columns, each row's own draft starting at column 0, on the chain's device in float32 or wider."""
+        """The last K + 1 columns, moved so that each row's draft starts at column 0; float32 or wider."""
         logits = logits[:, -wanted:]
         logits = logits.to(device=self.device, dtype=torch.promote_types(logits.dtype, torch.float32))
         shifts = [wanted - 1 - len(draft) for draft in drafts]
@@ -251,18 +250,18 @@ class ModelRunner:
         self.cache = RollbackCache()
 
 
-def forward_arguments(model: nn.Module) -> set[str]:
+def forward_arguments(model: Any) -> set[str]:
     """Names that the model's forward takes; a PEFT wrapper's are those of the model inside."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return set(inspect.signature(inner.forward).parameters)
 
 
-def input_device(model: nn.Module) -> torch.device:
+def input_device(model: Any) -> torch.device:
     """Where the model wants its ids: the device of its input embedding (a sharded model has several)."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     for module in (embedding, model):
         if module is not None:
             for tensor in module.parameters():
                 if tensor.device.type != "meta":
-                    return tensor.device
+                    return torch.device(tensor.device)
     return torch.device("cpu")

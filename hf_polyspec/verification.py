@@ -130,7 +130,7 @@ def _following(
     p: torch.Tensor,
     q: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Weights `[B, V]` of the token after the accepted ones: max(prefix * p - q, 0), or p where nothing was rejected."""
+    """Weights `[B, V]` of the next token: max(prefix * p - q, 0) after a rejection, else p."""
     rows = torch.arange(p.shape[0], device=p.device)
     law = p[rows, accepted]  # [B, V]
     if tokens.shape[1] == 0:

@@ -82,7 +82,7 @@ class Drafter(ABC):
         """
 
     def observe(self, drafted: list[int], accepted: list[int]) -> None:
-        """Told after each check how many of the proposed tokens of each row were accepted (rows of 0 drafted count not)."""
+        """Told after each check how many of each row's proposed tokens were accepted."""
 
     def prefill(self, context: Context, chunk: int) -> None:
         """Read a long prompt in pieces of `chunk` columns, where that saves memory."""

@@ -67,9 +67,7 @@ def _greedy(proposal: Proposal, scores: torch.Tensor, active: list[bool]) -> Jud
     return Judgement(accepted, tokens, scores, None)
 
 
-def _sampled(
-    law: LawMaker, proposal: Proposal, scores: torch.Tensor, active: list[bool], rule: str
-) -> Judgement:
+def _sampled(law: LawMaker, proposal: Proposal, scores: torch.Tensor, active: list[bool], rule: str) -> Judgement:
     p = law.probabilities(scores)  # [B, K + 1, V]
     verdict = _verdict(law, proposal, p, rule)
     drawn = law.draw(verdict.following)  # [B]

@@ -3,8 +3,8 @@
 
 A. Blumer et al., "The smallest automaton recognizing the subwords of a text" (1985). Each state stands for a
 set of substrings that end at the same places of the text. The suffix link of a state leads to the state of
-its longest suffix that also ends elsewhere, so the link of the newest state is the longest suffix that occurred
-before.
+its longest suffix that also ends elsewhere, so the link of the newest state is the longest suffix of the text
+that occurred before.
 """
 
 from __future__ import annotations

@@ -10,8 +10,17 @@ import itertools
 
 import pytest
 import torch
-from enumeration import CPU, OneChoice, OneChoiceRounds, TableModel, context_of, emitted_law, outcomes
-from enumeration import total_variation, true_law
+from enumeration import (
+    CPU,
+    OneChoice,
+    OneChoiceRounds,
+    TableModel,
+    context_of,
+    emitted_law,
+    outcomes,
+    total_variation,
+    true_law,
+)
 from transformers import LogitsProcessor
 
 from hf_polyspec.context import Context
@@ -37,7 +46,9 @@ class FixedDrafter(Drafter):
     """Proposes what it did not draw: the same tokens always, q=None."""
 
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
-        tokens = [[(len(ids) + i) % 2 for i in range(min(2, limit))] for ids, limit in zip(context.ids, limits, strict=True)]
+        tokens = [
+            [(len(ids) + i) % 2 for i in range(min(2, limit))] for ids, limit in zip(context.ids, limits, strict=True)
+        ]
         return Proposal(tokens, None, [[self.index] * len(row) for row in tokens])
 
 
@@ -143,7 +154,9 @@ def test_rows_are_independent(rule: str, law: LawMaker) -> None:
             longest = max(len(row) for row in rows) if law.in_order else 0
             filled = [row + (0,) * (longest - len(row)) for row in rows]
             context = context_of(*(start + row for start, row in zip(starts, filled, strict=True)))
-            emission = top.round(context, [length - len(row) for row in rows], LawMaker(law.processors, True, CPU, replay))
+            emission = top.round(
+                context, [length - len(row) for row in rows], LawMaker(law.processors, True, CPU, replay)
+            )
             rows = [row + tuple(more) for row, more in zip(rows, emission.tokens, strict=True)]
         return tuple(rows), None
 
@@ -219,7 +232,9 @@ class AllOrNothing(Verifier):
         if emission.accepted[0] == emission.drafted[0]:
             return emission
         token = int(law.draw(law.probabilities(emission.scores[:, 0]))[0])
-        return Emission([[token]], None, [[0]], emission.drafted, [0], emission.logits, emission.scores, emission.passed)
+        return Emission(
+            [[token]], None, [[0]], emission.drafted, [0], emission.logits, emission.scores, emission.passed
+        )
 
 
 @pytest.mark.parametrize("middle", [LawOfTheDrafter, DropsItsOwnToken, DropsUnsureTokens])
@@ -238,7 +253,7 @@ def test_all_or_nothing_is_caught() -> None:
 def test_recovering_from_p_is_caught(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def from_p(*args: object) -> Verdict:
         verdict = genuine(*args)
-        tokens, lengths, p = args[:3]
+        p = args[2]
         return Verdict(verdict.accepted, p[torch.arange(p.shape[0]), verdict.accepted])
 
     genuine = judgement_module.verify_tokens
