@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Against transformers' prompt lookup, on recorded greedy continuations of a real model.
 
-data/greedy_continuations.json: token ids of twelve chat prompts (rewriting, code, summary, table, question about a
-text, a story, JSON, spelling, explanations) and of what SmolLM2-135M-Instruct in float32 answers greedily. Greedy
-verification of a draft is a comparison with those ids, so no model is needed.
+data/greedy_continuations.json: token ids of twelve chat prompts (rewriting, code, summary, table, question
+about a text, a story, JSON, spelling, explanations) and of what SmolLM2-135M-Instruct in float32 answers
+greedily. Greedy verification of a draft is a comparison with those ids, so no model is needed.
 """
 
 from __future__ import annotations
