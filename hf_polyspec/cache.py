@@ -119,7 +119,8 @@ class RollbackCache(DynamicCache):
         Returns:
             The new number of columns, `max(keep)`.
         """
-        width, new_width = max(lengths), max(keep)
+        # The cache may be wider than its longest row, when that row has left the batch.
+        width, new_width = self.length, max(keep)
         if new_width == 0:
             self.shrink(0)
             return 0

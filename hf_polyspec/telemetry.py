@@ -58,15 +58,16 @@ class LevelStats:
         finally:
             self.seconds += time.perf_counter() - start
 
-    def record_round(self, drafted: int, accepted: int) -> None:
-        """One row was checked: `drafted` tokens proposed, the first `accepted` kept, one more token drawn."""
+    def record_round(self, drafted: int, accepted: int, drawn: bool = True) -> None:
+        """One row was checked: `drafted` tokens proposed, the first `accepted` kept.
+
+        `drawn` says whether one more token was drawn, which is so unless another row of the batch ended the round.
+        """
         self.rounds += 1
         self.drafted += drafted
         self.accepted += accepted
-        if accepted < drafted:
-            self.recovered += 1
-        else:
-            self.bonus += 1
+        self.recovered += int(drawn and accepted < drafted)
+        self.bonus += int(drawn and accepted == drafted)
         _grow(self.drafted_at, drafted)
         _grow(self.accepted_at, drafted)
         for i in range(drafted):

@@ -151,10 +151,11 @@ def as_tensors(proposal: Proposal, device: torch.device) -> tuple[torch.Tensor, 
 def record(stats: LevelStats, proposal: Proposal, judgement: Judgement, active: list[bool]) -> None:
     """Count one check of a batch, and the acceptance rate the two laws imply at the positions it reached."""
     reached = []
-    for drafted, kept, alive in zip(proposal.tokens, judgement.accepted, active, strict=True):
-        reached.append(min(kept + 1, len(drafted)) if alive else 0)
+    rows = zip(proposal.tokens, judgement.accepted, judgement.tokens, active, strict=True)
+    for drafted, kept, emitted, alive in rows:
+        reached.append(min(len(emitted), len(drafted)))
         if alive:
-            stats.record_round(len(drafted), kept)
+            stats.record_round(len(drafted), kept, drawn=len(emitted) > kept)
     if not any(reached):
         return
     if judgement.p is None:
