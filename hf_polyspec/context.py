@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -28,6 +29,11 @@ class Prompt:
     positions: torch.Tensor
     embeds: torch.Tensor | None = None
     hidden: int = 0
+
+    @cached_property
+    def following(self) -> list[int]:
+        """Per row, the position id of the first token after the prompt; read once, since reading may synchronise."""
+        return [int(position) + 1 for position in self.positions[:, -1].tolist()]
 
     def select(self, rows: list[int]) -> Prompt:
         """The same prompt with only the given rows."""

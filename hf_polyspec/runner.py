@@ -204,7 +204,7 @@ class ModelRunner:
             start = fed - (len(ids) - first)
             positions[row, start : start + known.shape[0]] = known
             if counted > 0:
-                onward = int(prompt.positions[row, -1]) + 1 + max(first, prompt.width) - prompt.width
+                onward = prompt.following[row] + max(first, prompt.width) - prompt.width
                 positions[row, fed - counted :] = torch.arange(onward, onward + counted)
         return positions
 
