@@ -1,15 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantised and packed models: cheaper levels for a chain, and the checkpoints they are kept in."""
 
+from hf_polyspec.quantization.bridge import PolySpecQuantizer
+from hf_polyspec.quantization.calibrate import choose_layer_bits, input_moments, sensitivity
+from hf_polyspec.quantization.checkpoint import load_quantized, save_quantized
+from hf_polyspec.quantization.config import PolySpecQuantizationConfig
 from hf_polyspec.quantization.linear import Int4Linear, Int8Linear, QuantizedLinear
+from hf_polyspec.quantization.measure import Comparison, SpeedRatio, agreement, compare, speed_ratios
 from hf_polyspec.quantization.model import quantize_model
+from hf_polyspec.quantization.packing import is_packed, pack, unpack
 from hf_polyspec.quantization.weights import QuantizedWeight, round_to_nearest
 
 __all__ = [
+    "Comparison",
     "Int4Linear",
     "Int8Linear",
+    "PolySpecQuantizationConfig",
+    "PolySpecQuantizer",
     "QuantizedLinear",
     "QuantizedWeight",
+    "SpeedRatio",
+    "agreement",
+    "choose_layer_bits",
+    "compare",
+    "input_moments",
+    "is_packed",
+    "load_quantized",
+    "pack",
     "quantize_model",
     "round_to_nearest",
+    "save_quantized",
+    "sensitivity",
+    "speed_ratios",
+    "unpack",
 ]

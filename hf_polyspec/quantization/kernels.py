@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels behind the quantised layers, one small callable class each, chosen by device and machine."""
+"""The kernels behind the quantised layers, one small callable class each, and the choice between them.
+
+Measured on two kinds of CPU (docs/quantization.md): a few rows are memory traffic, so fewest bytes win; many rows
+are arithmetic, so the widest multiplier wins. Every choice below is therefore a pair, switched by the row count.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Protocol
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,8 +20,9 @@ from torch import Tensor
 from hf_polyspec.quantization.weights import QuantizedWeight
 
 _INT4_GROUPS = (256, 128, 64, 32)
-_FLOAT_ROWS = 64
 _TINY = 1e-12
+INT8_FEW_ROWS = 8
+INT4_FEW_ROWS = 16
 
 
 class Kernel(Protocol):
@@ -24,63 +31,105 @@ class Kernel(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
-class DynamicInt8:
-    """8-bit weights times 8-bit activations on the int8 dot products of an x86 CPU (fbgemm).
+Source = Callable[[], QuantizedWeight]
 
-    Each token is scaled to [-1, 1] first, so that the kernel's single activation scale is right for all of them and
-    no token sees another's range: `y = (codes(x / m) @ W8) * m`, with `m` the largest magnitude of the token.
+
+class ByRows:
+    """One kernel for few rows, another for many; the second is built when it is first needed.
+
+    Args:
+        few: Kernel for up to `limit` rows.
+        many: Builds the kernel for more.
+        limit: Rows, the product of all leading sizes.
+    """
+
+    def __init__(self, few: Kernel, many: Callable[[], Kernel], limit: int) -> None:
+        self._few, self._build, self._limit = few, many, limit
+        self._many: Kernel | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.numel() <= self._limit * x.shape[-1]:
+            return self._few(x)
+        if self._many is None:
+            self._many = self._build()
+        return self._many(x)
+
+
+class IntegerDot:
+    """8-bit weights times integer activations on the int8 dot products of an x86 CPU (fbgemm).
+
+    Each token is scaled by its own largest magnitude and written as one or two digits to the base 254,
+    `x / s = high + low / 254`; the digits are rows of one integer product, `y = (high W + low W / 254) * s`.
+    Integer sums are exact, so a token's output does not depend on the other tokens of the pass, which a single scale
+    for the pass would break (and with it the law a verifier hands up). Two digits carry 15 bits: as good as float
+    activations. One digit is faster and coarser.
 
     Args:
         weight: 8 bits, one group a row.
         bias: `[N]` or None.
+        digits: 1 or 2.
     """
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, digits: int = 2) -> None:
         signed = (weight.codes.to(torch.int16) - 128).to(torch.int8)
         zeros = weight.zeros[:, 0].to(torch.int64) - 128
         with warnings.catch_warnings():
-            # torch announces the end of quantised tensors; packing has no other public door yet.
+            # torch announces the end of quantised tensors; the packed kernel has no other public door yet.
             warnings.simplefilter("ignore")
             tensor = torch._make_per_channel_quantized_tensor(signed, weight.scales[:, 0].double(), zeros, 0)
             self._packed = torch.ops.quantized.linear_prepack(tensor, None)
         self._matmul = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        # Without VNNI pairs of products are added in 16 bits and would saturate: 7 bits of activation then.
-        self._scale = 1 / 127 if torch.cpu._is_vnni_supported() else 1 / 63
-        self._bias = bias
+        # Without VNNI pairs of products are added in 16 bits and would saturate: smaller digits then.
+        self._reach = 127.0 if torch.cpu._is_vnni_supported() else 63.0
+        self._digits = digits
+        self._bias = None if bias is None else bias.float()
 
     def __call__(self, x: Tensor) -> Tensor:
-        dtype = x.dtype
-        wide = x if dtype is torch.float32 else x.float()
-        peak = wide.abs().amax(-1, keepdim=True).clamp_min_(_TINY)  # [..., 1]
-        y: Tensor = self._matmul(wide / peak, self._scale, 128, self._packed).mul_(peak)
+        flat = x.reshape(-1, x.shape[-1]).float()  # [R, K]
+        rows = flat.shape[0]
+        scale = flat.abs().amax(-1, keepdim=True).clamp_min_(_TINY).div_(self._reach)  # [R, 1]
+        steps = flat / scale
+        if self._digits == 1:
+            y = self._matmul(steps, 1.0, 128, self._packed)
+        else:
+            high = steps.round()
+            base = 2 * self._reach
+            digits = torch.cat((high, steps.sub_(high).mul_(base)))  # [2R, K]
+            both = self._matmul(digits, 1.0, 128, self._packed)
+            y = torch.add(both[:rows], both[rows:], alpha=1 / base)
+        y *= scale
         if self._bias is not None:
             y += self._bias
-        return y if dtype is torch.float32 else y.to(dtype)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 class WeightOnlyInt8:
-    """8-bit weights, bfloat16 activations, on aten's `_weight_int8pack_mm`."""
+    """8-bit weights, bfloat16 activations, on aten's `_weight_int8pack_mm`.
+
+    Args:
+        weight: 8 bits, one group a row, zeros at 128.
+        bias: `[N]` or None.
+    """
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
         centred = weight.codes.to(torch.int16) - weight.zeros.to(torch.int16)
-        self._weight = centred.clamp(-128, 127).to(torch.int8).contiguous()
+        self._weight = centred.to(torch.int8).contiguous()
         self._scales = weight.scales[:, 0].to(torch.bfloat16).contiguous()
-        self._bias = bias
+        self._bias = None if bias is None else bias.float()
 
     def __call__(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
-        y = torch.ops.aten._weight_int8pack_mm(flat, self._weight, self._scales).to(x.dtype)
+        y = torch.ops.aten._weight_int8pack_mm(flat, self._weight, self._scales)
         if self._bias is not None:
-            y += self._bias
-        return y.view(*x.shape[:-1], -1)
+            y = y + self._bias
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 class PackedInt4:
     """4-bit weights, bfloat16 activations, on aten's int4 kernel of the weight's device.
 
     Groups of 128 that do not divide the width run as groups of 64 or 32 with each scale repeated, which is the same
-    matrix; an act-order checkpoint runs with its inputs permuted so that groups are contiguous. The kernel loses to a
-    float product on many rows, so from `_FLOAT_ROWS` rows on the matrix is expanded for the pass.
+    matrix; an act-order checkpoint runs with its inputs permuted so that groups are contiguous.
 
     Args:
         weight: 4 bits or fewer, runnable (see `int4_run_group`).
@@ -103,78 +152,139 @@ class PackedInt4:
         parameters = F.pad(torch.stack([scales, shifts], -1), (0, 0, 0, 0, 0, missing))  # [N', K / group, 2]
         self._parameters = parameters.transpose(0, 1).to(torch.bfloat16).contiguous()
         padded = F.pad(codes, (0, 0, 0, missing)).to(torch.int32).contiguous()
-        self._cuda = codes.is_cuda
-        if self._cuda:
-            high_low = (padded[:, ::2] << 4 | padded[:, 1::2]).to(torch.uint8)
-            self._packed = torch.ops.aten._convert_weight_to_int4pack(high_low.contiguous(), 8)
+        if codes.is_cuda:
+            pairs = (padded[:, ::2] << 4 | padded[:, 1::2]).to(torch.uint8).contiguous()
+            self._packed = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
+            self._matmul = torch.ops.aten._weight_int4pack_mm
         else:
             self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(padded, 1)
-        self._group, self._order, self._bias, self._weight = group, order, bias, weight
+            self._matmul = torch.ops.aten._weight_int4pack_mm_for_cpu
+        self._group, self._order = group, order
+        self._bias = None if bias is None else bias.float()
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        if rows >= _FLOAT_ROWS:
-            bias = None if self._bias is None else self._bias.to(x.dtype)
-            return F.linear(x, self._weight.dequantize(x.dtype), bias)
-        flat = x.reshape(rows, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1])
         if self._order is not None:
             flat = flat[:, self._order]
-        flat = flat.to(torch.bfloat16)
-        if self._cuda:
-            y = torch.ops.aten._weight_int4pack_mm(flat, self._packed, self._group, self._parameters)
-        else:
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self._packed, self._group, self._parameters)
-        y = y[:, : self._outputs].to(x.dtype)
+        y = self._matmul(flat.to(torch.bfloat16), self._packed, self._group, self._parameters)
+        if y.shape[1] != self._outputs:
+            y = y[:, : self._outputs]
         if self._bias is not None:
             y = y + self._bias
-        return y.view(*x.shape[:-1], self._outputs)
+        return y.to(x.dtype).view(*x.shape[:-1], self._outputs)
 
 
-class FloatKernel:
-    """The dequantised matrix in float: for what no integer kernel can run. Correct, not fast."""
+class PackedFloat:
+    """A float matrix in the blocked layout of oneDNN: the same product with better memory access on many rows.
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
-        self._weight = weight.dequantize()
+    Args:
+        weight: `[N, K]` on the CPU.
+        bias: `[N]` in the same dtype, or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._weight.dtype != x.dtype:
-            self._weight = self._weight.to(x.dtype)
-        return F.linear(x, self._weight, None if self._bias is None else self._bias.to(x.dtype))
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return y
+
+
+class Dequantized:
+    """Integer weights expanded to float: for many rows, and for what no integer kernel can run.
+
+    Where the float matrix fits comfortably in memory it is kept, packed on the CPU; otherwise it is made for each
+    pass and thrown away.
+
+    Args:
+        source: Gives the quantised matrix; asked again rather than kept.
+        bias: `[N]` or None.
+    """
+
+    def __init__(self, source: Source, bias: Tensor | None) -> None:
+        self._source, self._bias = source, bias
+        self._kept: dict[torch.dtype, Kernel] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        kept = self._kept.get(x.dtype)
+        if kept is not None:
+            return kept(x)
+        matrix = self._source().dequantize(x.dtype)
+        bias = None if self._bias is None else self._bias.to(x.dtype)
+        if room_for(matrix):
+            if packs(matrix):
+                self._kept[x.dtype] = PackedFloat(matrix, bias)
+            else:
+                self._kept[x.dtype] = lambda y: F.linear(y, matrix, bias)
+        return F.linear(x, matrix, bias)
+
+
+def packs(matrix: Tensor) -> bool:
+    """Whether oneDNN's packing can hold a matrix here: on the CPU, in a dtype the machine multiplies."""
+    if matrix.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if matrix.dtype is torch.bfloat16:
+        return bool(torch.cpu._is_avx512_bf16_supported())
+    return matrix.dtype is torch.float32
+
+
+def room_for(matrix: Tensor) -> bool:
+    """Whether half of the device's memory stays free after keeping `matrix`."""
+    size = matrix.numel() * matrix.element_size()
+    if matrix.is_cuda:
+        free, total = torch.cuda.mem_get_info(matrix.device)
+        return bool(free - size > total / 2)
+    memory = psutil.virtual_memory()
+    return bool(memory.available - size > memory.total / 2)
 
 
 def int4_run_group(weight: QuantizedWeight) -> tuple[int | None, Tensor | None]:
     """The group size the int4 kernel runs with, and the order of inputs that makes groups contiguous.
 
     Returns:
-        The largest size of 256, 128, 64, 32 that divides the width and lies inside every stored group (None if there
-        is none), and a permutation `[K]` or None where inputs are already in order.
+        The largest size of 256, 128, 64, 32 that divides the width and every stored group (None if there is none),
+        and a permutation `[K]`, or None where inputs are already in order.
     """
-    features = weight.shape[1]
     index = weight.g_idx.long()
     order = None
     if bool((index[1:] < index[:-1]).any()):
         order = torch.argsort(index, stable=True)
-        index = index[order]
     sizes = torch.bincount(index)
-    common = math.gcd(features, *(int(size) for size in sizes.tolist()))
+    common = math.gcd(*(int(size) for size in sizes.tolist()))
     group = next((size for size in _INT4_GROUPS if common % size == 0), None)
     return group, order
 
 
-def build_int8_kernel(weight: QuantizedWeight, bias: Tensor | None) -> Kernel:
-    """The fastest kernel of this machine for 8-bit weights."""
-    if weight.scales.shape[1] != 1:
-        return FloatKernel(weight, bias)
-    if weight.codes.device.type == "cpu":
-        if torch.backends.quantized.engine in ("x86", "fbgemm"):
-            return DynamicInt8(weight, bias)
-        return WeightOnlyInt8(weight, bias)
-    return FloatKernel(weight, bias)
+def build_int8_kernel(source: Source, bias: Tensor | None, activation_bits: int | None = None) -> Kernel:
+    """The fastest kernel of this machine for 8-bit weights.
+
+    Args:
+        source: Gives the matrix, 8 bits.
+        bias: `[N]` or None.
+        activation_bits: None for activations as good as float, 8 to round them too.
+    """
+    weight = source()
+    per_row = weight.scales.shape[1] == 1
+    if weight.codes.device.type != "cpu" or not per_row:
+        return Dequantized(source, bias)
+    x86 = torch.backends.quantized.engine in ("x86", "fbgemm")
+    if activation_bits == 8 and x86:
+        return IntegerDot(weight, bias, digits=1)
+    if not weight.symmetric:
+        return IntegerDot(weight, bias) if x86 else Dequantized(source, bias)
+    few = WeightOnlyInt8(weight, bias)
+    if not x86:
+        return few
+    return ByRows(few, lambda: IntegerDot(source(), bias), INT8_FEW_ROWS)
 
 
-def build_int4_kernel(weight: QuantizedWeight, bias: Tensor | None) -> Kernel:
+def build_int4_kernel(source: Source, bias: Tensor | None) -> Kernel:
     """The fastest kernel of this machine for weights of 4 bits or fewer."""
-    if int4_run_group(weight)[0] is None or weight.codes.device.type not in ("cpu", "cuda"):
-        return FloatKernel(weight, bias)
-    return PackedInt4(weight, bias)
+    weight = source()
+    device = weight.codes.device.type
+    if device not in ("cpu", "cuda") or int4_run_group(weight)[0] is None:
+        return Dequantized(source, bias)
+    if device == "cuda" and torch.cuda.get_device_capability(weight.codes.device) < (8, 0):
+        return Dequantized(source, bias)
+    return ByRows(PackedInt4(weight, bias), lambda: Dequantized(source, bias), INT4_FEW_ROWS)

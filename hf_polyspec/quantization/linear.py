@@ -1,20 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drop-in replacements for `nn.Linear` that compute with integer weights on the kernels that ship in torch.
 
-Both keep their weight in GPTQ's layout (so `state_dict()` is a checkpoint) and build what the kernel of the
+Both keep the integers compactly, write GPTQ's tensors as their `state_dict()`, and build what the kernel of their
 device wants on the first forward pass. Which kernel that is, and which is fast where, is in `kernels.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from hf_polyspec.quantization.gptq_format import from_gptq, storable, to_gptq
-from hf_polyspec.quantization.kernels import Kernel, build_int4_kernel, build_int8_kernel
+from hf_polyspec.quantization.gptq_format import (
+    GPTQ_TENSORS,
+    from_gptq,
+    pack_codes,
+    storable,
+    to_gptq,
+    unpack_codes,
+)
+from hf_polyspec.quantization.kernels import Kernel, Source, build_int4_kernel, build_int8_kernel
 from hf_polyspec.quantization.weights import QuantizedWeight, round_to_nearest
+
+
+class Group(Protocol):
+    """What a layer asks for its part of a joint product (see `shared_input`)."""
+
+    def part(self, member: int, x: Tensor) -> Tensor | None: ...
+
+    def reset(self) -> None: ...
 
 
 class QuantizedLinear(nn.Module):
@@ -23,32 +39,39 @@ class QuantizedLinear(nn.Module):
     Args:
         weight: The quantised matrix `[N, K]`.
         bias: `[N]` or None.
-        version: How zeros are stored in the buffers, 1 (AutoGPTQ) or 2.
 
     Raises:
         ValueError: The matrix does not fill whole 32-bit words (see `gptq_format.storable`).
     """
 
-    qweight: Tensor
-    qzeros: Tensor
+    codes: Tensor
+    zeros: Tensor
     scales: Tensor
     g_idx: Tensor
+    bias: Tensor | None
+    activation_bits: int | None = None
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None, version: int = 1) -> None:
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         if not storable(weight.shape, weight.bits):
             raise ValueError(
                 f"A linear layer of {self.in_features} inputs and {self.out_features} outputs cannot be stored with "
-                f"{weight.bits} bits: both must be multiples of {32 // weight.bits}."
+                f"{weight.bits} bits: the sizes must fill whole 32-bit words."
             )
         self.bits = weight.bits
         self.group_size = weight.group_size
-        self.version = version
-        for name, tensor in to_gptq(weight, version).items():
-            self.register_buffer(name, tensor)
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        # 8-bit codes lie as the kernels read them; narrower ones in words, two to ten to four bytes.
+        codes = weight.codes if weight.bits == 8 else pack_codes(weight.codes.t(), weight.bits)
+        self.register_buffer("codes", codes.contiguous(), persistent=False)
+        self.register_buffer("zeros", weight.zeros, persistent=False)
+        # float16 is the format's type, and under a name of its own, so that casting the model leaves it alone.
+        self.register_buffer("scales", weight.scales.to(torch.float16), persistent=False)
+        self.register_buffer("g_idx", weight.g_idx, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone(), persistent=False)
         self._kernel: Kernel | None = None
+        self._group: Group | None = None
+        self._member = 0
 
     @classmethod
     def from_linear(
@@ -60,46 +83,96 @@ class QuantizedLinear(nn.Module):
 
     def quantized_weight(self) -> QuantizedWeight:
         """The integers and scales this layer holds."""
-        tensors = {name: getattr(self, name) for name in ("qweight", "qzeros", "scales", "g_idx")}
-        return from_gptq(tensors, self.bits, self.group_size, self.version)
+        codes = self.codes if self.bits == 8 else unpack_codes(self.codes, self.bits).t().contiguous()
+        scales = self.scales.to(torch.float32)
+        return QuantizedWeight(codes, scales, self.zeros, self.g_idx, self.bits, self.group_size)
 
     @property
     def weight(self) -> Tensor:
         """The float matrix `[N, K]` this layer stands for, built anew at every access."""
-        bias: Tensor | None = self.bias
-        return self.quantized_weight().dequantize(torch.float32 if bias is None else bias.dtype)
+        return self.quantized_weight().dequantize()
 
-    def _build(self) -> Kernel:
+    def bias_or_zeros(self) -> Tensor:
+        """The bias `[N]`, zeros where the layer has none."""
+        return self.scales.new_zeros(self.out_features) if self.bias is None else self.bias
+
+    def build_kernel(self, source: Source, bias: Tensor | None) -> Kernel:
+        """The kernel for a matrix of this layer's kind, its own or a joint one."""
         raise NotImplementedError
 
+    def join(self, group: Group | None, member: int) -> None:
+        """Take outputs from a joint product from now on, or (None) compute alone."""
+        self._group, self._member, self._kernel = group, member, None
+
+    @torch.no_grad()
     def forward(self, input: Tensor) -> Tensor:
-        """`input @ weight.T + bias`, any leading shape, float32, bfloat16 or float16.
+        """`input @ weight.T + bias`, without gradients.
 
         Args:
-            input: `[..., K]`.
+            input: `[..., K]` float32, bfloat16 or float16.
 
         Returns:
             `[..., N]` in the dtype of `input`.
         """
-        kernel = self._kernel
-        if kernel is None:
-            kernel = self._kernel = self._build()
-        return kernel(input)
+        if self._group is not None:
+            part = self._group.part(self._member, input)
+            if part is not None:
+                return part
+        if self._kernel is None:
+            self._kernel = self.build_kernel(self.quantized_weight, self.bias)
+        return self._kernel(input)
+
+    def state_tensors(self, version: int = 1) -> dict[str, Tensor]:
+        """The layer's tensors in a GPTQ checkpoint (`qweight`, `qzeros`, `scales`, `g_idx`, perhaps `bias`)."""
+        tensors = to_gptq(self.quantized_weight(), version)
+        if self.bias is not None:
+            tensors["bias"] = self.bias
+        return tensors
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        for name, tensor in self.state_tensors().items():
+            destination[prefix + name] = tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, object],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        missing = [prefix + name for name in GPTQ_TENSORS if prefix + name not in state_dict]
+        if missing:
+            missing_keys.extend(missing)
+            return
+        device = self.scales.device
+        tensors = {name: state_dict[prefix + name].to(device) for name in GPTQ_TENSORS}
+        fresh = from_gptq(tensors, self.bits, self.group_size)
+        if fresh.shape != (self.out_features, self.in_features):
+            error_msgs.append(f"size mismatch for {prefix}qweight: {fresh.shape}")
+            return
+        bias = state_dict.get(prefix + "bias", self.bias)
+        group, member, activation_bits = self._group, self._member, self.activation_bits
+        QuantizedLinear.__init__(self, fresh, bias)
+        self._group, self._member, self.activation_bits = group, member, activation_bits
+        if group is not None:
+            group.reset()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        # Moved or cast: the packed form belongs to the old device. Scales stay float16, the format's type.
         scales = self.scales
         super()._apply(fn, recurse)
-        if self.scales.dtype != torch.float16:
-            self.scales = scales.to(device=self.scales.device)
-        self._kernel = None
+        if self.scales.dtype != scales.dtype:  # cast with the model: the stored numbers must stay as they were
+            self.scales = scales.to(self.scales.device)
+        self._kernel = None  # packed for the old device
+        if self._group is not None:
+            self._group.reset()
         return self
 
     def __getstate__(self) -> dict[str, object]:
         # Packed weights are opaque to copy and pickle on some back ends, and quick to build again.
-        state = dict(self.__dict__)
-        state["_kernel"] = None
-        return state
+        return {**self.__dict__, "_kernel": None}
 
     def extra_repr(self) -> str:
         group = "row" if self.group_size == -1 else self.group_size
@@ -112,10 +185,17 @@ class QuantizedLinear(nn.Module):
 class Int8Linear(QuantizedLinear):
     """A linear layer with 8-bit weights, one scale an output feature.
 
-    On CPUs with int8 dot products (AVX512-VNNI and later) activations are rounded to 8 bits too, each token with its
-    own scale: the sum is then an exact integer, so a token's output does not depend on which other tokens share the
-    pass. Elsewhere only weights are integers (`_weight_int8pack_mm`).
+    Args:
+        weight: The quantised matrix `[N, K]`, 8 bits.
+        bias: `[N]` or None.
+        activation_bits: None for activations as good as float, 8 to round each token to 8 bits (faster, coarser).
     """
+
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None = None, activation_bits: int | None = None
+    ) -> None:
+        super().__init__(weight, bias)
+        self.activation_bits = activation_bits
 
     @classmethod
     def from_linear(
@@ -124,8 +204,8 @@ class Int8Linear(QuantizedLinear):
         """Quantise a float layer to 8 bits, one scale an output feature."""
         return super().from_linear(linear, bits, group_size, symmetric)
 
-    def _build(self) -> Kernel:
-        return build_int8_kernel(self.quantized_weight(), self.bias)
+    def build_kernel(self, source: Source, bias: Tensor | None) -> Kernel:
+        return build_int8_kernel(source, bias, self.activation_bits)
 
 
 class Int4Linear(QuantizedLinear):
@@ -138,8 +218,13 @@ class Int4Linear(QuantizedLinear):
         """Quantise a float layer to 4 bits in groups."""
         return super().from_linear(linear, bits, group_size, symmetric)
 
-    def _build(self) -> Kernel:
-        return build_int4_kernel(self.quantized_weight(), self.bias)
+    def build_kernel(self, source: Source, bias: Tensor | None) -> Kernel:
+        return build_int4_kernel(source, bias)
+
+
+def quantized_linear(weight: QuantizedWeight, bias: Tensor | None = None) -> QuantizedLinear:
+    """The layer class that runs a quantised matrix."""
+    return Int8Linear(weight, bias) if weight.bits == 8 else Int4Linear(weight, bias)
 
 
 def float_weight(linear: nn.Module) -> tuple[Tensor, Tensor | None]:

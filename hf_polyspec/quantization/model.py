@@ -4,15 +4,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_polyspec.quantization.gptq_format import storable
-from hf_polyspec.quantization.linear import Int4Linear, Int8Linear, QuantizedLinear, float_weight
+from hf_polyspec.quantization.linear import Int8Linear, QuantizedLinear, float_weight, quantized_linear
+from hf_polyspec.quantization.shared_input import share_inputs
+from hf_polyspec.quantization.weights import QuantizedWeight, check_bits, round_to_nearest, search_scales
 
 ModuleFilter = Callable[[str, nn.Module], bool]
+Model = TypeVar("Model", bound=nn.Module)
+Progress = Callable[[str], None]
+METHODS = ("rtn", "search", "gptq")
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -20,7 +26,7 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
-def sharing_copy(model: nn.Module) -> nn.Module:
+def sharing_copy(model: Model) -> Model:
     """A copy of a model's modules that shares the storage of every parameter and buffer.
 
     Each parameter is a new `nn.Parameter` over the same memory, so moving or casting the copy leaves the original
@@ -47,53 +53,146 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
+def linear_layers(model: nn.Module, modules: ModuleFilter | None = None) -> dict[str, nn.Module]:
+    """The float linear layers of a model by name, those `modules` refuses left out."""
+    found = {name: module for name, module in model.named_modules() if is_linear(module)}
+    return {name: module for name, module in found.items() if modules is None or modules(name, module)}
+
+
+def plan_bits(
+    model: nn.Module,
+    bits: int,
+    head_bits: int | None,
+    layer_bits: Mapping[str, int] | None = None,
+    modules: ModuleFilter | None = None,
+) -> dict[str, int]:
+    """Which layer gets how many bits; layers the format cannot hold and a float head are left out.
+
+    Raises:
+        ValueError: Unsupported bits, `layer_bits` names a layer that is not there, or nothing is left to quantise.
+    """
+    for width in (bits, *([] if head_bits is None else [head_bits]), *(layer_bits or {}).values()):
+        check_bits(width, -1)
+    layers = linear_layers(model, modules)
+    unknown = sorted(set(layer_bits or {}) - set(layers))
+    if unknown:
+        raise ValueError(f"layer_bits names {unknown[0]!r}, which is no linear layer of {type(model).__name__}.")
+    head = output_head(model)
+    plan: dict[str, int] = {}
+    for name, module in layers.items():
+        width = (layer_bits or {}).get(name, head_bits if module is head else bits)
+        shape = float_weight(module)[0].shape
+        if width is not None and storable((shape[0], shape[1]), width):
+            plan[name] = width
+    if not plan:
+        raise ValueError(f"{type(model).__name__} has no linear layer that could be quantised to {bits} bits.")
+    return plan
+
+
+def merged_adapters(model: nn.Module) -> nn.Module:
+    """A PEFT model with its active adapters merged into a copy of the base model; any other model as it is."""
+    merge = getattr(model, "merge_and_unload", None)
+    if not callable(merge):
+        return model
+    merged = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
+    assert isinstance(merged, nn.Module)
+    return merged
+
+
+def round_layer(
+    weight: Tensor, bits: int, group_size: int, symmetric: bool, method: str, moments: Tensor | None
+) -> QuantizedWeight:
+    """Quantise one matrix `[N, K]` with the method asked for; 8 bits always take one symmetric scale a row.
+
+    Args:
+        weight: `[N, K]`.
+        bits: Bits a weight.
+        group_size: Inputs that share a scale below 8 bits.
+        symmetric: Store no zeros below 8 bits.
+        method: One of `METHODS`.
+        moments: `[K, K]` second moments of the layer's input, or None without calibration.
+    """
+    if bits == 8:
+        group_size, symmetric = -1, True
+    if method == "rtn":
+        return round_to_nearest(weight, bits, group_size, symmetric)
+    if method == "search" or bits == 8 or moments is None:
+        importance = None if moments is None else moments.diagonal()
+        return search_scales(weight, bits, group_size, symmetric, importance)
+    from hf_polyspec.quantization.gptq import round_with_feedback
+
+    return round_with_feedback(weight, moments, bits, group_size, symmetric)
+
+
 @torch.no_grad()
 def quantize_model(
-    model: nn.Module,
+    model: Model,
     bits: int = 8,
     group_size: int = 128,
     *,
+    method: str = "rtn",
     symmetric: bool = False,
     modules: ModuleFilter | None = None,
     head_bits: int | None = 8,
-) -> nn.Module:
+    layer_bits: Mapping[str, int] | None = None,
+    activation_bits: int | None = None,
+    calibration: Mapping[str, Tensor] | None = None,
+    progress: Progress | None = None,
+) -> Model:
     """A copy of a model whose linear layers compute with integer weights: the middle of a chain.
 
     The model itself is left as it is. Everything that is not a quantised linear layer (embeddings, norms) shares its
-    memory with the model.
+    memory with the model. A PEFT model is copied with its adapters merged.
 
     Args:
         model: Any model in float32, bfloat16 or float16.
-        bits: Bits a weight, 8 (one scale a row) or 4 (a scale and a zero a group).
-        group_size: Inputs that share a scale at 4 bits.
-        symmetric: Store no zeros at 4 bits.
+        bits: Bits a weight: 8 (one scale a row), or 4, 3 or 2 (a scale and a zero a group).
+        group_size: Inputs that share a scale below 8 bits; widths it does not divide are handled.
+        method: "rtn" rounds to the nearest code; "search" also tries narrower ranges; "gptq" spreads each
+            rounding error over the weights still to come (needs `calibration`).
+        symmetric: Store no zeros below 8 bits.
         modules: `(name, module) -> bool`, which linear layers to quantise; all by default.
         head_bits: Bits of the layer that makes the logits, None to leave it in float.
+        layer_bits: Bits for single layers by name: mixed precision.
+        activation_bits: 8 rounds the activations of 8-bit layers too: faster on many rows, coarser.
+        calibration: Second moments of every layer's input, from `calibrate.input_moments`.
+        progress: Called with the name of each layer when it is done.
 
     Returns:
-        The quantised copy, in eval mode.
+        The quantised copy, in eval mode, on the model's device.
 
     Raises:
-        ValueError: Unsupported bits, or no layer could be quantised.
+        ValueError: Unsupported bits or method, "gptq" without calibration, no layer that could be quantised.
     """
-    if bits not in (4, 8) or head_bits not in (None, 4, 8):
-        raise ValueError(f"bits={bits} and head_bits={head_bits} must be 4 or 8 (head_bits may be None).")
-    head = output_head(model)
-    chosen: dict[str, QuantizedLinear] = {}
-    for name, module in model.named_modules():
-        if not is_linear(module) or (modules is not None and not modules(name, module)):
-            continue
-        width = head_bits if module is head else bits
-        weight, _ = float_weight(module)
-        if width is None or not storable((weight.shape[0], weight.shape[1]), width):
-            continue
-        if width == 8:
-            chosen[name] = Int8Linear.from_linear(module)
-        else:
-            chosen[name] = Int4Linear.from_linear(module, width, group_size, symmetric)
-    if not chosen:
-        raise ValueError(f"{type(model).__name__} has no linear layer that could be quantised to {bits} bits.")
-    quantized = sharing_copy(model)
-    for name, layer in chosen.items():
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown: use one of {METHODS}.")
+    if method == "gptq" and calibration is None:
+        raise ValueError('method="gptq" needs calibration=input_moments(model, tokens).')
+    check_bits(bits, group_size)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("The model has weights that are not in memory (offloaded): load it whole to quantise it.")
+    source = merged_adapters(model)
+    plan = plan_bits(source, bits, head_bits, layer_bits, modules)
+    quantized = sharing_copy(source)
+    for name, width in plan.items():
+        weight, bias = float_weight(source.get_submodule(name))
+        moments = None if calibration is None else calibration.get(name)
+        layer = quantized_linear(round_layer(weight, width, group_size, symmetric, method, moments), bias)
+        if isinstance(layer, Int8Linear):
+            layer.activation_bits = activation_bits
         replace_module(quantized, name, layer)
-    return quantized.eval()
+        if progress is not None:
+            progress(name)
+    share_inputs(quantized)
+    quantized.eval()
+    return quantized if source is not model else _same_type(quantized, model)
+
+
+def _same_type(quantized: nn.Module, model: Model) -> Model:
+    assert isinstance(quantized, type(model))
+    return quantized
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The quantised layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}

@@ -149,3 +149,42 @@ def round_to_nearest(
     g_idx = group_index(weight.shape[1], group_size).to(weight.device)
     codes = encode(weight, scales, zeros, g_idx, bits)
     return QuantizedWeight(codes, scales, zeros, g_idx, bits, group_size)
+
+
+def search_scales(
+    weight: Tensor, bits: int, group_size: int, symmetric: bool, importance: Tensor | None = None
+) -> QuantizedWeight:
+    """Round to nearest on the best of several ranges a group, the one with the least weighted square error.
+
+    Clipping a group's outliers makes the grid finer for the rest. With `importance[k] = E[x_k ** 2]` the error
+    minimised is that of the layer's output under uncorrelated inputs.
+
+    Args:
+        weight: `[N, K]`.
+        bits: Bits a weight.
+        group_size: Inputs that share a scale, -1 for a whole row.
+        symmetric: Store no zeros.
+        importance: `[K]` mean square of each input, or None for equal weights.
+
+    Returns:
+        The integers with the chosen scales and zeros.
+    """
+    matrix = weight.to(torch.float32)
+    g_idx = group_index(matrix.shape[1], group_size).to(matrix.device)
+    cost = torch.ones_like(matrix[0]) if importance is None else importance.to(matrix)
+    best: tuple[Tensor, Tensor] | None = None
+    lowest = torch.full((1,), float("inf"), device=matrix.device)
+    for step in range(12):
+        scales, zeros = group_parameters(matrix, bits, group_size, symmetric, shrink=1.0 - 0.04 * step)
+        codes = encode(matrix, scales, zeros, g_idx, bits)
+        guess = QuantizedWeight(codes, scales, zeros, g_idx, bits, group_size).dequantize()
+        errors = torch.zeros_like(scales).index_add_(1, g_idx.long(), (guess - matrix).square_().mul_(cost))  # [N, G]
+        if best is None:
+            best, lowest = (scales, zeros), errors
+            continue
+        better = errors < lowest
+        lowest = torch.where(better, errors, lowest)
+        best = torch.where(better, scales, best[0]), torch.where(better, zeros, best[1])
+    assert best is not None
+    codes = encode(matrix, best[0], best[1], g_idx, bits)
+    return QuantizedWeight(codes, best[0], best[1], g_idx, bits, group_size)

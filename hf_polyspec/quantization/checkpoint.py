@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantised checkpoints on disk: written for `from_pretrained`, read in every GPTQ dialect."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import nn
+
+from hf_polyspec.quantization.config import METHOD, PolySpecQuantizationConfig, read_config
+from hf_polyspec.quantization.model import output_head, quantized_layers
+
+
+def checkpoint_config(model: nn.Module) -> dict[str, Any]:
+    """The `quantization_config` that describes a quantised model.
+
+    Raises:
+        ValueError: The model has no quantised layer.
+    """
+    layers = quantized_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no quantised layer: use quantize_model first.")
+    body = [layer for layer in layers.values() if layer is not output_head(model)] or list(layers.values())
+    common = min((layer.bits for layer in body), key=lambda bits: -sum(layer.bits == bits for layer in body))
+    widths = [layer for layer in body if layer.bits == common]
+    group_size = widths[0].group_size
+    overrides = {
+        f"+:^{name}$".replace(".", r"\."): {"bits": layer.bits, "group_size": layer.group_size, "sym": layer.bits == 8}
+        for name, layer in layers.items()
+        if (layer.bits, layer.group_size) != (common, group_size)
+    }
+    head = output_head(model)
+    return {
+        "quant_method": METHOD,
+        "bits": common,
+        "group_size": group_size,
+        "sym": all(layer.quantized_weight().symmetric for layer in widths),
+        "desc_act": False,
+        "checkpoint_format": "gptq",
+        "lm_head": any(layer is head for layer in layers.values()),
+        "dynamic": overrides,
+    }
+
+
+def save_quantized(model: nn.Module, folder: str | Path, quant_method: str = METHOD) -> Path:
+    """Write a quantised model as a checkpoint in GPTQ's layout.
+
+    `AutoModelForCausalLM.from_pretrained(folder)` loads it once `hf_polyspec.quantization` is imported, and so does
+    `load_quantized`. The tensors are those of any GPTQ checkpoint; with `quant_method="gptq"` other loaders
+    (gptqmodel, vLLM) recognise it too, and transformers then asks for gptqmodel.
+
+    Args:
+        model: From `quantize_model` or loaded from a quantised checkpoint.
+        folder: Made if need be.
+        quant_method: "hf_polyspec" or "gptq", the name written into config.json.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: The model has no quantised layer, or `quant_method` is unknown.
+    """
+    if quant_method not in (METHOD, "gptq"):
+        raise ValueError(f"quant_method={quant_method!r} must be {METHOD!r} or 'gptq'.")
+    stored = {**checkpoint_config(model), "quant_method": quant_method}
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(model.config)
+    head_quantized = stored["lm_head"]
+    if head_quantized:
+        config.tie_word_embeddings = False
+    config.quantization_config = stored  # type: ignore[union-attr]
+    config.architectures = [type(model).__name__]  # type: ignore[union-attr]
+    # Without it transformers would take the first float tensor's dtype: that of the scales.
+    config.dtype = next(parameter.dtype for parameter in model.parameters())  # type: ignore[union-attr]
+    config.save_pretrained(target)  # type: ignore[union-attr, operator]
+    generation_config = getattr(model, "generation_config", None)
+    if generation_config is not None:
+        generation_config.save_pretrained(target)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    save_torch_state_dict(tensors, target, metadata={"format": "pt"})
+    return target
+
+
+def load_quantized(
+    folder: str | Path,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Load a GPTQ checkpoint by AutoGPTQ, gptqmodel, AutoRound or this package, without those packages.
+
+    Args:
+        folder: A folder or a Hub id.
+        dtype: Of everything that is not quantised; "auto" takes the checkpoint's.
+        device: Where to, the CPU by default.
+        options: For `from_pretrained`.
+
+    Returns:
+        The model on this package's layers, in eval mode.
+
+    Raises:
+        ValueError: No GPTQ checkpoint, or a layout of one kernel.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config = _stored_config(folder, config).to_dict()
+    if device is not None:
+        options["device_map"] = {"": device}
+    with _named_for_transformers(Path(folder)) as source:
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **options)
+    assert isinstance(model, nn.Module)
+    return model.eval()
+
+
+def _stored_config(folder: str | Path, config: Any) -> PolySpecQuantizationConfig:
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        path = Path(folder) / "quantize_config.json"  # AutoGPTQ's own file, before transformers knew GPTQ
+        if not path.is_file():
+            raise ValueError(f"{folder} has no quantization_config: it is no quantised checkpoint.")
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    return read_config(stored if isinstance(stored, dict) else stored.to_dict())
+
+
+class _named_for_transformers:
+    """A folder whose weights have the names transformers looks for; AutoGPTQ called them after the settings."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._temporary: Any = None
+
+    def __enter__(self) -> str:
+        import tempfile
+
+        folder = self._folder
+        if not folder.is_dir() or any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
+            return str(folder)
+        found = sorted(folder.glob("*.safetensors"))
+        if len(found) != 1:
+            return str(folder)
+        self._temporary = tempfile.TemporaryDirectory()
+        view = Path(self._temporary.name)
+        for path in folder.iterdir():
+            name = "model.safetensors" if path == found[0] else path.name
+            (view / name).symlink_to(path.resolve())
+        return str(view)
+
+    def __exit__(self, *_: object) -> None:
+        if self._temporary is not None:
+            self._temporary.cleanup()
