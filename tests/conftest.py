@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures for all tests: tiny models, built once a session and never changed (law 5 says so)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import hf_polyspec
+
+# Modules that several test files share lie beside this one.
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny_models  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny matrices are slower on many threads than on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., PreTrainedModel]:
+    """`tiny(model_type, attention=..., **settings)`: a random model."""
+    return tiny_models.tiny
+
+
+@pytest.fixture(scope="session")
+def noisy() -> Callable[..., PreTrainedModel]:
+    """`noisy(model, scale, seed)`: a copy that is right now and then."""
+    return tiny_models.noisy
+
+
+@pytest.fixture(scope="session")
+def target() -> PreTrainedModel:
+    """A tiny Llama."""
+    return tiny_models.tiny("llama")
+
+
+@pytest.fixture(scope="session")
+def middle(target: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the target that agrees with it most of the time."""
+    return tiny_models.noisy(target, 0.03, seed=1)
+
+
+@pytest.fixture(scope="session")
+def drafter(target: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the target that agrees with it less often."""
+    return tiny_models.noisy(target, 0.05, seed=2)
+
+
+@pytest.fixture
+def enabled() -> Iterator[None]:
+    """`generate()` takes `assistant_models` during the test."""
+    hf_polyspec.enable()
+    yield
+    hf_polyspec.disable()
+
+
+@pytest.fixture
+def generate(enabled: None, middle: PreTrainedModel, drafter: PreTrainedModel) -> Callable[..., Any]:
+    """`generate(model, **options)`: through a chain of three with small blocks, unless the options say otherwise."""
+
+    def call(model: PreTrainedModel, **options: Any) -> Any:
+        chain = {"assistant_models": [middle, drafter], "polyspec_block_size": 4, "num_assistant_tokens": 3}
+        return model.generate(**{**chain, **options})
+
+    return call
