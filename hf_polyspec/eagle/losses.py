@@ -98,22 +98,35 @@ class Teacher(nn.Module):
         return found
 
 
-def cross_entropy(
-    head: EagleHead, teacher: Teacher, hidden: torch.Tensor, final: torch.Tensor
-) -> torch.Tensor:
+def cross_entropy(head: EagleHead, hidden: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of the head's distribution under the target's, a row.
 
     Args:
         head: the head.
-        teacher: the target's distribution over the head's ids.
         hidden: `[N, H]`, what the head's `step` gave.
-        final: `[N, H_t]`, what the target's lm_head reads at the position the head guesses.
+        truth: `[N, Vd]`, the target's distribution at the position the head guesses.
 
     Returns:
         `[N]` in float32.
     """
     log_guess = head.logits(hidden).float().log_softmax(dim=-1)  # [N, Vd]
-    return -(teacher.probabilities(final) * log_guess).sum(dim=-1)
+    return -(truth * log_guess).sum(dim=-1)
+
+
+def learned_positions(teacher: Teacher, answer: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+    """Positions whose next token counts: it belongs to an answer, and the head can say the target's favourite.
+
+    Args:
+        teacher: knows which ids the head can say.
+        answer: `[B, T]`, whether the token at a position is to be learned.
+        best: `[B, T]`, the target's most likely next token at each position.
+
+    Returns:
+        `[B, T]` booleans; the first and the last position never count, nothing being left to guess from or to.
+    """
+    counts = torch.zeros_like(answer, dtype=torch.bool)
+    counts[:, 1:-1] = answer[:, 2:].bool()
+    return counts & teacher.knows(best)
 
 
 def eagle3_loss(
@@ -139,12 +152,15 @@ def eagle3_loss(
         steps: S, 3 to 7 in the literature.
         decay: weight of each step against the one before, 0.8 in the paper's code.
     """
-    sums, counts = [], []
+    learned = learned_positions(teacher, answer, view.best)  # [B, T]
+    truth = teacher.probabilities(view.final[learned])  # [N, Vd]
+    # [B, T], where each learned position's distribution stands in `truth`
+    place = torch.cumsum(learned.flatten(), dim=0).view_as(learned) - 1
     loss = view.final.new_zeros((), dtype=torch.float32)
-    usable = teacher.knows(view.best)  # [B, T], about token i+1 at position i
+    sums, counts = [], []
     for step, hidden in enumerate(unroll(head, tokens, view.features, steps)):
-        rows = shifted(answer, 2 + step).bool() & shifted(usable, 1 + step).bool()  # [B, T-1]
-        errors = cross_entropy(head, teacher, hidden[rows], shifted(view.final, 1 + step)[rows])
+        rows = shifted(learned, 1 + step)  # [B, T-1]
+        errors = cross_entropy(head, hidden[rows], truth[shifted(place, 1 + step)[rows]])
         loss = loss + decay**step * errors.sum()
         sums.append(errors.detach().sum())
         counts.append(rows.sum())
@@ -176,7 +192,7 @@ def eagle1_loss(
     rows = shifted(answer, 2).bool()
     guess, truth = hidden[rows], shifted(view.final, 1)[rows]
     regression = functional.smooth_l1_loss(guess.float(), truth.float(), reduction="none").mean(dim=-1)
-    errors = cross_entropy(head, teacher, guess, truth)
+    errors = cross_entropy(head, guess, teacher.probabilities(truth))
     loss = (feature_weight * regression + token_weight * errors).sum()
     return LossSums(loss, answer_rows(answer), errors.detach().sum()[None], rows.sum()[None])
 

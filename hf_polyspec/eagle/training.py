@@ -187,7 +187,7 @@ class Trainer:
             keep = sorted(stop_ids(target, tokenizer))
             ids = draft_vocabulary(self.corpus.train, settings.draft_vocab_size, parts.vocab_size, keep)
         # float32 weights whatever the target's: small updates vanish in 16 bits
-        return init_for(
+        head = init_for(
             target,
             settings.algorithm,
             ids,
@@ -195,6 +195,8 @@ class Trainer:
             dtype=torch.float32,
             **settings.overrides,
         )
+        start_norm(head, target)
+        return head
 
     def _build_source(self, head: EagleHead, reader_model: PreTrainedModel) -> TargetReader | FeatureCache:
         parts = target_parts(reader_model)
@@ -370,6 +372,19 @@ class Trainer:
         self.accelerator.log(_flat(found), step=self.state.step)
         self.last = found
         return found
+
+
+@torch.no_grad()
+def start_norm(head: EagleHead, target: PreTrainedModel) -> None:
+    """Starts a head's final norm where the target's stands, since both stand before the same output rows.
+
+    Args:
+        head: a fresh head.
+        target: its target; nothing happens where it has no such norm.
+    """
+    weight = getattr(getattr(target.base_model, "norm", None), "weight", None)
+    if head.config.final_norm and torch.is_tensor(weight) and weight.shape == head.norm.weight.shape:
+        head.norm.weight.copy_(weight)
 
 
 def _added(totals: LossSums | None, sums: LossSums, share: float) -> LossSums:
