@@ -112,7 +112,19 @@ class EagleHeadConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
+        for name in self.field_names():
+            setattr(self, name, kwargs.pop(name, getattr(type(self), name)))
+        self._derive_defaults()
+        super().__init__(**kwargs)
+        self._refuse_contradictions()
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """Returns the names of the fields that describe a head."""
+        return [name for name, kind in EagleHeadConfig.__annotations__.items() if "ClassVar" not in str(kind)]
+
+    def _derive_defaults(self) -> None:
         eagle3 = self.algorithm == "eagle3"
         if self.draft_vocab_size is None:
             self.draft_vocab_size = self.vocab_size
@@ -129,8 +141,8 @@ class EagleHeadConfig(PreTrainedConfig):
         if self.num_features is None:
             listed = len(self.feature_layer_ids) if self.feature_layer_ids else 3
             self.num_features = listed if eagle3 and self.has_fc else 1
-        super().__post_init__(**kwargs)
-        self._refuse_contradictions()
+        # transformers completes the settings in place
+        self.rope_parameters = dict(self.rope_parameters or {}) or None
 
     @property
     def feature_size(self) -> int:

@@ -82,9 +82,10 @@ def target_parts(model: PreTrainedModel) -> TargetParts:
 
 def _embedding(model: PreTrainedModel) -> nn.Module | None:
     try:
-        return model.get_input_embeddings()
+        module: nn.Module | None = model.get_input_embeddings()
     except NotImplementedError:
         return None
+    return module
 
 
 def _logit_scale(config: Any) -> float:

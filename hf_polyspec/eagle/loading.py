@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import fields as dataclass_fields
 from typing import Any
 
 from hf_polyspec.eagle.configuration import EagleHeadConfig
@@ -15,8 +14,6 @@ from hf_polyspec.eagle.modeling import EagleHead
 
 # Arguments of from_pretrained that have no say in how a head is read.
 _IDLE = ("trust_remote_code", "variant", "weights_only", "_from_auto", "_from_pipeline", "adapter_kwargs")
-# Fields of the config that from_pretrained takes as its own arguments.
-_NOT_OVERRIDES = ("dtype", "output_hidden_states", "return_dict")
 
 
 def load_head(
@@ -47,7 +44,7 @@ def load_head(
         kwargs.pop(key, None)
     prefer_safetensors = kwargs.pop("use_safetensors", None) is not False
     given = kwargs.pop("config", None)
-    overrides = {key: kwargs.pop(key) for key in _override_names() if key in kwargs}
+    overrides = {key: kwargs.pop(key) for key in EagleHeadConfig.field_names() if key in kwargs}
     written = read_config(name, hub)
     tensors = read_tensors(name, hub, prefer_safetensors)
     if written.get("model_type") == EagleHeadConfig.model_type:
@@ -62,8 +59,3 @@ def load_head(
     head.name_or_path = name
     head.config._name_or_path = name
     return loaded
-
-
-def _override_names() -> list[str]:
-    names = [field.name for field in dataclass_fields(EagleHeadConfig)]
-    return [name for name in names if name not in _NOT_OVERRIDES]
