@@ -116,8 +116,9 @@ class EagleHeadConfig(PreTrainedConfig):
         for name in self.field_names():
             setattr(self, name, kwargs.pop(name, getattr(type(self), name)))
         self._derive_defaults()
-        super().__init__(**kwargs)
+        self._refuse_switches(kwargs)
         self._refuse_contradictions()
+        super().__init__(**kwargs)
 
     @classmethod
     def field_names(cls) -> list[str]:
@@ -154,13 +155,15 @@ class EagleHeadConfig(PreTrainedConfig):
         """Whether the head scores fewer ids than the target has, so that `d2t` is needed."""
         return self.draft_vocab_size != self.vocab_size
 
+    def _refuse_switches(self, given: dict[str, Any]) -> None:
+        for name, meaning in _UNSUPPORTED_SWITCHES.items():
+            value = given.get(name)
+            if value is not None and value is not False:
+                raise ValueError(f"The head asks for {meaning} (`{name}: {value}`), which is not supported.")
+
     def _refuse_contradictions(self) -> None:
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm must be one of {ALGORITHMS}, got {self.algorithm!r}.")
-        for name, meaning in _UNSUPPORTED_SWITCHES.items():
-            value = getattr(self, name, None)
-            if value is not None and value is not False:
-                raise ValueError(f"The head asks for {meaning} (`{name}: {value}`), which is not supported.")
         if self.algorithm == "eagle1":
             self._refuse_for_eagle1()
         if self.norm_before_fc and self.fc_norm:
