@@ -81,8 +81,13 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        moved = (part.to(device) for part in (self.tokens, self.real, self.answer, self.kinds))
-        return Batch(*moved, self.texts)
+        return Batch(
+            self.tokens.to(device),
+            self.real.to(device),
+            self.answer.to(device),
+            self.kinds.to(device),
+            self.texts,
+        )
 
     @property
     def size(self) -> int:

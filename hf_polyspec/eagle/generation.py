@@ -15,11 +15,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from random import Random
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_polyspec.eagle.jobs import Job, draw, stop_ids
 from hf_polyspec.eagle.prompts import (
     ChatFrame,
     PromptFilter,
@@ -75,31 +75,6 @@ class GenerationSettings:
 
 
 @dataclass
-class Job:
-    """One text being written.
-
-    Args:
-        number: the sample's number.
-        asking: whether the target is still inventing the prompt.
-        tokens: all ids so far, fed or not.
-        start: where the part being written begins.
-        limit: most ids of that part.
-        kind: `GREEDY` or `SAMPLED`.
-        random: this part's random numbers.
-        fed: ids the model has seen.
-    """
-
-    number: int
-    asking: bool
-    tokens: list[int]
-    start: int
-    limit: int
-    kind: int
-    random: Random
-    fed: int = 0
-
-
-@dataclass
 class GenerationState:
     """What a run has done so far, for progress bars and the status file.
 
@@ -137,6 +112,7 @@ class Generator:
         excluded: normalised prompts that must not be used.
         rank: number of this process.
         world: how many processes share the work.
+        writer_name: what the shards say about who wrote them.
     """
 
     def __init__(
@@ -149,6 +125,7 @@ class Generator:
         excluded: frozenset[str] = frozenset(),
         rank: int = 0,
         world: int = 1,
+        writer_name: str = "target",
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -164,10 +141,14 @@ class Generator:
         )
         done = read_progress(folder)
         self.state = GenerationState(tokens=done.tokens, samples=done.samples)
+        # this process's part of what is missing, on top of what is there
+        self.share = done.tokens + -(-(settings.max_tokens - done.tokens) // world)
+        self.exhausted = False
         self.pending: Iterator[int] = self._numbers(done.numbers)
         self.ready: deque[Job] = deque()
         provenance = {key: str(value) for key, value in asdict(settings).items()}
-        provenance["model"] = str(model.config._name_or_path)
+        provenance["model"] = Path(str(model.config._name_or_path)).name
+        provenance["writer"] = writer_name
         provenance["prompts"] = "invented by the target" if prompts is None else f"{len(prompts)} of the user's"
         self.writer = ShardWriter(folder, rank, model.config.get_text_config().vocab_size, provenance)
         # the widest frame around a prompt: header, closing and the opening of the answer
@@ -190,12 +171,11 @@ class Generator:
             What was done. Everything finished is on disk; what was under way is begun anew by the next run.
         """
         next_status = 0.0
-        missing = self.settings.max_tokens - self.state.tokens
-        share = self.state.tokens + -(-missing // self.world)
         with StopRequest(deadline) as stop:
-            while self.state.tokens < share and not stop.asked:
+            while self.state.tokens < self.share and not stop.asked:
                 self._refill()
                 if all(job is None for job in self.jobs):
+                    self.exhausted = True  # every prompt of the user's file is answered
                     break
                 self._step()
                 if report is not None:
@@ -204,17 +184,20 @@ class Generator:
                     self._write_status("running")
                     next_status = time.time() + 30
         self.writer.flush()
-        self._write_status("finished" if self.state.tokens >= share else "stopped")
+        self._write_status("finished" if self.complete else "stopped")
         return self.state
+
+    @property
+    def complete(self) -> bool:
+        """Whether this process has nothing left to write."""
+        return self.exhausted or self.state.tokens >= self.share
 
     def _seen(self) -> set[str]:
         """Prompts already answered, so that a resumed run filters the same duplicates."""
         if self.prompts is not None or not any(self.folder.glob("shard-*.safetensors")):
             return set()
         opening = self.tokenizer.decode(self.frame.header)
-        texts = (
-            self.tokenizer.decode(sample.tokens[: sample.prompt_length]) for sample in read_samples(self.folder)
-        )
+        texts = (self.tokenizer.decode(sample.tokens[: sample.prompt_length]) for sample in read_samples(self.folder))
         closing = "" if self.frame.closing is None else self.tokenizer.decode([self.frame.closing])
         return {normalise(text.removeprefix(opening).split(closing or "\0")[0]) for text in texts}
 
@@ -365,40 +348,3 @@ class Generator:
         temporary = path.with_suffix(".partial")
         temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
-
-
-def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Draws one token a row by inverting its cumulative distribution.
-
-    Args:
-        logits: `[R, V]`.
-        uniforms: `[R]`, a number in [0, 1) for each row, or a negative one for the most likely token.
-        temperature: above 0.
-
-    Returns:
-        Ids, `[R]`.
-    """
-    tokens = logits.argmax(dim=-1)
-    sampled = (uniforms >= 0).nonzero()[:, 0]
-    if len(sampled):
-        # [S, V]; the first id whose cumulative probability exceeds the uniform number
-        cumulative = torch.softmax(logits[sampled].float() / temperature, dim=-1).cumsum(dim=-1)
-        heights = uniforms[sampled, None].to(cumulative.dtype) * cumulative[:, -1:]
-        picked = torch.searchsorted(cumulative, heights, right=True)[:, 0]
-        tokens[sampled] = picked.clamp(max=logits.shape[-1] - 1)
-    return tokens
-
-
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids that end an answer: the generation config's and the tokenizer's.
-
-    Args:
-        model: the target.
-        tokenizer: its tokenizer.
-    """
-    config = model.generation_config
-    listed = config.eos_token_id if config is not None else None
-    found = {listed} if isinstance(listed, int) else set(listed or [])
-    if tokenizer.eos_token_id is not None:
-        found.add(tokenizer.eos_token_id)
-    return frozenset(int(i) for i in found if isinstance(i, int))

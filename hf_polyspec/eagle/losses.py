@@ -90,7 +90,8 @@ class Teacher(nn.Module):
             logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits.softmax(dim=-1)
+        probabilities: torch.Tensor = logits.softmax(dim=-1)
+        return probabilities
 
     def knows(self, ids: torch.Tensor) -> torch.Tensor:
         """Whether the head can say each of some target ids, same shape."""

@@ -4,64 +4,35 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_polyspec.eagle.checkpoints import Checkpoints, RunState
+from hf_polyspec.eagle.curve import append_row, forget_after, tracker_values
 from hf_polyspec.eagle.dataset import (
     Batch,
     Corpus,
     TargetReader,
     Text,
     collate,
-    draft_vocabulary,
     plan_batches,
 )
 from hf_polyspec.eagle.feature_cache import FeatureCache
-from hf_polyspec.eagle.features import TargetParts, bind, target_parts
-from hf_polyspec.eagle.fresh import init_for
-from hf_polyspec.eagle.generation import stop_ids
-from hf_polyspec.eagle.losses import LossSums, TargetView, Teacher, eagle1_loss, eagle3_loss, noisy
+from hf_polyspec.eagle.features import target_parts
+from hf_polyspec.eagle.lesson import LearningHead, build_head
+from hf_polyspec.eagle.losses import LossSums, TargetView, Teacher, noisy
 from hf_polyspec.eagle.modeling import EagleHead
 from hf_polyspec.eagle.prompts import sample_random
 from hf_polyspec.eagle.stopping import StopRequest
 from hf_polyspec.eagle.training_config import TrainingConfig
 from hf_polyspec.eagle.validation import KIND_NAMES, Acceptance, count_acceptance
-
-
-class LearningHead(nn.Module):
-    """A head and its loss in one module, so that one forward call is all a data-parallel wrapper has to see.
-
-    Args:
-        head: the head.
-        teacher: the target's distribution over the head's ids.
-        config: the run.
-    """
-
-    def __init__(self, head: EagleHead, teacher: Teacher, config: TrainingConfig) -> None:
-        super().__init__()
-        self.head = head
-        self.lesson = (teacher,)  # in a tuple: not a part of what is trained and saved
-        self.config = config
-
-    def forward(self, tokens: torch.Tensor, answer: torch.Tensor, view: TargetView) -> LossSums:
-        """The loss of a batch, see `eagle1_loss` and `eagle3_loss`."""
-        plan = self.config.optimization
-        if self.head.config.algorithm == "eagle1":
-            weights = {"feature_weight": plan.feature_weight, "token_weight": plan.token_weight}
-            return eagle1_loss(self.head, self.lesson[0], tokens, answer, view, **weights)
-        return eagle3_loss(self.head, self.lesson[0], tokens, answer, view, plan.steps, plan.step_decay)
 
 
 @dataclass(frozen=True)
@@ -118,7 +89,7 @@ class Trainer:
         target.requires_grad_(False)
         torch.manual_seed(self.plan.seed)
         parts = target_parts(target)
-        head = self._build_head(target, tokenizer, parts)
+        head = build_head(config, target, tokenizer, corpus)
         self.source = self._build_source(head, reader_model)
         module = LearningHead(head, Teacher(head, parts), config)
         optimizer = torch.optim.AdamW(
@@ -170,33 +141,15 @@ class Trainer:
         self.checkpoints.save(self.state.step)
         return self.validate()
 
+    def state_of_play(self) -> str:
+        """Where the run stands, in words."""
+        newest = self.checkpoints.newest()
+        return "from the start" if newest is None else f"going on from {newest.name}"
+
     @property
     def finished(self) -> bool:
         """Whether all epochs are done."""
         return self.state.step >= sum(self.steps_per_epoch)
-
-    def _build_head(
-        self, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, parts: TargetParts
-    ) -> EagleHead:
-        settings = self.config.head
-        if self.config.init_from is not None:
-            head = EagleHead.from_pretrained(self.config.init_from, dtype=torch.float32)
-            return bind(head, target).to(self.accelerator.device).train()
-        ids = None
-        if settings.draft_vocab_size is not None and settings.draft_vocab_size < parts.vocab_size:
-            keep = sorted(stop_ids(target, tokenizer))
-            ids = draft_vocabulary(self.corpus.train, settings.draft_vocab_size, parts.vocab_size, keep)
-        # float32 weights whatever the target's: small updates vanish in 16 bits
-        head = init_for(
-            target,
-            settings.algorithm,
-            ids,
-            own_lm_head=settings.own_lm_head,
-            dtype=torch.float32,
-            **settings.overrides,
-        )
-        start_norm(head, target)
-        return head
 
     def _build_source(self, head: EagleHead, reader_model: PreTrainedModel) -> TargetReader | FeatureCache:
         parts = target_parts(reader_model)
@@ -208,9 +161,7 @@ class Trainer:
         name = f"{self.config.target}/{self.config.revision}/{self.config.reader}/{reader_model.dtype}"
 
         def opened(owner: bool) -> FeatureCache:
-            return FeatureCache(
-                folder, reader, texts, head.config.feature_size, parts.hidden_size, name, owner
-            )
+            return FeatureCache(folder, reader, texts, head.config.feature_size, parts.hidden_size, name, owner)
 
         if self.accelerator.is_main_process:
             cache = opened(True)
@@ -234,7 +185,7 @@ class Trainer:
     def _resume(self) -> None:
         expected = self.state.corpus
         if self.checkpoints.load_newest() is None:
-            _truncate(self.config.folder, 0)
+            forget_after(self.config.folder, 0)
             return
         if self.state.corpus != expected:
             raise ValueError(
@@ -242,11 +193,9 @@ class Trainer:
                 "this head (init_from)"
             )
         if self.accelerator.is_main_process:
-            _truncate(self.config.folder, self.state.step)
+            forget_after(self.config.folder, self.state.step)
 
-    def _advance(
-        self, group: list[list[int]], spent: float, report: Callable[[Progress], None] | None
-    ) -> None:
+    def _advance(self, group: list[list[int]], spent: float, report: Callable[[Progress], None] | None) -> None:
         rate = self.plan.rate(self.state.step, sum(self.steps_per_epoch))
         for entry in self.optimizer.param_groups:
             entry["lr"] = rate
@@ -340,7 +289,7 @@ class Trainer:
             "tokens_per_second": round(pace, 1),
         }
         if self.accelerator.is_main_process:
-            _append_csv(self.config.folder / "curve.csv", row)
+            append_row(self.config.folder / "curve.csv", row)
         self.accelerator.log(row, step=self.state.step)
 
     def validate(self) -> dict[str, dict[str, object]]:
@@ -369,22 +318,9 @@ class Trainer:
         if self.accelerator.is_main_process:
             with (self.config.folder / "validation.jsonl").open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(record) + "\n")
-        self.accelerator.log(_flat(found), step=self.state.step)
+        self.accelerator.log(tracker_values(found), step=self.state.step)
         self.last = found
         return found
-
-
-@torch.no_grad()
-def start_norm(head: EagleHead, target: PreTrainedModel) -> None:
-    """Starts a head's final norm where the target's stands, since both stand before the same output rows.
-
-    Args:
-        head: a fresh head.
-        target: its target; nothing happens where it has no such norm.
-    """
-    weight = getattr(getattr(target.base_model, "norm", None), "weight", None)
-    if head.config.final_norm and torch.is_tensor(weight) and weight.shape == head.norm.weight.shape:
-        head.norm.weight.copy_(weight)
 
 
 def _added(totals: LossSums | None, sums: LossSums, share: float) -> LossSums:
@@ -395,42 +331,8 @@ def _added(totals: LossSums | None, sums: LossSums, share: float) -> LossSums:
     return LossSums(*(old + new for old, new in zip(before, parts, strict=True)))
 
 
-def _flat(found: dict[str, dict[str, object]]) -> dict[str, float]:
-    """Names and numbers for a tracker."""
-    values: dict[str, float] = {}
-    for kind, facts in found.items():
-        for name, fact in facts.items():
-            items: list[Any] = fact if isinstance(fact, list) else [fact]
-            for index, value in enumerate(items):
-                suffix = f"_{index}" if isinstance(fact, list) else ""
-                values[f"validation/{kind}/{name}{suffix}"] = float(value)
-    return values
-
-
 def _fingerprint(texts: list[Text]) -> str:
     digest = hashlib.sha256()
     for text in texts:
         digest.update(text.number.to_bytes(8, "little") + len(text).to_bytes(8, "little"))
     return digest.hexdigest()
-
-
-def _append_csv(path: Path, row: dict[str, float]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def _truncate(folder: Path, step: int) -> None:
-    """Forgets what was written after a checkpoint, so that the curve goes on without a fold."""
-    curve, validation = folder / "curve.csv", folder / "validation.jsonl"
-    if curve.exists():
-        header, *lines = curve.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if int(line.split(",", 1)[0]) <= step]
-        curve.write_text("".join([header, *kept]), encoding="utf-8") if kept else curve.unlink()
-    if validation.exists():
-        lines = validation.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        validation.write_text("".join(kept), encoding="utf-8")

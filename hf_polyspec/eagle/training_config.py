@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 
@@ -234,14 +234,16 @@ def build_config(values: Mapping[str, Any]) -> TrainingConfig:
 
 
 def _build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
-    known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
+    known = {item.name: item for item in fields(cast(Any, kind))}
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(f"unknown setting in {where}: {', '.join(unknown)}; known are {', '.join(known)}")
     checked = {}
     for name, value in values.items():
         default = known[name].default
-        if isinstance(default, float) and isinstance(value, (str, int)) and not isinstance(value, bool):
+        if value is None and "None" in str(known[name].type):
+            pass
+        elif isinstance(default, float) and isinstance(value, (str, int)) and not isinstance(value, bool):
             # YAML reads 1e-4 as a word
             try:
                 value = float(value)

@@ -54,9 +54,7 @@ class UnrolledAttention:
         return mixed.view(batch, heads, length, width)
 
 
-def unroll(
-    head: EagleHead, tokens: torch.Tensor, features: torch.Tensor, steps: int
-) -> Iterator[torch.Tensor]:
+def unroll(head: EagleHead, tokens: torch.Tensor, features: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
     """Drafts `steps` tokens from every row at once, teacher-forced.
 
     Args:

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is trained: a head, fresh or continued, together with its loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_polyspec.eagle.dataset import Corpus, draft_vocabulary
+from hf_polyspec.eagle.features import bind, target_parts
+from hf_polyspec.eagle.fresh import init_for
+from hf_polyspec.eagle.jobs import stop_ids
+from hf_polyspec.eagle.losses import LossSums, TargetView, Teacher, eagle1_loss, eagle3_loss
+from hf_polyspec.eagle.modeling import EagleHead
+from hf_polyspec.eagle.training_config import TrainingConfig
+
+
+class LearningHead(nn.Module):
+    """A head and its loss in one module, so that one forward call is all a data-parallel wrapper has to see.
+
+    Args:
+        head: the head.
+        teacher: the target's distribution over the head's ids.
+        config: the run.
+    """
+
+    def __init__(self, head: EagleHead, teacher: Teacher, config: TrainingConfig) -> None:
+        super().__init__()
+        self.head = head
+        self.lesson = (teacher,)  # in a tuple: not a part of what is trained and saved
+        self.config = config
+
+    def forward(self, tokens: torch.Tensor, answer: torch.Tensor, view: TargetView) -> LossSums:
+        """The loss of a batch, see `eagle1_loss` and `eagle3_loss`."""
+        plan = self.config.optimization
+        if self.head.config.algorithm == "eagle1":
+            weights = {"feature_weight": plan.feature_weight, "token_weight": plan.token_weight}
+            return eagle1_loss(self.head, self.lesson[0], tokens, answer, view, **weights)
+        return eagle3_loss(self.head, self.lesson[0], tokens, answer, view, plan.steps, plan.step_decay)
+
+
+def build_head(
+    config: TrainingConfig, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: Corpus
+) -> EagleHead:
+    """Makes the head a run trains, in float32 whatever the target's type: small updates vanish in 16 bits.
+
+    Args:
+        config: the run.
+        target: the frozen model.
+        tokenizer: the target's.
+        corpus: the texts, whose commonest ids a fresh head with a vocabulary of its own shall score.
+
+    Returns:
+        The head, bound to the target, on its device.
+
+    Raises:
+        ValueError: the head does not fit the target.
+    """
+    settings, parts = config.head, target_parts(target)
+    if config.init_from is not None:
+        head: EagleHead = EagleHead.from_pretrained(config.init_from, dtype=torch.float32)
+        bind(head, target).to(target.device).train()
+        return head
+    ids = None
+    if settings.draft_vocab_size is not None and settings.draft_vocab_size < parts.vocab_size:
+        keep = sorted(stop_ids(target, tokenizer))
+        ids = draft_vocabulary(corpus.train, settings.draft_vocab_size, parts.vocab_size, keep)
+    head = init_for(
+        target,
+        settings.algorithm,
+        ids,
+        own_lm_head=settings.own_lm_head,
+        dtype=torch.float32,
+        **settings.overrides,
+    )
+    start_norm(head, target)
+    return head
+
+
+@torch.no_grad()
+def start_norm(head: EagleHead, target: PreTrainedModel) -> None:
+    """Starts a head's final norm where the target's stands, since both stand before the same output rows.
+
+    Args:
+        head: a fresh head.
+        target: its target; nothing happens where it has no such norm.
+    """
+    weight = getattr(getattr(target.base_model, "norm", None), "weight", None)
+    if head.config.final_norm and torch.is_tensor(weight) and weight.shape == head.norm.weight.shape:
+        head.norm.weight.copy_(weight)
