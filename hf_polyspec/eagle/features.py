@@ -190,10 +190,16 @@ def select_features(hidden_states: Sequence[torch.Tensor | None], layers: Sequen
         `[B, T, num_features * H_t]`, for `EagleHead.fuse`.
 
     Raises:
-        ValueError: If the target did not return one of them.
+        ValueError: If the target did not return one of them, or returned another kind of state.
     """
     picked = [hidden_states[index] for index in layers]
     present = [state for state in picked if state is not None]
     if len(present) != len(picked):
         raise ValueError(f"The target returned no hidden state at some of {list(layers)}.")
+    for state in present:
+        if state.dim() != 3:
+            raise ValueError(
+                f"The target's hidden states have shape {list(state.shape)}; an EAGLE head reads "
+                "[batch, tokens, width]."
+            )
     return present[0] if len(present) == 1 else torch.cat([s.to(present[0].device) for s in present], dim=-1)

@@ -51,7 +51,7 @@ def read_config(source: str, hub: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_tensors(
-    source: str, hub: dict[str, Any], prefer_safetensors: bool = True
+    source: str, hub: dict[str, Any], prefer_safetensors: bool = True, variant: str | None = None
 ) -> dict[str, torch.Tensor]:
     """Reads all tensors of a checkpoint, safetensors first, else pickled files with weights only.
 
@@ -59,6 +59,7 @@ def read_tensors(
         source: Folder or hub id.
         hub: Arguments for the hub, of `HUB_ARGUMENTS`.
         prefer_safetensors: Look for safetensors files before `.bin` files.
+        variant: Middle name of the files, as `fp16` in `model.fp16.safetensors`.
 
     Returns:
         Tensors by the names they are stored under, on the CPU.
@@ -67,20 +68,28 @@ def read_tensors(
         OSError: If there are no weights.
     """
     order = slice(None) if prefer_safetensors else slice(None, None, -1)
+    tried = []
     for single, index in zip(_SINGLE_FILES[order], _INDEX_FILES[order], strict=True):
-        path = _find(source, single, hub)
-        if path is not None:
-            return _read_file(path)
-        path = _find(source, index, hub)
-        if path is not None:
-            return _read_shards(source, path, hub)
-    names = ", ".join((*_SINGLE_FILES, *_INDEX_FILES))
-    raise OSError(f"{source!r} has no weights (looked for {names}).")
+        for name, read in ((single, _read_whole), (index, _read_shards)):
+            tried.append(_named(name, variant))
+            path = _find(source, tried[-1], hub)
+            if path is not None:
+                return read(source, path, hub)
+    raise OSError(f"{source!r} has no weights (looked for {', '.join(tried)}).")
+
+
+def _named(name: str, variant: str | None) -> str:
+    stem, _, ending = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{ending}"
 
 
 def _find(source: str, name: str, hub: dict[str, Any]) -> str | None:
     path: str | None = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
     return path
+
+
+def _read_whole(source: str, path: str, hub: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return _read_file(path)
 
 
 def _read_file(path: str) -> dict[str, torch.Tensor]:

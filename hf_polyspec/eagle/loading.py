@@ -13,7 +13,7 @@ from hf_polyspec.eagle.formats_files import HUB_ARGUMENTS, read_config, read_ten
 from hf_polyspec.eagle.modeling import EagleHead
 
 # Arguments of from_pretrained that have no say in how a head is read.
-_IDLE = ("trust_remote_code", "variant", "weights_only", "_from_auto", "_from_pipeline", "adapter_kwargs")
+_IDLE = ("trust_remote_code", "weights_only", "_from_auto", "_from_pipeline", "adapter_kwargs")
 
 
 def load_head(
@@ -43,10 +43,11 @@ def load_head(
     for key in (*HUB_ARGUMENTS, *_IDLE):
         kwargs.pop(key, None)
     prefer_safetensors = kwargs.pop("use_safetensors", None) is not False
+    variant = kwargs.pop("variant", None)
     given = kwargs.pop("config", None)
     overrides = {key: kwargs.pop(key) for key in EagleHeadConfig.field_names() if key in kwargs}
     written = read_config(name, hub)
-    tensors = read_tensors(name, hub, prefer_safetensors)
+    tensors = read_tensors(name, hub, prefer_safetensors, variant)
     if written.get("model_type") == EagleHeadConfig.model_type:
         config = given if isinstance(given, EagleHeadConfig) else EagleHeadConfig(**{**written, **overrides})
         account(config, tensors)

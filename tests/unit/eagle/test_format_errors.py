@@ -177,6 +177,15 @@ def test_safetensors_go_before_pickles(kit: SimpleNamespace, tmp_path: Path) -> 
     )
 
 
+def test_variant(kit: SimpleNamespace, tmp_path: Path) -> None:
+    config, w = kit.eagle1(bias=True)
+    kit.write(tmp_path, config, w)
+    save_file({name: tensor + 1 for name, tensor in w.items()}, tmp_path / "model.fp16.safetensors")
+    assert torch.equal(EagleHead.from_pretrained(tmp_path, variant="fp16").fc.bias.data, w["fc.bias"] + 1)
+    with pytest.raises(OSError, match=r"model.q.safetensors, model.safetensors.index.q.json"):
+        EagleHead.from_pretrained(tmp_path, variant="q")
+
+
 def test_sharded_weights(kit: SimpleNamespace, tmp_path: Path) -> None:
     config, w = kit.eagle3()
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -220,3 +220,9 @@ def test_encoder_decoders_and_headless_models_are_refused() -> None:
 def test_a_missing_hidden_state_is_noticed() -> None:
     with pytest.raises(ValueError, match="no hidden state"):
         select_features((torch.zeros(1, 1, 2), None), [0, 1])
+
+
+def test_states_of_several_streams_are_refused() -> None:
+    """Gemma-3n keeps several versions of each state side by side."""
+    with pytest.raises(ValueError, match="batch, tokens, width"):
+        select_features((torch.zeros(2, 1, 6, 32),), [-1])
