@@ -24,12 +24,12 @@ class StoredLinear(nn.Module):
 
     Args:
         shapes: Shape of every tensor of the layer in the checkpoint, by name.
-        shape: `(N, K)` of the matrix they stand for.
+        size: `(N, K)` of the matrix they stand for.
     """
 
-    def __init__(self, shapes: dict[str, Sequence[int]], shape: tuple[int, int]) -> None:
+    def __init__(self, shapes: dict[str, Sequence[int]], size: tuple[int, int]) -> None:
         super().__init__()
-        self.shape = shape
+        self.size = size
         for name, shape in shapes.items():
             dtype = torch.int32 if name in ("qweight", "qzeros", "g_idx") else torch.float16
             self.register_buffer(name, torch.empty(tuple(shape), dtype=dtype))
@@ -105,7 +105,7 @@ class PolySpecQuantizer(HfQuantizer):
     def _runnable(self, name: str, layer: StoredLinear, dtype: torch.dtype) -> nn.Module:
         tensors = layer.tensors()
         bias = tensors.pop("bias", None)
-        outputs, features = layer.shape
+        outputs, features = layer.size
         bits = tensors["qweight"].shape[0] * 32 // features
         groups = tensors["scales"].shape[0]
         group_size = -1 if groups == 1 else self._group_size(features, groups)

@@ -70,15 +70,15 @@ def save_quantized(model: nn.Module, folder: str | Path, quant_method: str = MET
     stored = {**checkpoint_config(model), "quant_method": quant_method}
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     head_quantized = stored["lm_head"]
     if head_quantized:
         config.tie_word_embeddings = False
-    config.quantization_config = stored  # type: ignore[union-attr]
-    config.architectures = [type(model).__name__]  # type: ignore[union-attr]
+    config.quantization_config = stored
+    config.architectures = [type(model).__name__]
     # Without it transformers would take the first float tensor's dtype: that of the scales.
-    config.dtype = next(parameter.dtype for parameter in model.parameters())  # type: ignore[union-attr]
-    config.save_pretrained(target)  # type: ignore[union-attr, operator]
+    config.dtype = next(parameter.dtype for parameter in model.parameters())
+    config.save_pretrained(target)
     generation_config = getattr(model, "generation_config", None)
     if generation_config is not None:
         generation_config.save_pretrained(target)

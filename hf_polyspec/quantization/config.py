@@ -44,7 +44,7 @@ class PolySpecQuantizationConfig(QuantizationConfigMixin):
                 f"checkpoint_format={checkpoint_format!r} cannot be read: only gptq and gptq_v2 hold GPTQ tensors "
                 "(Marlin and BitBLAS checkpoints are laid out for one kernel; convert them with gptqmodel)."
             )
-        self.quant_method = METHOD  # type: ignore[assignment]
+        self.quant_method = METHOD
         self.bits, self.group_size, self.sym, self.desc_act = bits, group_size, sym, desc_act
         self.checkpoint_format = checkpoint_format
         for name, value in others.items():

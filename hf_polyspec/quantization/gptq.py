@@ -22,7 +22,8 @@ def _inverse_factor(moments: Tensor, damping: float) -> Tensor:
     diagonal[diagonal == 0] = 1.0  # inputs that are never active: any value is as good as another
     diagonal += damping * float(diagonal.mean())
     lower = torch.linalg.cholesky(hessian)
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    return factor
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from hf_polyspec.quantization.weights import QuantizedWeight
 
 _INT4_GROUPS = (256, 128, 64, 32)
 _TINY = 1e-12
-INT8_FEW_ROWS = 8
+INT8_FEW_ROWS = 12
 INT4_FEW_ROWS = 16
 
 
@@ -100,7 +100,8 @@ class IntegerDot:
         y *= scale
         if self._bias is not None:
             y += self._bias
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
+        result: Tensor = y.to(x.dtype).view(*x.shape[:-1], -1)
+        return result
 
 
 class WeightOnlyInt8:
@@ -119,7 +120,7 @@ class WeightOnlyInt8:
 
     def __call__(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
-        y = torch.ops.aten._weight_int8pack_mm(flat, self._weight, self._scales)
+        y: Tensor = torch.ops.aten._weight_int8pack_mm(flat, self._weight, self._scales)
         if self._bias is not None:
             y = y + self._bias
         return y.to(x.dtype).view(*x.shape[:-1], -1)
@@ -166,7 +167,7 @@ class PackedInt4:
         flat = x.reshape(-1, x.shape[-1])
         if self._order is not None:
             flat = flat[:, self._order]
-        y = self._matmul(flat.to(torch.bfloat16), self._packed, self._group, self._parameters)
+        y: Tensor = self._matmul(flat.to(torch.bfloat16), self._packed, self._group, self._parameters)
         if y.shape[1] != self._outputs:
             y = y[:, : self._outputs]
         if self._bias is not None:
@@ -222,7 +223,7 @@ class Dequantized:
 
 def packs(matrix: Tensor) -> bool:
     """Whether oneDNN's packing can hold a matrix here: on the CPU, in a dtype the machine multiplies."""
-    if matrix.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if matrix.device.type != "cpu" or not torch._C._has_mkldnn:
         return False
     if matrix.dtype is torch.bfloat16:
         return bool(torch.cpu._is_avx512_bf16_supported())

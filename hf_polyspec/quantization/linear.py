@@ -162,7 +162,7 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         scales = self.scales
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.scales.dtype != scales.dtype:  # cast with the model: the stored numbers must stay as they were
             self.scales = scales.to(self.scales.device)
         self._kernel = None  # packed for the old device
@@ -233,9 +233,10 @@ def float_weight(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     Raises:
         TypeError: Neither an `nn.Linear` nor a transformers `Conv1D`.
     """
+    weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
+    offset = bias.detach() if isinstance(bias, Tensor) else None
     if isinstance(linear, nn.Linear):
-        return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-    if type(linear).__name__ == "Conv1D" and isinstance(getattr(linear, "weight", None), Tensor):
-        bias = linear.bias
-        return linear.weight.detach().t(), bias.detach() if isinstance(bias, Tensor) else None
+        return linear.weight.detach(), offset
+    if type(linear).__name__ == "Conv1D" and isinstance(weight, Tensor):
+        return weight.detach().t(), offset
     raise TypeError(f"{type(linear).__name__} is not a linear layer that can be quantised.")

@@ -133,12 +133,12 @@ def speed_ratios(
     """
     from transformers import DynamicCache
 
-    vocabulary = int(original.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
+    vocabulary = int(original.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     generator = torch.Generator().manual_seed(0)
     models = (original, quantized)
     caches = []
     for model in models:
-        cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
+        cache = DynamicCache(config=model.config)
         prompt = torch.randint(vocabulary, (1, context), generator=generator)
         model(prompt.to(_device(model)), past_key_values=cache)
         caches.append(cache)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_polyspec.quantization.gptq_format import storable
 from hf_polyspec.quantization.linear import Int8Linear, QuantizedLinear, float_weight, quantized_linear
 from hf_polyspec.quantization.shared_input import share_inputs
+from hf_polyspec.quantization.store import LayerStore
 from hf_polyspec.quantization.weights import QuantizedWeight, check_bits, round_to_nearest, search_scales
 
 ModuleFilter = Callable[[str, nn.Module], bool]
@@ -71,8 +72,8 @@ def plan_bits(
     Raises:
         ValueError: Unsupported bits, `layer_bits` names a layer that is not there, or nothing is left to quantise.
     """
-    for width in (bits, *([] if head_bits is None else [head_bits]), *(layer_bits or {}).values()):
-        check_bits(width, -1)
+    for asked in (bits, *([] if head_bits is None else [head_bits]), *(layer_bits or {}).values()):
+        check_bits(asked, -1)
     layers = linear_layers(model, modules)
     unknown = sorted(set(layer_bits or {}) - set(layers))
     if unknown:
@@ -80,7 +81,9 @@ def plan_bits(
     head = output_head(model)
     plan: dict[str, int] = {}
     for name, module in layers.items():
-        width = (layer_bits or {}).get(name, head_bits if module is head else bits)
+        width: int | None = head_bits if module is head else bits
+        if layer_bits is not None and name in layer_bits:
+            width = layer_bits[name]
         shape = float_weight(module)[0].shape
         if width is not None and storable((shape[0], shape[1]), width):
             plan[name] = width
@@ -94,8 +97,8 @@ def merged_adapters(model: nn.Module) -> nn.Module:
     merge = getattr(model, "merge_and_unload", None)
     if not callable(merge):
         return model
-    merged = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
-    assert isinstance(merged, nn.Module)
+    peft_model: Any = copy.deepcopy(model)
+    merged: nn.Module = peft_model.merge_and_unload()
     return merged
 
 
@@ -126,7 +129,7 @@ def round_layer(
 
 @torch.no_grad()
 def quantize_model(
-    model: Model,
+    model: nn.Module,
     bits: int = 8,
     group_size: int = 128,
     *,
@@ -137,8 +140,9 @@ def quantize_model(
     layer_bits: Mapping[str, int] | None = None,
     activation_bits: int | None = None,
     calibration: Mapping[str, Tensor] | None = None,
+    store: LayerStore | None = None,
     progress: Progress | None = None,
-) -> Model:
+) -> nn.Module:
     """A copy of a model whose linear layers compute with integer weights: the middle of a chain.
 
     The model itself is left as it is. Everything that is not a quantised linear layer (embeddings, norms) shares its
@@ -156,6 +160,7 @@ def quantize_model(
         layer_bits: Bits for single layers by name: mixed precision.
         activation_bits: 8 rounds the activations of 8-bit layers too: faster on many rows, coarser.
         calibration: Second moments of every layer's input, from `calibrate.input_moments`.
+        store: Where finished layers are kept, and taken from if they are already there.
         progress: Called with the name of each layer when it is done.
 
     Returns:
@@ -176,21 +181,20 @@ def quantize_model(
     quantized = sharing_copy(source)
     for name, width in plan.items():
         weight, bias = float_weight(source.get_submodule(name))
-        moments = None if calibration is None else calibration.get(name)
-        layer = quantized_linear(round_layer(weight, width, group_size, symmetric, method, moments), bias)
+        rounded = None if store is None else store.get(name)
+        if rounded is None:
+            moments = None if calibration is None else calibration.get(name)
+            rounded = round_layer(weight, width, group_size, symmetric, method, moments)
+            if store is not None:
+                store.put(name, rounded)
+        layer = quantized_linear(rounded, bias)
         if isinstance(layer, Int8Linear):
             layer.activation_bits = activation_bits
         replace_module(quantized, name, layer)
         if progress is not None:
             progress(name)
     share_inputs(quantized)
-    quantized.eval()
-    return quantized if source is not model else _same_type(quantized, model)
-
-
-def _same_type(quantized: nn.Module, model: Model) -> Model:
-    assert isinstance(quantized, type(model))
-    return quantized
+    return quantized.eval()
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:

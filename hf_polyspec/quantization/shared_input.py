@@ -62,7 +62,7 @@ class SharedInput:
         if self._kernel is None:
             self._kernel = self._build()
         # Callers may flatten what they get, so parts are as contiguous as a layer's own output would be.
-        parts: list[Tensor | None] = [part.contiguous() for part in self._kernel(x).split(self._sizes, dim=-1)]
+        parts: list[Tensor | None] = [part.contiguous() for part in torch.split(self._kernel(x), self._sizes, -1)]
         own = parts[member]
         parts[member] = None
         self._waiting = (x, _version(x), parts)
