@@ -21,6 +21,16 @@ from .compatibility import check_cache_implementation, inner_model
 from .decoding import decode
 
 _MARK = "_polyspec_wraps"
+_POSITIONAL = (
+    "inputs",
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "synced_gpus",
+    "assistant_model",
+    "streamer",
+)
 
 
 def generate(model: Any, *args: Any, assistant_models: Any = None, **kwargs: Any) -> Any:
@@ -113,13 +123,19 @@ def _generate(
     model: Any, original: Callable[..., Any], args: tuple[Any, ...], assistant_models: Any, kwargs: dict[str, Any]
 ) -> Any:
     """Call `original` so that it ends in `decode` with everything the caller said."""
-    names = [name for name in inspect.signature(GenerationMixin.generate).parameters if name != "self"]
-    given = dict(zip(names, args, strict=False)) | kwargs
+    given = dict(zip(_positional_names(), args, strict=False)) | kwargs
     _refuse_early(model, given)
     bound: dict[str, Any] = {"assistant_models": assistant_models, "streamer": given.get("streamer")}
     given.pop("custom_generate", None)
     given = _with_stop_strings(model, given)
     return original(**given, custom_generate=functools.partial(decode, **bound))
+
+
+def _positional_names() -> list[str]:
+    """Names of generate()'s positional arguments; somebody else's patch may hide them behind `*args`."""
+    parameters = inspect.signature(GenerationMixin.generate).parameters.values()
+    names = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and p.name != "self"]
+    return names or list(_POSITIONAL)
 
 
 def _refuse_early(model: Any, given: dict[str, Any]) -> None:

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The line that belongs under every figure: machine, versions, date."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from pathlib import Path
+
+import torch
+import transformers
+
+
+def describe() -> str:
+    """Processor, threads, accelerator, versions and today's date, in one line."""
+    parts = [
+        _processor(),
+        f"{torch.get_num_threads()} of {os.cpu_count()} threads",
+        f"torch {torch.__version__}",
+        f"transformers {transformers.__version__}",
+        f"Python {platform.python_version()}",
+        datetime.date.today().isoformat(),
+    ]
+    if torch.cuda.is_available():
+        parts.insert(1, torch.cuda.get_device_name())
+    return ", ".join(parts)
+
+
+def _processor() -> str:
+    """The processor's name as the system tells it."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
