@@ -194,7 +194,7 @@ class DecodingLoop:
 
     def _drop_finished(self, context: Context, rows: list[_Row], present: list[int]) -> tuple[Context, list[int]]:
         """Take rows that draw nothing more out of the batch: they would only cost time."""
-        places = [place for place, r in enumerate(present) if not (rows[r].finished or rows[r].ended)]
+        places = [place for place, r in enumerate(present) if self._limit(rows[r]) > 0]
         if len(places) == len(present) or not places:
             return context, present
         self.target.keep_rows(places)
