@@ -16,7 +16,7 @@ import hf_polyspec
 
 # Modules that several test files share lie beside this one.
 sys.path.insert(0, str(Path(__file__).parent))
-import tiny_models  # noqa: E402
+import tiny_models
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -52,9 +52,7 @@ def test_sampling_with_one_choice_left_is_greedy(target, generate, batch):
     options = {**prompts(batch), "max_new_tokens": NEW}
     plain = target.generate(**options, do_sample=False, repetition_penalty=1.2)
     for rule in ("token", "block", "auto"):
-        ours = generate(
-            target, **options, do_sample=True, top_k=1, repetition_penalty=1.2, polyspec_verification=rule
-        )
+        ours = generate(target, **options, do_sample=True, top_k=1, repetition_penalty=1.2, polyspec_verification=rule)
         assert ours.tolist() == plain.tolist()
 
 
