@@ -157,28 +157,33 @@ def _refuse_early(model: Any, given: dict[str, Any]) -> None:
 
 def _with_stop_strings(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Turn stop strings into a criterion here: transformers loses the tokenizer on the way to a callable."""
-    config = given.get("generation_config")
-    strings = given.get("stop_strings")
-    for source in (config, getattr(model, "generation_config", None)):
-        if strings is None:
-            strings = getattr(source, "stop_strings", None)
+    configs = [given.get("generation_config"), getattr(model, "generation_config", None)]
+    configured = next((c.stop_strings for c in configs if getattr(c, "stop_strings", None) is not None), None)
+    strings = given.get("stop_strings") if given.get("stop_strings") is not None else configured
     if strings is None:
         return given
     tokenizer = given.get("tokenizer")
     if tokenizer is None:
         raise ValueError("stop_strings need the tokenizer: pass tokenizer=... to generate() too.")
-    criteria = StoppingCriteriaList(given.get("stopping_criteria") or [])
     # transformers puts its own criteria first; the order among criteria changes nothing.
+    criteria = StoppingCriteriaList(given.get("stopping_criteria") or [])
     criteria.append(StopStringCriteria(stop_strings=strings, tokenizer=tokenizer))
-    without = _WithoutStopStrings()
-    if config is not None:
-        without.__dict__.update({k: copy.deepcopy(v) for k, v in vars(config).items() if k != "stop_strings"})
-    rest = {name: value for name, value in given.items() if name not in ("stop_strings", "generation_config")}
-    return rest | {"stopping_criteria": criteria, "generation_config": without}
+    rest = {name: value for name, value in given.items() if name != "stop_strings"}
+    if configured is not None:
+        rest["generation_config"] = _WithoutStopStrings.like(configs[0])
+    return rest | {"stopping_criteria": criteria}
 
 
 class _WithoutStopStrings(GenerationConfig):
     """A generation config that cannot be given stop strings: the model's own would otherwise be merged back in."""
+
+    @classmethod
+    def like(cls, config: GenerationConfig | None) -> _WithoutStopStrings:
+        """A copy of `config` in everything else."""
+        found = cls()
+        if config is not None:
+            found.__dict__.update({k: copy.deepcopy(v) for k, v in vars(config).items() if k != "stop_strings"})
+        return found
 
     @property
     def stop_strings(self) -> None:
