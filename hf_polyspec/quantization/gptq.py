@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_polyspec.quantization.weights import QuantizedWeight, check_bits, group_index, group_parameters, search_scales
+from hf_polyspec.quantization.weights import QuantizedWeight, check_bits, group_index, search_scales
 
 _BLOCK = 128
 
@@ -56,7 +56,8 @@ def round_with_feedback(
     left = weight.to(torch.float32).clone()
     factor = _inverse_factor(moments.to(left.device), damping)
     size = features if group_size == -1 else group_size
-    base = search_scales(left, bits, group_size, symmetric, moments.diagonal())
+    importance = moments.diagonal().to(left.device)
+    base = search_scales(left, bits, group_size, symmetric, importance)
     scales, zeros = base.scales.clone(), base.zeros.to(torch.float32)
     codes = torch.empty(rows, features, device=left.device, dtype=torch.uint8)
     top = (1 << bits) - 1
@@ -67,9 +68,9 @@ def round_with_feedback(
             group = column // size
             if column % size == 0 and group_size != -1:
                 # The group's weights have absorbed earlier errors: fit its range to what they are now.
-                piece = left[:, column : min(column + size, features)]
-                fresh_scales, fresh_zeros = group_parameters(piece, bits, -1, symmetric)
-                scales[:, group], zeros[:, group] = fresh_scales[:, 0], fresh_zeros[:, 0].float()
+                end = min(column + size, features)
+                fresh = search_scales(left[:, column:end], bits, -1, symmetric, importance[column:end])
+                scales[:, group], zeros[:, group] = fresh.scales[:, 0], fresh.zeros[:, 0].float()
             current = left[:, column]
             code = ((current / scales[:, group]).round() + zeros[:, group]).clamp_(0, top)
             codes[:, column] = code.to(torch.uint8)

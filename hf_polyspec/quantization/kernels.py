@@ -148,8 +148,11 @@ class PackedInt4:
         missing = -self._outputs % 16
         first = index[::group]  # [K / group], the stored group each run group lies in
         scales = weight.scales[:, first]
-        # The kernel means (code - 8) * scale + shift.
-        shifts = (8.0 - weight.zeros[:, first].float()) * scales
+        # The kernel means (code - 8) * scale + shift, in bfloat16: narrow codes are centred on 8 so that the shift
+        # stays small and nothing cancels.
+        centre = 1 << (weight.bits - 1)
+        codes = codes + (8 - centre)
+        shifts = (centre - weight.zeros[:, first].float()) * scales
         parameters = F.pad(torch.stack([scales, shifts], -1), (0, 0, 0, 0, 0, missing))  # [N', K / group, 2]
         self._parameters = parameters.transpose(0, 1).to(torch.bfloat16).contiguous()
         padded = F.pad(codes, (0, 0, 0, missing)).to(torch.int32).contiguous()

@@ -27,7 +27,6 @@ class PackedForward:
 
     def __init__(self, linear: nn.Linear) -> None:
         self.linear = linear
-        self._few = FLOAT32_FEW_ROWS if linear.weight.dtype is torch.float32 else 1
         self._packed: PackedFloat | None = None
         self._stamp: tuple[object, ...] = ()
 
@@ -40,7 +39,7 @@ class PackedForward:
         linear = self.linear
         weight = linear.weight
         trained = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-        few = input.numel() < self._few * input.shape[-1]
+        few = weight.dtype is torch.float32 and input.numel() < FLOAT32_FEW_ROWS * input.shape[-1]
         if trained or few or input.dtype is not weight.dtype or not packs(weight):
             return F.linear(input, weight, linear.bias)
         stamp = self._current()
