@@ -43,10 +43,11 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The float matrix `[N, K]` these integers stand for."""
-        index = self.g_idx.long()
-        # [N, K]
-        centred = self.codes.to(torch.float32) - self.zeros.to(torch.float32)[:, index]
-        return (centred * self.scales.to(torch.float32)[:, index]).to(dtype)
+        scales, zeros = self.scales.to(torch.float32), self.zeros.to(torch.float32)
+        if scales.shape[1] > 1:
+            index = self.g_idx.long()
+            scales, zeros = scales[:, index], zeros[:, index]
+        return self.codes.to(torch.float32).sub_(zeros).mul_(scales).to(dtype)  # [N, K]
 
 
 def check_bits(bits: int, group_size: int) -> None:
@@ -118,11 +119,11 @@ def group_parameters(
     return scales, (-low / scales).round().clamp(1, top).to(torch.uint8)
 
 
-def encode(weight: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor, bits: int) -> Tensor:
-    """Codes `[N, K]` uint8 nearest to `weight` on the grid that `scales` and `zeros` `[N, G]` span."""
-    index = g_idx.long()
-    steps = weight.to(torch.float32) / scales[:, index]
-    return (steps.round() + zeros.to(torch.float32)[:, index]).clamp(0, (1 << bits) - 1).to(torch.uint8)
+def encode(weight: Tensor, scales: Tensor, zeros: Tensor, group_size: int, bits: int) -> Tensor:
+    """Codes `[N, K]` uint8 nearest to `weight` on the grid that `scales` and `zeros` `[N, G]` span, groups in order."""
+    steps = _grouped(weight.to(torch.float32), group_size) / scales[:, :, None]  # [N, G, S]
+    codes = steps.round_().add_(zeros[:, :, None]).clamp_(0, (1 << bits) - 1).to(torch.uint8)
+    return codes.reshape(weight.shape[0], -1)[:, : weight.shape[1]].contiguous()
 
 
 def round_to_nearest(
@@ -147,7 +148,7 @@ def round_to_nearest(
         raise ValueError("The weight holds NaN or infinity and cannot be quantised.")
     scales, zeros = group_parameters(weight, bits, group_size, symmetric)
     g_idx = group_index(weight.shape[1], group_size).to(weight.device)
-    codes = encode(weight, scales, zeros, g_idx, bits)
+    codes = encode(weight, scales, zeros, group_size, bits)
     return QuantizedWeight(codes, scales, zeros, g_idx, bits, group_size)
 
 
@@ -170,21 +171,21 @@ def search_scales(
         The integers with the chosen scales and zeros.
     """
     matrix = weight.to(torch.float32)
-    g_idx = group_index(matrix.shape[1], group_size).to(matrix.device)
-    cost = torch.ones_like(matrix[0]) if importance is None else importance.to(matrix)
-    best: tuple[Tensor, Tensor] | None = None
-    lowest = torch.full((1,), float("inf"), device=matrix.device)
+    features = matrix.shape[1]
+    cost = torch.ones_like(matrix[:1]) if importance is None else importance.to(matrix)[None]
+    grouped, costs = _grouped(matrix, group_size), _grouped(cost, group_size).clone()  # [N, G, S], [1, G, S]
+    costs.reshape(-1)[features:] = 0.0  # columns that only fill up the last group
+    top = (1 << bits) - 1
+    scales, zeros = group_parameters(matrix, bits, group_size, symmetric)
+    lowest = torch.full_like(scales, float("inf"))
     for step in range(12):
-        scales, zeros = group_parameters(matrix, bits, group_size, symmetric, shrink=1.0 - 0.04 * step)
-        codes = encode(matrix, scales, zeros, g_idx, bits)
-        guess = QuantizedWeight(codes, scales, zeros, g_idx, bits, group_size).dequantize()
-        errors = torch.zeros_like(scales).index_add_(1, g_idx.long(), (guess - matrix).square_().mul_(cost))  # [N, G]
-        if best is None:
-            best, lowest = (scales, zeros), errors
-            continue
+        trial, shift = group_parameters(matrix, bits, group_size, symmetric, shrink=1.0 - 0.04 * step)
+        wide, offset = trial[:, :, None], shift[:, :, None].to(torch.float32)
+        codes = (grouped / wide).round_().add_(offset).clamp_(0, top)
+        errors = codes.sub_(offset).mul_(wide).sub_(grouped).square_().mul_(costs).sum(-1)  # [N, G]
         better = errors < lowest
         lowest = torch.where(better, errors, lowest)
-        best = torch.where(better, scales, best[0]), torch.where(better, zeros, best[1])
-    assert best is not None
-    codes = encode(matrix, best[0], best[1], g_idx, bits)
-    return QuantizedWeight(codes, best[0], best[1], g_idx, bits, group_size)
+        scales, zeros = torch.where(better, trial, scales), torch.where(better, shift, zeros)
+    g_idx = group_index(features, group_size).to(matrix.device)
+    codes = encode(matrix, scales, zeros, group_size, bits)
+    return QuantizedWeight(codes, scales, zeros, g_idx, bits, group_size)

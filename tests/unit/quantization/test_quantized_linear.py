@@ -66,7 +66,9 @@ def test_other_dtypes_go_in_and_out(dtype: torch.dtype, kind: type[QuantizedLine
     assert _error(y, _reference(layer, x)) < 2 * BF16  # the float16 or bfloat16 weight, and the output, are rounded
 
 
-@pytest.mark.parametrize(("features", "group_size", "run"), [(576, 128, 64), (576, 64, 64), (96, 128, 32), (256, -1, 256)])
+@pytest.mark.parametrize(
+    ("features", "group_size", "run"), [(576, 128, 64), (576, 64, 64), (96, 128, 32), (256, -1, 256)]
+)
 def test_widths_that_groups_do_not_divide(features: int, group_size: int, run: int) -> None:
     weight = round_to_nearest(torch.randn(32, features), 4, group_size)
     assert int4_run_group(weight) == (run, None)
