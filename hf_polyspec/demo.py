@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo: one prompt answered by plain generate() and by every chain, side by side."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import TextStreamer
+
+from .integration import attach
+from .models import short_name
+from .packaged import PACKAGE
+from .telemetry import PolySpecStats
+
+DEFAULT_MODEL = PACKAGE
+DEFAULT_PROMPT = (
+    "Write a Python class Stack with the methods push, pop, peek, is_empty and size, "
+    "then write a class Queue with the same methods."
+)
+WARM_UP_TOKENS = 12
+PLAIN = "plain generate()"
+
+
+def default_assistants(model: str) -> list[str]:
+    """The chain under a model for which the user named none: a quantised copy of it, and what drafts below.
+
+    A trained head that ships with the package belongs here, in the place of `suffix`, for the models it fits.
+    """
+    del model
+    return ["int8", "suffix"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be generated, the same for every chain.
+
+    Attributes:
+        prompt: the user's text.
+        max_new_tokens: 1 or more.
+        temperature: 0 for greedy.
+        seed: of the sampling.
+        options: options of the chain, such as `polyspec_block_size`.
+    """
+
+    prompt: str
+    max_new_tokens: int = 160
+    temperature: float = 0.0
+    seed: int = 0
+    options: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise ValueError("The prompt is empty.")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens must be at least 1, got {self.max_new_tokens}.")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"--temperature must be 0 or more, got {self.temperature}.")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one chain made of a request.
+
+    Attributes:
+        name: of the chain.
+        sequence: prompt and generated ids.
+        prompt_length: how many of them are prompt.
+        seconds: wall time of generate().
+        stats: telemetry; None for plain generate().
+    """
+
+    name: str
+    sequence: list[int]
+    prompt_length: int
+    seconds: float
+    stats: PolySpecStats | None
+
+    @property
+    def generated(self) -> list[int]:
+        """The generated ids."""
+        return self.sequence[self.prompt_length :]
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.generated) / self.seconds if self.seconds else 0.0
+
+
+class ConsoleStreamer(TextStreamer):
+    """Prints text as it arrives, on a rich console and without reading it as markup."""
+
+    def __init__(self, tokenizer: Any, console: Console) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.console = console
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.console.out(text, end="\n" if stream_end else "", highlight=False)
+
+
+def encode(tokenizer: Any, prompt: str, device: Any) -> dict[str, torch.Tensor]:
+    """The prompt as ids and mask, in the model's chat template if it has one."""
+    if getattr(tokenizer, "chat_template", None):
+        encoded = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+def answer(
+    model: Any, tokenizer: Any, assistants: Sequence[Any], request: Request, name: str, streamer: Any = None
+) -> Answer:
+    """Answer a request with one chain.
+
+    Args:
+        model: the target; `attach` is called on it.
+        tokenizer: the target's.
+        assistants: the levels below, none for plain generate().
+        request: what to generate.
+        name: of the chain.
+        streamer: gets the tokens, or None.
+
+    Raises:
+        ValueError, TypeError: as `generate(assistant_models=...)`.
+    """
+    inputs = encode(tokenizer, request.prompt, model.device)
+    arguments: dict[str, Any] = {"generation_config": _generation_config(model, tokenizer, request)}
+    if assistants:
+        attach(model)
+        arguments |= {"assistant_models": list(assistants), **(request.options or {})}
+    torch.manual_seed(request.seed)
+    _wait(model.device)
+    started = time.perf_counter()
+    output = model.generate(**inputs, streamer=streamer, **arguments)
+    _wait(model.device)
+    seconds = time.perf_counter() - started
+    ids = output.sequences[0].tolist()
+    return Answer(name, ids, inputs["input_ids"].shape[1], seconds, getattr(output, "polyspec", None))
+
+
+def run_demo(
+    model: Any, tokenizer: Any, assistants: Sequence[Any], names: Sequence[str], request: Request, console: Console
+) -> list[Answer]:
+    """Answer with plain generate(), with the last assistant, with the last two, and so on; then compare.
+
+    Args:
+        model: the target; tokenizer: its own.
+        assistants: the levels below, the slowest first; names: how to call them.
+        request: what to generate.
+        console: where everything is printed.
+
+    Returns:
+        The answers, plain generate() first.
+    """
+    # Quantised layers pack their weights and caches of kernels fill on the first passes.
+    short = replace(request, max_new_tokens=min(WARM_UP_TOKENS, request.max_new_tokens))
+    answers = []
+    for depth in range(len(assistants) + 1):
+        levels = list(assistants)[len(assistants) - depth :]
+        name = " + ".join(names[len(names) - depth :]) if depth else PLAIN
+        with console.status(f"warming up {name}"):
+            answer(model, tokenizer, levels, short, name)
+        console.rule(name, align="left")
+        streamer = ConsoleStreamer(tokenizer, console)
+        answers.append(answer(model, tokenizer, levels, request, name, streamer))
+        last = answers[-1]
+        console.print(
+            f"{len(last.generated)} tokens in {last.seconds:.2f} s, {last.tokens_per_second:.1f} tokens/s\n",
+            style="dim",
+            highlight=False,
+        )
+    console.rule("result", align="left")
+    for sentence in verdict(answers, request, model, tokenizer):
+        console.print(sentence, markup=False, highlight=False)
+    console.print(result_table(answers, short_name(str(model.name_or_path))))
+    return answers
+
+
+def verdict(answers: Sequence[Answer], request: Request, model: Any, tokenizer: Any) -> list[str]:
+    """Whether the chains said what plain generate() said, in sentences; a difference is shown with its logits."""
+    if request.temperature > 0:
+        return [
+            f"Sampled at temperature {request.temperature:g}: the texts differ by chance, as those of two plain runs "
+            "do; every one of them is a draw from the target's own distribution."
+        ]
+    plain = answers[0]
+    sentences = []
+    for other in answers[1:]:
+        place = first_difference(plain.generated, other.generated)
+        if place is None:
+            continue
+        choices = [one.generated[place : place + 1] for one in (plain, other)]
+        words = [repr(tokenizer.decode(ids)) if ids else "the end" for ids in choices]
+        sentence = f"{other.name} differs from {PLAIN} from token {place} on: {words[1]} instead of {words[0]}"
+        if all(choices):
+            gap = _logit_gap(model, plain.sequence[: plain.prompt_length + place], choices[0][0], choices[1][0])
+            sentence += f", whose logits in the target are {gap:.1e} apart"
+        sentences.append(sentence + ".")
+    count = len(answers)
+    return sentences or [f"The {count} texts are identical, token for token ({len(plain.generated)} tokens each)."]
+
+
+@torch.no_grad()
+def _logit_gap(model: Any, prefix: list[int], one: int, other: int) -> float:
+    logits = model(input_ids=torch.tensor([prefix], device=model.device)).logits[0, -1].float()
+    return float((logits[one] - logits[other]).abs())
+
+
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """The first place at which two texts differ, None if they do not; where one ends counts."""
+    for place, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return place
+    return None if len(one) == len(other) else min(len(one), len(other))
+
+
+def result_table(answers: Sequence[Answer], target: str) -> Table:
+    """Speed of every chain, and how many tokens each of its levels emits per pass."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("chain", overflow="fold")
+    for heading in ("tokens", "tokens/s", "speed-up"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("mean acceptance length per level", overflow="fold")
+    plain = answers[0]
+    for row in answers:
+        lengths = []
+        for level in row.stats.levels if row.stats is not None else []:
+            if level.mean_acceptance_length is not None:
+                name = "target" if level.index == 0 else level.name.removeprefix(f"{target} ")
+                lengths.append(f"{name} {level.mean_acceptance_length:.2f}")
+        speed_up = row.tokens_per_second / plain.tokens_per_second if plain.tokens_per_second else 0.0
+        table.add_row(
+            row.name,
+            str(len(row.generated)),
+            f"{row.tokens_per_second:.1f}",
+            f"{speed_up:.2f}x",
+            ", ".join(lengths).replace("[", r"\[") or "1 by definition",
+        )
+    return table
+
+
+def _generation_config(model: Any, tokenizer: Any, request: Request) -> Any:
+    config = copy.deepcopy(model.generation_config)
+    config.max_length = None
+    config.max_new_tokens = request.max_new_tokens
+    config.return_dict_in_generate = True
+    config.do_sample = request.temperature > 0
+    if config.do_sample:
+        config.temperature = request.temperature
+    else:
+        config.temperature = config.top_p = config.top_k = config.min_p = None
+    if config.pad_token_id is None:
+        pad = getattr(tokenizer, "pad_token_id", None)
+        ends = config.eos_token_id
+        config.pad_token_id = pad if pad is not None else ends[0] if isinstance(ends, list) else ends
+    return config
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
