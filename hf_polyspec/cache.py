@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .errors import RollbackError
@@ -81,6 +82,15 @@ def _with_room(buffer: torch.Tensor | None, states: torch.Tensor, start: int, en
     if buffer is not None:
         larger[:, :, :start] = buffer[:, :, :start]
     return larger
+
+
+# A dummy layer stands for one that reads another layer's keys and values; it holds nothing.
+READABLE_LAYERS = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    RollbackLayer,
+    *([cache_utils.DummyLayer] if hasattr(cache_utils, "DummyLayer") else []),
+)
 
 
 class RollbackCache(DynamicCache):
@@ -156,12 +166,12 @@ def read_cache(cache: Cache) -> tuple[RollbackCache, int]:
     copy = RollbackCache()
     total = int(cache.get_seq_length())
     for index, layer in enumerate(cache.layers):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, RollbackLayer):
+        if type(layer) not in READABLE_LAYERS:
             raise ValueError(
                 f"past_key_values of type {type(cache).__name__} has {type(layer).__name__} layers, which cannot be "
                 "rolled back after a rejected draft; pass a DynamicCache, or leave past_key_values out."
             )
-        if total and layer.is_initialized and layer.keys.numel():
+        if total and layer.is_initialized and layer.keys is not None and layer.keys.numel():
             copy.update(_full_width(layer.keys, total), _full_width(layer.values, total), index)
     return copy, total
 

@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, StaticCache
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache
 
-from .cache import RollbackLayer
+from .cache import READABLE_LAYERS
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 """Layer types whose cache is a list of keys and values that can be cut; all others keep a state that cannot."""
+
+_OWN_CACHE_ENTRIES = {"cpmant"}
+"""Model types whose cache holds more than the tokens they are given."""
 
 MAX_VOCABULARY_PADDING = 1024
 """Largest difference in vocabulary rows that padding explains (Qwen2.5: 128)."""
@@ -82,7 +86,7 @@ def check_cache(cache: Any) -> None:
         )
     if cache.get_seq_length() == 0 and type(cache) in (DynamicCache, StaticCache):
         return
-    known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, RollbackLayer) for layer in cache.layers)
+    known = all(type(layer) in READABLE_LAYERS for layer in cache.layers)
     if not known:
         raise ValueError(
             f"past_key_values of type {type(cache).__name__} cannot be rolled back after a rejected draft; "
@@ -116,6 +120,12 @@ def check_model(model: nn.Module, role: str) -> None:
             f"{role} ({kind}) keeps a recurrent state{state} that cannot be rolled back after a rejected draft; "
             "chains are built from attention-only models."
         )
+    if getattr(config, "is_decoder", None) is False:
+        raise ValueError(f"{role} ({kind}) attends to both sides; load it with is_decoder=True in its config.")
+    if getattr(config, "model_type", None) in _OWN_CACHE_ENTRIES:
+        raise ValueError(f"{role} ({kind}) adds prompt positions of its own to its cache; chains cannot use it.")
+    if "past_key_values" not in inspect.signature(inner_model(model).forward).parameters:
+        raise ValueError(f"{role} ({kind}) keeps no key-value cache; chains cannot use it.")
     if not hasattr(inner_model(model), "generate") or inner_model(model).get_output_embeddings() is None:
         raise ValueError(f"{role} ({kind}) has no language-modelling head; load it with AutoModelForCausalLM.")
 

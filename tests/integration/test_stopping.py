@@ -45,8 +45,9 @@ def test_rows_of_a_batch_end_apart_and_are_padded(target, middle, drafter, gener
     texts = target.generate(**options)[:, LENGTH:].tolist()
     ends = [texts[0][3], texts[1][9], texts[2][12]]
     chain = [middle, drafter][3 - levels :]
-    sequences = both(lambda model, **more: generate(model, **more, assistant_models=chain), target,
-                     {**options, "eos_token_id": ends})  # fmt: skip
+    sequences = both(
+        lambda model, **more: generate(model, **more, assistant_models=chain), target, {**options, "eos_token_id": ends}
+    )
     lengths = [next((i for i, token in enumerate(row[LENGTH:]) if token in ends), NEW) for row in sequences]
     assert len(set(lengths)) > 2, "rows should end at different places for this test to show something"
     assert any(row[-1] == 2 for row in sequences)
