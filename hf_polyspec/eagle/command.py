@@ -103,7 +103,7 @@ def train_eagle(
     run_config = assemble(config, output, given)
     if save_dtype not in DTYPES:
         raise ValueError(f"save_dtype must be one of {', '.join(DTYPES)}, not {save_dtype!r}")
-    settle(run_config)
+    check_same_run(run_config)
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=run_config.optimization.mixed_precision,
@@ -142,8 +142,8 @@ def assemble(path: Path | None, output: Path | None, given: dict[str, Any]) -> T
     return build_config(values)
 
 
-def settle(config: TrainingConfig) -> None:
-    """Writes a new run's config into its folder, and checks a continued run against it.
+def check_same_run(config: TrainingConfig) -> None:
+    """Checks a continued run against the config in its folder.
 
     Args:
         config: the run.
@@ -153,10 +153,6 @@ def settle(config: TrainingConfig) -> None:
     """
     path = config.folder / "config.yaml"
     if not path.is_file():
-        config.folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".partial-{os.getpid()}")
-        config.save(partial)
-        os.replace(partial, path)
         return
     before, now = _leaves(load_config(path)), _leaves(config.as_dict())
     # more texts may be asked for until training has begun; everything else is what the run is
@@ -165,8 +161,19 @@ def settle(config: TrainingConfig) -> None:
     if any(key not in free for key in changed):
         told = ", ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in changed)
         raise ValueError(f"{config.folder} holds a run with other settings ({told}); choose another output folder")
-    if changed:
-        config.save(path)
+
+
+def settle(config: TrainingConfig) -> None:
+    """Writes the config into the run's folder, whole or not at all.
+
+    Args:
+        config: the run.
+    """
+    path = config.folder / "config.yaml"
+    config.folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".partial-{os.getpid()}")
+    config.save(partial)
+    os.replace(partial, path)
 
 
 def run(session: Session, tracked: bool, save_dtype: str) -> bool:
@@ -181,8 +188,12 @@ def run(session: Session, tracked: bool, save_dtype: str) -> bool:
         Whether the head is finished.
     """
     config, accelerator = session.config, session.accelerator
+    prompts = read_prompts(Path(config.prompts)) if config.prompts else None
+    excluded = read_excluded(Path(config.exclude) if config.exclude else None)
     target, tokenizer = _load(config, accelerator.device)
-    if config.texts is None and not _generate(session, target, tokenizer):
+    # from here on the folder is this run's: nothing the user can have mistyped is left to fail
+    settle(config)
+    if config.texts is None and not _generate(session, target, tokenizer, prompts, excluded):
         return False
     plan = config.optimization
     corpus = load_corpus(config.texts_folder, plan.max_length, plan.validation_fraction, plan.seed)
@@ -212,7 +223,13 @@ def run(session: Session, tracked: bool, save_dtype: str) -> bool:
     return True
 
 
-def _generate(session: Session, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+def _generate(
+    session: Session,
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[dict[str, str]]] | None,
+    excluded: frozenset[str],
+) -> bool:
     """Writes the texts that are missing; whether all are there."""
     config, accelerator = session.config, session.accelerator
     wanted = config.generation.max_tokens
@@ -220,8 +237,6 @@ def _generate(session: Session, target: PreTrainedModel, tokenizer: PreTrainedTo
     begun = (config.folder / "checkpoints").is_dir()
     if begun or read_progress(config.texts_folder).tokens >= wanted:
         return True
-    prompts = read_prompts(Path(config.prompts)) if config.prompts else None
-    excluded = read_excluded(Path(config.exclude) if config.exclude else None)
     accelerator.wait_for_everyone()  # nobody writes before all have counted what is there
     generator = Generator(
         _int8(target) if config.writer == "int8" else target,

@@ -118,7 +118,8 @@ def count_acceptance(
     alive = torch.ones(batch.tokens.shape[0], batch.tokens.shape[1] - 1, dtype=torch.bool, device=device)
     for step, hidden in enumerate(unroll(head, batch.tokens, view.features, steps)):
         label = shifted(batch.tokens, 2 + step)  # [B, T-1]
-        counted = shifted(batch.answer, 2 + step).bool()
+        # a draft begins after a token of the answer, the first of which the target itself gave
+        counted = shifted(batch.answer, 1).bool() & shifted(batch.answer, 2 + step).bool()
         guesses = torch.full((*counted.shape, most), -1, dtype=torch.long, device=device)
         best = head.logits(hidden[counted]).topk(most, dim=-1).indices
         guesses[counted] = head.draft_to_target(best)

@@ -150,9 +150,7 @@ def test_excluded_prompts_are_left_out(
 ) -> None:  # fmt: skip
     prompts = read_prompts(prompts_file(6))
     banned = frozenset({" ".join(prompts[2][0]["content"].split())})
-    Generator(
-        chat_target, chat_tokenizer, tmp_path, replace(SETTINGS, max_tokens=10**6), prompts, banned
-    ).run()
+    Generator(chat_target, chat_tokenizer, tmp_path, replace(SETTINGS, max_tokens=10**6), prompts, banned).run()
     assert sorted(by_number(tmp_path)) == [0, 1, 3, 4, 5]
 
 

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A killed run continues exactly; batches split over turns or processes give the same step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from hf_polyspec.eagle.dataset import Corpus, load_corpus
+from hf_polyspec.eagle.modeling import EagleHead
+from hf_polyspec.eagle.training import Progress, Trainer
+from hf_polyspec.eagle.training_config import OptimizationSettings, build_config
+
+OPTIMIZATION: dict[str, Any] = {
+    "epochs": 3,
+    "steps": 2,
+    "batch_tokens": 64,
+    "learning_rate": 3e-3,
+    "warmup_steps": 3,
+    "validation_fraction": 0.2,
+    "validation_steps": 2,
+    "validate_every": 10,
+    "checkpoint_every": 4,
+    "log_every": 1,
+}
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing after it runs."""
+
+
+class Setting:
+    """Makes trainers over the same texts."""
+
+    def __init__(self, target: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: Path, folder: Path) -> None:
+        self.target, self.tokenizer, self.texts, self.folder = target, tokenizer, texts, folder
+
+    def corpus(self) -> Corpus:
+        return load_corpus(self.texts, 64, 0.2, seed=0)
+
+    def trainer(self, name: str, algorithm: str = "eagle3", corpus: Corpus | None = None, **changes: Any) -> Trainer:
+        head = {"algorithm": algorithm, "draft_vocab_size": 30}
+        init_from = changes.pop("init_from", None)
+        config = build_config(
+            {
+                "target": "tiny",
+                "output": str(self.folder / name),
+                "init_from": init_from,
+                "head": head,
+                "optimization": {**OPTIMIZATION, **changes},
+            }
+        )
+        config.folder.mkdir(exist_ok=True)
+        accelerator = Accelerator(cpu=True)
+        return Trainer(config, self.target, self.target, self.tokenizer, corpus or self.corpus(), accelerator)
+
+    def curve(self, name: str) -> list[str]:
+        """All columns but the pace."""
+        lines = (self.folder / name / "curve.csv").read_text().splitlines()
+        return [line.rsplit(",", 1)[0] for line in lines]
+
+
+@pytest.fixture
+def setting(
+    chat_target: PreTrainedModel, chat_tokenizer: PreTrainedTokenizerFast, texts_folder: Path, tmp_path: Path
+) -> Setting:
+    return Setting(chat_target, chat_tokenizer, texts_folder, tmp_path)
+
+
+def kill_at(*steps: int) -> Any:
+    def report(progress: Progress) -> None:
+        if progress.step in steps:
+            raise Killed
+
+    return report
+
+
+def weights(head: EagleHead) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in head.state_dict().items()}
+
+
+@pytest.mark.parametrize("algorithm", ["eagle3", "eagle1"])
+def test_a_killed_run_continues_exactly(setting: Setting, algorithm: str) -> None:
+    whole = setting.trainer("whole", algorithm)
+    acceptance = whole.run()
+    total = sum(whole.steps_per_epoch)
+    assert total > 18
+    # once between two checkpoints, once in another epoch, once before any new checkpoint
+    for step in (6, total // 2 + 3, total // 2 + 4):
+        with pytest.raises(Killed):
+            setting.trainer("broken", algorithm).run(report=kill_at(step))
+    last = setting.trainer("broken", algorithm)
+    assert last.run() == acceptance
+    assert setting.curve("broken") == setting.curve("whole")
+    assert len(setting.curve("whole")) == total + 1
+    records = [(setting.folder / name / "validation.jsonl").read_text() for name in ("whole", "broken")]
+    assert records[0] == records[1]
+    assert weights(last.head).keys() == weights(whole.head).keys()
+    for name, weight in weights(whole.head).items():
+        assert torch.equal(weights(last.head)[name], weight), name
+
+
+def test_every_text_is_used_once_an_epoch_across_a_kill(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[list[int]] = []
+    whole = Trainer._step
+
+    def noted(self: Trainer, group: list[list[int]]) -> Any:
+        used.append(sorted(i for batch in group for i in batch))
+        return whole(self, group)
+
+    monkeypatch.setattr(Trainer, "_step", noted)
+    trainer = setting.trainer("run", epochs=1, checkpoint_every=1)
+    total = sum(trainer.steps_per_epoch)
+    with pytest.raises(Killed):
+        trainer.run(report=kill_at(3))
+    # the step that was not checkpointed is undone and done again, nothing else is
+    before = used[:2]
+    used.clear()
+    setting.trainer("run", epochs=1, checkpoint_every=1).run()
+    assert sorted(i for group in before + used for i in group) == list(range(len(setting.corpus().train)))
+    assert len(before) + len(used) == total
+
+
+def test_a_deadline_stops_resumably(setting: Setting) -> None:
+    first = setting.trainer("run", epochs=1)
+    assert first.run(deadline=0.0) is None
+    assert first.state.step == 1
+    assert not first.finished
+    second = setting.trainer("run", epochs=1)
+    assert second.run() is not None
+    assert second.finished
+    setting.trainer("whole", epochs=1).run()
+    assert setting.curve("run") == setting.curve("whole")
+
+
+def test_other_texts_are_refused_on_resume(setting: Setting) -> None:
+    setting.trainer("run", epochs=1).run(deadline=0.0)
+    corpus = setting.corpus()
+    fewer = Corpus(corpus.train[:-1], corpus.validation)
+    with pytest.raises(ValueError, match="texts changed since this run began"):
+        setting.trainer("run", corpus=fewer, epochs=1).run()
+
+
+def test_accumulated_batches_give_the_step_of_one_large_batch(setting: Setting) -> None:
+    """Rows are weighted alike, whichever batch they are in; with a mean of means this fails."""
+    corpus = setting.corpus()
+    steps = []
+    for name, batches in (("one", [[0, 1, 2, 3, 4, 5]]), ("three", [[0], [1, 2, 3], [4, 5]])):
+        trainer = setting.trainer(name, corpus=corpus, clip=1e9)
+        sums, norm = trainer._step(batches)
+        steps.append((float(sums.loss), int(sums.rows), norm, weights(trainer.head)))
+    assert steps[0][1] == steps[1][1] == sum(len(t) - t.prompt_length for t in corpus.train[:6])
+    assert steps[0][0] == pytest.approx(steps[1][0], rel=1e-5)
+    assert steps[0][2] == pytest.approx(steps[1][2], rel=1e-4)
+
+
+def test_learning_lowers_the_loss(setting: Setting) -> None:
+    trainer = setting.trainer("run", epochs=12, validate_every=10**6)
+    trainer.run()
+    lines = setting.curve("run")[1:]
+    losses = [float(line.split(",")[3]) for line in lines]
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+
+
+def test_a_head_can_be_trained_further(setting: Setting) -> None:
+    first = setting.trainer("first", epochs=1)
+    first.run()
+    first.head.save_pretrained(str(setting.folder / "saved"))
+    second = setting.trainer("second", init_from=str(setting.folder / "saved"), epochs=1)
+    for name, weight in weights(first.head).items():
+        assert torch.equal(weights(second.head)[name], weight), name
+
+
+def test_old_checkpoints_go(setting: Setting) -> None:
+    trainer = setting.trainer("run", epochs=1, checkpoint_every=1, keep_checkpoints=2)
+    trainer.run()
+    names = sorted(path.name for path in (setting.folder / "run" / "checkpoints").iterdir())
+    total = sum(trainer.steps_per_epoch)
+    assert names == [f"step-{total - 1:08d}", f"step-{total:08d}"]
+
+
+def test_half_a_checkpoint_is_ignored(setting: Setting) -> None:
+    with pytest.raises(Killed):
+        setting.trainer("run", epochs=1).run(report=kill_at(6))
+    (setting.folder / "run" / "checkpoints" / "partial-00000008").mkdir()
+    trainer = setting.trainer("run", epochs=1)
+    assert trainer.state_of_play() == "going on from step-00000004"
+    trainer.run()
+    assert not list((setting.folder / "run" / "checkpoints").glob("partial-*"))
+
+
+def test_records_are_plain_json(setting: Setting) -> None:
+    setting.trainer("run", epochs=1).run()
+    for line in (setting.folder / "run" / "validation.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        assert {"step", "epoch", "tokens"} < record.keys()
+        for kind in ("greedy", "sampled"):
+            assert len(record[kind]["chain"]) == 2
+            assert 1.0 <= record[kind]["mean_acceptance_length"] <= 3.0
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)])
+def test_learning_rate(schedule: str, expected: float) -> None:
+    plan = OptimizationSettings(learning_rate=1.0, warmup_steps=10, schedule=schedule)
+    assert plan.rate(0, 110) == pytest.approx(0.1)
+    assert plan.rate(9, 110) == pytest.approx(1.0)
+    assert plan.rate(60, 110) == pytest.approx(expected)
+    assert plan.rate(110, 110) == pytest.approx(1.0 if schedule == "constant" else 0.0)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses, against loops that follow the papers' formulas position by position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from hf_polyspec.eagle.features import target_parts
+from hf_polyspec.eagle.fresh import init_for
+from hf_polyspec.eagle.losses import TargetView, Teacher, answer_rows, eagle1_loss, eagle3_loss, noisy
+from hf_polyspec.eagle.modeling import EagleHead
+
+PROMPT, LENGTHS = 4, (11, 8)
+
+
+def setting(target: PreTrainedModel, **settings: Any) -> tuple[EagleHead, torch.Tensor, torch.Tensor, TargetView]:
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        head = init_for(target, **settings, initializer_range=0.3).eval()
+    tokens = torch.randint(5, 45, (2, 11), generator=torch.Generator().manual_seed(8))
+    real = torch.arange(11)[None] < torch.tensor(LENGTHS)[:, None]
+    answer = real & (torch.arange(11)[None] >= PROMPT)
+    with torch.no_grad():
+        output = target(input_ids=tokens, output_hidden_states=True)
+    layers = head.config.feature_layer_ids or []
+    states = torch.cat([output.hidden_states[index] for index in layers], dim=-1)
+    return head, tokens, answer, TargetView(states, output.hidden_states[-1], output.logits.argmax(-1))
+
+
+def chains(head: EagleHead, tokens: torch.Tensor, states: torch.Tensor, steps: int) -> dict[tuple[int, int, int], Any]:
+    """(text, row, step) -> the head's hidden state, drafted one row at a time."""
+    found = {}
+    for text, length in enumerate(LENGTHS):
+        for row in range(length - 2):
+            cache = head.new_cache()
+            ids = tokens[text : text + 1]
+            fused = head.fuse(states[text : text + 1, : row + 1])
+            hidden = head.step(ids[:, 1 : row + 2], fused, cache=cache)[:, -1:]
+            for step in range(min(steps, length - 2 - row)):
+                if step:
+                    place = torch.tensor([[row + step]])
+                    hidden = head.step(ids[:, row + 1 + step, None], hidden, place, cache=cache)
+                found[text, row, step] = hidden[0, 0]
+    return found
+
+
+@pytest.mark.parametrize("own_lm_head", [False, True])
+@pytest.mark.parametrize("ids", [None, list(range(1, 45, 3))])
+@torch.no_grad()
+def test_eagle3_loss(chat_target: PreTrainedModel, own_lm_head: bool, ids: list[int] | None) -> None:
+    head, tokens, answer, view = setting(chat_target, algorithm="eagle3", draft_vocab=ids, own_lm_head=own_lm_head)
+    teacher = Teacher(head, target_parts(chat_target))
+    steps, decay = 3, 0.8
+    sums = eagle3_loss(head, teacher, tokens, answer, view, steps, decay)
+    known = list(range(45)) if ids is None else ids
+    expected, counted = torch.zeros(steps), torch.zeros(steps)
+    logits = chat_target.lm_head(view.final)
+    for (text, row, step), hidden in chains(head, tokens, view.features, steps).items():
+        place = row + 1 + step  # the head guesses the token after this position
+        if not answer[text, place + 1] or int(logits[text, place].argmax()) not in known:
+            continue
+        truth = logits[text, place, known].softmax(-1)
+        expected[step] -= (truth * head.logits(hidden).log_softmax(-1)).sum()
+        counted[step] += 1
+    assert counted.min() > 0
+    assert sums.counted.tolist() == counted.tolist()
+    torch.testing.assert_close(sums.per_step, expected, rtol=1e-4, atol=1e-4)
+    weights = decay ** torch.arange(steps)
+    torch.testing.assert_close(sums.loss, (weights * expected).sum(), rtol=1e-4, atol=1e-4)
+    # tokens 4..10 and 4..7 belong to answers
+    assert int(sums.rows) == int(answer_rows(answer)) == 7 + 4
+
+
+@pytest.mark.parametrize("ids", [None, list(range(1, 45, 3))])
+@torch.no_grad()
+def test_eagle1_loss(chat_target: PreTrainedModel, ids: list[int] | None) -> None:
+    head, tokens, answer, view = setting(chat_target, algorithm="eagle1", draft_vocab=ids)
+    teacher = Teacher(head, target_parts(chat_target))
+    sums = eagle1_loss(head, teacher, tokens, answer, view)
+    known = list(range(45)) if ids is None else ids
+    regression = entropy = torch.zeros(())
+    rows = 0
+    for (text, row, _), hidden in chains(head, tokens, view.features, 1).items():
+        if not answer[text, row + 2]:
+            continue
+        truth = view.final[text, row + 1]
+        regression = regression + functional.smooth_l1_loss(hidden, truth)
+        law = chat_target.lm_head(truth)[known].softmax(-1)
+        entropy = entropy - (law * chat_target.lm_head(hidden)[known].log_softmax(-1)).sum()
+        rows += 1
+    assert int(sums.rows) == rows == 11
+    torch.testing.assert_close(sums.per_step, entropy[None], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums.loss, regression + 0.1 * entropy, rtol=1e-4, atol=1e-4)
+
+
+def test_no_gradient_reaches_the_target(chat_target: PreTrainedModel) -> None:
+    chat_target.requires_grad_(False)
+    head, tokens, answer, view = setting(chat_target, algorithm="eagle3")
+    eagle3_loss(head, Teacher(head, target_parts(chat_target)), tokens, answer, view, 2, 0.8).loss.backward()
+    assert all(weight.grad is None for weight in chat_target.parameters())
+    assert all(weight.grad is not None for weight in head.parameters())
+
+
+def test_noise_is_uniform_of_the_published_width() -> None:
+    still = torch.zeros(1, 128, 512)
+    moved = noisy(still, 0.2, torch.Generator().manual_seed(0))
+    # (u - 0.5) * 0.2 * 512 / 128 lies within 0.4
+    assert 0.39 < moved.max() <= 0.4
+    assert -0.4 <= moved.min() < -0.39
+    assert abs(float(moved.mean())) < 0.01
+    assert torch.equal(noisy(still, 0.2, torch.Generator().manual_seed(0)), moved)
+    assert noisy(still, 0.0, torch.Generator()) is still
