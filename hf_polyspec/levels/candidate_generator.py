@@ -8,6 +8,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 from ..context import Context
 from ..distributions import LawMaker, fit_vocabulary
+from ..errors import LevelError
 from .base import Drafter, Proposal
 
 
@@ -44,7 +45,10 @@ class CandidateGeneratorDrafter(Drafter):
         if limits[0] < 1 or ids.shape[1] == 0:
             return Proposal([[]], None, [[]])
         with self.stats.timed():
-            candidates, logits = self.generator.get_candidates(ids)
+            try:
+                candidates, logits = self.generator.get_candidates(ids)
+            except Exception as error:
+                raise LevelError(f"{self.name} failed to propose: {error}") from error
             new = candidates[0, ids.shape[1] :][: limits[0]]
             # Cutting at the limit looks at no value, so it leaves the law alone.
             tokens = [int(token) for token in new.tolist()]

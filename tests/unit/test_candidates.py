@@ -167,3 +167,12 @@ def test_a_generator_serves_one_row(target: Hooked) -> None:
     lookup = PromptLookupCandidateGenerator(max_length=30)
     with pytest.raises(ValueError, match=r"assistant_models\[0\] .* serves at most 1 row"):
         hf_polyspec.generate(target, PROMPT.repeat(2, 1), assistant_models=[lookup], max_new_tokens=4)
+
+
+def test_a_generator_that_fails_is_named(target: Hooked) -> None:
+    class Broken(PromptLookupCandidateGenerator):
+        def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+            raise KeyError("lost")
+
+    with pytest.raises(hf_polyspec.LevelError, match="Broken failed to propose: 'lost'"):
+        hf_polyspec.generate(target, PROMPT, assistant_models=[Broken(max_length=30)], max_new_tokens=4)
