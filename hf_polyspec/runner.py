@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,11 +25,13 @@ class Pass:
             and the first i draft tokens. Entries beyond a row's draft length mean nothing.
         output: the model's own output (hidden states and attentions, when asked for).
         fed: columns F of this pass; a row's tokens end at the right edge.
+        read: per row, the ids the model has now read; the last F of them were fed in this pass.
     """
 
     logits: torch.Tensor
     output: Any
     fed: int
+    read: list[list[int]] = field(default_factory=list)
 
 
 class ModelRunner:
@@ -87,7 +90,12 @@ class ModelRunner:
             LevelError: the model raised; the cache is left at the ids it surely holds.
             RollbackError: the cache's length is not what was fed into it.
         """
+        whole = context
         context = self._own_view(context)
+        if context.prompt.hidden:
+            # Rows with shorter drafts would be rolled back into positions whose ids nobody gave; fill them up instead.
+            longest = max(len(draft) for draft in drafts)
+            drafts = [draft + [0] * (longest - len(draft)) for draft in drafts]
         sequences = [ids + draft for ids, draft in zip(context.ids, drafts, strict=True)]
         wanted = 1 + max(len(draft) for draft in drafts)
         keep, fed = self._plan(sequences, wanted)
@@ -103,7 +111,8 @@ class ModelRunner:
             raise LevelError(f"the forward pass of {self.name} failed: {error}") from error
         if self.use_cache:
             self._remember(sequences, past + fed)
-        return Pass(self._align(output.logits, drafts, wanted), output, fed)
+        read = sequences if context is whole else whole.extended(drafts).ids
+        return Pass(self._align(output.logits, drafts, wanted), output, fed, read)
 
     def can_read(self, context: Context) -> bool:
         """Whether every row has something that this model can be fed."""
@@ -117,11 +126,20 @@ class ModelRunner:
         ids = [context.visible(b) for b in range(context.batch)]
         return Context(ids, Prompt(0, None, torch.full((len(ids), 1), -1, dtype=torch.long)))
 
-    def prefill(self, context: Context, chunk: int, stats: LevelStats) -> None:
-        """Feed all but the last token of an even-length context in pieces of `chunk` columns (prefill_chunk_size)."""
+    def prefill(
+        self, context: Context, chunk: int, stats: LevelStats, watch: Callable[[Pass], None] | None = None
+    ) -> None:
+        """Feed all but the last token of an even-length context in pieces of `chunk` columns (prefill_chunk_size).
+
+        `watch`, if given, is shown every pass.
+        """
         length = len(context.ids[0])
-        for end in range(chunk, length, chunk):
-            self.run(Context([ids[:end] for ids in context.ids], context.prompt), [[] for _ in context.ids], stats)
+        start = len(self.memo[0]) if self.memo else 0
+        for end in range(start + chunk, length, chunk):
+            piece = Context([ids[:end] for ids in context.ids], context.prompt)
+            passed = self.run(piece, [[] for _ in context.ids], stats)
+            if watch is not None:
+                watch(passed)
 
     def settle(self, context: Context, stats: LevelStats) -> None:
         """Make the cache hold exactly these rows, all of one length; a forward pass only if something is missing."""
