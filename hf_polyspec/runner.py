@@ -137,6 +137,8 @@ class ModelRunner:
         start = len(self.memo[0]) if self.memo else 0
         for end in range(start + chunk, length, chunk):
             piece = Context([ids[:end] for ids in context.ids], context.prompt)
+            if not self.can_read(piece):
+                continue
             passed = self.run(piece, [[] for _ in context.ids], stats)
             if watch is not None:
                 watch(passed)
