@@ -21,9 +21,14 @@ from .packaged import PACKAGE
 from .telemetry import PolySpecStats
 
 DEFAULT_MODEL = PACKAGE
+# A text to be edited: much of the answer stands in the prompt, which is where n-grams draft well. On free prose they
+# find little and a chain over them gains little or nothing; `--prompt` shows either.
 DEFAULT_PROMPT = (
-    "Write a Python class Stack with the methods push, pop, peek, is_empty and size, "
-    "then write a class Queue with the same methods."
+    "Correct the spelling mistakes in this text and give me the whole text:\n\n"
+    "The harbour wakes up before the sun rises. The fishermen carry there nets to the boats, and the gulls circle "
+    "above them. The oldest fisherman looks at the sky and says that the wind will turn befor noon. Nobody answers "
+    "him, because the oldest fisherman is allways right. One after another, the boats leave the harbour, and the "
+    "gulls folow them until the harbour is out of sihgt."
 )
 WARM_UP_TOKENS = 12
 PLAIN = "plain generate()"
@@ -160,6 +165,8 @@ def run_demo(
     Returns:
         The answers, plain generate() first.
     """
+    console.rule("prompt", align="left")
+    console.print(request.prompt + "\n", style="dim", markup=False, highlight=False)
     # Quantised layers pack their weights and caches of kernels fill on the first passes.
     short = replace(request, max_new_tokens=min(WARM_UP_TOKENS, request.max_new_tokens))
     answers = []

@@ -111,9 +111,9 @@ def html_page(fragments: Sequence[tuple[str, str]], title: str) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">'
         f"<title>{escape(title)}</title><style>:root{{color-scheme:light dark}}"
-        "body{font-family:system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem}"
-        "table{border-collapse:collapse}th,td{padding:.2rem .6rem;text-align:right}"
-        "th:first-child,td:first-child{text-align:left}caption{text-align:left;opacity:.75}</style></head>"
+        "body{font-family:system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
+        "table{border-collapse:collapse;font-size:.85rem}th,td{padding:.2rem .4rem;text-align:right}"
+        "th:first-child,td:first-child{text-align:left;overflow-wrap:anywhere;min-width:8rem}caption{text-align:left;opacity:.75}</style></head>"
         f"<body><h1>{escape(title)}</h1>{sections}</body></html>\n"
     )
 

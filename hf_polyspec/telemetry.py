@@ -171,6 +171,12 @@ class PolySpecStats:
 
         return stats_table(self)
 
+    def _repr_html_(self) -> str:
+        """The table, where a notebook shows this object."""
+        from .display import stats_html
+
+        return stats_html(self)
+
     def to_html(self, tokenizer: Any, sequences: Any, prompt_length: int = 0) -> str:
         """The generated text as HTML, each token coloured by the level that first proposed it.
 

@@ -58,7 +58,7 @@ def test_demo_answers_with_every_chain_and_compares(folders: tuple[str, str]) ->
     assert [row[-1] if row[0] == "plain" else row[0] for row in rows] == ["definition", "suffix", "small"]
     assert re.search(r"small \+ suffix .* target \d\.\d\d, small \d\.\d\d", result.output)
     # The text itself is there three times.
-    texts = re.split(r"─{5,}", result.output)[1:4]
+    texts = re.split(r"─{5,}", result.output)[2:5]
     answers = [re.sub(r"\n24 tokens in.*", "", text, flags=re.DOTALL).strip() for text in texts]
     assert len(answers[0]) > 5
     assert answers[0] == answers[1] == answers[2]

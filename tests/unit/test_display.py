@@ -172,6 +172,13 @@ def test_table_shows_every_counter_within_80_columns() -> None:
     assert "2 tokens in 4.00 s, 0.5 tokens/s" in text
 
 
+def test_a_notebook_shows_the_table() -> None:
+    shown = filled()._repr_html_()
+    cells = re.findall(r"<td>(.*?)</td>", shown)
+    assert cells[1:10] == ["12345", "1234.56", "11", "8", "1", "2", "72.7%", "50.0%", "3.67"]
+    assert len(re.findall("<th>", shown)) == len(cells) // 2 == 10
+
+
 def test_page_is_whole_and_escapes_its_titles() -> None:
     page = html_page([("a & b", "<p>x</p>")], "t<")
     assert page.startswith("<!doctype html>")
