@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hf_polyspec.eagle import EagleHead, EagleHeadConfig, HeadCache
+from hf_polyspec.eagle.masks import attention_mask_4d, default_positions
 
 V, H = 41, 16
 SIZES = {
@@ -78,6 +79,23 @@ def test_left_padding_changes_nothing(head: EagleHead) -> None:
         part = head.step(batch[0][:, start:stop], batch[1][:, start:stop], None, mask[:, :stop], cache)
         pieces.append(part)
     torch.testing.assert_close(torch.cat(pieces, 1)[:1, 3:], alone, **CLOSE)
+
+
+def test_every_query_sees_something_and_padding_takes_no_position() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
+    for past, count in ((0, 5), (2, 3), (4, 1)):
+        visible, causal = attention_mask_4d(mask, past, count, mask.device, torch.float32)
+        assert not causal
+        assert visible is not None
+        assert visible.any(-1).all()
+        assert torch.equal(visible[1, 0], torch.ones(count, 5, dtype=torch.bool).tril(past))
+    assert default_positions(mask, 0, 5, mask.device).tolist() == [
+        [0, 0, 0, 1, 2],
+        [0, 1, 2, 3, 4],
+        [0, 0, 0, 0, 0],
+    ]
+    assert default_positions(mask, 3, 2, mask.device).tolist() == [[1, 2], [3, 4], [0, 0]]
+    assert default_positions(None, 3, 2, mask.device).tolist() == [[3, 4]]
 
 
 def tree(parents: list[int], past: int, hole: int | None = None) -> torch.Tensor:

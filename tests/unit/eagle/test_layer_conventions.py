@@ -37,6 +37,8 @@ def test_speculators_lists_are_inputs_even_when_they_look_otherwise() -> None:
     ("config", "expected"),
     [
         ({"eagle_config": {KEY: [3, 9, 20]}}, [4, 10, 21]),
+        ({"eagle_config": {KEY: [2, 9, 20]}}, [3, 10, 21]),
+        ({KEY: [1, 9, 20]}, [1, 9, 20]),
         ({KEY: [3, 9, 20]}, [3, 9, 20]),
         ({"target_layer_ids": [3, 9, 20]}, [4, 10, 21]),
         ({"target_layer_ids": [1, 2, 3, 4, 5]}, [2, 3, 4, 5, 6]),
