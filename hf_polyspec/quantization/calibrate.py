@@ -31,6 +31,8 @@ def input_moments(
 ) -> Moments:
     """Second moments `E[x x.T]` of the input of every linear layer on calibration text.
 
+    Holds a matrix of the layer's width a layer; for large models calibrate a part of the layers at a time.
+
     Args:
         model: The float model.
         tokens: Texts as ids, `[B, T]` or several `[T]`.

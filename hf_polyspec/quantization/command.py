@@ -81,7 +81,11 @@ def _layer_bits(
     return choose_layer_bits(losses, sizes, share)
 
 
-def _refuse(out: Path, bits: int, group_size: int, method: str, head_bits: int, high_share: float) -> None:
+def _refuse(
+    out: Path, bits: int, group_size: int, method: str, head_bits: int, high_share: float, calibration: Path | None
+) -> None:
+    if calibration is not None and not calibration.is_file():
+        raise ValueError(f"--calibration: there is no file {calibration}.")
     if (out / "config.json").exists():
         raise ValueError(f"{out} already holds a checkpoint: choose another folder or delete it.")
     if method not in METHODS:
@@ -109,7 +113,7 @@ def quantize_command(
     device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
 ) -> None:
     """Write a quantised copy of a model, and say whether it pays on this machine."""
-    _refuse(out, bits, group_size, method, head_bits, high_share)
+    _refuse(out, bits, group_size, method, head_bits, high_share, calibration)
     console = Console()
     original: Any = load_model(model, dtype, device)
     tokenizer = load_tokenizer(model)

@@ -158,7 +158,9 @@ class PackedInt4:
         padded = F.pad(codes, (0, 0, 0, missing)).to(torch.int32).contiguous()
         if codes.is_cuda:
             pairs = (padded[:, ::2] << 4 | padded[:, 1::2]).to(torch.uint8).contiguous()
-            self._packed = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
+            # The layout holds 2, 4 or 8 tiles of 16 inputs together; the width must be a multiple.
+            tiles = next(tiles for tiles in (8, 4, 2) if padded.shape[1] % (16 * tiles) == 0)
+            self._packed = torch.ops.aten._convert_weight_to_int4pack(pairs, tiles)
             self._matmul = torch.ops.aten._weight_int4pack_mm
         else:
             self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(padded, 1)

@@ -117,9 +117,9 @@ def round_layer(
     """
     if bits == 8:
         group_size, symmetric = -1, True
-    if method == "rtn":
+    if method == "rtn" or bits == 8:  # at 8 bits rounding is too fine for anything else to show
         return round_to_nearest(weight, bits, group_size, symmetric)
-    if method == "search" or bits == 8 or moments is None:
+    if method == "search" or moments is None:
         importance = None if moments is None else moments.diagonal()
         return search_scales(weight, bits, group_size, symmetric, importance)
     from hf_polyspec.quantization.gptq import round_with_feedback
@@ -187,7 +187,7 @@ def quantize_model(
             rounded = round_layer(weight, width, group_size, symmetric, method, moments)
             if store is not None:
                 store.put(name, rounded)
-        layer = quantized_linear(rounded, bias)
+        layer = quantized_linear(rounded, bias).to(weight.device)
         if isinstance(layer, Int8Linear):
             layer.activation_bits = activation_bits
         replace_module(quantized, name, layer)

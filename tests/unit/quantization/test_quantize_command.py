@@ -33,7 +33,7 @@ def folder(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     sizes = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 512}
     tiny("llama", initializer_range=0.1, **sizes).save_pretrained(path)
-    words = {"<unk>": 0, **{word: index for index, word in enumerate(["the", "a", "how", "what", "write", "tell", "is", "to", "of"], 1)}}
+    words = {"<unk>": 0, "the": 1, "a": 2, "how": 3, "what": 4, "write": 5, "is": 6, "to": 7, "of": 8}
     words.update({f"word{index}": index for index in range(len(words), 48)})
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
@@ -99,7 +99,14 @@ def test_interrupted_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--bits", "5"), ("--method", "awq"), ("--high-share", "2"), ("--group-size", "0")]
+    "arguments",
+    [
+        ("--bits", "5"),
+        ("--method", "awq"),
+        ("--high-share", "2"),
+        ("--group-size", "0"),
+        ("--calibration", "nowhere.txt"),
+    ],
 )
 def test_bad_options_end_before_any_work(folder: Path, tmp_path: Path, arguments: tuple[str, str]) -> None:
     result = _run("--model", str(folder), "--out", str(tmp_path / "out"), *arguments)
