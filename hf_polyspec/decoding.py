@@ -172,7 +172,8 @@ class _Job:
         return build_chain(self.model, assistants, setting, runner)
 
     def run(self, chain: Verifier, streamer: Any) -> tuple[list[list[int]], list[list[int]]]:
-        self.recorder = Recorder(self.wanted, self.context.batch, len(self.context.ids[0]) - self.cached)
+        prompt = len(self.context.ids[0]) - self.cached
+        self.recorder = Recorder(self.wanted, self.context.batch, prompt, self._windows())
         if self.config.prefill_chunk_size:
             chain.prefill(self.context, self.config.prefill_chunk_size)
         loop = DecodingLoop(
@@ -208,6 +209,13 @@ class _Job:
         )
         output.polyspec = stats
         return output
+
+    def _windows(self) -> list[int | None] | None:
+        """Columns that each layer of plain generation's cache would hold, None for all; None without a cache."""
+        if not self.use_cache:
+            return None
+        layers = [] if self.user_cache is None else self.user_cache.layers
+        return [getattr(layer, "sliding_window", None) for layer in layers]
 
     def _cache_is_kept(self) -> bool:
         """Whether anybody sees the target's cache after the call."""

@@ -8,6 +8,7 @@ A row that has already finished has no such values; its places hold zeros.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,11 +37,14 @@ class Recorder:
 
     Args:
         wanted: what to collect; batch: number of rows; prompt: prompt columns not in the caller's cache.
+        windows: per layer, how many columns plain generation's cache keeps after the prompt, None for all; without a
+            cache (None instead of a list), every step covers the whole text.
     """
 
-    def __init__(self, wanted: Wanted, batch: int, prompt: int) -> None:
+    def __init__(self, wanted: Wanted, batch: int, prompt: int, windows: Sequence[int | None] | None = ()) -> None:
         self.wanted = wanted
         self.prompt = prompt
+        self.windows = windows
         self.scores: tuple[torch.Tensor, ...] = ()
         self.logits: tuple[torch.Tensor, ...] = ()
         self.hidden_states: tuple[Layers, ...] = ()
@@ -64,13 +68,15 @@ class Recorder:
                     self._queued_scores[b].append(emission.scores[b, j])
                 if self.wanted.logits:
                     self._queued_logits[b].append(emission.logits[b, j])
-                span = self._columns(emission, b, j, self.prompt if first and j == 0 else 1)
+                prompt = first and j == 0
+                length = lengths[b] + j
+                width = length if self.windows is None else self.prompt if prompt else 1
+                span = self._columns(emission, b, j, width)
                 if self.wanted.hidden_states:
                     layers = emission.passed.output.hidden_states
                     self._queued_hidden[b].append(tuple(layer[b, span] for layer in layers))
                 if self.wanted.attentions:
-                    length = lengths[b] + j
-                    self._queued_attentions[b].append(self._attention(emission, b, span, length))
+                    self._queued_attentions[b].append(self._attention(emission, b, span, length, prompt))
 
     def commit(self) -> None:
         """One more step is final for all rows."""
@@ -96,11 +102,16 @@ class Recorder:
         end = emission.passed.fed - emission.drafted[row] + token
         return slice(max(0, end - width), end)
 
-    def _attention(self, emission: Emission, row: int, span: slice, length: int) -> Layers:
-        """Attention maps `[heads, q, kv]` of the span's columns, over the row's own `length` columns."""
+    def _attention(self, emission: Emission, row: int, span: slice, length: int, prompt: bool) -> Layers:
+        """Attention maps `[heads, q, kv]` of the span's columns, over the row's own `length` columns, or over as many
+        of them as plain generation's cache would still hold."""
         layers = emission.passed.output.attentions
         offset = layers[0].shape[-1] - emission.passed.fed + span.stop
-        return tuple(layer[row, :, span, offset - length : offset] for layer in layers)
+        widths = [length] * len(layers)
+        for i, window in enumerate(self.windows or ()):
+            if window is not None and not prompt:
+                widths[i] = min(length, window)
+        return tuple(layer[row, :, span, offset - width : offset] for layer, width in zip(layers, widths, strict=True))
 
 
 def _stack(queued: list[list[torch.Tensor]]) -> torch.Tensor:
