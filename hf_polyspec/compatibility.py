@@ -107,7 +107,9 @@ def check_model(model: nn.Module, role: str) -> None:
     kind = type(inner_model(model)).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{role} ({kind}) is an encoder-decoder model; chains are built from decoder-only models.")
-    peft_config = getattr(model, "active_peft_config", None)
+    # A PEFT wrapper's generate() calls that of the model inside, leaving only its input preparation there.
+    owner = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", model)
+    peft_config = getattr(owner, "active_peft_config", None)
     if peft_config is not None and getattr(peft_config, "is_prompt_learning", False):
         raise ValueError(
             f"{role} has a prompt-learning adapter ({peft_config.peft_type}), whose virtual tokens cannot be rolled "

@@ -24,6 +24,10 @@ from .outputs import Recorder, Wanted
 from .runner import ModelRunner
 from .telemetry import PolySpecStats
 
+SYNCED_GPUS = (
+    "synced_gpus (DeepSpeed ZeRO-3, FSDP) needs all processes to run the same number of forward passes, "
+    "which a chain cannot promise; gather the weights or use plain generation."
+)
 _UNLIMITED = 1 << 62
 _UNDERSTOOD = {
     "attention_mask",
@@ -89,10 +93,7 @@ def decode(
         "polyspec_verification": polyspec_verification,
     }
     if synced_gpus:
-        raise ValueError(
-            "synced_gpus (DeepSpeed ZeRO-3, FSDP) needs all processes to run the same number of forward passes, "
-            "which a chain cannot promise; gather the weights or use plain generation."
-        )
+        raise ValueError(SYNCED_GPUS)
     options = PolySpecOptions.read(named, generation_config)
     check_options(generation_config)
     assistants = check_assistants(model, assistant_models)

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from .compatibility import check_cache_implementation, inner_model
-from .decoding import decode
+from .decoding import SYNCED_GPUS, decode
 
 _MARK = "_polyspec_wraps"
 _POSITIONAL = (
@@ -144,6 +144,8 @@ def _refuse_early(model: Any, given: dict[str, Any]) -> None:
         raise ValueError("both assistant_model and assistant_models were given; put all of them into assistant_models.")
     if given.get("custom_generate") is not None:
         raise ValueError("custom_generate and assistant_models each replace the decoding loop; give one of them.")
+    if given.get("synced_gpus"):
+        raise ValueError(SYNCED_GPUS)
     config = inner_model(model).config
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
