@@ -183,6 +183,22 @@ def test_gather_keeps_an_accepted_path(head: EagleHead) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("algorithm", ["eagle1", "eagle3"])
+def test_both_attention_functions_agree(algorithm: str) -> None:
+    fused, plain = make(algorithm), make(algorithm, attn_implementation="eager")
+    tokens, features = inputs(2, 6)
+    padding = torch.ones(2, 6, dtype=torch.long)
+    padding[0, :2] = 0
+    boolean = tree([-1, -1, 0, 1, 2, 2], 0)
+    additive = torch.zeros(boolean.shape).masked_fill(~boolean, torch.finfo(torch.float32).min)
+    positions = torch.tensor([[0, 0, 1, 1, 2, 2]])
+    for given in ((None, None), (None, padding), (positions, boolean), (positions, additive)):
+        one, other = fused.step(tokens, features, *given), plain.step(tokens, features, *given)
+        real = slice(2, None) if given[1] is padding else slice(None)
+        torch.testing.assert_close(one[:, real], other[:, real], **CLOSE)
+
+
+@torch.no_grad()
 def test_select_rows(head: EagleHead) -> None:
     tokens, features = inputs(3, 4)
     cache, picked = head.new_cache(), torch.tensor([2, 0, 0])
