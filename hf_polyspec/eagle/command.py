@@ -76,7 +76,7 @@ def train_eagle(
 ) -> None:
     """Train an EAGLE head on texts that the target writes itself.
 
-    Run it again with the same --output to go on after a stop or a kill; start it with `accelerate launch -m` for
+    Run it again with the same --output to go on after a stop or a kill; start it with torchrun or accelerate for
     several processes. The finished head, its card and its curve are in OUTPUT/head.
     """
     given: dict[str, Any] = {

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_polyspec.eagle.dataset import Corpus, load_corpus
@@ -57,7 +59,9 @@ class Setting:
             }
         )
         config.folder.mkdir(exist_ok=True)
-        accelerator = Accelerator(cpu=True)
+        # the precision is fixed once a process; these runs want different ones
+        AcceleratorState._reset_state(True)
+        accelerator = Accelerator(cpu=True, mixed_precision=config.optimization.mixed_precision)
         return Trainer(config, self.target, self.target, self.tokenizer, corpus or self.corpus(), accelerator)
 
     def curve(self, name: str) -> list[str]:
@@ -69,8 +73,9 @@ class Setting:
 @pytest.fixture
 def setting(
     chat_target: PreTrainedModel, chat_tokenizer: PreTrainedTokenizerFast, texts_folder: Path, tmp_path: Path
-) -> Setting:
-    return Setting(chat_target, chat_tokenizer, texts_folder, tmp_path)
+) -> Iterator[Setting]:
+    yield Setting(chat_target, chat_tokenizer, texts_folder, tmp_path)
+    AcceleratorState._reset_state(True)
 
 
 def kill_at(*steps: int) -> Any:
@@ -158,6 +163,18 @@ def test_accumulated_batches_give_the_step_of_one_large_batch(setting: Setting) 
     assert steps[0][1] == steps[1][1] == sum(len(t) - t.prompt_length for t in corpus.train[:6])
     assert steps[0][0] == pytest.approx(steps[1][0], rel=1e-5)
     assert steps[0][2] == pytest.approx(steps[1][2], rel=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", ["eagle3", "eagle1"])
+def test_mixed_precision_stays_near_single_precision(setting: Setting, algorithm: str) -> None:
+    losses = []
+    for precision in ("no", "bf16"):
+        trainer = setting.trainer(precision, algorithm, mixed_precision=precision, feature_noise=0.0)
+        sums, _ = trainer._step([[0, 1, 2, 3]])
+        losses.append(float(sums.loss))
+        assert trainer.head.dtype == torch.float32
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0]
 
 
 def test_learning_lowers_the_loss(setting: Setting) -> None:
