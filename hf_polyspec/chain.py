@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,12 @@ from torch import nn
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .compatibility import check_model, check_vocabularies, inner_model, vocabulary_size
+from .eagle.features import bind, feature_layers, target_parts
+from .eagle.modeling import EagleHead
 from .levels.base import Drafter
 from .levels.candidate_generator import CandidateGeneratorDrafter
 from .levels.causal_lm import CausalLMDrafter
+from .levels.eagle import EagleDrafter
 from .levels.verifier import Verifier
 from .options import DEFAULT_DRAFT_TOKENS, PolySpecOptions
 from .runner import ModelRunner
@@ -66,6 +70,13 @@ def check_assistants(target: Any, assistants: Any) -> list[Any]:
                     f"{role} ({type(assistant).__name__}) only drafts and cannot check what "
                     f"assistant_models[{i + 1}] proposes; a drafter must come last."
                 )
+        elif isinstance(assistant, EagleHead):
+            if i + 1 < len(assistants):
+                raise ValueError(
+                    f"{role} ({_display_name(assistant)}) is an EAGLE head, which only drafts and cannot check what "
+                    f"assistant_models[{i + 1}] proposes; a head must come last."
+                )
+            _bound(assistant, ([target, *assistants])[i], role)
         elif isinstance(assistant, nn.Module) and hasattr(assistant, "config"):
             check_model(assistant, role)
             check_vocabularies(target, assistant, role)
@@ -88,9 +99,11 @@ def build_chain(target: Any, assistants: Sequence[Any], setting: Setting, runner
     Raises:
         ValueError: a drafter cannot serve this many rows.
     """
+    below = build_below(assistants, setting, target)
+    _show_features(runner, below)
     chain = Verifier(
         runner,
-        build_below(assistants, setting),
+        below,
         name=_display_name(target),
         rule=setting.options.polyspec_verification,
         eos=setting.eos,
@@ -101,15 +114,20 @@ def build_chain(target: Any, assistants: Sequence[Any], setting: Setting, runner
     return chain
 
 
-def build_below(assistants: Sequence[Any], setting: Setting) -> Drafter:
+def build_below(assistants: Sequence[Any], setting: Setting, target: Any = None) -> Drafter:
     """The levels below the target, as one level that has yet to begin.
 
+    Args:
+        assistants: checked by `check_assistants`.
+        setting: what all levels share.
+        target: the model above them, where it shows its passes to a level below; else None.
+
     Raises:
-        ValueError: a drafter cannot serve this many rows.
+        ValueError: a drafter cannot serve this many rows, or needs to see the passes of a target that shows none.
     """
     below: Drafter | None = None
     for i in reversed(range(len(assistants))):
-        below = _level(assistants, i, below, setting)
+        below = _level(assistants, i, below, setting, target)
         if below.max_batch is not None and setting.batch > below.max_batch:
             raise ValueError(
                 f"assistant_models[{i}] ({below.name}) serves at most {below.max_batch} row(s) at a time, "
@@ -133,12 +151,16 @@ def _draft_limit(assistants: Sequence[Any], place: int, setting: Setting) -> int
     return setting.options.num_assistant_tokens if without_model else None
 
 
-def _level(assistants: Sequence[Any], place: int, below: Drafter | None, setting: Setting) -> Drafter:
+def _level(
+    assistants: Sequence[Any], place: int, below: Drafter | None, setting: Setting, target: Any = None
+) -> Drafter:
     assistant = assistants[place]
     if isinstance(assistant, Drafter):
         return assistant
     if isinstance(assistant, CandidateGenerator):
         return CandidateGeneratorDrafter(assistant)
+    if isinstance(assistant, EagleHead):
+        return _head_level(assistants, place, setting, target)
     name = _display_name(assistant)
     hidden = assistant.get_input_embeddings().weight.shape[-1]
     runner = ModelRunner(
@@ -149,6 +171,7 @@ def _level(assistants: Sequence[Any], place: int, below: Drafter | None, setting
     )
     options = setting.options.for_assistant(assistant)
     if below is not None:
+        _show_features(runner, below)
         return Verifier(
             runner,
             below,
@@ -167,6 +190,50 @@ def _level(assistants: Sequence[Any], place: int, below: Drafter | None, setting
         schedule=options.num_assistant_tokens_schedule or "constant",
         eos=setting.eos,
     )
+
+
+def _head_level(assistants: Sequence[Any], place: int, setting: Setting, target: Any) -> EagleDrafter:
+    head, above = assistants[place], assistants[place - 1] if place else target
+    if above is None:
+        raise ValueError(
+            f"assistant_models[{place}] ({_display_name(head)}) is an EAGLE head, which reads the hidden states of the "
+            "level above it; here it needs a model between the target and itself."
+        )
+    options = setting.options.for_assistant(head)
+    parts = target_parts(inner_model(above))
+    return EagleDrafter(
+        _bound(head, above, f"assistant_models[{place}]"),
+        feature_layers(head.config, parts.num_layers),
+        name=_display_name(head),
+        device=setting.device,
+        draft_tokens=options.num_assistant_tokens or DEFAULT_DRAFT_TOKENS,
+        confidence_threshold=options.assistant_confidence_threshold or 0.0,
+        schedule=options.num_assistant_tokens_schedule or "constant",
+        eos=setting.eos,
+    )
+
+
+def _bound(head: EagleHead, above: Any, role: str) -> EagleHead:
+    """A view of a head (the same weights) that borrows embedding and lm_head from the level above; the caller's head
+    stays bound to whatever it was bound to.
+
+    Raises:
+        ValueError: in one sentence, why it does not fit.
+    """
+    view = copy.copy(head)
+    # What binding may change is the view's own.
+    view._modules = dict(head._modules)
+    view.config = copy.copy(head.config)
+    try:
+        return bind(view, inner_model(above))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{role} ({_display_name(head)}) does not fit the level above it: {error}") from error
+
+
+def _show_features(runner: ModelRunner, below: Drafter) -> None:
+    """Have a verifier's passes return the hidden states that a head below it reads."""
+    if isinstance(below, EagleDrafter):
+        runner.record = {"output_hidden_states": True, **runner.record}
 
 
 def _display_name(model: Any) -> str:

@@ -14,6 +14,7 @@ from ..telemetry import LevelStats
 
 if TYPE_CHECKING:
     from ..distributions import LawMaker
+    from ..runner import Pass
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,9 @@ class Drafter(ABC):
             limits: per row, 0 for rows that need nothing.
             law: turns raw logits into distributions and draws from them; this level's own copy.
         """
+
+    def watch(self, passed: Pass) -> None:
+        """Shown every forward pass of the level directly above, for drafters that read its hidden states."""
 
     def observe(self, drafted: list[int], accepted: list[int]) -> None:
         """Told after each check how many of each row's proposed tokens were accepted."""

@@ -100,6 +100,7 @@ class Verifier(Drafter):
             logits = fit_vocabulary(passed.logits, self.vocabulary)
             judgement = judge(law, context, proposal, logits, active, self.rule, self.pad)
             record(self.stats, proposal, judgement, active)
+        self.below.watch(passed)
         drafted = [len(row) for row in proposal.tokens]
         self.below.observe(drafted, judgement.accepted)
         return Emission(
@@ -140,7 +141,7 @@ class Verifier(Drafter):
     def prefill(self, context: Context, chunk: int) -> None:
         """Read a long prompt in pieces of `chunk` columns, on every level with a model."""
         if self.runner.can_read(context):
-            self.runner.prefill(context, chunk, self.stats)
+            self.runner.prefill(context, chunk, self.stats, self.below.watch)
         self.below.prefill(context, chunk)
 
     def keep_rows(self, rows: list[int]) -> None:

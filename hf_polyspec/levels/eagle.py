@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An EAGLE head as the drafter: it reads the features of the level directly above and guesses what comes next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..context import Context, Prompt
+from ..distributions import LawMaker, fit_vocabulary
+from ..eagle.features import select_features
+from ..eagle.modeling import EagleHead
+from ..errors import LevelError
+from ..runner import Pass
+from .base import Drafter, Proposal
+from .eagle_memory import FeatureMemo, PairMemo, Pairs, left_mask
+
+_CHUNK = 1024
+
+
+class EagleDrafter(Drafter):
+    """Drafts a chain of tokens with an EAGLE head (arXiv 2401.15077, arXiv 2503.01840).
+
+    At position i the head reads the feature of the level above and the token at i + 1, and guesses the token at
+    i + 2; its own output is the feature of the next step. Where the level above has not read the last tokens itself (a
+    token the target added), the head goes on from its own output. Before the first pass above it proposes nothing.
+
+    When a row stops is decided as in `CausalLMDrafter`: after `draft_tokens` tokens, an end of text, or a token it was
+    unsure of, which is still proposed (law 2).
+
+    Args:
+        head: bound to the model of the level above.
+        layers: the hidden states of that model that the head reads (`eagle.feature_layers`).
+        name: shown in telemetry and errors.
+        device: where laws are compared.
+        draft_tokens: tokens a round (transformers' `num_assistant_tokens`).
+        confidence_threshold: 0 to 1, 0 for never (transformers' `assistant_confidence_threshold`).
+        schedule: as in `CausalLMDrafter`.
+        eos: ids that end a text.
+    """
+
+    def __init__(
+        self,
+        head: EagleHead,
+        layers: Sequence[int],
+        *,
+        name: str,
+        device: torch.device,
+        draft_tokens: int = 5,
+        confidence_threshold: float = 0.0,
+        schedule: str = "constant",
+        eos: frozenset[int] = frozenset(),
+    ) -> None:
+        self.name = name
+        super().__init__()
+        self.head = head
+        self.layers = list(layers)
+        self.device = device
+        self.draft_tokens = draft_tokens
+        self.confidence_threshold = confidence_threshold
+        self.schedule = schedule
+        self.eos = eos
+        self.chunk = _CHUNK
+        self.vocabulary = 0
+        self.features: list[FeatureMemo] = []
+        self.pairs = PairMemo(head)
+        self._columns: torch.Tensor | None = None
+        self._prompt: Prompt | None = None
+        self._padding: list[int] = []
+
+    def begin(self, index: int, batch: int, vocabulary: int) -> None:
+        super().begin(index, batch, vocabulary)
+        self.vocabulary = vocabulary
+        self._columns = self.head.target_ids().to(self.device) if self.head.config.maps_vocabulary else None
+        self._forget(batch)
+
+    def end(self) -> None:
+        self._forget(0)
+
+    def watch(self, passed: Pass) -> None:
+        with self.stats.timed():
+            states = self.head.fuse(select_features(passed.output.hidden_states, self.layers))  # [B, F, H]
+            for memo, ids, row in zip(self.features, passed.read, states, strict=True):
+                memo.store(ids, row[-min(passed.fed, len(ids)) :])
+
+    def prefill(self, context: Context, chunk: int) -> None:
+        self.chunk = chunk
+
+    def keep_rows(self, rows: list[int]) -> None:
+        self.features = [self.features[row] for row in rows]
+        self.pairs.keep_rows(rows)
+
+    def observe(self, drafted: list[int], accepted: list[int]) -> None:
+        judged = [(d, a) for d, a in zip(drafted, accepted, strict=True) if d]
+        self.stats.accepted += sum(a for _, a in judged)
+        if self.schedule == "constant" or not judged:
+            return
+        everything = all(d == a for d, a in judged)
+        self.draft_tokens = self.draft_tokens + 2 if everything else max(1, self.draft_tokens - 1)
+
+    def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
+        rows = self._known_pairs(context)
+        room = [min(limit, self.draft_tokens) if row.count else 0 for limit, row in zip(limits, rows, strict=True)]
+        tokens: list[list[int]] = [[] for _ in rows]
+        q = None
+        if any(room):
+            with self.stats.timed():
+                q = self._draft(context, rows, tokens, room, law)
+        self.stats.drafted += sum(len(row) for row in tokens)
+        return Proposal(tokens, q, [[self.index] * len(row) for row in tokens])
+
+    def _forget(self, batch: int) -> None:
+        self.features = [FeatureMemo() for _ in range(batch)]
+        self.pairs = PairMemo(self.head)
+        self._prompt, self._padding = None, []
+
+    def _known_pairs(self, context: Context) -> list[Pairs]:
+        """Per row, all pairs of this context whose features the level above has computed."""
+        if context.prompt is not self._prompt:
+            self._prompt, self._padding = context.prompt, _padding(context)
+        rows = []
+        for ids, memo, padding in zip(context.ids, self.features, self._padding, strict=True):
+            end = min(memo.known(ids), len(ids) - 1)
+            rows.append(Pairs(ids, max(memo.begin, padding), end, padding, memo))
+        return rows
+
+    def _draft(
+        self, context: Context, rows: list[Pairs], tokens: list[list[int]], room: list[int], law: LawMaker
+    ) -> torch.Tensor | None:
+        """Fill `tokens`; returns q `[B, K, V]`, or None in the greedy limit.
+
+        A row with tokens that the level above has not read (`late`) takes them in first, one a step, while other rows
+        already draft: each step is one column for all rows.
+        """
+        hidden = self._catch_up(rows)
+        late = [row.ids[row.end + 1 :] for row in rows]
+        going = [places > 0 for places in room]
+        laws: list[torch.Tensor | None] = []
+        step = 0
+        while any(going):
+            drawing = [alive and step >= len(more) for alive, more in zip(going, late, strict=True)]
+            laws.append(self._draw(context, tokens, hidden, drawing, going, law) if any(drawing) else None)
+            for b, places in enumerate(room):
+                going[b] = going[b] and len(tokens[b]) < places
+            if any(going):
+                column = [_column(more, drawn, step) for more, drawn in zip(late, tokens, strict=True)]
+                hidden = self._advance(rows, column, hidden, step)
+            step += 1
+        return _aligned(laws, [len(more) for more in late], tokens) if law.do_sample else None
+
+    def _catch_up(self, rows: list[Pairs]) -> torch.Tensor:
+        try:
+            hidden, passes = self.pairs.catch_up(rows, self.chunk)
+        except Exception as error:
+            raise LevelError(f"the forward pass of {self.name} failed: {error}") from error
+        self.stats.forward_passes += passes
+        return hidden
+
+    def _advance(self, rows: list[Pairs], column: list[int], hidden: torch.Tensor, step: int) -> torch.Tensor:
+        """One step of guessing: `[B, 1, H]` of the next position from this one's and the token after it."""
+        positions = torch.tensor([[max(0, row.end - row.padding) + step] for row in rows])
+        width = self.pairs.cache.length + 1
+        try:
+            hidden = self.head.step(
+                self.pairs.allowed(torch.tensor(column)[:, None]),
+                hidden,
+                positions,
+                left_mask(self.pairs.unused, width),
+                self.pairs.cache,
+            )
+        except Exception as error:
+            raise LevelError(f"the forward pass of {self.name} failed: {error}") from error
+        self.stats.forward_passes += 1
+        return hidden
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The head's scores over the chain's ids, `[..., V]`; -inf where it has none."""
+        logits = self.head.logits(hidden)
+        logits = logits.to(device=self.device, dtype=torch.promote_types(logits.dtype, torch.float32))
+        if self._columns is not None:
+            known = self.head.config.vocab_size
+            everything = logits.new_full((*logits.shape[:-1], known), float("-inf"))
+            logits = everything.index_copy(-1, self._columns, logits)
+        return fit_vocabulary(logits, self.vocabulary)
+
+    def _draw(
+        self,
+        context: Context,
+        tokens: list[list[int]],
+        hidden: torch.Tensor,
+        drawing: list[bool],
+        going: list[bool],
+        law: LawMaker,
+    ) -> torch.Tensor:
+        """Draw the next token of the rows that are `drawing`; returns the laws `[B, V]` (meaningless if greedy)."""
+        extended = context.extended(tokens)
+        nothing: list[list[int]] = [[] for _ in tokens]
+        logits = self._logits(hidden)  # [B, 1, V]
+        if law.in_order:
+            ids = torch.tensor([extended.visible(b) for b in range(extended.batch)], device=logits.device)
+            scores = law.scores_at(ids, logits[:, 0])  # [B, V]
+        else:
+            scores = law.scores(extended, nothing, logits)[:, 0]
+        # Processors may forbid every id that the head knows: there is then nothing to draw from.
+        usable = torch.isfinite(scores).any(-1)
+        scores = torch.where(usable[:, None], scores, 0.0)
+        sure = self.confidence_threshold > 0
+        q = law.probabilities(scores) if law.do_sample or sure else scores
+        chosen = law.draw(q) if law.do_sample else scores.argmax(dim=-1)  # [B]
+        confidence = q.gather(1, chosen[:, None]).squeeze(1) if sure else torch.ones_like(usable, dtype=q.dtype)
+        # Packed into one tensor so that reading all is one synchronisation.
+        packed = torch.stack([chosen.to(q.dtype), confidence, usable.to(q.dtype)], dim=1).tolist()
+        for b, (token, probability, possible) in enumerate(packed):
+            if drawing[b] and not possible:
+                going[b] = False
+            elif drawing[b]:
+                tokens[b].append(int(token))
+                going[b] = int(token) not in self.eos and probability >= self.confidence_threshold
+        return q
+
+
+def _padding(context: Context) -> list[int]:
+    """Per row, leading positions that have no token: left padding, or embeddings."""
+    prompt = context.prompt
+    if prompt.mask is None:
+        return [prompt.hidden] * context.batch
+    empty = (prompt.mask.cumsum(-1) == 0).sum(-1).tolist()
+    return [max(prompt.hidden, int(columns)) for columns in empty]
+
+
+def _column(late: list[int], drawn: list[int], step: int) -> int:
+    """The token a row is fed at a step; rows that have stopped are fed anything."""
+    if step < len(late):
+        return late[step]
+    return drawn[-1] if drawn else 0
+
+
+def _aligned(laws: list[torch.Tensor | None], delays: list[int], tokens: list[list[int]]) -> torch.Tensor | None:
+    """`[B, K, V]` from a law `[B, V]` a step; row b drew its first token at step `delays[b]`."""
+    like = next((law for law in laws if law is not None), None)
+    width = max(len(row) for row in tokens)
+    if like is None or not width:
+        return None
+    stacked = torch.stack([torch.zeros_like(like) if law is None else law for law in laws], dim=1)  # [B, steps, V]
+    if not any(delays):
+        return stacked[:, :width]
+    columns = torch.arange(width)[None, :] + torch.tensor(delays)[:, None]
+    columns = columns.clamp(max=stacked.shape[1] - 1).to(stacked.device)
+    return stacked.gather(1, columns[:, :, None].expand(-1, -1, stacked.shape[2]))
