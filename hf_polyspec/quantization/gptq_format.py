@@ -108,9 +108,7 @@ def to_gptq(weight: QuantizedWeight, version: int = 1) -> dict[str, Tensor]:
     }
 
 
-def from_gptq(
-    tensors: Mapping[str, Tensor], bits: int, group_size: int, version: int = 1
-) -> QuantizedWeight:
+def from_gptq(tensors: Mapping[str, Tensor], bits: int, group_size: int, version: int = 1) -> QuantizedWeight:
     """Read one layer of a GPTQ checkpoint.
 
     Args:

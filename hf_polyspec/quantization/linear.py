@@ -191,9 +191,7 @@ class Int8Linear(QuantizedLinear):
         activation_bits: None for activations as good as float, 8 to round each token to 8 bits (faster, coarser).
     """
 
-    def __init__(
-        self, weight: QuantizedWeight, bias: Tensor | None = None, activation_bits: int | None = None
-    ) -> None:
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None, activation_bits: int | None = None) -> None:
         super().__init__(weight, bias)
         self.activation_bits = activation_bits
 

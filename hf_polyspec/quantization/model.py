@@ -127,6 +127,18 @@ def round_layer(
     return round_with_feedback(weight, moments, bits, group_size, symmetric)
 
 
+def _check_request(
+    model: nn.Module, bits: int, group_size: int, method: str, calibration: Mapping[str, Tensor] | None
+) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown: use one of {METHODS}.")
+    if method == "gptq" and calibration is None:
+        raise ValueError('method="gptq" needs calibration=input_moments(model, tokens).')
+    check_bits(bits, group_size)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("The model has weights that are not in memory (offloaded): load it whole to quantise it.")
+
+
 @torch.no_grad()
 def quantize_model(
     model: nn.Module,
@@ -169,16 +181,10 @@ def quantize_model(
     Raises:
         ValueError: Unsupported bits or method, "gptq" without calibration, no layer that could be quantised.
     """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is unknown: use one of {METHODS}.")
-    if method == "gptq" and calibration is None:
-        raise ValueError('method="gptq" needs calibration=input_moments(model, tokens).')
-    check_bits(bits, group_size)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("The model has weights that are not in memory (offloaded): load it whole to quantise it.")
+    _check_request(model, bits, group_size, method, calibration)
     source = merged_adapters(model)
     plan = plan_bits(source, bits, head_bits, layer_bits, modules)
-    quantized = sharing_copy(source)
+    quantized = sharing_copy(source).eval()
     for name, width in plan.items():
         weight, bias = float_weight(source.get_submodule(name))
         rounded = None if store is None else store.get(name)
@@ -187,14 +193,13 @@ def quantize_model(
             rounded = round_layer(weight, width, group_size, symmetric, method, moments)
             if store is not None:
                 store.put(name, rounded)
-        layer = quantized_linear(rounded, bias).to(weight.device)
-        if isinstance(layer, Int8Linear):
-            layer.activation_bits = activation_bits
+        layer = quantized_linear(rounded, bias).to(weight.device).eval()
+        layer.activation_bits = activation_bits if isinstance(layer, Int8Linear) else None
         replace_module(quantized, name, layer)
         if progress is not None:
             progress(name)
     share_inputs(quantized)
-    return quantized.eval()
+    return quantized
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:

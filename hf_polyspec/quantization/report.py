@@ -26,9 +26,7 @@ class Texts:
 
 
 @torch.inference_mode()
-def continuations(
-    model: Any, prompts: Sequence[Tensor], new_tokens: int, seed: int, sample: bool = True
-) -> Texts:
+def continuations(model: Any, prompts: Sequence[Tensor], new_tokens: int, seed: int, sample: bool = True) -> Texts:
     """Let a model continue prompts, sampled at temperature 1 or greedily.
 
     Args:

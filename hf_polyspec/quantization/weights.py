@@ -126,9 +126,7 @@ def encode(weight: Tensor, scales: Tensor, zeros: Tensor, group_size: int, bits:
     return codes.reshape(weight.shape[0], -1)[:, : weight.shape[1]].contiguous()
 
 
-def round_to_nearest(
-    weight: Tensor, bits: int = 4, group_size: int = 128, symmetric: bool = False
-) -> QuantizedWeight:
+def round_to_nearest(weight: Tensor, bits: int = 4, group_size: int = 128, symmetric: bool = False) -> QuantizedWeight:
     """Quantise a matrix by rounding each weight to the nearest code, without data.
 
     Args:

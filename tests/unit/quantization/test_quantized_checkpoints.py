@@ -87,9 +87,7 @@ def _foreign(model: PreTrainedModel, folder: Path, *, version: int, act_order: b
         weight = round_to_nearest(layer.weight.detach(), 4, 32, symmetric)
         if act_order:
             order = torch.randperm(weight.shape[1], generator=generator)
-            weight = QuantizedWeight(
-                weight.codes[:, order], weight.scales, weight.zeros, weight.g_idx[order], 4, 32
-            )
+            weight = QuantizedWeight(weight.codes[:, order], weight.scales, weight.zeros, weight.g_idx[order], 4, 32)
         del state[f"{name}.weight"]
         state.update({f"{name}.{key}": tensor for key, tensor in to_gptq(weight, version).items()})
         plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
