@@ -56,7 +56,8 @@ def disable() -> None:
 def attach(model: Any) -> Any:
     """Let one model take `assistant_models=[...]`; returns the model. For a PEFT model, its base model is changed."""
     base = inner_model(model)
-    if not hasattr(base.generate, _MARK):
+    # enable() may be undone later, so what it did to the class does not count.
+    if not hasattr(vars(base).get("generate"), _MARK):
         base.generate = types.MethodType(_wrap(_unbound(base)), base)
     return model
 
@@ -109,12 +110,12 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         return _generate(self, functools.partial(original, self), args, assistant_models, kwargs)
 
     signature = inspect.signature(original)
-    extra = inspect.Parameter("assistant_models", inspect.Parameter.KEYWORD_ONLY, default=None)
-    parameters = list(signature.parameters.values())
-    place = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    generate.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*parameters[:place], extra, *parameters[place:]]
-    )
+    if "assistant_models" not in signature.parameters:
+        extra = inspect.Parameter("assistant_models", inspect.Parameter.KEYWORD_ONLY, default=None)
+        parameters = list(signature.parameters.values())
+        place = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+        signature = signature.replace(parameters=[*parameters[:place], extra, *parameters[place:]])
+    generate.__signature__ = signature  # type: ignore[attr-defined]
     setattr(generate, _MARK, original)
     return generate
 

@@ -162,13 +162,13 @@ def test_prompt_learning_adapters(target, drafter, generate, passes):
 
 
 def test_forward_arguments_that_mean_nothing_to_a_chain(target, generate, passes):
-    with pytest.raises(ValueError, match="token_type_ids|not used by the model"):
+    with pytest.raises(ValueError, match=r"token_type_ids|not used by the model"):
         generate(target, **prompts(1), **SHORT, token_type_ids=torch.zeros(1, 9, dtype=torch.long))
     assert passes.count == 0
 
 
 def test_an_empty_prompt(target, generate, passes):
-    with pytest.raises(ValueError, match="empty|at least one"):
+    with pytest.raises(ValueError, match=r"empty|at least one"):
         generate(target, input_ids=torch.zeros(1, 0, dtype=torch.long), max_new_tokens=4)
     assert passes.count == 0
 
