@@ -51,9 +51,7 @@ def exact_match(output: str, references: Sequence[str]) -> float:
 
 def token_f1(output: str, references: Sequence[str]) -> float:
     """Harmonic mean of word precision and recall against the best reference, 0 to 1 (SQuAD's F1)."""
-    return max(
-        (_f1(normalized(output).split(), normalized(text).split()) for text in references), default=0.0
-    )
+    return max((_f1(normalized(output).split(), normalized(text).split()) for text in references), default=0.0)
 
 
 def contains_answer(output: str, references: Sequence[str]) -> float:

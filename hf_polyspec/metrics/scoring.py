@@ -175,9 +175,7 @@ def _score_cell(
     references = {question: _references(question, answers) for question in plain}
     usable = {q for q in plain if scorer is not None and scorer.usable(references[q])}
     if scorer is not None and len(usable) < len(plain):
-        report.notes.append(
-            f"{where}: {len(plain) - len(usable)} of {len(plain)} answers have no usable reference."
-        )
+        report.notes.append(f"{where}: {len(plain) - len(usable)} of {len(plain)} answers have no usable reference.")
     known: dict[tuple[str, Question], list[float]] = {}
     for method, theirs in answers.items():
         if method == report.baseline:
@@ -223,15 +221,11 @@ def _statistics(
     return np.asarray(rows, dtype=np.float64)
 
 
-def _compare_all_tokens(
-    cells: Mapping[tuple[str, float], dict[str, Answers]], report: ScoreReport, seed: int
-) -> None:
+def _compare_all_tokens(cells: Mapping[tuple[str, float], dict[str, Answers]], report: ScoreReport, seed: int) -> None:
     try:
         import evaluate
     except ImportError:
-        report.notes.append(
-            "Token ids were not compared: this needs the package evaluate: pip install evaluate."
-        )
+        report.notes.append("Token ids were not compared: this needs the package evaluate: pip install evaluate.")
         return
     load = partial(evaluate.load, module_path("losslessness"), keep_in_memory=True)
     pooled: dict[tuple[float, str], list[tuple[Question, list[Record], list[Record]]]] = defaultdict(list)
@@ -240,9 +234,7 @@ def _compare_all_tokens(
     for (task, temperature), answers in cells.items():
         plain = answers.get(report.baseline, {})
         for method, theirs in answers.items():
-            pairs = [
-                (question, theirs[question], plain[question]) for question in plain if question in theirs
-            ]
+            pairs = [(question, theirs[question], plain[question]) for question in plain if question in theirs]
             if method == report.baseline or not pairs:
                 continue
             report.tokens.append(_compare_tokens(task, temperature, method, pairs, loaded, seed))

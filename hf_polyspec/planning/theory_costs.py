@@ -129,9 +129,7 @@ def implied_beta(target_time: float, drafter_time: float, length: float, speed_u
     return target_time * (length / speed_up - 1.0) / drafter_time
 
 
-def chain_cost(
-    pass_times: Sequence[float], agreements: Sequence[float], blocks: Sequence[int]
-) -> tuple[float, ...]:
+def chain_cost(pass_times: Sequence[float], agreements: Sequence[float], blocks: Sequence[int]) -> tuple[float, ...]:
     """Time per emitted token of every level of a chain, bottom up.
 
     C_0 = t_0 and C_i = (t_i + L_i C_(i-1)) / g(a_i, L_i), g = :func:`~.theory_lengths.expected_length`: to

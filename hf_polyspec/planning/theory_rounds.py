@@ -117,9 +117,7 @@ def block_law(threshold: int, round_law: Sequence[float]) -> tuple[tuple[float, 
     return tuple(blocks), math.fsum(reached)
 
 
-def chain_rounds(
-    pass_times: Sequence[float], agreements: Sequence[float], blocks: Sequence[int]
-) -> tuple[Round, ...]:
+def chain_rounds(pass_times: Sequence[float], agreements: Sequence[float], blocks: Sequence[int]) -> tuple[Round, ...]:
     """Rounds of every verifier of a chain, bottom up, with the overshoot of the last lower round kept.
 
     The same question as :func:`~.theory_costs.chain_cost`, answered exactly for independent tokens.

@@ -69,7 +69,7 @@ def test_an_assistants_own_config_fills_the_gaps() -> None:
     ],
 )
 def test_values_out_of_range_are_refused(name: str, value: Any, sentence: str) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=name) as error:
         PolySpecOptions.read({name: value}, prepared())
     assert str(error.value) == sentence
 

@@ -101,9 +101,7 @@ def check(predictions: Lists, drafted: Lists | None, groups: Sequence[str] | Non
         raise ValueError("acceptance_length needs at least one pass.")
     for i, row in enumerate(predictions):
         if any(emitted < 1 for emitted in row):
-            raise ValueError(
-                f"Every pass emits at least one token; generation {i} (counted from 0) has {min(row)}."
-            )
+            raise ValueError(f"Every pass emits at least one token; generation {i} (counted from 0) has {min(row)}.")
     if groups is not None and len(groups) != len(predictions):
         raise ValueError(f"groups has {len(groups)} labels for {len(predictions)} generations.")
     if drafted is None:

@@ -82,9 +82,7 @@ def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
     return None if len(left) == len(right) else min(len(left), len(right))
 
 
-def compare_tokens(
-    predictions: Sequence[Sequence[int]], references: Sequence[Sequence[int]]
-) -> dict[str, Any]:
+def compare_tokens(predictions: Sequence[Sequence[int]], references: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Token equality prompt by prompt; the result is described in the module's inputs."""
     if not len(predictions):
         raise ValueError("losslessness needs at least one prompt.")

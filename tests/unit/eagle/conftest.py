@@ -255,9 +255,7 @@ def eagle3_forward(
     return (last if known.norm_output else y), last @ w["lm_head.weight"].T
 
 
-def draft(
-    forward: Any, w: Tensors, tokens: list[int], h: torch.Tensor, steps: int, known: SimpleNamespace
-) -> Any:
+def draft(forward: Any, w: Tensors, tokens: list[int], h: torch.Tensor, steps: int, known: SimpleNamespace) -> Any:
     """Prefills with true features h [T, H], then drafts greedily: (all logits [T + steps, Vd], tokens)."""
     d2t = w.get("d2t")
     tokens, collected = list(tokens), []

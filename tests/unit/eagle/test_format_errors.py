@@ -43,9 +43,7 @@ def test_missing_offsets_are_named_as_a_misfit(kit: SimpleNamespace, tmp_path: P
         EagleHead.from_pretrained(kit.write(tmp_path, config, w))
 
 
-@pytest.mark.parametrize(
-    "missing", ["fc.weight", "layers.0.mlp.up_proj.weight", "layers.0.self_attn.k_proj.weight"]
-)
+@pytest.mark.parametrize("missing", ["fc.weight", "layers.0.mlp.up_proj.weight", "layers.0.self_attn.k_proj.weight"])
 def test_missing_key_of_eagle1(kit: SimpleNamespace, tmp_path: Path, missing: str) -> None:
     config, w = kit.eagle1()
     del w[missing]
@@ -155,9 +153,7 @@ class Harmful:
         return (Path.touch, (Path("must_not_exist"),))
 
 
-def test_pickled_code_is_not_run(
-    kit: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pickled_code_is_not_run(kit: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config, w = kit.eagle1()
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -172,9 +168,7 @@ def test_safetensors_go_before_pickles(kit: SimpleNamespace, tmp_path: Path) -> 
     kit.write(tmp_path, config, w)
     torch.save({name: tensor + 1 for name, tensor in w.items()}, tmp_path / "pytorch_model.bin")
     assert torch.equal(EagleHead.from_pretrained(tmp_path).fc.bias.data, w["fc.bias"])
-    assert torch.equal(
-        EagleHead.from_pretrained(tmp_path, use_safetensors=False).fc.bias.data, w["fc.bias"] + 1
-    )
+    assert torch.equal(EagleHead.from_pretrained(tmp_path, use_safetensors=False).fc.bias.data, w["fc.bias"] + 1)
 
 
 def test_variant(kit: SimpleNamespace, tmp_path: Path) -> None:

@@ -18,9 +18,7 @@ TOLERANCE = 2e-5
 
 
 @torch.no_grad()
-def head_draft(
-    head: EagleHead, tokens: list[int], features: torch.Tensor, steps: int
-) -> tuple[Any, list[int]]:
+def head_draft(head: EagleHead, tokens: list[int], features: torch.Tensor, steps: int) -> tuple[Any, list[int]]:
     """Prefills in two chunks, then drafts greedily with the cache: (all logits [T + steps, Vd], tokens)."""
     cache, tokens, collected, y = head.new_cache(), list(tokens), [], None
     for piece in (slice(0, 2), slice(2, None)):
@@ -30,16 +28,12 @@ def head_draft(
     for step in range(steps + 1):
         tokens.append(int(head.draft_to_target(collected[-1][-1].argmax())))
         if step < steps:
-            y = head.step(
-                torch.tensor([tokens[-1:]]), y[:, -1:], torch.tensor([[len(tokens) - 1]]), cache=cache
-            )
+            y = head.step(torch.tensor([tokens[-1:]]), y[:, -1:], torch.tensor([[len(tokens) - 1]]), cache=cache)
             collected.append(head.logits(y)[0])
     return torch.cat(collected), tokens
 
 
-def compare(
-    head: EagleHead, target: SimpleNamespace, features: torch.Tensor, reference: tuple[Any, list[int]]
-) -> None:
+def compare(head: EagleHead, target: SimpleNamespace, features: torch.Tensor, reference: tuple[Any, list[int]]) -> None:
     logits, tokens = head_draft(head.bind(target.embedding, target.lm_head), target.tokens, features, STEPS)
     assert tokens == reference[1]
     torch.testing.assert_close(logits, reference[0], atol=TOLERANCE, rtol=TOLERANCE)
@@ -54,9 +48,7 @@ def eagle1_reference(kit: SimpleNamespace, target: SimpleNamespace, w: Any, **ch
     return kit.draft(kit.eagle1_forward, w, target.tokens, target.features(kit.H), STEPS, facts)
 
 
-def eagle3_reference(
-    kit: SimpleNamespace, target: SimpleNamespace, w: Any, width: int, **changes: Any
-) -> Any:
+def eagle3_reference(kit: SimpleNamespace, target: SimpleNamespace, w: Any, width: int, **changes: Any) -> Any:
     facts = known(kit, target, **changes)
     h = kit.eagle3_fuse(w, target.features(width), facts)
     return kit.draft(kit.eagle3_forward, w, target.tokens, h, STEPS, facts)
@@ -98,9 +90,7 @@ def test_eagle1_without_embedding_and_with_other_prefix(
     compare(head, target, target.features(kit.H), eagle1_reference(kit, target, w))
 
 
-def test_eagle1_rope_theta_is_the_heads_own(
-    kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_eagle1_rope_theta_is_the_heads_own(kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path) -> None:
     config, w = kit.eagle1()
     del w["embed_tokens.weight"]
     head = EagleHead.from_pretrained(kit.write(tmp_path, config | {"rope_theta": 500.0}, w))
@@ -119,14 +109,8 @@ def test_eagle1_hass_norms(kit: SimpleNamespace, target: SimpleNamespace, tmp_pa
     compare(head, target, target.features(kit.H), eagle1_reference(kit, target, w))
 
 
-def speculators_config(
-    kit: SimpleNamespace, config: dict[str, Any], kind: str, **fields: Any
-) -> dict[str, Any]:
-    layer = {
-        key: value
-        for key, value in config.items()
-        if key not in ("architectures", "draft_vocab_size", "bias")
-    }
+def speculators_config(kit: SimpleNamespace, config: dict[str, Any], kind: str, **fields: Any) -> dict[str, Any]:
+    layer = {key: value for key, value in config.items() if key not in ("architectures", "draft_vocab_size", "bias")}
     return {
         "architectures": ["EagleSpeculator" if kind == "eagle" else "Eagle3Speculator"],
         "speculators_model_type": kind,
@@ -143,9 +127,7 @@ def speculators_config(
 
 
 @pytest.mark.parametrize("layernorms", [True, False])
-def test_speculators_eagle1(
-    kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path, layernorms: bool
-) -> None:
+def test_speculators_eagle1(kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path, layernorms: bool) -> None:
     config, w = kit.eagle1(bias=True)
     del w["embed_tokens.weight"]
     if layernorms:
@@ -184,9 +166,7 @@ def test_eagle3_official(
     compare(head, target, target.features(3 * kit.H), eagle3_reference(kit, target, w, 3 * kit.H))
 
 
-def test_eagle3_narrow_head_brings_its_embedding(
-    kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_eagle3_narrow_head_brings_its_embedding(kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path) -> None:
     config, w = kit.eagle3(target_size=32, embedding=True)
     head = EagleHead.from_pretrained(kit.write(tmp_path, config, w))
     reference = eagle3_reference(kit, target, w, 96)
@@ -196,9 +176,7 @@ def test_eagle3_narrow_head_brings_its_embedding(
     torch.testing.assert_close(logits, reference[0], atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_eagle3_wrong_layer_count_in_config(
-    kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_eagle3_wrong_layer_count_in_config(kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path) -> None:
     config, w = kit.eagle3()
     head = EagleHead.from_pretrained(kit.write(tmp_path, config | {"num_hidden_layers": 40}, w))
     assert head.config.num_hidden_layers == 1
@@ -217,9 +195,7 @@ def test_eagle3_shapes_win_over_config(kit: SimpleNamespace, target: SimpleNames
     compare(head, target, target.features(3 * kit.H), eagle3_reference(kit, target, w, 3 * kit.H))
 
 
-def test_eagle3_membership_stands_in_for_offsets(
-    kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_eagle3_membership_stands_in_for_offsets(kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path) -> None:
     config, w = kit.eagle3()
     stored = {name: tensor for name, tensor in w.items() if name != "d2t"}
     head = EagleHead.from_pretrained(kit.write(tmp_path, config, stored))
@@ -246,9 +222,7 @@ def test_specforge(kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path
         "tie_word_embeddings": False,
     }
     head = EagleHead.from_pretrained(kit.write(tmp_path, config, w))
-    compare(
-        head, target, target.features(3 * kit.H), eagle3_reference(kit, target, w, 3 * kit.H, theta=777.0)
-    )
+    compare(head, target, target.features(3 * kit.H), eagle3_reference(kit, target, w, 3 * kit.H, theta=777.0))
 
 
 @pytest.mark.parametrize("first_layer", ["midlayer.", "layers.0."])
@@ -270,14 +244,10 @@ def test_modelopt(kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path,
     }
     head = EagleHead.from_pretrained(kit.write(tmp_path, config, rename(w, ("midlayer.", first_layer))))
     assert head.config.feature_layer_ids == [2, 16, 29]
-    compare(
-        head, target, target.features(3 * kit.H), eagle3_reference(kit, target, w, 3 * kit.H, theta=123.0)
-    )
+    compare(head, target, target.features(3 * kit.H), eagle3_reference(kit, target, w, 3 * kit.H, theta=123.0))
 
 
-def test_modelopt_last_hidden_state_only(
-    kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_modelopt_last_hidden_state_only(kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path) -> None:
     config, w = kit.eagle3(draft=False)
     del w["fc.weight"]
     config["eagle_config"] = {"use_aux_hidden_state": False}
@@ -321,9 +291,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
-def test_speculators_eagle3(
-    kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path, variant: str
-) -> None:
+def test_speculators_eagle3(kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path, variant: str) -> None:
     switches, add = VARIANTS[variant]
     config, w = kit.eagle3()
     add(kit, w, torch.Generator().manual_seed(11))
@@ -429,9 +397,7 @@ def swapped(forward: Callable[..., Any]) -> Callable[..., Any]:
     return wrong
 
 
-def test_swapped_concatenation_would_be_seen(
-    kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_swapped_concatenation_would_be_seen(kit: SimpleNamespace, target: SimpleNamespace, tmp_path: Path) -> None:
     config, w = kit.eagle1()
     del w["embed_tokens.weight"]
     head = EagleHead.from_pretrained(kit.write(tmp_path, config, w))

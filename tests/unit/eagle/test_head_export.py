@@ -150,15 +150,11 @@ def test_scaled_and_capped_lm_heads(tmp_path: Path, parts: Any) -> None:
 
 def test_official_names(tmp_path: Path, parts: Any) -> None:
     """The files hold exactly the keys of the published ones."""
-    layer = {f"self_attn.{p}_proj.weight" for p in "qkvo"} | {
-        f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")
-    }
+    layer = {f"self_attn.{p}_proj.weight" for p in "qkvo"} | {f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")}
     layer |= {"post_attention_layernorm.weight"}
     one = randomised(EagleHeadConfig(algorithm="eagle1", **SIZES, fc_bias=True)).bind(*parts)
     stored = load_file(export_official(one, tmp_path / "1") / "model.safetensors")
-    assert stored.keys() == {"embed_tokens.weight", "fc.weight", "fc.bias"} | {
-        f"layers.0.{name}" for name in layer
-    }
+    assert stored.keys() == {"embed_tokens.weight", "fc.weight", "fc.bias"} | {f"layers.0.{name}" for name in layer}
     three = randomised(EagleHeadConfig(algorithm="eagle3", **SIZES, draft_vocab_size=11)).bind(*parts)
     stored = load_file(export_official(three, tmp_path / "3") / "model.safetensors")
     layer |= {"input_layernorm.weight", "hidden_norm.weight"}
@@ -197,9 +193,7 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path, parts: Any) -> None:
 
 
 def test_exporting_changes_no_head(tmp_path: Path, parts: Any) -> None:
-    head = randomised(
-        EagleHeadConfig(algorithm="eagle3", **SIZES, own_lm_head=False, draft_vocab_size=11)
-    ).bind(*parts)
+    head = randomised(EagleHeadConfig(algorithm="eagle3", **SIZES, own_lm_head=False, draft_vocab_size=11)).bind(*parts)
     before = (copy.deepcopy(head.state_dict()), head.config.to_dict())
     export_official(head, tmp_path)
     assert head.state_dict().keys() == before[0].keys()

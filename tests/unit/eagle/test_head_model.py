@@ -148,9 +148,7 @@ def test_tree_grown_level_by_level_then_forgotten(head: EagleHead) -> None:
     whole = head.step(nodes, node_features, positions, tree(parents, 6), whole_cache)
     for start, stop in ((0, 2), (2, 4), (4, 6)):
         mask = tree(parents, 6)[:, :, start:stop, : 6 + stop]
-        part = head.step(
-            nodes[:, start:stop], node_features[:, start:stop], positions[:, start:stop], mask, cache
-        )
+        part = head.step(nodes[:, start:stop], node_features[:, start:stop], positions[:, start:stop], mask, cache)
         torch.testing.assert_close(part, whole[:, start:stop], **CLOSE)
     cache.crop(6)
     more = inputs(2, 2, seed=5)
@@ -271,14 +269,10 @@ def test_sliding_window_counts_positions_not_entries(attention: str) -> None:
     windowed = mask & (everywhere[None] > positions[0][:, None] - 3)
     caches[0].gather(torch.arange(5)[None])
     grown = head.step(nodes, node_features, positions, mask, caches[0])
-    torch.testing.assert_close(
-        grown, plain.step(nodes, node_features, positions, windowed, caches[1]), **CLOSE
-    )
+    torch.testing.assert_close(grown, plain.step(nodes, node_features, positions, windowed, caches[1]), **CLOSE)
     additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     caches[0].crop(5)
-    torch.testing.assert_close(
-        head.step(nodes, node_features, positions, additive, caches[0]), grown, **CLOSE
-    )
+    torch.testing.assert_close(head.step(nodes, node_features, positions, additive, caches[0]), grown, **CLOSE)
     assert not torch.allclose(grown, plain.step(nodes, node_features, positions, tree(parents, 9), caches[1]))
 
 
@@ -293,9 +287,7 @@ def test_gradients_flow_through_steps_with_a_cache() -> None:
         head.logits(y).square().mean().backward()
     assert features.grad is not None
     assert features.grad[:, 0].abs().sum() > 0  # through the cached keys and values
-    assert all(
-        p.grad is not None and p.grad.isfinite().all() for n, p in head.named_parameters() if n != "fc.weight"
-    )
+    assert all(p.grad is not None and p.grad.isfinite().all() for n, p in head.named_parameters() if n != "fc.weight")
 
 
 # -- the vocabulary ----------------------------------------------------------------------------------------
@@ -386,9 +378,7 @@ def test_unbound_head_says_so() -> None:
         (nn.Embedding(V, H), None, "needs one"),
     ],
 )
-def test_modules_that_do_not_fit_are_refused(
-    embedding: nn.Module, lm_head: nn.Module | None, words: str
-) -> None:
+def test_modules_that_do_not_fit_are_refused(embedding: nn.Module, lm_head: nn.Module | None, words: str) -> None:
     head = make(own_lm_head=False)
     before = head.borrowed
     with pytest.raises(ValueError, match=words):

@@ -43,9 +43,7 @@ def run(head: EagleHead, model: Any) -> torch.Tensor:
     return head(ids[:, 1:], features[:, :-1]).logits
 
 
-def test_hub_id_passes_its_arguments_on(
-    kit: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_id_passes_its_arguments_on(kit: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file of a hub id is asked for with the caller's revision, token and cache."""
     config, w = kit.eagle3()
     kit.write(tmp_path, config, w)
@@ -90,9 +88,7 @@ def test_push_to_hub_sends_what_save_writes(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create)
     for module in ("transformers.modeling_utils", "transformers.utils.hub"):
         monkeypatch.setattr(f"{module}.create_and_tag_model_card", lambda *a, **k: Card(), raising=False)
-        monkeypatch.setattr(
-            f"{module}.create_repo", lambda repo_id, **k: create(None, repo_id), raising=False
-        )
+        monkeypatch.setattr(f"{module}.create_repo", lambda repo_id, **k: create(None, repo_id), raising=False)
     EagleHead(EagleHeadConfig(**SIZES)).push_to_hub("me/head")
     assert {"config.json", "model.safetensors"} <= sent["me/head"]
 
@@ -120,9 +116,7 @@ class Packed(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.weight = nn.Parameter(
-            (linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False
-        )
+        self.weight = nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden @ (self.weight.float() * self.scale).T

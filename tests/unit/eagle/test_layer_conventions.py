@@ -54,9 +54,7 @@ def test_two_lists_that_differ_by_one_leave_no_doubt() -> None:
     assert listed_layers(config, speculators=False) == [3, 17, 30]
 
 
-@pytest.mark.parametrize(
-    "config", [{}, {KEY: None}, {KEY: []}, {"eagle_config": None}, {"eagle_config": {KEY: []}}]
-)
+@pytest.mark.parametrize("config", [{}, {KEY: None}, {KEY: []}, {"eagle_config": None}, {"eagle_config": {KEY: []}}])
 def test_no_list(config: dict[str, object]) -> None:
     assert listed_layers(config, speculators=False) is None
 

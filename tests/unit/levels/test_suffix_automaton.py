@@ -67,9 +67,7 @@ def test_counts_and_likeliest_followers_are_those_of_brute_force(text: list[int]
 
 
 @given(st.lists(TEXTS, min_size=1, max_size=3), TEXTS)
-def test_following_another_text_finds_its_longest_known_suffix(
-    corpus: list[list[int]], text: list[int]
-) -> None:
+def test_following_another_text_finds_its_longest_known_suffix(corpus: list[list[int]], text: list[int]) -> None:
     automaton = SuffixAutomaton(undo=0)
     for part in corpus:
         automaton.extend(part)
@@ -77,9 +75,7 @@ def test_following_another_text_finds_its_longest_known_suffix(
     state, length = ROOT, 0
     for end in range(1, len(text) + 1):
         state, length = automaton.step(state, length, text[end - 1])
-        known = [
-            n for n in range(end + 1) if n == 0 or any(ends_of(part, text[end - n : end]) for part in corpus)
-        ]
+        known = [n for n in range(end + 1) if n == 0 or any(ends_of(part, text[end - n : end]) for part in corpus)]
         assert length == max(known)
         walked = ROOT
         for token in text[end - length : end]:

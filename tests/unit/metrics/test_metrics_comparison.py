@@ -28,9 +28,7 @@ def test_equal_systems_keep_the_rate_and_worse_ones_are_seen() -> None:
         tests += found.p_value <= 0.05
         intervals += not found.interval[0] <= 0 <= found.interval[1]
         careless += found.difference != 0
-        worse = compare(
-            solved(rng, chance), solved(rng, 0.4 * chance), column(0), n_resamples=300, seed=trial
-        )
+        worse = compare(solved(rng, chance), solved(rng, 0.4 * chance), column(0), n_resamples=300, seed=trial)
         seen += worse.p_value <= 0.05 and worse.difference < 0
     most = stats.binom.ppf(1 - 1e-4, 300, 0.05)
     assert tests <= most

@@ -73,9 +73,7 @@ def test_single_files_load_without_network_or_package(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_folder_is_a_complete_space(name: str) -> None:
     folder = Path(module_path(name))
-    assert {"README.md", "app.py", "requirements.txt", f"{name}.py"} <= {
-        path.name for path in folder.iterdir()
-    }
+    assert {"README.md", "app.py", "requirements.txt", f"{name}.py"} <= {path.name for path in folder.iterdir()}
     header = (folder / "README.md").read_text(encoding="utf-8").split("---")[1]
     assert "sdk: gradio" in header
     assert "app_file: app.py" in header

@@ -65,10 +65,7 @@ def outputs(task: str, seed: int, n: int = 12) -> list[str]:
     rng = np.random.default_rng(seed)
     if task == "math_reasoning":
         return [f"the answer is {rng.integers(6, 8)}" for _ in range(n)]
-    return [
-        " ".join(rng.choice(WORDS, 9)) if rng.random() < 0.3 else " ".join(WORDS[: 5 + i % 8])
-        for i in range(n)
-    ]
+    return [" ".join(rng.choice(WORDS, 9)) if rng.random() < 0.3 else " ".join(WORDS[: 5 + i % 8]) for i in range(n)]
 
 
 def run(method_seed: int, **changes: Any) -> list[Record]:
@@ -168,9 +165,7 @@ def test_metrics_that_cannot_be_had_are_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(__import__("sys").modules, "sacrebleu", None)
     report = score(run(0))
     assert {row.task for row in report.quality} == {"qa", "rag", "math_reasoning"}
-    assert any(
-        "summarization: not scored" in note and "pip install rouge_score" in note for note in report.notes
-    )
+    assert any("summarization: not scored" in note and "pip install rouge_score" in note for note in report.notes)
     assert any("translation: not scored" in note and "pip install sacrebleu" in note for note in report.notes)
 
 
@@ -202,9 +197,7 @@ def test_sampled_answers_are_compared_in_law() -> None:
 
     def answers(method: str, low: int, high: int) -> list[Record]:
         return [
-            record(
-                "qa", i, method, "x", temperature=1.0, output_ids=tuple(rng.integers(low, high, 20).tolist())
-            )
+            record("qa", i, method, "x", temperature=1.0, output_ids=tuple(rng.integers(low, high, 20).tolist()))
             for i in range(30)
         ]
 
@@ -220,9 +213,7 @@ def test_left_out_answers_are_counted() -> None:
     records = [replace(r, references=()) if r.question_id == "0" else r for r in records]
     report = score(records)
     assert any("qa" in note and "1 answers are only in one" in note for note in report.notes)
-    assert any(
-        "translation" in note and "1 of 12 answers have no usable reference" in note for note in report.notes
-    )
+    assert any("translation" in note and "1 of 12 answers have no usable reference" in note for note in report.notes)
     n = {row.task: row.result.n_questions for row in report.quality}
     assert (n["qa"], n["translation"], n["rag"]) == (11, 11, 12)
 

@@ -37,9 +37,7 @@ def test_constant_ratio_has_an_interval_of_no_width(speedup: Any) -> None:
 
 def test_groups(speedup: Any) -> None:
     groups = ["a"] * 5 + ["b"] * 10
-    found = speedup.compute(
-        predictions=[2.0] * 5 + [6.0] * 10, references=[1.0] * 5 + [2.0] * 10, groups=groups
-    )
+    found = speedup.compute(predictions=[2.0] * 5 + [6.0] * 10, references=[1.0] * 5 + [2.0] * 10, groups=groups)
     assert found["by_group"]["a"]["mean_of_ratios"] == pytest.approx(2.0)
     assert found["by_group"]["b"]["ratio_of_means"] == pytest.approx(3.0)
     assert found["mean_over_groups"]["mean_of_ratios"] == pytest.approx(2.5)  # not weighted by size

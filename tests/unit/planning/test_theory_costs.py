@@ -103,9 +103,7 @@ def test_recursion_predicts_simulated_speed_ups(
     times: tuple[float, ...], agreements: tuple[float, ...], blocks: tuple[int, ...], simulated: float
 ) -> None:
     assert 1 / theory.chain_cost(times, agreements, blocks)[-1] == pytest.approx(simulated, rel=0.005)
-    assert 1 / theory.chain_rounds(times, agreements, blocks)[-1].time_per_token == pytest.approx(
-        simulated, rel=0.005
-    )
+    assert 1 / theory.chain_rounds(times, agreements, blocks)[-1].time_per_token == pytest.approx(simulated, rel=0.005)
 
 
 def test_recursion_by_hand() -> None:
@@ -133,17 +131,14 @@ def test_two_levels_agree_in_every_form(t: float, d: float, agreement: float, pr
     st.lists(st.tuples(TIMES, st.floats(0.05, 1.0), st.integers(1, 8)), min_size=1, max_size=3),
     st.floats(0.001, 1.0),
 )
-def test_exact_form_is_the_recursion_at_any_depth(
-    levels: list[tuple[float, float, int]], draft_time: float
-) -> None:
+def test_exact_form_is_the_recursion_at_any_depth(levels: list[tuple[float, float, int]], draft_time: float) -> None:
     times = (*(level[0] for level in levels), draft_time)
     rounds = theory.chain_rounds(times, [level[1] for level in levels], [level[2] for level in levels])
     emitted = [r.length for r in reversed(rounds)]
     thresholds = [level[2] for level in levels[:-1]]
     below = list(reversed(rounds))[1:]
     handed = [
-        theory.law_mean(theory.block_law(threshold, r.law)[0])
-        for threshold, r in zip(thresholds, below, strict=True)
+        theory.law_mean(theory.block_law(threshold, r.law)[0]) for threshold, r in zip(thresholds, below, strict=True)
     ]
     exact = theory.exact_time_per_token(times, emitted, handed, levels[-1][2])
     assert exact == pytest.approx(rounds[-1].time_per_token, rel=1e-9)
@@ -193,9 +188,7 @@ def test_best_block_for_the_papers_times(cost: float, agreement: float, block: i
 
 @REPEATABLE
 @given(TIMES, TIMES, AGREEMENTS, st.integers(0, 30))
-def test_best_block_is_the_best_and_never_loses_to_plain(
-    t: float, c: float, agreement: float, other: int
-) -> None:
+def test_best_block_is_the_best_and_never_loses_to_plain(t: float, c: float, agreement: float, other: int) -> None:
     best = theory.best_block(t, c, agreement, largest=30)
     there = (t + other * c) / theory.expected_length(agreement, other)
     assert best.time_per_token <= there

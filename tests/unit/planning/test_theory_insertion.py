@@ -40,9 +40,7 @@ def draws(count: int) -> list[tuple[Insertion, float]]:
 @REPEATABLE
 @given(INSERTIONS, BETAS)
 def test_change_is_the_difference_of_two_lemmas(numbers: Insertion, beta: float) -> None:
-    before = theory.lemma_time_per_token(
-        (numbers.time_above, numbers.time_below), (numbers.length_before,), beta
-    )
+    before = theory.lemma_time_per_token((numbers.time_above, numbers.time_below), (numbers.length_before,), beta)
     after = theory.lemma_time_per_token(
         (numbers.time_above, numbers.time_new, numbers.time_below),
         (numbers.length_above, numbers.length_new),

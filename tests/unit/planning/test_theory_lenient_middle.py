@@ -99,9 +99,7 @@ class Chain:
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("leniency", [0.0, 0.3, 1.0])
-def test_any_leniency_is_exact_if_the_target_tests_against_what_was_emitted(
-    leniency: float, seed: int
-) -> None:
+def test_any_leniency_is_exact_if_the_target_tests_against_what_was_emitted(leniency: float, seed: int) -> None:
     assert Chain(leniency, seed, test_against_middle=False).distance_to_target() < 1e-12
 
 

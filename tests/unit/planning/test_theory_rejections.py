@@ -62,9 +62,9 @@ def test_dial_moves_along_the_line(laws: tuple[Tensor, Tensor], budget: float) -
     assert float(law.sum()) == pytest.approx(1.0, abs=1e-12)
     assert torch.allclose(law, p + budget * (q - p), atol=1e-12), "a mixture of both laws"
     exact = theory.acceptance_probability(p, q)
-    assert torch.allclose(
-        theory.rejection_law(p, q, accept), theory.rejection_law(p, q, exact), atol=1e-9
-    ) or (point.rejection < 1e-9)
+    assert torch.allclose(theory.rejection_law(p, q, accept), theory.rejection_law(p, q, exact), atol=1e-9) or (
+        point.rejection < 1e-9
+    )
 
 
 @REPEATABLE
