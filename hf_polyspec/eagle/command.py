@@ -100,19 +100,34 @@ def train_eagle(
             "mixed_precision": mixed_precision,
         },
     }
-    run_config = assemble(config, output, given)
+    start(assemble(config, output, given), cpu, tracker or [], save_dtype, max_minutes)
+
+
+def start(config: TrainingConfig, cpu: bool, trackers: list[str], save_dtype: str, max_minutes: float | None) -> None:
+    """Checks what can be checked at once, then runs.
+
+    Args:
+        config: the run.
+        cpu: whether to stay on the CPU.
+        trackers: names known to accelerate.
+        save_dtype: of the finished head.
+        max_minutes: time after which to stop resumably, or None.
+
+    Raises:
+        ValueError: settings, files or the folder do not fit; nothing was written then.
+    """
     if save_dtype not in DTYPES:
         raise ValueError(f"save_dtype must be one of {', '.join(DTYPES)}, not {save_dtype!r}")
-    check_same_run(run_config)
+    check_same_run(config)
     accelerator = Accelerator(
         cpu=cpu,
-        mixed_precision=run_config.optimization.mixed_precision,
-        log_with=list(tracker) if tracker else None,
-        project_dir=run_config.output,
+        mixed_precision=config.optimization.mixed_precision,
+        log_with=list(trackers) or None,
+        project_dir=config.output,
     )
     console = Console(quiet=not accelerator.is_main_process)
     deadline = None if max_minutes is None else time.time() + 60 * max_minutes
-    if not run(Session(run_config, accelerator, console, deadline), bool(tracker), save_dtype):
+    if not run(Session(config, accelerator, console, deadline), bool(trackers), save_dtype):
         console.print("Stopped; the same command goes on from here.")
 
 
