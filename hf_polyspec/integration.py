@@ -161,7 +161,8 @@ def _refuse_early(model: Any, given: dict[str, Any]) -> None:
 def _with_stop_strings(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Turn stop strings into a criterion here: transformers loses the tokenizer on the way to a callable."""
     configs = [given.get("generation_config"), getattr(model, "generation_config", None)]
-    configured = next((c.stop_strings for c in configs if getattr(c, "stop_strings", None) is not None), None)
+    set_there = [getattr(config, "stop_strings", None) for config in configs]
+    configured = next((strings for strings in set_there if strings is not None), None)
     strings = given.get("stop_strings") if given.get("stop_strings") is not None else configured
     if strings is None:
         return given
