@@ -6,6 +6,8 @@ hf_polyspec.enable()
 model.generate(**inputs, assistant_models=[middle, drafter])
 """
 
+from typing import Any
+
 from .candidates import PolySpecCandidateGenerator
 from .context import Context
 from .decoding import decode
@@ -36,4 +38,18 @@ __all__ = [
     "disable",
     "enable",
     "generate",
+    "pack",
+    "quantize_model",
+    "unpack",
 ]
+
+_QUANTIZATION = ("pack", "quantize_model", "unpack")
+
+
+def __getattr__(name: str) -> Any:
+    """The quantisation room is imported when it is first asked for: most programs never do."""
+    if name in _QUANTIZATION:
+        from . import quantization
+
+        return getattr(quantization, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
