@@ -69,9 +69,7 @@ class HeadCache:
             self._keys.append(key.new_empty((*key.shape[:2], 0, key.shape[3])))
             self._values.append(value.new_empty((*value.shape[:2], 0, value.shape[3])))
         if self._keys[layer].shape[0] != key.shape[0]:
-            raise ValueError(
-                f"The head's cache holds {self._keys[layer].shape[0]} rows and was given {key.shape[0]}."
-            )
+            raise ValueError(f"The head's cache holds {self._keys[layer].shape[0]} rows and was given {key.shape[0]}.")
         self._keys[layer] = _write(self._keys[layer], key, self.length)
         self._values[layer] = _write(self._values[layer], value, self.length)
         return self._keys[layer][:, :, :stop], self._values[layer][:, :, :stop]
@@ -168,9 +166,7 @@ class EagleAttention(nn.Module):
             self.q_norm = EagleRMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = EagleRMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def project(
-        self, hidden: torch.Tensor, rotary: Rotary
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, hidden: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns rotated queries `[B, n_h, T, d]`, rotated keys and values `[B, n_kv, T, d]`."""
         shape = (*hidden.shape[:-1], -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden).view(shape)).transpose(1, 2)
@@ -321,9 +317,7 @@ class EagleLayer(nn.Module):
             self.hidden_norm = EagleRMSNorm(size, eps)
         self.post_attention_layernorm = EagleRMSNorm(size, eps)
 
-    def attention_input(
-        self, hidden: torch.Tensor, embedded: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def attention_input(self, hidden: torch.Tensor, embedded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns what attention reads, `[B, T, H or 2H]`, and the residual `[B, T, H]` it is added to."""
         if not self.side_by_side:
             return self.input_layernorm(hidden), hidden
@@ -331,9 +325,7 @@ class EagleLayer(nn.Module):
         pair = torch.cat((self.input_layernorm(embedded), normed), dim=-1)
         return pair, normed if self.norm_before_residual else hidden
 
-    def forward(
-        self, hidden: torch.Tensor, embedded: torch.Tensor, rotary: Rotary, attend: Attend
-    ) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, embedded: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
         attention_input, residual = self.attention_input(hidden, embedded)
         hidden = residual + self.self_attn(attention_input, rotary, attend)
         out: torch.Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))

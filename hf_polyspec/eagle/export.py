@@ -162,9 +162,7 @@ def _embedding_rows(head: EagleHead) -> torch.Tensor:
     if type(module) is nn.Embedding and module.weight.device.type != "meta":
         return module.weight.detach()[: head.config.vocab_size].to("cpu", head.dtype)
     ids = torch.arange(head.config.vocab_size)
-    return torch.cat(
-        [head.embed(ids[None, start : start + 4096])[0].cpu() for start in range(0, len(ids), 4096)]
-    )
+    return torch.cat([head.embed(ids[None, start : start + 4096])[0].cpu() for start in range(0, len(ids), 4096)])
 
 
 def _lm_head_rows(head: EagleHead) -> torch.Tensor:
@@ -175,14 +173,10 @@ def _lm_head_rows(head: EagleHead) -> torch.Tensor:
     """
     borrowed = head.borrowed
     if borrowed.logit_softcap is not None:
-        raise ValueError(
-            "The target caps its logits, which an EAGLE-3 checkpoint cannot; train with own_lm_head."
-        )
+        raise ValueError("The target caps its logits, which an EAGLE-3 checkpoint cannot; train with own_lm_head.")
     weight, bias = readable_rows(borrowed.need_lm_head(), head.target_ids())
     if bias is not None:
-        raise ValueError(
-            "The lm_head has a bias, which an EAGLE-3 checkpoint has not; train with own_lm_head."
-        )
+        raise ValueError("The lm_head has a bias, which an EAGLE-3 checkpoint has not; train with own_lm_head.")
     scaled = weight if borrowed.logit_scale == 1.0 else weight * borrowed.logit_scale
     return scaled.to("cpu", head.dtype)
 
@@ -223,9 +217,7 @@ def _layer_config(head: EagleHead) -> dict[str, Any]:
         "mlp_bias": config.mlp_bias,
         "rope_theta": theta,
         # the two spellings of transformers 4 and 5
-        "rope_scaling": {key: value for key, value in rope.items() if key != "rope_theta"}
-        if scaled
-        else None,
+        "rope_scaling": {key: value for key, value in rope.items() if key != "rope_theta"} if scaled else None,
         "rope_parameters": {"rope_type": "default"} | rope | {"rope_theta": theta},
         "pad_token_id": config.pad_token_id,
         "bos_token_id": config.bos_token_id,
@@ -300,14 +292,10 @@ def _write(folder: Path, config: dict[str, Any], tensors: Tensors, overwrite: bo
     names = ("config.json", "model.safetensors")
     taken = [name for name in names if (folder / name).exists()]
     if taken and not overwrite:
-        raise FileExistsError(
-            f"{folder} already holds {' and '.join(taken)}; pass overwrite=True to replace them."
-        )
+        raise FileExistsError(f"{folder} already holds {' and '.join(taken)}; pass overwrite=True to replace them.")
     folder.mkdir(parents=True, exist_ok=True)
     weights, written = folder / ".model.safetensors.partial", folder / ".config.json.partial"
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, weights, metadata={"format": "pt"}
-    )
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
     written.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(weights, folder / names[1])
     os.replace(written, folder / names[0])

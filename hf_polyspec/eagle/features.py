@@ -172,8 +172,7 @@ def default_layers(config: EagleHeadConfig, num_layers: int) -> list[int]:
         return [LAST_HIDDEN_STATE]
     if config.num_features != 3:
         raise ValueError(
-            f"This EAGLE head reads {config.num_features} hidden states and does not say which; set "
-            "feature_layer_ids."
+            f"This EAGLE head reads {config.num_features} hidden states and does not say which; set feature_layer_ids."
         )
     return [2, num_layers // 2, num_layers - 3]
 

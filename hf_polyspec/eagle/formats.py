@@ -131,9 +131,7 @@ def check_mapping(d2t: torch.Tensor, config: EagleHeadConfig) -> None:
     """
     ids = d2t.cpu() + torch.arange(len(d2t))
     if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size or len(torch.unique(ids)) != len(ids):
-        raise ValueError(
-            f"d2t does not hold offsets into a vocabulary of {config.vocab_size} (target id - draft id)."
-        )
+        raise ValueError(f"d2t does not hold offsets into a vocabulary of {config.vocab_size} (target id - draft id).")
 
 
 def account(config: EagleHeadConfig, tensors: Tensors) -> None:

@@ -119,9 +119,7 @@ def _refuse_switches(published: PublishedConfig) -> None:
         raise ValueError("The head's further layers are irregular (`next_layer_regular`): unsupported.")
     architecture = published.head.get("transformer_layer_architecture", "auto")
     if architecture not in ("auto", "LlamaDecoderLayer", "Qwen3DecoderLayer", "Qwen2DecoderLayer"):
-        raise ValueError(
-            f"Layers of type {architecture!r} (`transformer_layer_architecture`) are unsupported."
-        )
+        raise ValueError(f"Layers of type {architecture!r} (`transformer_layer_architecture`) are unsupported.")
 
 
 def _sizes(published: PublishedConfig, tensors: Tensors) -> dict[str, Any]:
@@ -200,8 +198,7 @@ def _switches(published: PublishedConfig, tensors: Tensors, algorithm: str) -> d
         "norm_before_fc": eagle3 and "input_norm.weight" in tensors,
         "fc_norm": eagle3 and "fc_norm.0.weight" in tensors,
         # vLLM reads a speculators config that lacks the field as True
-        "norm_before_residual": eagle3
-        and bool(published.switch("norm_before_residual", published.speculators)),
+        "norm_before_residual": eagle3 and bool(published.switch("norm_before_residual", published.speculators)),
     }
 
 
@@ -233,9 +230,7 @@ def _features(published: PublishedConfig, tensors: Tensors, fields: dict[str, An
     }
 
 
-def _vocabulary(
-    published: PublishedConfig, tensors: Tensors, vocab_size: int | None, eagle3: bool
-) -> dict[str, Any]:
+def _vocabulary(published: PublishedConfig, tensors: Tensors, vocab_size: int | None, eagle3: bool) -> dict[str, Any]:
     embedding, lm_head = tensors.get("embed_tokens.weight"), tensors.get("lm_head.weight")
     mapping = tensors.get("d2t")
     if vocab_size is None:
@@ -266,11 +261,7 @@ def rope_parameters(layer: dict[str, Any]) -> dict[str, Any]:
     written = layer.get("rope_parameters") or layer.get("rope_scaling") or {}
     if any(isinstance(value, dict) for value in written.values()):
         raise ValueError("Rotary settings by layer type (`rope_parameters`) are not supported in a head.")
-    rope = {
-        key: value
-        for key, value in written.items()
-        if key not in ("type", "mrope_section", "mrope_interleaved")
-    }
+    rope = {key: value for key, value in written.items() if key not in ("type", "mrope_section", "mrope_interleaved")}
     kind = written.get("rope_type", written.get("type", "default"))
     # multimodal rotary positions are the ordinary ones for text
     rope["rope_type"] = "default" if kind in ("mrope", "default", None) else kind

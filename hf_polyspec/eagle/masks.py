@@ -6,9 +6,7 @@ from __future__ import annotations
 import torch
 
 
-def default_positions(
-    attention_mask: torch.Tensor | None, past: int, count: int, device: torch.device
-) -> torch.Tensor:
+def default_positions(attention_mask: torch.Tensor | None, past: int, count: int, device: torch.device) -> torch.Tensor:
     """Returns the positions of the last `count` of `past + count` pairs, `[B or 1, count]`.
 
     Padding marked in a 2-D mask is not counted, so a left-padded row starts at position 0.

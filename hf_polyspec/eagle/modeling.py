@@ -195,9 +195,7 @@ class EagleHead(PreTrainedModel):
             ValueError: If the width is not the head's.
         """
         if features.shape[-1] != self.config.feature_size:
-            raise ValueError(
-                f"The head reads features {self.config.feature_size} wide, got {features.shape[-1]}."
-            )
+            raise ValueError(f"The head reads features {self.config.feature_size} wide, got {features.shape[-1]}.")
         features = features.to(device=self.device, dtype=self.dtype)
         if self.config.algorithm == "eagle1" or not self.config.has_fc:
             return features
@@ -256,8 +254,7 @@ class EagleHead(PreTrainedModel):
         size, past = self.config.hidden_size, cache.length if cache is not None else 0
         if features.shape != (batch, count, size):
             raise ValueError(
-                f"features must be [{batch}, {count}, {size}] (fuse target features first), got "
-                f"{list(features.shape)}."
+                f"features must be [{batch}, {count}, {size}] (fuse target features first), got {list(features.shape)}."
             )
         if position_ids is None:
             position_ids = default_positions(attention_mask, past, count, self.device)

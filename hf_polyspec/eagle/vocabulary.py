@@ -74,9 +74,7 @@ class Borrowed:
         config = head.config
         rows, width = module_shape(lm_head)
         if width is not None and width != config.hidden_size:
-            raise ValueError(
-                f"The head is {config.hidden_size} wide; the target's lm_head reads {width} wide states."
-            )
+            raise ValueError(f"The head is {config.hidden_size} wide; the target's lm_head reads {width} wide states.")
         if rows is not None and rows < config.vocab_size:
             raise ValueError(
                 f"The head was made for a vocabulary of {config.vocab_size}; this lm_head scores {rows} ids."
