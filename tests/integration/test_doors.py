@@ -158,7 +158,7 @@ def test_an_attachment_outlives_enable_and_disable(model, chain):
 
 
 def test_an_instance_attribute_of_somebody_else_is_kept(model, chain):
-    """Loading a model repository with a recipe puts generate on the instance; attach goes around it, detach restores it."""
+    """Model repositories with a recipe put generate on the instance; attach goes around it, detach restores it."""
     called: list[dict[str, Any]] = []
     inner = model.generate
 

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Properties over options, prompts, lengths, ends and shapes of chains: output equals plain generation, and every
+cache holds exactly the ids it is said to hold (law 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_models import VOCABULARY, noisy, tiny
+from transformers import PreTrainedModel
+
+import hf_polyspec
+from hf_polyspec.levels.suffix import SuffixDrafter
+from hf_polyspec.runner import ModelRunner, Pass
+
+WINDOWS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
+KINDS: dict[str, dict[str, Any]] = {"llama": {}, "gpt2": {}, "mistral": {"sliding_window": 5}, "gemma3_text": WINDOWS}
+# The same examples every time: a test that fails now and then tells nobody anything.
+FIXED = settings(
+    max_examples=80, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
+)
+
+
+@lru_cache(maxsize=8)
+def family(kind: str) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel]:
+    """A target, a middle and a drafter."""
+    target = tiny(kind, **KINDS[kind])
+    return target, noisy(target, 0.03, seed=1), noisy(target, 0.06, seed=2)
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> dict[str, Any]:
+    """What a caller may ask for: prompts with padding, lengths, ends, processors, caching."""
+    batch = draw(st.integers(1, 4))
+    lengths = draw(st.lists(st.integers(1, 10), min_size=batch, max_size=batch))
+    width = max(lengths)
+    ids, mask = torch.zeros(batch, width, dtype=torch.long), torch.zeros(batch, width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        tokens = draw(st.lists(st.integers(3, VOCABULARY - 1), min_size=length, max_size=length))
+        ids[row, width - length :] = torch.tensor(tokens)
+        mask[row, width - length :] = 1
+    options: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "pad_token_id": 0, "do_sample": False}
+    options["max_new_tokens"] = draw(st.integers(1, 18))
+    ends = draw(st.lists(st.integers(1, VOCABULARY - 1), max_size=6, unique=True))
+    if ends:
+        options["eos_token_id"] = ends
+        if draw(st.booleans()):
+            options["min_new_tokens"] = draw(st.integers(1, options["max_new_tokens"]))
+    if draw(st.booleans()):
+        options["repetition_penalty"] = draw(st.sampled_from([1.1, 1.5, 0.9]))
+    if draw(st.booleans()):
+        options["no_repeat_ngram_size"] = draw(st.integers(1, 3))
+    if draw(st.integers(0, 4)) == 0:
+        options["use_cache"] = False
+    if draw(st.integers(0, 4)) == 0:
+        options["return_dict_in_generate"] = True
+        options["output_scores"] = draw(st.booleans())
+    return options
+
+
+@st.composite
+def chains(draw: st.DrawFn) -> dict[str, Any]:
+    """Which levels, and how they behave."""
+    return {
+        "levels": draw(st.sampled_from(["d", "m", "md", "mm", "mmd", "s", "ms", "mds"])),
+        "num_assistant_tokens": draw(st.integers(1, 7)),
+        "polyspec_block_size": draw(st.integers(1, 9)),
+        "polyspec_verification": draw(st.sampled_from(["auto", "token", "block"])),
+        "num_assistant_tokens_schedule": draw(st.sampled_from(["constant", "heuristic"])),
+        "assistant_confidence_threshold": draw(st.sampled_from([0.0, 0.3, 0.9])),
+    }
+
+
+@contextmanager
+def watched_caches() -> Iterator[list[int]]:
+    """After every forward pass the cache is as long as its longest row, which is what was asked for."""
+    original = ModelRunner.run
+    lengths: list[int] = []
+
+    def run(self: ModelRunner, context: Any, drafts: Any, *args: Any, **kwargs: Any) -> Pass:
+        result = original(self, context, drafts, *args, **kwargs)
+        if self.use_cache:
+            asked = [ids + draft for ids, draft in zip(self._own_view(context).ids, drafts, strict=True)]
+            assert self.memo == asked
+            for layer in self.cache.layers:
+                assert layer.get_seq_length() == max(len(ids) for ids in asked)
+                assert layer.keys.shape[0] == len(asked)
+            lengths.append(self.cache.length)
+        return result
+
+    ModelRunner.run = run  # type: ignore[method-assign]
+    try:
+        yield lengths
+    finally:
+        ModelRunner.run = original  # type: ignore[method-assign]
+
+
+def check(kind: str, request: dict[str, Any], chain: dict[str, Any]) -> Any:
+    target, middle, drafter = family(kind)
+    members = {"m": lambda: middle, "d": lambda: drafter, "s": SuffixDrafter}
+    options = {name: value for name, value in chain.items() if name != "levels"}
+    plain = target.generate(**request)
+    hf_polyspec.enable()
+    try:
+        with watched_caches() as lengths:
+            ours = target.generate(**request, **options, assistant_models=[members[c]() for c in chain["levels"]])
+    finally:
+        hf_polyspec.disable()
+    if request.get("return_dict_in_generate"):
+        assert type(ours) is type(plain)
+        assert len(ours.scores or ()) == len(plain.scores or ())
+        assert ours.polyspec.new_tokens <= plain.sequences.numel()
+        ours, plain = ours.sequences, plain.sequences
+    assert ours.tolist() == plain.tolist()
+    return lengths
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_request_through_any_chain_gives_plain_generations_text(kind):
+    @FIXED
+    @given(requests(), chains())
+    def holds(request: dict[str, Any], chain: dict[str, Any]) -> None:
+        check(kind, request, chain)
+
+    holds()
+
+
+def test_an_end_in_every_place_of_every_block():
+    """Ends taken from the text itself, so that they do occur, for rows of a batch at different places."""
+
+    @settings(FIXED, max_examples=40)
+    @given(st.data())
+    def holds(data: st.DataObject) -> None:
+        request = data.draw(requests())
+        target = family("llama")[0]
+        request.pop("eos_token_id", None)
+        request.pop("min_new_tokens", None)
+        request.pop("return_dict_in_generate", None)
+        request.pop("output_scores", None)
+        new = target.generate(**request)[:, request["input_ids"].shape[1] :]
+        rows = data.draw(st.lists(st.integers(0, new.shape[0] - 1), min_size=1, max_size=3))
+        places = [data.draw(st.integers(0, new.shape[1] - 1)) for _ in rows]
+        request["eos_token_id"] = [int(new[row, place]) for row, place in zip(rows, places, strict=True)]
+        check("llama", request, data.draw(chains()))
+
+    holds()
+
+
+def test_caches_hold_what_their_ids_say():
+    """Keys of every level, rolled back and realigned many times, against keys of a fresh pass over the same ids."""
+    target, middle, drafter = family("mistral")
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCABULARY, (3, 7), generator=generator)
+    original = ModelRunner.run
+    checked = {"rows": 0}
+
+    def run(self: ModelRunner, *args: Any, **kwargs: Any) -> Pass:
+        result = original(self, *args, **kwargs)
+        for row, held in enumerate(self.memo):
+            fresh = self.model(input_ids=torch.tensor([held]), use_cache=True).past_key_values
+            # A cache with a window keeps fewer columns; those it keeps must agree.
+            for mine, theirs in zip(self.cache.layers, fresh.layers, strict=True):
+                width = min(theirs.keys.shape[2], len(held))
+                start = self.cache.length - width
+                torch.testing.assert_close(mine.keys[row, :, start:], theirs.keys[0, :, -width:], rtol=1e-4, atol=1e-4)
+            checked["rows"] += 1
+        return result
+
+    hf_polyspec.enable()
+    ModelRunner.run = run  # type: ignore[method-assign]
+    try:
+        with torch.no_grad():
+            target.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=14,
+                do_sample=False,
+                assistant_models=[middle, drafter],
+                polyspec_block_size=3,
+            )
+    finally:
+        ModelRunner.run = original  # type: ignore[method-assign]
+        hf_polyspec.disable()
+    assert checked["rows"] > 30
