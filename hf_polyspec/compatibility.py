@@ -122,7 +122,8 @@ def check_model(model: nn.Module, role: str) -> None:
             f"{role} ({kind}) keeps a recurrent state{state} that cannot be rolled back after a rejected draft; "
             "chains are built from attention-only models."
         )
-    if getattr(config, "is_decoder", None) is False:
+    # BERT's family; GPT-NeoX has the first of the two as well and means nothing by it.
+    if getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention"):
         raise ValueError(f"{role} ({kind}) attends to both sides; load it with is_decoder=True in its config.")
     if getattr(config, "model_type", None) in _OWN_CACHE_ENTRIES:
         raise ValueError(f"{role} ({kind}) adds prompt positions of its own to its cache; chains cannot use it.")
