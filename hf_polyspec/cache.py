@@ -47,15 +47,15 @@ class RollbackLayer(DynamicLayer):
         if self._key_buffer is not None and length < self.get_seq_length():
             self._show(length)
 
-    def gather(self, columns: torch.Tensor) -> None:
-        """Replace column c of row b by column `columns[b, c]`; `columns` is `[B, S']`."""
+    def gather(self, columns: torch.Tensor, start: int = 0) -> None:
+        """Keep `start` columns and go on with those at `columns[b]` in row b; `columns` is `[B, S']`."""
         if self._key_buffer is None or self._value_buffer is None:
             return
-        width = columns.shape[1]
+        end = start + columns.shape[1]
         for buffer, current in ((self._key_buffer, self.keys), (self._value_buffer, self.values)):
             index = columns.to(buffer.device)[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
-            buffer[:, :, :width] = current.gather(2, index)
-        self._show(width)
+            buffer[:, :, start:end] = current.gather(2, index)
+        self._show(end)
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         """Keep the given rows of the batch."""
@@ -144,6 +144,16 @@ class RollbackCache(DynamicCache):
         else:
             self.shrink(new_width)
         return new_width
+
+    def pick(self, columns: torch.Tensor) -> None:
+        """Make column c of row b what is now column `columns[b, c]`; `columns` is `[B, S']`."""
+        same = (columns == torch.arange(columns.shape[1])).all(dim=0)
+        start = int(same.long().cumprod(0).sum())
+        for layer in self.layers:
+            if start == columns.shape[1]:
+                layer.shrink(start)
+            else:
+                layer.gather(columns[:, start:], start)
 
     def keep_rows(self, rows: list[int]) -> None:
         """Keep the given rows of the batch."""

@@ -22,6 +22,7 @@ from .levels.eagle import EagleDrafter
 from .levels.verifier import Verifier
 from .options import DEFAULT_DRAFT_TOKENS, PolySpecOptions
 from .runner import ModelRunner
+from .trees import hindrance
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,9 @@ def build_chain(target: Any, assistants: Sequence[Any], setting: Setting, runner
         ValueError: a drafter cannot serve this many rows.
     """
     below = build_below(assistants, setting, target)
+    # Hidden states and attentions are asked for by column, and a tree's columns are no text.
+    watched = "the caller asked for hidden states or attentions" if runner.record else None
+    trees, note = _trees(runner, below, watched)
     _show_features(runner, below)
     chain = Verifier(
         runner,
@@ -109,6 +113,8 @@ def build_chain(target: Any, assistants: Sequence[Any], setting: Setting, runner
         eos=setting.eos,
         pad=setting.pad,
         draft_limit=_draft_limit(assistants, 0, setting),
+        trees=trees,
+        note=note,
     )
     chain.begin(0, setting.batch, vocabulary_size(target))
     return chain
@@ -171,6 +177,7 @@ def _level(
     )
     options = setting.options.for_assistant(assistant)
     if below is not None:
+        trees, note = _trees(runner, below)
         _show_features(runner, below)
         return Verifier(
             runner,
@@ -181,6 +188,8 @@ def _level(
             eos=setting.eos,
             pad=setting.pad,
             draft_limit=_draft_limit(assistants, place + 1, setting),
+            trees=trees,
+            note=note,
         )
     return CausalLMDrafter(
         runner,
@@ -210,7 +219,20 @@ def _head_level(assistants: Sequence[Any], place: int, setting: Setting, target:
         confidence_threshold=options.assistant_confidence_threshold or 0.0,
         schedule=options.num_assistant_tokens_schedule or "constant",
         eos=setting.eos,
+        tree_tokens=options.polyspec_tree_tokens,
+        tree_depth=options.polyspec_tree_depth,
+        tree_top_k=options.polyspec_tree_top_k,
     )
+
+
+def _trees(runner: ModelRunner, below: Drafter, reason: str | None = None) -> tuple[bool, str | None]:
+    """Whether a verifier is to check trees, and what to say if it cannot though they were asked for."""
+    if not isinstance(below, EagleDrafter) or not below.tree_tokens:
+        return False, None
+    if reason is None and not (runner.use_cache and runner.takes_positions):
+        reason = "it keeps no cache" if runner.takes_positions else "it takes no position_ids"
+    reason = reason or hindrance(inner_model(runner.model))
+    return reason is None, None if reason is None else f"chains instead of trees under {runner.name}: {reason}"
 
 
 def _bound(head: EagleHead, above: Any, role: str) -> EagleHead:

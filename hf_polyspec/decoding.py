@@ -55,6 +55,9 @@ def decode(
     num_assistant_tokens_schedule: str | None = None,
     polyspec_block_size: int | None = None,
     polyspec_verification: str | None = None,
+    polyspec_tree_tokens: int | None = None,
+    polyspec_tree_depth: int | None = None,
+    polyspec_tree_top_k: int | None = None,
     streamer: Any = None,
     tokenizer: Any = None,
     synced_gpus: bool = False,
@@ -71,7 +74,8 @@ def decode(
         logits_processor, stopping_criteria, generation_config: as generate() prepared them.
         assistant_models: the levels below the target, the slowest first.
         num_assistant_tokens, assistant_confidence_threshold, num_assistant_tokens_schedule, polyspec_block_size,
-            polyspec_verification: see `PolySpecOptions`.
+            polyspec_verification, polyspec_tree_tokens, polyspec_tree_depth, polyspec_tree_top_k: as in
+            `PolySpecOptions`.
         streamer: gets the new tokens of every step, `[B]`.
         tokenizer: accepted for the sake of the contract; not used.
         synced_gpus: must be False.
@@ -91,6 +95,9 @@ def decode(
         "num_assistant_tokens_schedule": num_assistant_tokens_schedule,
         "polyspec_block_size": polyspec_block_size,
         "polyspec_verification": polyspec_verification,
+        "polyspec_tree_tokens": polyspec_tree_tokens,
+        "polyspec_tree_depth": polyspec_tree_depth,
+        "polyspec_tree_top_k": polyspec_tree_top_k,
     }
     if synced_gpus:
         raise ValueError(SYNCED_GPUS)

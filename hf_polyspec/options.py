@@ -12,6 +12,8 @@ Schedule = Literal["constant", "heuristic", "heuristic_transient"]
 
 DEFAULT_DRAFT_TOKENS = 5
 DEFAULT_BLOCK_SIZE = 8
+DEFAULT_TREE_DEPTH = 5
+DEFAULT_TREE_TOP_K = 4
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,9 @@ class PolySpecOptions:
         num_assistant_tokens_schedule: "constant", "heuristic" or "heuristic_transient".
         polyspec_block_size: tokens a middle model collects before the level above checks them, 1 or more.
         polyspec_verification: "token", "block", or "auto": block verification wherever it can accept more.
+        polyspec_tree_tokens: most tokens of the tree an EAGLE head proposes, 0 for a chain.
+        polyspec_tree_depth: most tokens of a path of that tree, 1 or more.
+        polyspec_tree_top_k: how many continuations the head follows at each depth, 1 or more.
     """
 
     num_assistant_tokens: int | None = None
@@ -34,10 +39,16 @@ class PolySpecOptions:
     num_assistant_tokens_schedule: Schedule | None = None
     polyspec_block_size: int = DEFAULT_BLOCK_SIZE
     polyspec_verification: Verification = "auto"
+    polyspec_tree_tokens: int = 0
+    polyspec_tree_depth: int = DEFAULT_TREE_DEPTH
+    polyspec_tree_top_k: int = DEFAULT_TREE_TOP_K
 
     def __post_init__(self) -> None:
         _require_count("num_assistant_tokens", self.num_assistant_tokens)
         _require_count("polyspec_block_size", self.polyspec_block_size)
+        _require_count("polyspec_tree_tokens", self.polyspec_tree_tokens, least=0)
+        _require_count("polyspec_tree_depth", self.polyspec_tree_depth)
+        _require_count("polyspec_tree_top_k", self.polyspec_tree_top_k)
         threshold = self.assistant_confidence_threshold
         if threshold is not None and not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
             raise ValueError(f"assistant_confidence_threshold must be a number from 0 to 1, got {threshold!r}.")
@@ -101,9 +112,9 @@ def _transformers_defaults(config: Any) -> dict[str, Any]:
     return dict(getter()) if callable(getter) else {}
 
 
-def _require_count(name: str, value: Any) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+def _require_count(name: str, value: Any, least: int = 1) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
 
 
 def _require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

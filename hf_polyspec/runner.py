@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,10 @@ from .cache import RollbackCache
 from .context import EMBEDDED, Context, Prompt, common_prefix
 from .errors import LevelError, RollbackError
 from .telemetry import LevelStats
+from .trees import additive, depths, tree_mask
+
+if TYPE_CHECKING:
+    from .levels.base import TreeProposal
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,15 @@ class Pass:
         output: the model's own output (hidden states and attentions, when asked for).
         fed: columns F of this pass; a row's tokens end at the right edge.
         read: per row, the ids the model has now read; the last F of them were fed in this pass.
+        kept: for a pass over trees, once judged: per row, the fed columns of context and accepted path, whose ids end
+            `read`.
     """
 
     logits: torch.Tensor
     output: Any
     fed: int
     read: list[list[int]] = field(default_factory=list)
+    kept: list[list[int]] | None = None
 
 
 class ModelRunner:
@@ -69,7 +76,7 @@ class ModelRunner:
         self.reads_embeds = reads_embeds
         accepted = forward_arguments(model)
         self._slices_logits = "logits_to_keep" in accepted
-        self._takes_positions = "position_ids" in accepted
+        self.takes_positions = "position_ids" in accepted
         self.cache = RollbackCache()
         self.memo: list[list[int]] = []
 
@@ -101,18 +108,94 @@ class ModelRunner:
         keep, fed = self._plan(sequences, wanted)
         past = self._roll_back(keep)
         inputs = self._inputs(context, sequences, keep, past, fed)
-        if self._slices_logits:
-            inputs["logits_to_keep"] = max(wanted, columns)
-        stats.forward_passes += 1
-        try:
-            output = self.model(**inputs, **self.record, return_dict=True)
-        except Exception as error:
-            self._recover(past)
-            raise LevelError(f"the forward pass of {self.name} failed: {error}") from error
+        output = self._call(inputs, max(wanted, columns), past, stats)
         if self.use_cache:
             self._remember(sequences, past + fed)
         read = sequences if context is whole else whole.extended(drafts).ids
         return Pass(self._align(output.logits, drafts, wanted), output, fed, read)
+
+    def run_tree(self, context: Context, tree: TreeProposal, stats: LevelStats) -> Pass:
+        """Feed what the cache lacks of the context, and a tree of nodes; then `keep_paths` must be called.
+
+        Args:
+            context: rows to continue, all positions with ids; tree: nodes after it.
+            stats: where the forward pass is counted.
+
+        Returns:
+            The pass; its logits are `[B, T + 1, V]`, column 0 after the context, column j + 1 after node j.
+
+        Raises:
+            LevelError: the model raised.
+        """
+        sequences = context.extended(tree.tokens).ids
+        wanted = 1 + max(len(nodes) for nodes in tree.tokens)
+        keep, fed = self._plan(sequences, wanted)
+        past = self._roll_back(keep)
+        inputs = self._inputs(context, sequences, keep, past, fed)
+        self._plant(inputs, context, sequences, tree.parents, past + fed)
+        # Until it is known which path stays, no id of the cache is certain.
+        self.memo = [[] for _ in sequences]
+        output = self._call(inputs, wanted, past, stats)
+        return Pass(self._align(output.logits, tree.tokens, wanted), output, fed)
+
+    def keep_paths(self, passed: Pass, context: Context, tree: TreeProposal, paths: list[list[int]]) -> Pass:
+        """Of the trees of the last pass only these nodes stay, per row from the context on.
+
+        Returns:
+            The pass, with what it has read.
+        """
+        read = context.extended([[row[n] for n in path] for row, path in zip(tree.tokens, paths, strict=True)]).ids
+        width, new_width = self.cache.length, max(len(ids) for ids in read)
+        columns = torch.zeros(len(read), new_width, dtype=torch.long)
+        kept = []
+        for b, (ids, nodes, path) in enumerate(zip(context.ids, tree.tokens, paths, strict=True)):
+            first = width - len(nodes)  # column of the row's first node
+            left = new_width - len(read[b])
+            columns[b, left : left + len(ids)] = torch.arange(first - len(ids), first)
+            columns[b, left + len(ids) :] = first + torch.tensor(path, dtype=torch.long)
+            start = passed.fed - len(nodes)
+            kept.append([*range(max(0, start - len(ids)), start), *(start + node for node in path)])
+        self.cache.pick(columns)
+        self._remember(read, new_width)
+        return replace(passed, read=read, kept=kept)
+
+    def _call(self, inputs: dict[str, Any], logits: int, past: int, stats: LevelStats) -> Any:
+        if self._slices_logits:
+            inputs["logits_to_keep"] = logits
+        stats.forward_passes += 1
+        try:
+            return self.model(**inputs, **self.record, return_dict=True)
+        except Exception as error:
+            self._recover(past)
+            raise LevelError(f"the forward pass of {self.name} failed: {error}") from error
+
+    def _plant(
+        self,
+        inputs: dict[str, Any],
+        context: Context,
+        sequences: list[list[int]],
+        parents: list[list[int]],
+        width: int,
+    ) -> None:
+        """Give the forward arguments of a chain the mask and positions of trees instead."""
+        unused = [width - len(ids) for ids in sequences]
+        mask = self._mask(context, unused, width)
+        real = torch.ones(len(unused), width, dtype=torch.bool) if mask is None else mask.bool()
+        places = torch.arange(width)[None, :] - torch.tensor(unused)[:, None]  # [B, S]
+        positions = inputs["position_ids"].clone()  # [B, F]
+        fed = positions.shape[1]
+        for b, of_row in enumerate(parents):
+            if of_row:
+                depth, count = torch.tensor(depths(of_row)), len(of_row)
+                places[b, -count:] = len(context.ids[b]) - 1 + depth
+                positions[b, -count:] = positions[b, -count - 1] + depth.to(positions.device)
+        added = additive(tree_mask(real, fed, parents), places, self.model)
+        inputs["attention_mask"] = (
+            {kind: one.to(self.model_device) for kind, one in added.items()}
+            if isinstance(added, dict)
+            else added.to(self.model_device)
+        )
+        inputs["position_ids"] = positions
 
     def can_read(self, context: Context) -> bool:
         """Whether every row has something that this model can be fed."""
@@ -191,7 +274,7 @@ class ModelRunner:
             "use_cache": self.use_cache,
             "past_key_values": self.cache if self.use_cache else None,
         }
-        if self._takes_positions:
+        if self.takes_positions:
             inputs["position_ids"] = self._positions(context, sequences, fed).to(self.model_device)
         if context.prompt.embeds is not None and min(keep) < context.prompt.embeds.shape[1]:
             inputs["inputs_embeds"] = self._embed(context, ids, unused, width)

@@ -38,6 +38,21 @@ class Proposal:
         return max((len(row) for row in self.tokens), default=0)
 
 
+@dataclass(frozen=True)
+class TreeProposal:
+    """Several continuations at once, chosen and not drawn (one-hot: `q` is None for a tree).
+
+    Attributes:
+        tokens: per row, the nodes' ids, parents before their children; no two children of a node are equal.
+        parents: per row, the index of each node's parent among them, -1 for nodes that follow the context.
+        origins: like `tokens`, the index of the level that first proposed each.
+    """
+
+    tokens: list[list[int]]
+    parents: list[list[int]]
+    origins: list[list[int]]
+
+
 class Drafter(ABC):
     """A level that can be asked to continue a context.
 
@@ -81,6 +96,10 @@ class Drafter(ABC):
             limits: per row, 0 for rows that need nothing.
             law: turns raw logits into distributions and draws from them; this level's own copy.
         """
+
+    def propose_tree(self, context: Context, limits: list[int], law: LawMaker) -> TreeProposal | None:
+        """Like `propose`, for a level above that can check a tree; None says that there is none to offer."""
+        return None
 
     def watch(self, passed: Pass) -> None:
         """Shown every forward pass of the level directly above, for drafters that read its hidden states."""

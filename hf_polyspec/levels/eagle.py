@@ -13,8 +13,9 @@ from ..eagle.features import select_features
 from ..eagle.modeling import EagleHead
 from ..errors import LevelError
 from ..runner import Pass
-from .base import Drafter, Proposal
+from .base import Drafter, Proposal, TreeProposal
 from .eagle_memory import FeatureMemo, PairMemo, Pairs, left_mask
+from .eagle_tree import Grown, grow
 
 _CHUNK = 1024
 
@@ -38,6 +39,8 @@ class EagleDrafter(Drafter):
         confidence_threshold: 0 to 1, 0 for never (transformers' `assistant_confidence_threshold`).
         schedule: as in `CausalLMDrafter`.
         eos: ids that end a text.
+        tree_tokens, tree_depth, tree_top_k: size of the trees offered to a level that can check them; 0 tokens for
+            none.
     """
 
     def __init__(
@@ -51,6 +54,9 @@ class EagleDrafter(Drafter):
         confidence_threshold: float = 0.0,
         schedule: str = "constant",
         eos: frozenset[int] = frozenset(),
+        tree_tokens: int = 0,
+        tree_depth: int = 5,
+        tree_top_k: int = 4,
     ) -> None:
         self.name = name
         super().__init__()
@@ -61,6 +67,9 @@ class EagleDrafter(Drafter):
         self.confidence_threshold = confidence_threshold
         self.schedule = schedule
         self.eos = eos
+        self.tree_tokens = tree_tokens
+        self.tree_depth = tree_depth
+        self.tree_top_k = tree_top_k
         self.chunk = _CHUNK
         self.vocabulary = 0
         self.features: list[FeatureMemo] = []
@@ -81,8 +90,9 @@ class EagleDrafter(Drafter):
     def watch(self, passed: Pass) -> None:
         with self.stats.timed():
             states = self.head.fuse(select_features(passed.output.hidden_states, self.layers))  # [B, F, H]
-            for memo, ids, row in zip(self.features, passed.read, states, strict=True):
-                memo.store(ids, row[-min(passed.fed, len(ids)) :])
+            for b, (memo, ids, row) in enumerate(zip(self.features, passed.read, states, strict=True)):
+                columns = None if passed.kept is None else passed.kept[b]
+                memo.store(ids, row[-min(passed.fed, len(ids)) :] if columns is None else row[columns])
 
     def prefill(self, context: Context, chunk: int) -> None:
         self.chunk = chunk
@@ -109,6 +119,16 @@ class EagleDrafter(Drafter):
                 q = self._draft(context, rows, tokens, room, law)
         self.stats.drafted += sum(len(row) for row in tokens)
         return Proposal(tokens, q, [[self.index] * len(row) for row in tokens])
+
+    def propose_tree(self, context: Context, limits: list[int], law: LawMaker) -> TreeProposal | None:
+        rows = self._known_pairs(context) if self.tree_tokens else []
+        room = [min(limit, self.tree_depth) if row.count else 0 for limit, row in zip(limits, rows, strict=False)]
+        if not any(room):
+            return None
+        with self.stats.timed():
+            grown = self._grow(rows, room)
+        self.stats.drafted += sum(len(nodes) for nodes in grown.tokens)
+        return TreeProposal(grown.tokens, grown.parents, [[self.index] * len(nodes) for nodes in grown.tokens])
 
     def _forget(self, batch: int) -> None:
         self.features = [FeatureMemo() for _ in range(batch)]
@@ -157,22 +177,50 @@ class EagleDrafter(Drafter):
         self.stats.forward_passes += passes
         return hidden
 
-    def _advance(self, rows: list[Pairs], column: list[int], hidden: torch.Tensor, step: int) -> torch.Tensor:
-        """One step of guessing: `[B, 1, H]` of the next position from this one's and the token after it."""
-        positions = torch.tensor([[max(0, row.end - row.padding) + step] for row in rows])
-        width = self.pairs.cache.length + 1
+    def _grow(self, rows: list[Pairs], room: list[int]) -> Grown:
+        hidden = self._catch_up(rows)
+        width = self.pairs.width
+        seen = torch.arange(width)[None, :] >= torch.tensor(self.pairs.unused)[:, None]  # [B, S]
+        # Rows with late tokens take them in first; the last of each row's goes into the last of these columns.
+        late = [row.ids[row.end + 1 :] for row in rows]
+        most = max(len(more) for more in late)
+        for step in range(most):
+            own = [step - most + len(more) for more in late]  # index of the row's late token, negative for none
+            fresh = torch.tensor([place >= 0 for place in own])
+            column = torch.tensor([[more[max(0, at)] if more else 0] for more, at in zip(late, own, strict=True)])
+            places = torch.tensor([[max(0, r.end - r.padding + at)] for r, at in zip(rows, own, strict=True)])
+            itself = torch.ones(len(rows), 1, dtype=torch.bool)
+            out = self._step(column, hidden, places, torch.cat([seen, itself], dim=1)[:, None, None])
+            hidden = torch.where(fresh.to(hidden.device)[:, None, None], out, hidden)
+            seen = torch.cat([seen, fresh[:, None]], dim=1)
+        first = torch.tensor([[max(0, len(row.ids) - 1 - row.padding)] for row in rows])
+
+        def step_level(tokens: torch.Tensor, features: torch.Tensor, level: int, sees: torch.Tensor) -> torch.Tensor:
+            before = seen[:, None].expand(-1, tokens.shape[1], -1).to(sees.device)
+            places = (first + level - 1).expand(-1, tokens.shape[1])
+            return self._step(tokens, features, places, torch.cat([before, sees], dim=2)[:, None])
+
+        def score(states: torch.Tensor) -> torch.Tensor:
+            return self._logits(states).log_softmax(-1)
+
+        size = {"total": self.tree_tokens, "depth": self.tree_depth, "top_k": self.tree_top_k}
+        return grow(hidden, room, score, step_level, **size)
+
+    def _step(
+        self, tokens: torch.Tensor, features: torch.Tensor, places: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         try:
-            hidden = self.head.step(
-                self.pairs.allowed(torch.tensor(column)[:, None]),
-                hidden,
-                positions,
-                left_mask(self.pairs.unused, width),
-                self.pairs.cache,
-            )
+            hidden = self.head.step(self.pairs.allowed(tokens), features, places, mask, self.pairs.cache)
         except Exception as error:
             raise LevelError(f"the forward pass of {self.name} failed: {error}") from error
         self.stats.forward_passes += 1
         return hidden
+
+    def _advance(self, rows: list[Pairs], column: list[int], hidden: torch.Tensor, step: int) -> torch.Tensor:
+        """One step of guessing: `[B, 1, H]` of the next position from this one's and the token after it."""
+        positions = torch.tensor([[max(0, row.end - row.padding) + step] for row in rows])
+        mask = left_mask(self.pairs.unused, self.pairs.cache.length + 1)
+        return self._step(torch.tensor(column)[:, None], hidden, positions, mask)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The head's scores over the chain's ids, `[..., V]`; -inf where it has none."""

@@ -13,8 +13,10 @@ import torch
 from ..context import Context
 from ..distributions import LawMaker, fit_vocabulary
 from ..runner import ModelRunner, Pass
-from .base import Drafter, Proposal
+from ..trees import depths
+from .base import Drafter, Proposal, TreeProposal
 from .judgement import Judgement, judge, record
+from .tree_judgement import judge_tree
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Verifier(Drafter):
         eos: ids that end a text: nothing is drafted after one.
         pad: id that finished rows are continued with.
         draft_limit: most tokens asked of the level below in one round, None for as many as it likes to give.
+        trees: whether the model can check trees.
+        note: said once in the statistics of a generation.
     """
 
     def __init__(
@@ -66,6 +70,8 @@ class Verifier(Drafter):
         eos: frozenset[int] = frozenset(),
         pad: int = 0,
         draft_limit: int | None = None,
+        trees: bool = False,
+        note: str | None = None,
     ) -> None:
         self.name = name
         super().__init__()
@@ -76,11 +82,15 @@ class Verifier(Drafter):
         self.eos = eos
         self.pad = pad
         self.draft_limit = draft_limit
+        self.trees = trees
+        self.note = note
         self.vocabulary = 0
 
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
         super().begin(index, batch, vocabulary)
         self.vocabulary = vocabulary
+        if self.note:
+            self.stats.notes.append(self.note)
         self.below.begin(index + 1, batch, vocabulary)
 
     def round(self, context: Context, limits: list[int], law: LawMaker) -> Emission:
@@ -94,7 +104,12 @@ class Verifier(Drafter):
             LevelError: a model's forward pass failed.
         """
         active = [limit > 0 for limit in limits]
-        proposal = self.below.propose(context, [self._room_below(limit) for limit in limits], law.fork(context.batch))
+        rooms = [self._room_below(limit) for limit in limits]
+        if self.trees and not law.in_order and not context.prompt.hidden:
+            tree = self.below.propose_tree(context, rooms, law)
+            if tree is not None:
+                return self._round_of_tree(context, tree, active, law)
+        proposal = self.below.propose(context, rooms, law.fork(context.batch))
         with self.stats.timed():
             passed = self.runner.run(context, proposal.tokens, self.stats)
             logits = fit_vocabulary(passed.logits, self.vocabulary)
@@ -112,6 +127,28 @@ class Verifier(Drafter):
             logits,
             judgement.scores,
             passed,
+        )
+
+    def _round_of_tree(self, context: Context, tree: TreeProposal, active: list[bool], law: LawMaker) -> Emission:
+        """The check of a tree; its depth counts as the number of tokens drafted."""
+        drafted = [max(depths(parents), default=0) for parents in tree.parents]
+        with self.stats.timed():
+            passed = self.runner.run_tree(context, tree, self.stats)
+            logits = fit_vocabulary(passed.logits, self.vocabulary)
+            judgement = judge_tree(law, context, tree, logits, active)
+            passed = self.runner.keep_paths(passed, context, tree, judgement.paths)
+            accepted = [len(path) for path in judgement.paths]
+            for proposed, kept, alive in zip(drafted, accepted, active, strict=True):
+                if alive:
+                    self.stats.record_round(proposed, kept)
+        self.below.watch(passed)
+        self.below.observe(drafted, accepted)
+        origins = [
+            [*(of_row[node] for node in path), self.index] if alive else []
+            for of_row, path, alive in zip(tree.origins, judgement.paths, active, strict=True)
+        ]
+        return Emission(
+            judgement.tokens, judgement.p, origins, drafted, accepted, judgement.logits, judgement.scores, passed
         )
 
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
