@@ -56,11 +56,12 @@ class PolySpecCandidateGenerator(CandidateGenerator):
         self._proposed = 0
         self._prompt: Prompt | None = None
 
-    def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def get_candidates(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Candidates for one row.
 
         Args:
             input_ids: `[1, L]`.
+            args, kwargs: whatever else this release of transformers tells its generators.
 
         Returns:
             `[1, L + K]` ids, and `[1, K, V]` logits whose softmax is the law they were drawn from (None if greedy).

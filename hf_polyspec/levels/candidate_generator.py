@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from transformers.generation.candidate_generator import CandidateGenerator
 
@@ -38,6 +40,7 @@ class CandidateGeneratorDrafter(Drafter):
 
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
         super().begin(index, batch, vocabulary)
+        self._asked = None
         self.vocabulary = vocabulary
 
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
@@ -46,7 +49,7 @@ class CandidateGeneratorDrafter(Drafter):
             return Proposal([[]], None, [[]])
         with self.stats.timed():
             try:
-                candidates, logits = self.generator.get_candidates(ids)
+                candidates, logits = self.generator.get_candidates(ids, **self._older_arguments())
             except Exception as error:
                 raise LevelError(f"{self.name} failed to propose: {error}") from error
             new = candidates[0, ids.shape[1] :][: limits[0]]
@@ -59,6 +62,11 @@ class CandidateGeneratorDrafter(Drafter):
         self.stats.drafted += len(tokens)
         self._asked = (ids, len(tokens))
         return Proposal([tokens], q, [[self.index] * len(tokens)])
+
+    def _older_arguments(self) -> dict[str, bool]:
+        """What generators had to be told in older releases of transformers."""
+        told = "is_first_iteration" in inspect.signature(self.generator.get_candidates).parameters
+        return {"is_first_iteration": self._asked is None} if told else {}
 
     def observe(self, drafted: list[int], accepted: list[int]) -> None:
         if self._asked is None or not drafted[0]:
