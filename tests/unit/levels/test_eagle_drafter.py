@@ -160,7 +160,7 @@ ARCHITECTURES = {
     "qwen2": {},
     "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6},
     "gpt2": {},
-    "gpt_neox": {"is_decoder": True},
+    "gpt_neox": {},
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48},
     "bloom": {},
     "phi": {},
@@ -229,9 +229,7 @@ def test_nothing_is_drafted_when_every_known_id_is_forbidden() -> None:
     target = tiny()
     known = list(range(0, VOCABULARY, 2))
     for sample in (False, True):
-        output = run(
-            target, [head_for(target, draft_vocab=known)], prompts(2), suppress_tokens=known, do_sample=sample
-        )
+        output = run(target, [head_for(target, draft_vocab=known)], prompts(2), suppress_tokens=known, do_sample=sample)
         assert output.polyspec.levels[1].drafted == 0
         assert output.polyspec.levels[1].forward_passes > 0
 
