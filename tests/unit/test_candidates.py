@@ -17,6 +17,7 @@ from hf_polyspec.distributions import LawMaker
 from hf_polyspec.levels.candidate_generator import CandidateGeneratorDrafter
 
 PROMPT = torch.tensor([[3, 7, 1, 7, 3, 7]])
+NO_END = torch.tensor([-1])  # older releases cannot do without an end of text
 
 
 class Hooked(LlamaForCausalLM):
@@ -109,7 +110,9 @@ def test_transformers_samples_exactly_with_a_chain(target: Hooked) -> None:
 
 def test_prompt_lookup_as_a_level(target: Hooked) -> None:
     plain = target.generate(PROMPT, max_new_tokens=24, do_sample=False)
-    lookup = PromptLookupCandidateGenerator(num_output_tokens=4, max_matching_ngram_size=2, max_length=30)
+    lookup = PromptLookupCandidateGenerator(
+        eos_token_id=NO_END, num_output_tokens=4, max_matching_ngram_size=2, max_length=30
+    )
     for assistants in ([lookup], [noisy(target, 0.02, 1), lookup]):
         output = hf_polyspec.generate(
             target,
@@ -134,7 +137,7 @@ def assisted(target: Any, small: Any, do_sample: bool) -> AssistedCandidateGener
     small.generation_config.assistant_confidence_threshold = 0.0
     small.generation_config.num_assistant_tokens_schedule = "constant"
     return AssistedCandidateGenerator(
-        PROMPT, small, config, {"attention_mask": None}, logits_processor=LogitsProcessorList()
+        PROMPT, small, config, {"attention_mask": torch.ones_like(PROMPT)}, logits_processor=LogitsProcessorList()
     )
 
 
