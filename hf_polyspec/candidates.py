@@ -56,7 +56,9 @@ class PolySpecCandidateGenerator(CandidateGenerator):
         self._proposed = 0
         self._prompt: Prompt | None = None
 
-    def get_candidates(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def get_candidates(
+        self, input_ids: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Candidates for one row.
 
         Args:
