@@ -13,22 +13,22 @@ from ..eagle.features import select_features
 from ..eagle.modeling import EagleHead
 from ..errors import LevelError
 from ..runner import Pass
-from .base import Drafter, Proposal, TreeProposal
+from .base import Proposal, TreeProposal
 from .eagle_memory import FeatureMemo, PairMemo, Pairs, left_mask
 from .eagle_tree import Grown, grow
+from .sequential import SequentialDrafter
 
 _CHUNK = 1024
 
 
-class EagleDrafter(Drafter):
+class EagleDrafter(SequentialDrafter):
     """Drafts a chain of tokens with an EAGLE head (arXiv 2401.15077, arXiv 2503.01840).
 
     At position i the head reads the feature of the level above and the token at i + 1, and guesses the token at
     i + 2; its own output is the feature of the next step. Where the level above has not read the last tokens itself (a
     token the target added), the head goes on from its own output. Before the first pass above it proposes nothing.
 
-    When a row stops is decided as in `CausalLMDrafter`: after `draft_tokens` tokens, an end of text, or a token it was
-    unsure of, which is still proposed (law 2).
+    When a row of a chain stops is decided in `SequentialDrafter`.
 
     Args:
         head: bound to the model of the level above.
@@ -37,7 +37,7 @@ class EagleDrafter(Drafter):
         device: where laws are compared.
         draft_tokens: tokens a round (transformers' `num_assistant_tokens`).
         confidence_threshold: 0 to 1, 0 for never (transformers' `assistant_confidence_threshold`).
-        schedule: as in `CausalLMDrafter`.
+        schedule: see `SequentialDrafter`.
         eos: ids that end a text.
         tree_tokens, tree_depth, tree_top_k: size of the trees offered to a level that can check them; 0 tokens for
             none.
@@ -58,20 +58,20 @@ class EagleDrafter(Drafter):
         tree_depth: int = 5,
         tree_top_k: int = 4,
     ) -> None:
-        self.name = name
-        super().__init__()
+        super().__init__(
+            name=name,
+            draft_tokens=draft_tokens,
+            confidence_threshold=confidence_threshold,
+            schedule=schedule,
+            eos=eos,
+        )
         self.head = head
         self.layers = list(layers)
         self.device = device
-        self.draft_tokens = draft_tokens
-        self.confidence_threshold = confidence_threshold
-        self.schedule = schedule
-        self.eos = eos
         self.tree_tokens = tree_tokens
         self.tree_depth = tree_depth
         self.tree_top_k = tree_top_k
         self.chunk = _CHUNK
-        self.vocabulary = 0
         self.features: list[FeatureMemo] = []
         self.pairs = PairMemo(head)
         self._columns: torch.Tensor | None = None
@@ -80,7 +80,6 @@ class EagleDrafter(Drafter):
 
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
         super().begin(index, batch, vocabulary)
-        self.vocabulary = vocabulary
         self._columns = self.head.target_ids().to(self.device) if self.head.config.maps_vocabulary else None
         self._forget(batch)
 
@@ -100,14 +99,6 @@ class EagleDrafter(Drafter):
     def keep_rows(self, rows: list[int]) -> None:
         self.features = [self.features[row] for row in rows]
         self.pairs.keep_rows(rows)
-
-    def observe(self, drafted: list[int], accepted: list[int]) -> None:
-        judged = [(d, a) for d, a in zip(drafted, accepted, strict=True) if d]
-        self.stats.accepted += sum(a for _, a in judged)
-        if self.schedule == "constant" or not judged:
-            return
-        everything = all(d == a for d, a in judged)
-        self.draft_tokens = self.draft_tokens + 2 if everything else max(1, self.draft_tokens - 1)
 
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
         rows = self._known_pairs(context)
@@ -160,7 +151,7 @@ class EagleDrafter(Drafter):
         step = 0
         while any(going):
             drawing = [alive and step >= len(more) for alive, more in zip(going, late, strict=True)]
-            laws.append(self._draw(context, tokens, hidden, drawing, going, law) if any(drawing) else None)
+            laws.append(self.draw(context, tokens, self._logits(hidden), drawing, going, law) if any(drawing) else None)
             for b, places in enumerate(room):
                 going[b] = going[b] and len(tokens[b]) < places
             if any(going):
@@ -231,41 +222,6 @@ class EagleDrafter(Drafter):
             everything = logits.new_full((*logits.shape[:-1], known), float("-inf"))
             logits = everything.index_copy(-1, self._columns, logits)
         return fit_vocabulary(logits, self.vocabulary)
-
-    def _draw(
-        self,
-        context: Context,
-        tokens: list[list[int]],
-        hidden: torch.Tensor,
-        drawing: list[bool],
-        going: list[bool],
-        law: LawMaker,
-    ) -> torch.Tensor:
-        """Draw the next token of the rows that are `drawing`; returns the laws `[B, V]` (meaningless if greedy)."""
-        extended = context.extended(tokens)
-        nothing: list[list[int]] = [[] for _ in tokens]
-        logits = self._logits(hidden)  # [B, 1, V]
-        if law.in_order:
-            ids = torch.tensor([extended.visible(b) for b in range(extended.batch)], device=logits.device)
-            scores = law.scores_at(ids, logits[:, 0])  # [B, V]
-        else:
-            scores = law.scores(extended, nothing, logits)[:, 0]
-        # Processors may forbid every id that the head knows: there is then nothing to draw from.
-        usable = torch.isfinite(scores).any(-1)
-        scores = torch.where(usable[:, None], scores, 0.0)
-        sure = self.confidence_threshold > 0
-        q = law.probabilities(scores) if law.do_sample or sure else scores
-        chosen = law.draw(q) if law.do_sample else scores.argmax(dim=-1)  # [B]
-        confidence = q.gather(1, chosen[:, None]).squeeze(1) if sure else torch.ones_like(usable, dtype=q.dtype)
-        # Packed into one tensor so that reading all is one synchronisation.
-        packed = torch.stack([chosen.to(q.dtype), confidence, usable.to(q.dtype)], dim=1).tolist()
-        for b, (token, probability, possible) in enumerate(packed):
-            if drawing[b] and not possible:
-                going[b] = False
-            elif drawing[b]:
-                tokens[b].append(int(token))
-                going[b] = int(token) not in self.eos and probability >= self.confidence_threshold
-        return q
 
 
 def _padding(context: Context) -> list[int]:

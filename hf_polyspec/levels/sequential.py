@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What drafters that draw token after token have in common: how long they go on, and how a token is drawn."""
+
+from __future__ import annotations
+
+import torch
+
+from ..context import Context
+from ..distributions import LawMaker
+from .base import Drafter
+
+
+class SequentialDrafter(Drafter):
+    """A drafter that draws one token a step from a law of its own.
+
+    A row stops after `draft_tokens` tokens, after an end-of-text token, or after a token whose probability was below
+    `confidence_threshold`; that token is still proposed, since leaving it out would bias the result (law 2).
+
+    Args:
+        name: shown in telemetry and errors.
+        draft_tokens: tokens a round (transformers' `num_assistant_tokens`).
+        confidence_threshold: 0 to 1, 0 for never (transformers' `assistant_confidence_threshold`).
+        schedule: "constant", or "heuristic"/"heuristic_transient": two more tokens a round after everything proposed
+            was accepted, one fewer otherwise (transformers' `num_assistant_tokens_schedule`; nothing is written back
+            to the model's generation config, so both forget at the end of the call).
+        eos: ids that end a text.
+    """
+
+    def __init__(
+        self, *, name: str, draft_tokens: int, confidence_threshold: float, schedule: str, eos: frozenset[int]
+    ) -> None:
+        self.name = name
+        super().__init__()
+        self.draft_tokens = draft_tokens
+        self.confidence_threshold = confidence_threshold
+        self.schedule = schedule
+        self.eos = eos
+        self.vocabulary = 0
+
+    def begin(self, index: int, batch: int, vocabulary: int) -> None:
+        super().begin(index, batch, vocabulary)
+        self.vocabulary = vocabulary
+
+    def observe(self, drafted: list[int], accepted: list[int]) -> None:
+        judged = [(d, a) for d, a in zip(drafted, accepted, strict=True) if d]
+        self.stats.accepted += sum(a for _, a in judged)
+        if self.schedule == "constant" or not judged:
+            return
+        everything = all(d == a for d, a in judged)
+        self.draft_tokens = self.draft_tokens + 2 if everything else max(1, self.draft_tokens - 1)
+
+    def draw(
+        self,
+        context: Context,
+        tokens: list[list[int]],
+        logits: torch.Tensor,
+        drawing: list[bool],
+        going: list[bool],
+        law: LawMaker,
+    ) -> torch.Tensor:
+        """Draw the next token of the rows that are `drawing`, with one host synchronisation.
+
+        Args:
+            context: the rows before the draft; tokens: drawn so far, extended in place.
+            logits: `[B, 1, V]` of the next position.
+            drawing: rows that get a token now; going: set to False for rows that stop after this step.
+            law: this level's law maker.
+
+        Returns:
+            `[B, V]`, the laws drawn from; meaningless in the greedy limit.
+        """
+        scores = self._scores(context.extended(tokens), logits, law)
+        # Processors may forbid every id that this drafter knows: there is then nothing to draw from.
+        usable = torch.isfinite(scores).any(-1)
+        scores = torch.where(usable[:, None], scores, 0.0)
+        sure = self.confidence_threshold > 0
+        q = law.probabilities(scores) if law.do_sample or sure else scores
+        chosen = law.draw(q) if law.do_sample else scores.argmax(dim=-1)  # [B]
+        confidence = q.gather(1, chosen[:, None]).squeeze(1) if sure else torch.ones_like(usable, dtype=q.dtype)
+        # Packed into one tensor so that reading all is one synchronisation; float32 holds every id below 2^24.
+        packed = torch.stack([chosen.to(q.dtype), confidence, usable.to(q.dtype)], dim=1).tolist()
+        for b, (token, probability, possible) in enumerate(packed):
+            if drawing[b] and not possible:
+                going[b] = False
+            elif drawing[b]:
+                tokens[b].append(int(token))
+                going[b] = int(token) not in self.eos and probability >= self.confidence_threshold
+        return q
+
+    def _scores(self, context: Context, logits: torch.Tensor, law: LawMaker) -> torch.Tensor:
+        if law.in_order:
+            ids = torch.tensor([context.visible(b) for b in range(context.batch)], device=logits.device)
+            return law.scores_at(ids, logits[:, 0])  # [B, V]
+        nothing: list[list[int]] = [[] for _ in range(context.batch)]
+        return law.scores(context, nothing, logits)[:, 0]
