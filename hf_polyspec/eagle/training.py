@@ -46,7 +46,7 @@ class Progress:
         tokens: training tokens used, of `total_tokens`.
         total_tokens: of the whole run.
         loss: of the last step, a row.
-        tokens_per_second: of this session.
+        tokens_per_second: since this run was started or resumed.
     """
 
     step: int
@@ -59,7 +59,7 @@ class Progress:
 
     @property
     def seconds_left(self) -> float:
-        """At this session's pace."""
+        """At the pace since this run was started or resumed."""
         return (self.total_tokens - self.tokens) / max(self.tokens_per_second, 1e-9)
 
 
