@@ -174,6 +174,7 @@ def _level(
         f"assistant_models[{place}] ({name})",
         setting.device,
         reads_embeds=bool(setting.embedded) and hidden == setting.embedded,
+        replace_unknown_ids=True,
     )
     options = setting.options.for_assistant(assistant)
     if below is not None:

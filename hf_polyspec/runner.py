@@ -55,6 +55,8 @@ class ModelRunner:
         record: extra forward arguments such as `output_hidden_states=True`.
         reads_embeds: whether prompt positions without ids mean anything to this model (it can read the embeddings, or
             its cache holds them); if not, it sees only the ids after them.
+        replace_unknown_ids: for an assistant, whose vocabulary may have fewer rows than the target's; the target is to
+            fail on an id it does not have, as it does in plain generation.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class ModelRunner:
         use_cache: bool = True,
         record: dict[str, Any] | None = None,
         reads_embeds: bool = False,
+        replace_unknown_ids: bool = False,
     ) -> None:
         self.model = model
         self.name = name
@@ -77,6 +80,8 @@ class ModelRunner:
         accepted = forward_arguments(model)
         self._slices_logits = "logits_to_keep" in accepted
         self.takes_positions = "position_ids" in accepted
+        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+        self._rows: int | None = rows if replace_unknown_ids else None
         self.cache = RollbackCache()
         self.memo: list[list[int]] = []
 
@@ -268,6 +273,10 @@ class ModelRunner:
         unused = [width - len(ids) for ids in sequences]
         rows = [[0] * (fed - len(ids)) + ids[-fed:] for ids in sequences]
         ids = torch.tensor(rows, dtype=torch.long)  # [B, F]
+        if self._rows is not None:
+            # A smaller vocabulary than the target's lacks some ids: any other in their place leaves the chain exact,
+            # since what this level then proposes carries the law it was drawn from.
+            ids = torch.where(ids < self._rows, ids, 0)
         mask = self._mask(context, unused, width)
         inputs: dict[str, Any] = {
             "attention_mask": None if mask is None else mask.to(self.model_device),
