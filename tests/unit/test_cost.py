@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM
+from tiny_models import noisy, tiny
+from transformers import GenerationMixin
 
 import hf_polyspec
 from hf_polyspec.benchmarks.overhead import measure
@@ -17,35 +17,10 @@ from hf_polyspec.benchmarks.overhead import measure
 READS = ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero")
 
 
-def tiny() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.4,
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def noisy(model: Any, scale: float) -> Any:
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(scale * torch.randn_like(parameter))
-    return other
-
-
 @pytest.fixture
 def chain() -> list[Any]:
     target = tiny()
-    return [target, noisy(target, 0.02), noisy(target, 0.05)]
+    return [target, noisy(target, 0.02), noisy(target, 0.05, seed=2)]
 
 
 @pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "top_k": 5}], ids=["greedy", "sampled"])
