@@ -254,7 +254,7 @@ def _generate(
         return True
     accelerator.wait_for_everyone()  # nobody writes before all have counted what is there
     generator = Generator(
-        _int8(target) if config.writer == "int8" else target,
+        _int8(target, activation_bits=8) if config.writer == "int8" else target,
         tokenizer,
         config.texts_folder,
         config.generation,
@@ -277,8 +277,8 @@ def _load(config: TrainingConfig, device: torch.device) -> tuple[PreTrainedModel
     return model.to(device).eval(), tokenizer
 
 
-def _int8(target: PreTrainedModel) -> PreTrainedModel:
-    copy = quantize_model(target, bits=8)
+def _int8(target: PreTrainedModel, activation_bits: int | None = None) -> PreTrainedModel:
+    copy = quantize_model(target, bits=8, activation_bits=activation_bits)
     if not isinstance(copy, PreTrainedModel):
         raise TypeError(f"the int8 copy of {type(target).__name__} is no transformers model")
     return copy

@@ -154,7 +154,8 @@ class Generator:
         # the widest frame around a prompt: header, closing and the opening of the answer
         frame = 64 + len(self.frame.header)
         capacity = settings.max_prompt_tokens + settings.max_new_tokens + frame
-        self.batch = open_batch(model, settings.slots, capacity)
+        # a stand-in's texts are close to the target's, not the same: its attention may round as well
+        self.batch = open_batch(model, settings.slots, capacity, compact=writer_name != "target")
         self.capacity = capacity
         self.jobs: list[Job | None] = [None] * settings.slots
 

@@ -12,8 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 
 class SlotLayer(CacheLayerMixin):
@@ -22,14 +26,16 @@ class SlotLayer(CacheLayerMixin):
     Args:
         slots: number of rows of the buffer.
         capacity: columns a row can hold.
+        dtype: what the buffers hold, or None for what the model computes.
     """
 
     is_sliding = False
 
-    def __init__(self, slots: int, capacity: int) -> None:
+    def __init__(self, slots: int, capacity: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.slots = slots
         self.capacity = capacity
+        self.stored = dtype
         self.rows: torch.Tensor | None = None
         self.columns: torch.Tensor | None = None
         self.visible = 0
@@ -39,7 +45,8 @@ class SlotLayer(CacheLayerMixin):
         for name, states in (("keys", key_states), ("values", value_states)):
             _, heads, _, width = states.shape
             # [slots, heads, capacity, width]; zeros, because a masked NaN would still poison the softmax
-            setattr(self, name, states.new_zeros(self.slots, heads, self.capacity, width))
+            shape = (self.slots, heads, self.capacity, width)
+            setattr(self, name, states.new_zeros(shape, dtype=self.stored or states.dtype))
         self.is_initialized = True
 
     def update(
@@ -51,8 +58,8 @@ class SlotLayer(CacheLayerMixin):
         if self.keys is None or self.values is None or self.rows is None or self.columns is None:
             raise RuntimeError("a SlotLayer was used before its slots were chosen")
         # rows [R, 1] and columns [R, T] pick [R, T, heads, width] of the buffer
-        self.keys[self.rows, :, self.columns] = key_states.transpose(1, 2)
-        self.values[self.rows, :, self.columns] = value_states.transpose(1, 2)
+        self.keys[self.rows, :, self.columns] = key_states.transpose(1, 2).to(self.keys.dtype)
+        self.values[self.rows, :, self.columns] = value_states.transpose(1, 2).to(self.values.dtype)
         if self.visible == 0:
             return key_states, value_states
         return self.keys[:, :, : self.visible], self.values[:, :, : self.visible]
@@ -70,6 +77,47 @@ class SlotLayer(CacheLayerMixin):
         return self.capacity
 
 
+def compact_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention over keys and values kept in a narrower dtype than the model computes in.
+
+    Steps of one token are memory traffic: queries that share a key head are put side by side, so that each key and
+    value is read once, and half as wide.
+
+    Args:
+        module: the attention layer.
+        query: `[B, H, T, D]`.
+        key: `[B, G, L, D]`, H a multiple of G.
+        value: `[B, G, L, D]`.
+        attention_mask: `[B, 1, T, L]`, True where a query may look.
+        scaling: of the scores.
+
+    Returns:
+        `[B, T, H, D]` in the dtype of `query`, and no weights.
+    """
+    if key.dtype == query.dtype or attention_mask is None:
+        found, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return found, None
+    rows, heads, steps, width = query.shape
+    shared = heads // key.shape[1]
+    grouped = query.to(key.dtype).reshape(rows, -1, shared * steps, width)  # [B, G, H/G * T, D]
+    mask = attention_mask.repeat(1, 1, shared, 1)  # [B, 1, H/G * T, L]
+    mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    return mixed.to(query.dtype).view(rows, heads, steps, width).transpose(1, 2), None
+
+
+COMPACT_ATTENTION = "polyspec_compact"
+AttentionInterface.register(COMPACT_ATTENTION, compact_attention)
+AttentionMaskInterface.register(COMPACT_ATTENTION, sdpa_mask)
+
+
 class SlotBatch:
     """A model with a fixed number of slots that can be filled, stepped and refilled independently.
 
@@ -77,12 +125,16 @@ class SlotBatch:
         model: any causal LM whose layers all use full attention and which accepts ready 4-D masks.
         slots: rows of the batch.
         capacity: tokens a row can hold, prompt and answer together.
+        cache_dtype: what keys and values are kept in, or None for the model's own. Another one needs a model that
+            uses `compact_attention`.
 
     Raises:
         ValueError: the model has sliding, chunked or recurrent layers.
     """
 
-    def __init__(self, model: PreTrainedModel, slots: int, capacity: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, slots: int, capacity: int, cache_dtype: torch.dtype | None = None
+    ) -> None:
         config = model.config.get_text_config(decoder=True)
         kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers} - {DynamicLayer.__name__}
         if kinds:
@@ -94,7 +146,7 @@ class SlotBatch:
         self.slots = slots
         self.capacity = capacity
         self.device = model.device
-        self.layers = [SlotLayer(slots, capacity) for _ in range(config.num_hidden_layers)]
+        self.layers = [SlotLayer(slots, capacity, cache_dtype) for _ in range(config.num_hidden_layers)]
         self.cache = Cache(layers=self.layers)
         self.lengths = torch.zeros(slots, dtype=torch.long, device=self.device)
         self.running = torch.zeros(slots, dtype=torch.bool, device=self.device)
@@ -263,20 +315,29 @@ def check_prompts(prompts: Sequence[Sequence[int]], capacity: int) -> None:
         raise ValueError(f"a prompt of {longest} tokens does not fit in rows of {capacity} tokens")
 
 
-def open_batch(model: PreTrainedModel, slots: int, capacity: int) -> SlotBatch | DrainedBatch:
+def open_batch(model: PreTrainedModel, slots: int, capacity: int, compact: bool = False) -> SlotBatch | DrainedBatch:
     """Chooses the batch a model can run in.
 
     Args:
         model: the causal LM that writes.
         slots: rows of the batch.
         capacity: tokens a row can hold, prompt and answer together.
+        compact: keep keys and values in bfloat16 where that works. The model's attention is changed, so this is for
+            copies.
     """
+    if compact and model.dtype == torch.float32 and serves_slots(model):
+        before = model.config._attn_implementation
+        model.set_attn_implementation(COMPACT_ATTENTION)
+        # tried in a wider dtype, which takes the same way without the rounding that would blur the answer
+        if serves_slots(model, torch.float64):
+            return SlotBatch(model, slots, capacity, torch.bfloat16)
+        model.set_attn_implementation(before)
     if serves_slots(model):
         return SlotBatch(model, slots, capacity)
     return DrainedBatch(model, slots, capacity)
 
 
-def serves_slots(model: PreTrainedModel) -> bool:
+def serves_slots(model: PreTrainedModel, cache_dtype: torch.dtype | None = None) -> bool:
     """Whether a model computes the same in slots as alone, found out by trying two short texts.
 
     Some architectures read positions out of a 2-D mask, or keep more than keys and values; asking them is surer than
@@ -284,10 +345,11 @@ def serves_slots(model: PreTrainedModel) -> bool:
 
     Args:
         model: a causal LM.
+        cache_dtype: as for `SlotBatch`.
     """
     texts = [[1, 2, 3, 4, 5], [6, 7]]
     try:
-        batch = SlotBatch(model, len(texts), 8)
+        batch = SlotBatch(model, len(texts), 8, cache_dtype)
         batch.fill([0, 1], texts)
         together = batch.step(torch.tensor([text[-1] for text in texts], device=model.device)).float()
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError):

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from hf_polyspec.eagle.slots import DrainedBatch, SlotBatch, open_batch, serves_slots
+from hf_polyspec.eagle.slots import DrainedBatch, SlotBatch, compact_attention, open_batch, serves_slots
 
 
 def alone(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
@@ -116,3 +117,40 @@ def test_prompts_that_do_not_fit_are_refused(chat_target: PreTrainedModel, kind:
         batch.fill([0], [[5, 6, 7, 8]])
     with pytest.raises(ValueError, match="no tokens"):
         batch.fill([0], [[]])
+
+
+def test_a_compact_batch_rounds_only_what_it_keeps(chat_target: PreTrainedModel) -> None:
+    copied = copy.deepcopy(chat_target)
+    batch = open_batch(copied, 2, 24, compact=True)
+    assert isinstance(batch, SlotBatch)
+    assert batch.layers[0].stored == torch.bfloat16
+    texts = torch.randint(5, 45, (2, 20), generator=torch.Generator().manual_seed(1)).tolist()
+    apart = []
+
+    def check(logits: torch.Tensor, ids: list[int]) -> None:
+        apart.append(float((logits - alone(chat_target, ids)).norm() / logits.norm()))
+
+    play(batch, {0: texts[0], 1: texts[1]}, 9, check)
+    # not zero, or nothing was kept in bfloat16; far below what a misread key would do
+    assert 0 < max(apart) < 4 * torch.finfo(torch.bfloat16).eps
+
+
+def test_a_compact_batch_of_a_half_precision_model_changes_nothing(chat_target: PreTrainedModel) -> None:
+    half = copy.deepcopy(chat_target).to(torch.bfloat16)
+    before = half.config._attn_implementation
+    batch = open_batch(half, 2, 24, compact=True)
+    assert isinstance(batch, SlotBatch)
+    assert batch.layers[0].stored is None
+    assert half.config._attn_implementation == before
+
+
+def test_compact_attention_is_attention() -> None:
+    generator = torch.Generator().manual_seed(2)
+    query = torch.randn(2, 6, 3, 8, generator=generator)
+    key, value = (torch.randn(2, 2, 5, 8, generator=generator) for _ in range(2))
+    mask = torch.rand(2, 1, 3, 5, generator=generator) < 0.6
+    mask[..., 0] = True
+    wide, _ = compact_attention(torch.nn.Module(), query, key.double(), value.double(), mask, scaling=0.3)
+    scores = query @ key.repeat_interleave(3, 1).transpose(-1, -2) * 0.3
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    torch.testing.assert_close(wide, (weights @ value.repeat_interleave(3, 1)).transpose(1, 2))

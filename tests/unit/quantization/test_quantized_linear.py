@@ -16,7 +16,9 @@ from hf_polyspec.quantization.gptq import round_with_feedback
 from hf_polyspec.quantization.kernels import (
     INT8_FEW_ROWS,
     Dequantized,
+    FbgemmProduct,
     IntegerDot,
+    OneDnnProduct,
     PackedInt4,
     WeightOnlyInt8,
     int4_run_group,
@@ -126,9 +128,23 @@ class TestIntegerDot:
 
         def one_scale(rows: torch.Tensor) -> torch.Tensor:
             scale = rows.abs().max() / 127
-            return kernel._matmul(rows / scale, 1.0, 128, kernel._packed) * scale
+            return kernel._matmul((rows / scale).round()) * scale
 
         assert not torch.equal(one_scale(torch.cat([x, loud]))[:1], one_scale(x))
+
+    @pytest.mark.parametrize("shape", [(1, 32, 64), (2, 33, 96), (17, 40, 576)])
+    def test_both_products_are_exact(self, shape: tuple[int, int, int]) -> None:
+        rows, outputs, inputs = shape
+        signed = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8)
+        signed[0], signed[1, ::2] = 127, -128
+        zeros = torch.randint(-4, 5, (outputs,))
+        for build in (OneDnnProduct, FbgemmProduct):
+            product = build(signed, torch.ones(outputs), zeros)
+            digits = torch.randint(-int(product.reach), int(product.reach) + 1, (rows, inputs)).float()
+            digits[0] = product.reach
+            exact = digits.double() @ (signed.double() - zeros[:, None]).t()
+            if build is FbgemmProduct or OneDnnProduct.exact_here():
+                assert torch.equal(product(digits).double(), exact)
 
     def test_silent_tokens_give_the_bias(self) -> None:
         bias = torch.randn(32)
