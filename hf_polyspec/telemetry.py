@@ -7,12 +7,61 @@ The names are those vLLM, llama.cpp and AIPerf agree on (mean acceptance length 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of a batch by one level, as a control that steers the chain sees it.
+
+    Attributes:
+        level: the verifier's index; source: that of the level it asked, None if it asked nobody.
+        asked: per row, most tokens it could have been offered; 0 for rows that took no part.
+        drafted, accepted: per row, tokens offered and kept (of a tree: its depth, and the path).
+        nodes: per row, nodes of the tree; empty when a chain was checked.
+        fed: columns of the verifier's pass.
+        seconds: of the pass and the judgement; draft_seconds: until the proposal was there, all levels below included.
+    """
+
+    level: int
+    source: int | None
+    asked: list[int]
+    drafted: list[int]
+    accepted: list[int]
+    nodes: list[int]
+    fed: int
+    seconds: float
+    draft_seconds: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A change of the way a chain is run, decided before the tokens that follow it were drawn.
+
+    Attributes:
+        token: tokens each row had emitted by then, on average.
+        levels: indices of the levels that take part from now on.
+        sizes: tokens that each of them but the target hands up.
+        tree: nodes of the drafter's tree, 0 for a chain.
+        reason: in a few words.
+        tokens_per_second: predicted for one row; None before anything was measured.
+    """
+
+    token: float
+    levels: tuple[int, ...]
+    sizes: tuple[int, ...]
+    tree: int
+    reason: str
+    tokens_per_second: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists, JSON-serialisable."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self).items()}
 
 
 @dataclass
@@ -32,6 +81,10 @@ class LevelStats:
         drafted_at: how often position i was proposed to this level.
         accepted_at: how often position i was accepted.
         histogram: `histogram[j]` is the number of rounds that accepted exactly j tokens.
+        switched_off, switched_on: how often a control took the level out of the chain, and back into it.
+        sizes: (tokens emitted by then, tokens it hands up from there on, 0 while off), where a control sets them.
+        bias: expected biased tokens of a lossy verification, all rows together; 0 when it is exact.
+        clock: seconds from some moment on; replaced in tests.
     """
 
     name: str
@@ -47,16 +100,21 @@ class LevelStats:
     accepted_at: list[int] = field(default_factory=list)
     histogram: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    switched_off: int = 0
+    switched_on: int = 0
+    sizes: list[tuple[float, int]] = field(default_factory=list)
+    bias: float = 0.0
+    clock: Callable[[], float] = field(default=time.perf_counter, repr=False)
     _overlap: list[tuple[torch.Tensor, int]] = field(default_factory=list, repr=False)
 
     @contextmanager
     def timed(self) -> Iterator[None]:
         """Add the wall time of the block to this level's seconds."""
-        start = time.perf_counter()
+        start = self.clock()
         try:
             yield
         finally:
-            self.seconds += time.perf_counter() - start
+            self.seconds += self.clock() - start
 
     def record_round(self, drafted: int, accepted: int, drawn: bool = True) -> None:
         """One row was checked: `drafted` tokens proposed, the first `accepted` kept.
@@ -132,6 +190,10 @@ class LevelStats:
             "acceptance_rate_per_position": self.acceptance_rate_per_position,
             "acceptance_histogram": list(self.histogram),
             "notes": list(self.notes),
+            "switched_off": self.switched_off,
+            "switched_on": self.switched_on,
+            "sizes": [list(pair) for pair in self.sizes],
+            "bias": self.bias,
         }
 
 
@@ -144,12 +206,17 @@ class PolySpecStats:
         token_levels: per row, the level that first proposed each emitted token (0: the target drew it itself).
         new_tokens: emitted tokens, all rows together.
         seconds: wall time of the whole call.
+        decisions: what an online control changed, and when; empty without one.
+        bias: per row, the expected number of biased tokens that `polyspec_bias_budget` introduced, an upper bound (in
+            expectation) of the total variation between the law of the row and the target's; 0 when exact.
     """
 
     levels: list[LevelStats]
     token_levels: list[list[int]]
     new_tokens: int
     seconds: float
+    decisions: list[Decision] = field(default_factory=list)
+    bias: list[float] = field(default_factory=list)
 
     @property
     def tokens_per_second(self) -> float:
@@ -163,6 +230,8 @@ class PolySpecStats:
             "tokens_per_second": self.tokens_per_second,
             "levels": [level.to_dict() for level in self.levels],
             "token_levels": [list(row) for row in self.token_levels],
+            "decisions": [decision.to_dict() for decision in self.decisions],
+            "bias": list(self.bias),
         }
 
     def table(self) -> Any:

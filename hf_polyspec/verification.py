@@ -54,11 +54,13 @@ def verify_tokens(
     p: torch.Tensor,
     q: torch.Tensor | None,
     randomness: Randomness,
+    bias_budget: float = 0.0,
 ) -> Verdict:
     """Token-by-token speculative sampling (Leviathan et al. 2023, arXiv 2211.17192).
 
-    Position i is accepted with probability min(1, p(x)/q(x)); the first rejection ends the proposal and the next
-    token comes from max(p - q, 0).
+    Position i is accepted with probability b = min(1, p(x)/q(x)); the first rejection ends the proposal and the next
+    token comes from max(p - q, 0). With a bias budget lambda it is b + lambda (1 - b), and the token at a judged
+    position is then lambda TV(p, q) away from p (Yin et al. 2024, arXiv 2411.00841).
 
     Args:
         tokens: `[B, K]` proposed ids; entries at or beyond a row's length are ignored.
@@ -66,10 +68,13 @@ def verify_tokens(
         p: `[B, K + 1, V]` float32 or wider.
         q: `[B, K, V]` in p's dtype, or None for one-hot proposals.
         randomness: source of the coins.
+        bias_budget: lambda, 0 (exact) to 1 (nothing is rejected).
     """
-    ratio = _ratio(tokens, p, q)  # [B, K]
+    ratio = _ratio(tokens, p, q).clamp(max=1)  # [B, K]
+    if bias_budget:
+        ratio = ratio + bias_budget * (1 - ratio)
     inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # [B, K]
-    coins = randomness.bernoulli(torch.where(inside, ratio.clamp(max=1), torch.zeros_like(ratio)))
+    coins = randomness.bernoulli(torch.where(inside, ratio, torch.zeros_like(ratio)))
     accepted = coins.to(torch.int64).cumprod(dim=1).sum(dim=1)  # [B]
     prefix = torch.ones_like(accepted, dtype=p.dtype)
     return Verdict(accepted, _following(accepted, lengths, prefix, tokens, p, q))

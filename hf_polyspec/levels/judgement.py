@@ -7,7 +7,7 @@ are judged position by position. Each makes one host synchronisation (the last: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -27,16 +27,25 @@ class Judgement:
         tokens: per row, the accepted tokens and the one drawn after them.
         scores: `[B, E, V]` processed scores of the emitted positions.
         p: `[B, E, V]` the law each emitted token follows; None in the greedy limit.
+        bias: per row, the total variation introduced by a bias budget, summed over the positions judged; empty without.
     """
 
     accepted: list[int]
     tokens: list[list[int]]
     scores: torch.Tensor
     p: torch.Tensor | None
+    bias: list[float] = field(default_factory=list)
 
 
 def judge(
-    law: LawMaker, context: Context, proposal: Proposal, logits: torch.Tensor, active: list[bool], rule: str, pad: int
+    law: LawMaker,
+    context: Context,
+    proposal: Proposal,
+    logits: torch.Tensor,
+    active: list[bool],
+    rule: str,
+    pad: int,
+    bias_budget: float = 0.0,
 ) -> Judgement:
     """Decide what to keep of a proposal and draw the token after it.
 
@@ -46,13 +55,14 @@ def judge(
         active: rows that emit; the others emit nothing.
         rule: "token", "block" or "auto" (block verification where it can help).
         pad: the id that rows which no longer emit are continued with, where all rows must keep one length.
+        bias_budget: 0 to 1, see `verification.verify_tokens`; above 0 rules out block verification.
     """
     if law.in_order:
-        return _in_order(law, context, proposal, logits, active, pad)
+        return _in_order(law, context, proposal, logits, active, pad, bias_budget)
     scores = law.scores(context, proposal.tokens, logits)
     if not law.do_sample:
         return _greedy(proposal, scores, active)
-    return _sampled(law, proposal, scores, active, rule)
+    return _sampled(law, proposal, scores, active, rule, bias_budget)
 
 
 def _greedy(proposal: Proposal, scores: torch.Tensor, active: list[bool]) -> Judgement:
@@ -67,31 +77,55 @@ def _greedy(proposal: Proposal, scores: torch.Tensor, active: list[bool]) -> Jud
     return Judgement(accepted, tokens, scores, None)
 
 
-def _sampled(law: LawMaker, proposal: Proposal, scores: torch.Tensor, active: list[bool], rule: str) -> Judgement:
+def _sampled(
+    law: LawMaker, proposal: Proposal, scores: torch.Tensor, active: list[bool], rule: str, bias_budget: float
+) -> Judgement:
     p = law.probabilities(scores)  # [B, K + 1, V]
-    verdict = _verdict(law, proposal, p, rule)
+    verdict = _verdict(law, proposal, p, rule, bias_budget)
     drawn = law.draw(verdict.following)  # [B]
     decided = torch.stack([verdict.accepted, drawn], dim=1).tolist()
     accepted, tokens = [], []
     for drafted, (kept, token), alive in zip(proposal.tokens, decided, active, strict=True):
         accepted.append(kept if alive else 0)
         tokens.append([*drafted[:kept], token] if alive else [])
-    return Judgement(accepted, tokens, scores, p)
+    reached = [min(len(emitted), len(drafted)) for emitted, drafted in zip(tokens, proposal.tokens, strict=True)]
+    return Judgement(accepted, tokens, scores, p, _introduced(proposal, p, reached, bias_budget))
 
 
-def _verdict(law: LawMaker, proposal: Proposal, p: torch.Tensor, rule: str) -> Verdict:
+def _introduced(proposal: Proposal, p: torch.Tensor, reached: list[int], bias_budget: float) -> list[float]:
+    """Per row, the sum of lambda TV(p, q) over its first `reached` positions: the law that a judged token really
+    follows is that far from p (Yin et al. 2024, arXiv 2411.00841, theorem 5)."""
+    if not bias_budget:
+        return []
+    width = max(reached)
+    if not width:
+        return [0.0] * len(reached)
+    tokens, _ = as_tensors(proposal, p.device)
+    q = None if proposal.q is None else proposal.q[:, :width].to(p)
+    distance = 1 - overlap(p[:, :width], q, tokens[:, :width])  # [B, K']
+    inside = torch.arange(width, device=p.device) < torch.tensor(reached, device=p.device)[:, None]
+    return [float(total) for total in (bias_budget * (distance * inside).clamp(min=0).sum(1)).tolist()]
+
+
+def _verdict(law: LawMaker, proposal: Proposal, p: torch.Tensor, rule: str, bias_budget: float = 0.0) -> Verdict:
     tokens, lengths = as_tensors(proposal, p.device)
     if proposal.width == 0:
         return Verdict(lengths, p[:, 0])
     q = None if proposal.q is None else proposal.q.to(device=p.device, dtype=p.dtype)
     # With a one-hot q, or one token, block verification is token verification (Sun et al. 2024).
-    if q is not None and rule != "token" and (proposal.width > 1 or rule == "block"):
+    if q is not None and not bias_budget and rule != "token" and (proposal.width > 1 or rule == "block"):
         return verify_block(tokens, lengths, p, q, law.randomness)
-    return verify_tokens(tokens, lengths, p, q, law.randomness)
+    return verify_tokens(tokens, lengths, p, q, law.randomness, bias_budget)
 
 
 def _in_order(
-    law: LawMaker, context: Context, proposal: Proposal, logits: torch.Tensor, active: list[bool], pad: int
+    law: LawMaker,
+    context: Context,
+    proposal: Proposal,
+    logits: torch.Tensor,
+    active: list[bool],
+    pad: int,
+    bias_budget: float,
 ) -> Judgement:
     """Position i is processed after i - 1 is final, all rows in step, stopping at the first position that any row
     does not take from its proposal. The processors see exactly the calls of plain generation."""
@@ -99,13 +133,17 @@ def _in_order(
     emitted: list[list[int]] = [[] for _ in views]
     accepted = [0] * len(views)
     all_scores, laws = [], []
+    bias = [0.0] * len(views)
     for i in range(proposal.width + 1):
         ids = torch.tensor([v + e for v, e in zip(views, emitted, strict=True)], dtype=torch.long)
         scores = law.scores_at(ids.to(logits.device).reshape(len(views), -1), logits[:, i])
         column = _column(proposal, i)
-        kept, chosen, p = _judge_column(law, column, scores)
+        kept, chosen, p = _judge_column(law, column, scores, bias_budget)
         all_scores.append(scores)
         laws.append(p)
+        if p is not None and bias_budget:
+            judged = [int(bool(token) and alive) for token, alive in zip(column.tokens, active, strict=True)]
+            bias = [a + b for a, b in zip(bias, _introduced(column, p[:, None], judged, bias_budget), strict=True)]
         for b, alive in enumerate(active):
             emitted[b].append(chosen[b] if alive else pad)
             accepted[b] += kept[b] if alive else 0
@@ -113,11 +151,11 @@ def _in_order(
             break
     tokens = [row if alive else [] for row, alive in zip(emitted, active, strict=True)]
     stacked = torch.stack([p for p in laws if p is not None], dim=1) if law.do_sample else None
-    return Judgement(accepted, tokens, torch.stack(all_scores, dim=1), stacked)
+    return Judgement(accepted, tokens, torch.stack(all_scores, dim=1), stacked, bias if bias_budget else [])
 
 
 def _judge_column(
-    law: LawMaker, column: Proposal, scores: torch.Tensor
+    law: LawMaker, column: Proposal, scores: torch.Tensor, bias_budget: float
 ) -> tuple[list[int], list[int], torch.Tensor | None]:
     """Judge one position of every row: (1 if its proposed token is kept, the token emitted, the law)."""
     if not law.do_sample:
@@ -126,7 +164,7 @@ def _judge_column(
         return kept, chosen, None
     p = law.probabilities(scores)  # [B, V]
     # The law after an accepted token is never asked for here, so the second row may repeat the first.
-    verdict = _verdict(law, column, p[:, None].expand(-1, column.width + 1, -1), "token")
+    verdict = _verdict(law, column, p[:, None].expand(-1, column.width + 1, -1), "token", bias_budget)
     drawn = law.draw(verdict.following)
     decided = torch.stack([verdict.accepted, drawn], dim=1).tolist()
     kept = [k for k, _ in decided]

@@ -6,13 +6,15 @@ The target is a `Verifier` over a `Verifier` over a `Drafter`; a chain of any le
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
 from ..context import Context
 from ..distributions import LawMaker, fit_vocabulary
 from ..runner import ModelRunner, Pass
+from ..telemetry import Check
 from ..trees import depths
 from .base import Drafter, Proposal, TreeProposal
 from .judgement import Judgement, judge, record
@@ -31,6 +33,7 @@ class Emission:
         accepted: per row, how many of those were kept.
         logits, scores: `[B, E', V]` raw and processed, of the emitted positions.
         passed: the forward pass behind it.
+        bias: per row, the total variation that a lossy verification introduced; empty when it was exact.
     """
 
     tokens: list[list[int]]
@@ -41,6 +44,7 @@ class Emission:
     logits: torch.Tensor
     scores: torch.Tensor
     passed: Pass
+    bias: list[float] = field(default_factory=list)
 
 
 class Verifier(Drafter):
@@ -57,6 +61,12 @@ class Verifier(Drafter):
         draft_limit: most tokens asked of the level below in one round, None for as many as it likes to give.
         trees: whether the model can check trees.
         note: said once in the statistics of a generation.
+        bias_budget: 0 to 1, the share of rejections that is waived (`verification.verify_tokens`); 0 is exact.
+
+    Attributes:
+        source: the level that is asked for proposals: `below`, one further down, or `NoDraft`. A control may change
+            it, as it may change `block_size` and `draft_limit`, between two rounds.
+        observer: told of every check, or None.
     """
 
     def __init__(
@@ -72,6 +82,7 @@ class Verifier(Drafter):
         draft_limit: int | None = None,
         trees: bool = False,
         note: str | None = None,
+        bias_budget: float = 0.0,
     ) -> None:
         self.name = name
         super().__init__()
@@ -84,6 +95,9 @@ class Verifier(Drafter):
         self.draft_limit = draft_limit
         self.trees = trees
         self.note = note
+        self.bias_budget = bias_budget
+        self.source: Drafter = below
+        self.observer: Callable[[Check], None] | None = None
         self.vocabulary = 0
 
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
@@ -106,18 +120,23 @@ class Verifier(Drafter):
         active = [limit > 0 for limit in limits]
         rooms = [self._room_below(limit) for limit in limits]
         if self.trees and not law.in_order and not context.prompt.hidden:
-            tree = self.below.propose_tree(context, rooms, law)
+            began = self.stats.clock()
+            tree = self.source.propose_tree(context, rooms, law)
             if tree is not None:
-                return self._round_of_tree(context, tree, active, law)
-        proposal = self.below.propose(context, rooms, law.fork(context.batch))
+                return self._round_of_tree(context, tree, active, law, rooms, began)
+        began = self.stats.clock()
+        proposal = self.source.propose(context, rooms, law.fork(context.batch))
+        offered = self.stats.clock()
         with self.stats.timed():
             passed = self.runner.run(context, proposal.tokens, self.stats)
             logits = fit_vocabulary(passed.logits, self.vocabulary)
-            judgement = judge(law, context, proposal, logits, active, self.rule, self.pad)
+            judgement = judge(law, context, proposal, logits, active, self.rule, self.pad, self.bias_budget)
             record(self.stats, proposal, judgement, active)
+            self.stats.bias += sum(judgement.bias)
         self.below.watch(passed)
         drafted = [len(row) for row in proposal.tokens]
-        self.below.observe(drafted, judgement.accepted)
+        self.source.observe(drafted, judgement.accepted)
+        self._tell(rooms, drafted, judgement.accepted, [], passed.fed, began, offered)
         return Emission(
             judgement.tokens,
             judgement.p,
@@ -127,10 +146,31 @@ class Verifier(Drafter):
             logits,
             judgement.scores,
             passed,
+            judgement.bias,
         )
 
-    def _round_of_tree(self, context: Context, tree: TreeProposal, active: list[bool], law: LawMaker) -> Emission:
+    def _tell(
+        self,
+        rooms: list[int],
+        drafted: list[int],
+        accepted: list[int],
+        nodes: list[int],
+        fed: int,
+        began: float,
+        offered: float,
+    ) -> None:
+        """Tell the observer of a check whose draft was begun and offered at these times."""
+        if self.observer is None:
+            return
+        source = None if isinstance(self.source, NoDraft) else self.source.index
+        now = self.stats.clock()
+        self.observer(Check(self.index, source, rooms, drafted, accepted, nodes, fed, now - offered, offered - began))
+
+    def _round_of_tree(
+        self, context: Context, tree: TreeProposal, active: list[bool], law: LawMaker, rooms: list[int], began: float
+    ) -> Emission:
         """The check of a tree; its depth counts as the number of tokens drafted."""
+        offered = self.stats.clock()
         drafted = [max(depths(parents), default=0) for parents in tree.parents]
         with self.stats.timed():
             passed = self.runner.run_tree(context, tree, self.stats)
@@ -143,6 +183,7 @@ class Verifier(Drafter):
                     self.stats.record_round(proposed, kept)
         self.below.watch(passed)
         self.below.observe(drafted, accepted)
+        self._tell(rooms, drafted, accepted, [len(row) for row in tree.tokens], passed.fed, began, offered)
         origins = [
             [*(of_row[node] for node in path), self.index] if alive else []
             for of_row, path, alive in zip(tree.origins, judgement.paths, active, strict=True)
