@@ -16,12 +16,14 @@ from .integration import PolySpecGenerationMixin, attach, detach, disable, enabl
 from .levels.base import Drafter, Proposal
 from .levels.suffix import SuffixDrafter
 from .options import PolySpecOptions
+from .processors import DraftVocabularyProcessor, rank_tokens
 from .telemetry import LevelStats, PolySpecStats
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Context",
+    "DraftVocabularyProcessor",
     "Drafter",
     "LevelError",
     "LevelStats",
@@ -41,6 +43,7 @@ __all__ = [
     "generate",
     "pack",
     "quantize_model",
+    "rank_tokens",
     "unpack",
 ]
 

@@ -23,6 +23,7 @@ from transformers import LogitsProcessor
 from transformers.generation import logits_process as hf
 
 from .context import Context
+from .processors import DraftVocabularyProcessor
 from .randomness import Randomness, TorchRandomness
 
 
@@ -43,7 +44,7 @@ POINTWISE = _types(
     "InfNanRemoveLogitsProcessor",
     "LogitNormalization",
     "SuppressTokensLogitsProcessor",
-)
+) | {DraftVocabularyProcessor}
 PREFIX = _types(
     "MinLengthLogitsProcessor",
     "MinNewTokensLengthLogitsProcessor",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+from transformers import LogitsProcessor
 
 from ..context import Context
 from ..distributions import LawMaker, fit_vocabulary
@@ -17,7 +18,7 @@ class CausalLMDrafter(SequentialDrafter):
 
     Args:
         runner: the model.
-        name, draft_tokens, confidence_threshold, schedule, eos: see `SequentialDrafter`.
+        name, draft_tokens, confidence_threshold, schedule, eos, restriction: see `SequentialDrafter`.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class CausalLMDrafter(SequentialDrafter):
         confidence_threshold: float = 0.0,
         schedule: str = "constant",
         eos: frozenset[int] = frozenset(),
+        restriction: LogitsProcessor | None = None,
     ) -> None:
         super().__init__(
             name=name,
@@ -36,6 +38,7 @@ class CausalLMDrafter(SequentialDrafter):
             confidence_threshold=confidence_threshold,
             schedule=schedule,
             eos=eos,
+            restriction=restriction,
         )
         self.runner = runner
 

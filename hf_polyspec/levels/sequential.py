@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+from transformers import LogitsProcessor
 
 from ..context import Context
 from ..distributions import LawMaker
@@ -24,10 +25,18 @@ class SequentialDrafter(Drafter):
             was accepted, one fewer otherwise (transformers' `num_assistant_tokens_schedule`; nothing is written back
             to the model's generation config, so both forget at the end of the call).
         eos: ids that end a text.
+        restriction: run on the scores before everything else, such as a `DraftVocabularyProcessor`.
     """
 
     def __init__(
-        self, *, name: str, draft_tokens: int, confidence_threshold: float, schedule: str, eos: frozenset[int]
+        self,
+        *,
+        name: str,
+        draft_tokens: int,
+        confidence_threshold: float,
+        schedule: str,
+        eos: frozenset[int],
+        restriction: LogitsProcessor | None = None,
     ) -> None:
         self.name = name
         super().__init__()
@@ -35,6 +44,7 @@ class SequentialDrafter(Drafter):
         self.confidence_threshold = confidence_threshold
         self.schedule = schedule
         self.eos = eos
+        self.restriction = restriction
         self.vocabulary = 0
 
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
@@ -88,6 +98,9 @@ class SequentialDrafter(Drafter):
         return q
 
     def _scores(self, context: Context, logits: torch.Tensor, law: LawMaker) -> torch.Tensor:
+        if self.restriction is not None:
+            ids = torch.empty(context.batch, 0, dtype=torch.long, device=logits.device)
+            logits = self.restriction(ids, logits)
         if law.in_order:
             ids = torch.tensor([context.visible(b) for b in range(context.batch)], device=logits.device)
             return law.scores_at(ids, logits[:, 0])  # [B, V]
