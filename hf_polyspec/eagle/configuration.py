@@ -67,6 +67,8 @@ class EagleHeadConfig(PreTrainedConfig):
         own_embedding: The checkpoint brings its own embedding instead of the target's.
         own_lm_head: The checkpoint brings its own lm_head instead of the target's.
         initializer_range: Standard deviation of fresh weights.
+        frequent_tokens: Ids that the target's own texts use, the most frequent first (`rank_tokens`): which rows are
+            drafted from where only some are wanted. `None` where nobody counted.
 
     Raises:
         ValueError: If the settings contradict each other or name a variant that cannot be computed here.
@@ -107,6 +109,7 @@ class EagleHeadConfig(PreTrainedConfig):
     own_embedding: bool = False
     own_lm_head: bool | None = None
     initializer_range: float = 0.02
+    frequent_tokens: list[int] | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

@@ -23,7 +23,7 @@ from hf_polyspec.eagle.attention import (
 )
 from hf_polyspec.eagle.configuration import EagleHeadConfig
 from hf_polyspec.eagle.masks import attention_mask_4d, default_positions, windowed
-from hf_polyspec.eagle.vocabulary import Borrowed, VocabularySlice, lm_head_logits
+from hf_polyspec.eagle.vocabulary import SLICES, Borrowed, Rows, VocabularySlice, lm_head_logits
 
 
 @dataclass
@@ -282,7 +282,7 @@ class EagleHead(PreTrainedModel):
 
         return attend
 
-    def logits(self, hidden: torch.Tensor, rows: VocabularySlice | None = None) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, rows: Rows | None = None) -> torch.Tensor:
         """Scores the next token.
 
         Args:
@@ -316,7 +316,7 @@ class EagleHead(PreTrainedModel):
         """
         return VocabularySlice.of(self, target_ids)
 
-    def draft_to_target(self, ids: torch.Tensor, rows: VocabularySlice | None = None) -> torch.Tensor:
+    def draft_to_target(self, ids: torch.Tensor, rows: Rows | None = None) -> torch.Tensor:
         """Translates the head's ids (or a slice's columns) of any shape into target ids."""
         if rows is not None:
             return rows.target_ids.to(ids.device)[ids]
@@ -328,7 +328,7 @@ class EagleHead(PreTrainedModel):
         """Returns the target's lm_head rows for all ids of a head that maps the vocabulary, copied once."""
         rows = self._rows
         if rows is None or rows.weight.device != self.device or rows.weight.dtype != self.dtype:
-            rows = self._rows = VocabularySlice.of(self, self.target_ids())
+            rows = self._rows = SLICES.slice(self, self.target_ids())
         return rows
 
     def target_ids(self) -> torch.Tensor:

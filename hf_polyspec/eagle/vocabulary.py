@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -110,6 +111,19 @@ class Borrowed:
         return torch.equal(mine.to(theirs.dtype), theirs) or torch.equal(mine, theirs.to(mine.dtype))
 
 
+class Rows(Protocol):
+    """Something that scores some of a head's ids."""
+
+    @property
+    def target_ids(self) -> torch.Tensor:
+        """`[N]`, the target id of each column."""
+        ...
+
+    def score(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[..., H]` -> `[..., N]`."""
+        ...
+
+
 @dataclass(frozen=True)
 class VocabularySlice:
     """Some rows of the lm_head, copied side by side so that scoring them is one small product.
@@ -126,6 +140,10 @@ class VocabularySlice:
 
     def __len__(self) -> int:
         return len(self.target_ids)
+
+    def score(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores `[..., H]` with these rows: `[..., N]`."""
+        return functional.linear(hidden, self.weight, self.bias)
 
     @classmethod
     def of(cls, head: EagleHead, target_ids: torch.Tensor) -> VocabularySlice:
@@ -153,6 +171,9 @@ def readable_rows(lm_head: nn.Module, rows: torch.Tensor) -> tuple[torch.Tensor,
     Raises:
         ValueError: If the module keeps its rows in a packed form.
     """
+    weight, bias = _packed_rows(lm_head, rows)
+    if weight is not None:
+        return weight, bias
     weight, bias = getattr(lm_head, "weight", None), getattr(lm_head, "bias", None)
     if not torch.is_tensor(weight) or not weight.is_floating_point() or weight.dim() != 2:
         raise ValueError("The lm_head's rows cannot be read (quantised?), so it cannot be sliced.")
@@ -162,7 +183,53 @@ def readable_rows(lm_head: nn.Module, rows: torch.Tensor) -> tuple[torch.Tensor,
     return picked, bias.detach().index_select(0, rows.to(bias.device)) if torch.is_tensor(bias) else None
 
 
-def lm_head_logits(head: EagleHead, hidden: torch.Tensor, rows: VocabularySlice | None) -> torch.Tensor:
+def _packed_rows(lm_head: Any, rows: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The same of a layer whose codes lie row by row: unpacking all of it to read a few rows would take long."""
+    if not hasattr(lm_head, "quantized_weight") or lm_head.bits != 8:
+        return None, None
+    whole: Any = lm_head.quantized_weight()
+    rows = rows.to(whole.codes.device)
+    picked = replace(whole, codes=whole.codes[rows], scales=whole.scales[rows], zeros=whole.zeros[rows])
+    bias: torch.Tensor | None = lm_head.bias
+    return picked.dequantize(), None if bias is None else bias[rows]
+
+
+class RowCache:
+    """The last slice cut out of each lm_head, as long as its weights stay what they were.
+
+    A chain is built anew for every call of generate(); copying thousands of rows for each would cost more than a
+    draft.
+    """
+
+    def __init__(self) -> None:
+        self._held: WeakKeyDictionary[nn.Module, tuple[Any, VocabularySlice]] = WeakKeyDictionary()
+
+    def slice(self, head: EagleHead, target_ids: torch.Tensor) -> VocabularySlice:
+        """`head.vocabulary_slice(target_ids)`, taken from memory if nothing has changed."""
+        lm_head = head.lm_head if head.config.own_lm_head else head.borrowed.need_lm_head()
+        state = self._state(lm_head), head.dtype, head.device
+        held = self._held.get(lm_head)
+        if held is not None and state[0] is not None and held[0] == state:
+            known = held[1].target_ids
+            if len(known) == len(target_ids) and torch.equal(known, target_ids.to(known.device)):
+                return held[1]
+        found = head.vocabulary_slice(target_ids)
+        self._held[lm_head] = state, found
+        return found
+
+    @staticmethod
+    def _state(lm_head: nn.Module) -> tuple[tuple[int, int], ...] | None:
+        """Addresses and versions of everything the rows are made of; None where torch keeps no versions."""
+        tensors = [*lm_head.parameters(), *lm_head.buffers()]
+        if any(tensor.is_inference() for tensor in tensors):
+            return None
+        return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+
+
+SLICES = RowCache()
+
+
+def lm_head_logits(head: EagleHead, hidden: torch.Tensor, rows: Rows | None) -> torch.Tensor:
     """Scores `[..., H]` with a slice, the head's own lm_head or the target's; see `EagleHead.logits`."""
     if rows is None and head.config.own_lm_head:
         own: torch.Tensor = head.lm_head(hidden)
@@ -173,13 +240,14 @@ def lm_head_logits(head: EagleHead, hidden: torch.Tensor, rows: VocabularySlice 
         scores = _scores_by(head.borrowed.need_lm_head(), hidden)[..., : head.config.vocab_size]
         scores = scores.to(head.device)
     else:
-        scores = functional.linear(hidden, rows.weight, rows.bias)
+        scores = rows.score(hidden)
     return scores if head.config.own_lm_head else _as_target(head.borrowed, scores)
 
 
 def _scores_by(lm_head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """Calls an lm_head where it lives, in its own dtype; packed and offloaded ones see to that themselves."""
-    weight = getattr(lm_head, "weight", None)
+    # A packed layer's weight is a property that builds the whole matrix: asking for it would cost more than the scores.
+    weight = None if hasattr(lm_head, "quantized_weight") else getattr(lm_head, "weight", None)
     if torch.is_tensor(weight) and weight.is_floating_point() and weight.device.type != "meta":
         hidden = hidden.to(weight.device, weight.dtype)
     scores: torch.Tensor = lm_head(hidden)
