@@ -223,12 +223,13 @@ def _head_level(assistants: Sequence[Any], place: int, setting: Setting, target:
         tree_tokens=options.polyspec_tree_tokens,
         tree_depth=options.polyspec_tree_depth,
         tree_top_k=options.polyspec_tree_top_k,
+        draft_vocabulary=options.polyspec_draft_vocabulary,
     )
 
 
 def _trees(runner: ModelRunner, below: Drafter, reason: str | None = None) -> tuple[bool, str | None]:
     """Whether a verifier is to check trees, and what to say if it cannot though they were asked for."""
-    if not isinstance(below, EagleDrafter) or not below.tree_tokens:
+    if not below.grows_trees:
         return False, None
     if reason is None and not (runner.use_cache and runner.takes_positions):
         reason = "it keeps no cache" if runner.takes_positions else "it takes no position_ids"
@@ -254,9 +255,12 @@ def _bound(head: EagleHead, above: Any, role: str) -> EagleHead:
 
 
 def _show_features(runner: ModelRunner, below: Drafter) -> None:
-    """Have a verifier's passes return the hidden states that a head below it reads."""
-    if isinstance(below, EagleDrafter):
-        runner.record = {"output_hidden_states": True, **runner.record}
+    """Have a verifier's passes return the hidden states that the level below reads, and no others.
+
+    A caller who asked for all of them gets all; models of older transformers releases take the list for a yes.
+    """
+    if below.reads_layers:
+        runner.record = {"output_hidden_states": list(below.reads_layers), **runner.record}
 
 
 def _display_name(model: Any) -> str:

@@ -58,6 +58,7 @@ def decode(
     polyspec_tree_tokens: int | None = None,
     polyspec_tree_depth: int | None = None,
     polyspec_tree_top_k: int | None = None,
+    polyspec_draft_vocabulary: int | str | None = None,
     streamer: Any = None,
     tokenizer: Any = None,
     synced_gpus: bool = False,
@@ -74,8 +75,8 @@ def decode(
         logits_processor, stopping_criteria, generation_config: as generate() prepared them.
         assistant_models: the levels below the target, the slowest first.
         num_assistant_tokens, assistant_confidence_threshold, num_assistant_tokens_schedule, polyspec_block_size,
-            polyspec_verification, polyspec_tree_tokens, polyspec_tree_depth, polyspec_tree_top_k: as in
-            `PolySpecOptions`.
+            polyspec_verification, polyspec_tree_tokens, polyspec_tree_depth, polyspec_tree_top_k,
+            polyspec_draft_vocabulary: as in `PolySpecOptions`.
         streamer: gets the new tokens of every step, `[B]`.
         tokenizer: accepted for the sake of the contract; not used.
         synced_gpus: must be False.
@@ -98,6 +99,7 @@ def decode(
         "polyspec_tree_tokens": polyspec_tree_tokens,
         "polyspec_tree_depth": polyspec_tree_depth,
         "polyspec_tree_top_k": polyspec_tree_top_k,
+        "polyspec_draft_vocabulary": polyspec_draft_vocabulary,
     }
     if synced_gpus:
         raise ValueError(SYNCED_GPUS)

@@ -32,6 +32,8 @@ class PolySpecOptions:
         polyspec_tree_tokens: most tokens of the tree an EAGLE head proposes, 0 for a chain.
         polyspec_tree_depth: most tokens of a path of that tree, 1 or more.
         polyspec_tree_top_k: how many continuations the head follows at each depth, 1 or more.
+        polyspec_draft_vocabulary: ids an EAGLE head chooses from, besides those of the prompt and of late; None for all
+            it knows, "auto" for a size that pays where it knows many.
     """
 
     num_assistant_tokens: int | None = None
@@ -42,6 +44,7 @@ class PolySpecOptions:
     polyspec_tree_tokens: int = 0
     polyspec_tree_depth: int = DEFAULT_TREE_DEPTH
     polyspec_tree_top_k: int = DEFAULT_TREE_TOP_K
+    polyspec_draft_vocabulary: int | Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
         _require_count("num_assistant_tokens", self.num_assistant_tokens)
@@ -49,6 +52,8 @@ class PolySpecOptions:
         _require_count("polyspec_tree_tokens", self.polyspec_tree_tokens, least=0)
         _require_count("polyspec_tree_depth", self.polyspec_tree_depth)
         _require_count("polyspec_tree_top_k", self.polyspec_tree_top_k)
+        if self.polyspec_draft_vocabulary != "auto":
+            _require_count("polyspec_draft_vocabulary", self.polyspec_draft_vocabulary, hint=' or "auto"')
         threshold = self.assistant_confidence_threshold
         if threshold is not None and not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
             raise ValueError(f"assistant_confidence_threshold must be a number from 0 to 1, got {threshold!r}.")
@@ -112,9 +117,9 @@ def _transformers_defaults(config: Any) -> dict[str, Any]:
     return dict(getter()) if callable(getter) else {}
 
 
-def _require_count(name: str, value: Any, least: int = 1) -> None:
+def _require_count(name: str, value: Any, least: int = 1, hint: str = "") -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+        raise ValueError(f"{name} must be a whole number of at least {least}{hint}, got {value!r}.")
 
 
 def _require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -85,6 +85,8 @@ class LevelStats:
         sizes: (tokens emitted by then, tokens it hands up from there on, 0 while off), where a control sets them.
         bias: expected biased tokens of a lossy verification, all rows together; 0 when it is exact.
         clock: seconds from some moment on; replaced in tests.
+        trees: trees this level proposed, one a row and round; tree_nodes, tree_levels: their sizes, summed.
+        draft_vocabulary: ids this level scored in its last round, None where it scored all.
     """
 
     name: str
@@ -105,6 +107,10 @@ class LevelStats:
     sizes: list[tuple[float, int]] = field(default_factory=list)
     bias: float = 0.0
     clock: Callable[[], float] = field(default=time.perf_counter, repr=False)
+    trees: int = 0
+    tree_nodes: int = 0
+    tree_levels: int = 0
+    draft_vocabulary: int | None = None
     _overlap: list[tuple[torch.Tensor, int]] = field(default_factory=list, repr=False)
 
     @contextmanager
@@ -134,6 +140,13 @@ class LevelStats:
             self.accepted_at[i] += 1
         _grow(self.histogram, accepted + 1)
         self.histogram[accepted] += 1
+
+    def record_tree(self, nodes: int, levels: int) -> None:
+        """This level proposed a tree to one row; one without nodes does not count."""
+        self.drafted += nodes
+        self.trees += int(nodes > 0)
+        self.tree_nodes += nodes
+        self.tree_levels += levels
 
     def record_overlap(self, total: torch.Tensor, positions: int) -> None:
         """Add a sum of min(p, q) over `positions` positions; kept on its device, so that adding never synchronises."""
@@ -172,6 +185,16 @@ class LevelStats:
         total, positions = self._summed_overlap()
         return float(total) / positions if positions else None
 
+    @property
+    def mean_tree_nodes(self) -> float | None:
+        """Nodes per proposed tree, None for a level that proposed none."""
+        return self.tree_nodes / self.trees if self.trees else None
+
+    @property
+    def mean_tree_depth(self) -> float | None:
+        """Levels per proposed tree, None for a level that proposed none."""
+        return self.tree_levels / self.trees if self.trees else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, JSON-serialisable."""
         return {
@@ -194,6 +217,9 @@ class LevelStats:
             "switched_on": self.switched_on,
             "sizes": [list(pair) for pair in self.sizes],
             "bias": self.bias,
+            "mean_tree_nodes": self.mean_tree_nodes,
+            "mean_tree_depth": self.mean_tree_depth,
+            "draft_vocabulary": self.draft_vocabulary,
         }
 
 

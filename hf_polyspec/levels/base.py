@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import torch
 
 from ..context import Context
 from ..telemetry import LevelStats
+from ..trees import depths
 
 if TYPE_CHECKING:
     from ..distributions import LawMaker
@@ -68,6 +70,10 @@ class Drafter(ABC):
     name: str = "drafter"
     max_batch: int | None = None
     """Largest number of rows `propose` can serve, None for any."""
+    reads_layers: Sequence[int] = ()
+    """Entries of the `hidden_states` of the level above that `watch` reads; the others are not kept."""
+    grows_trees: bool = False
+    """Whether `propose_tree` ever offers something."""
 
     def __init__(self) -> None:
         self.index = 1
@@ -106,6 +112,14 @@ class Drafter(ABC):
 
     def observe(self, drafted: list[int], accepted: list[int]) -> None:
         """Told after each check how many of each row's proposed tokens were accepted."""
+
+    def observe_tree(self, tree: TreeProposal, paths: list[list[int]]) -> None:
+        """Told after each check of a tree which of its nodes were accepted, per row from the context on.
+
+        By default passed on to `observe`, with the tree's depth as the number of tokens drafted.
+        """
+        drafted = [max(depths(parents), default=0) for parents in tree.parents]
+        self.observe(drafted, [len(path) for path in paths])
 
     def prefill(self, context: Context, chunk: int) -> None:
         """Read a long prompt in pieces of `chunk` columns, where that saves memory."""

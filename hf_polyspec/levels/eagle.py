@@ -3,22 +3,31 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
 from ..context import Context, Prompt
-from ..distributions import LawMaker, fit_vocabulary
+from ..distributions import LawMaker
 from ..eagle.features import select_features
 from ..eagle.modeling import EagleHead
 from ..errors import LevelError
 from ..runner import Pass
+from ..trees import depths
 from .base import Proposal, TreeProposal
+from .draft_vocabulary import WorkingVocabulary
 from .eagle_memory import FeatureMemo, PairMemo, Pairs, left_mask
 from .eagle_tree import Grown, grow
 from .sequential import SequentialDrafter
+from .tree_size import TreeSize
 
 _CHUNK = 1024
+_LATEST = 32
+"""Last ids of each row that join the working vocabulary in a round."""
+_LIKELY = 16
+"""Likeliest ids of the level above, where it drew its last token, that join too."""
 
 
 class EagleDrafter(SequentialDrafter):
@@ -28,7 +37,8 @@ class EagleDrafter(SequentialDrafter):
     i + 2; its own output is the feature of the next step. Where the level above has not read the last tokens itself (a
     token the target added), the head goes on from its own output. Before the first pass above it proposes nothing.
 
-    When a row of a chain stops is decided in `SequentialDrafter`.
+    When a row of a chain stops is decided in `SequentialDrafter`, how large the tree of a row is in `TreeSize`, which
+    ids are scored in `WorkingVocabulary`.
 
     Args:
         head: bound to the model of the level above.
@@ -36,11 +46,13 @@ class EagleDrafter(SequentialDrafter):
         name: shown in telemetry and errors.
         device: where laws are compared.
         draft_tokens: tokens a round (transformers' `num_assistant_tokens`).
-        confidence_threshold: 0 to 1, 0 for never (transformers' `assistant_confidence_threshold`).
-        schedule: see `SequentialDrafter`.
+        confidence_threshold: 0 to 1, 0 for never (transformers' `assistant_confidence_threshold`); a tree grows no
+            further level once its likeliest path is less probable.
+        schedule: see `SequentialDrafter`; "constant" keeps trees at their size, the others have `TreeSize` adapt them.
         eos: ids that end a text.
         tree_tokens, tree_depth, tree_top_k: size of the trees offered to a level that can check them; 0 tokens for
             none.
+        draft_vocabulary: ids scored, see `WorkingVocabulary`.
     """
 
     def __init__(
@@ -57,6 +69,7 @@ class EagleDrafter(SequentialDrafter):
         tree_tokens: int = 0,
         tree_depth: int = 5,
         tree_top_k: int = 4,
+        draft_vocabulary: int | Literal["auto"] | None = None,
     ) -> None:
         super().__init__(
             name=name,
@@ -66,38 +79,60 @@ class EagleDrafter(SequentialDrafter):
             eos=eos,
         )
         self.head = head
-        self.layers = list(layers)
+        self.reads_layers = list(layers)
         self.device = device
         self.tree_tokens = tree_tokens
         self.tree_depth = tree_depth
         self.tree_top_k = tree_top_k
+        self.grows_trees = tree_tokens > 0
+        self.draft_vocabulary = draft_vocabulary
         self.chunk = _CHUNK
         self.features: list[FeatureMemo] = []
         self.pairs = PairMemo(head)
-        self._columns: torch.Tensor | None = None
+        self.working: WorkingVocabulary | None = None
+        self._sizes: list[TreeSize] = []
+        self._shown: Pass | None = None
         self._prompt: Prompt | None = None
         self._padding: list[int] = []
 
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
         super().begin(index, batch, vocabulary)
-        self._columns = self.head.target_ids().to(self.device) if self.head.config.maps_vocabulary else None
+        self.working = WorkingVocabulary(self.head, vocabulary, self.device, self.draft_vocabulary, sorted(self.eos))
+        if self.working.note:
+            self.stats.notes.append(self.working.note)
         self._forget(batch)
 
     def end(self) -> None:
         self._forget(0)
+        self.working = None
 
     def watch(self, passed: Pass) -> None:
         with self.stats.timed():
-            states = self.head.fuse(select_features(passed.output.hidden_states, self.layers))  # [B, F, H]
+            states = self.head.fuse(select_features(passed.output.hidden_states, self.reads_layers))  # [B, F, H]
             for b, (memo, ids, row) in enumerate(zip(self.features, passed.read, states, strict=True)):
                 columns = None if passed.kept is None else passed.kept[b]
                 memo.store(ids, row[-min(passed.fed, len(ids)) :] if columns is None else row[columns])
+        self._shown = passed if self.working is not None and self.working.sliced else None
+
+    def observe(self, drafted: list[int], accepted: list[int]) -> None:
+        super().observe(drafted, accepted)
+        self._notice(accepted)
+
+    def observe_tree(self, tree: TreeProposal, paths: list[list[int]]) -> None:
+        self.stats.accepted += sum(len(path) for path in paths)
+        if self.schedule != "constant":
+            for size, parents, path in zip(self._sizes, tree.parents, paths, strict=True):
+                size.observe(max(depths(parents), default=0), len(path))
+        self._notice([path[-1] + 1 if path else 0 for path in paths])
 
     def prefill(self, context: Context, chunk: int) -> None:
         self.chunk = chunk
 
     def keep_rows(self, rows: list[int]) -> None:
         self.features = [self.features[row] for row in rows]
+        # A row that is wanted twice goes on with two sizes.
+        self._sizes = [copy.copy(self._sizes[row]) for row in rows]
+        self._shown = None
         self.pairs.keep_rows(rows)
 
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
@@ -112,28 +147,48 @@ class EagleDrafter(SequentialDrafter):
         return Proposal(tokens, q, [[self.index] * len(row) for row in tokens])
 
     def propose_tree(self, context: Context, limits: list[int], law: LawMaker) -> TreeProposal | None:
-        rows = self._known_pairs(context) if self.tree_tokens else []
-        room = [min(limit, self.tree_depth) if row.count else 0 for limit, row in zip(limits, rows, strict=False)]
+        if not self.grows_trees:
+            return None
+        rows = self._known_pairs(context)
+        room = [
+            min(limit, size.depth) if row.count else 0
+            for limit, size, row in zip(limits, self._sizes, rows, strict=True)
+        ]
         if not any(room):
             return None
         with self.stats.timed():
             grown = self._grow(rows, room)
-        self.stats.drafted += sum(len(nodes) for nodes in grown.tokens)
+        for nodes, parents in zip(grown.tokens, grown.parents, strict=True):
+            self.stats.record_tree(len(nodes), max(depths(parents), default=0))
         return TreeProposal(grown.tokens, grown.parents, [[self.index] * len(nodes) for nodes in grown.tokens])
 
     def _forget(self, batch: int) -> None:
         self.features = [FeatureMemo() for _ in range(batch)]
         self.pairs = PairMemo(self.head)
-        self._prompt, self._padding = None, []
+        self._sizes = [TreeSize(self.tree_depth, max(1, self.tree_tokens)) for _ in range(batch)]
+        self._shown, self._prompt, self._padding = None, None, []
+
+    def _notice(self, columns: list[int]) -> None:
+        """Have the likeliest ids of the level above join the working vocabulary, at these columns of its last pass."""
+        if self._shown is None or self.working is None:
+            return
+        logits = self._shown.logits
+        at = logits[torch.arange(len(columns), device=logits.device), torch.tensor(columns, device=logits.device)]
+        self.working.see(at.topk(min(_LIKELY, at.shape[-1]), dim=-1).indices.flatten().tolist())
+        self._shown = None
 
     def _known_pairs(self, context: Context) -> list[Pairs]:
         """Per row, all pairs of this context whose features the level above has computed."""
         if context.prompt is not self._prompt:
             self._prompt, self._padding = context.prompt, _padding(context)
+            for ids in context.ids:
+                self._working.pin(ids)
         rows = []
         for ids, memo, padding in zip(context.ids, self.features, self._padding, strict=True):
+            self._working.see(ids[-_LATEST:])
             end = min(memo.known(ids), len(ids) - 1)
             rows.append(Pairs(ids, max(memo.begin, padding), end, padding, memo))
+        self.stats.draft_vocabulary = self._working.size if self._working.sliced else None
         return rows
 
     def _draft(
@@ -151,7 +206,9 @@ class EagleDrafter(SequentialDrafter):
         step = 0
         while any(going):
             drawing = [alive and step >= len(more) for alive, more in zip(going, late, strict=True)]
-            laws.append(self.draw(context, tokens, self._logits(hidden), drawing, going, law) if any(drawing) else None)
+            laws.append(
+                self.draw(context, tokens, self._working.logits(hidden), drawing, going, law) if any(drawing) else None
+            )
             for b, places in enumerate(room):
                 going[b] = going[b] and len(tokens[b]) < places
             if any(going):
@@ -191,11 +248,17 @@ class EagleDrafter(SequentialDrafter):
             places = (first + level - 1).expand(-1, tokens.shape[1])
             return self._step(tokens, features, places, torch.cat([before, sees], dim=2)[:, None])
 
-        def score(states: torch.Tensor) -> torch.Tensor:
-            return self._logits(states).log_softmax(-1)
-
-        size = {"total": self.tree_tokens, "depth": self.tree_depth, "top_k": self.tree_top_k}
-        return grow(hidden, room, score, step_level, **size)
+        total = [size.nodes for size in self._sizes]
+        return grow(
+            hidden,
+            room,
+            total,
+            self._working.best,
+            step_level,
+            top_k=self.tree_top_k,
+            threshold=self.confidence_threshold,
+            ends=self.eos,
+        )
 
     def _step(
         self, tokens: torch.Tensor, features: torch.Tensor, places: torch.Tensor, mask: torch.Tensor | None
@@ -213,15 +276,10 @@ class EagleDrafter(SequentialDrafter):
         mask = left_mask(self.pairs.unused, self.pairs.cache.length + 1)
         return self._step(torch.tensor(column)[:, None], hidden, positions, mask)
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The head's scores over the chain's ids, `[..., V]`; -inf where it has none."""
-        logits = self.head.logits(hidden)
-        logits = logits.to(device=self.device, dtype=torch.promote_types(logits.dtype, torch.float32))
-        if self._columns is not None:
-            known = self.head.config.vocab_size
-            everything = logits.new_full((*logits.shape[:-1], known), float("-inf"))
-            logits = everything.index_copy(-1, self._columns, logits)
-        return fit_vocabulary(logits, self.vocabulary)
+    @property
+    def _working(self) -> WorkingVocabulary:
+        assert self.working is not None, "begin() comes first"
+        return self.working
 
 
 def _padding(context: Context) -> list[int]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,9 @@ from ..trees import ROOT
 
 Step = Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor], torch.Tensor]
 """(tokens `[B, k]`, features `[B, k, H]`, depth, who sees which node fed so far `[B, k, N]`) -> `[B, k, H]`."""
+
+Best = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+"""(states `[B, n, H]`, k) -> log-probabilities and ids of the k likeliest tokens after each, `[B, n, k]`, float32."""
 
 
 @dataclass(frozen=True)
@@ -39,58 +43,81 @@ class _Pool:
 def grow(
     hidden: torch.Tensor,
     room: list[int],
-    score: Callable[[torch.Tensor], torch.Tensor],
+    total: list[int],
+    best: Best,
     step: Step,
     *,
-    total: int,
-    depth: int,
     top_k: int,
+    threshold: float = 0.0,
+    ends: frozenset[int] = frozenset(),
 ) -> Grown:
-    """A tree per row; one host synchronisation.
+    """A tree per row; one host synchronisation, with a threshold one a level.
+
+    Nodes are chosen by the head's own probabilities before the level above has judged any (law 2). Nothing is grown
+    below an id that ends the text.
 
     Args:
         hidden: `[B, 1, H]`, the head's output after the context.
         room: longest path per row, 0 for rows that need nothing.
-        score: `[B, n, H]` -> log-probabilities `[B, n, V]`, float32, -inf for ids the head does not know.
+        total: nodes kept per row.
+        best: finds the likeliest continuations of each state.
         step: runs the head on one level.
-        total, depth, top_k: nodes kept, levels grown, nodes expanded a level.
+        top_k: nodes expanded a level, and continuations tried of each.
+        threshold: 0 to 1; a row grows no further level once its likeliest path to the last one is less probable. The
+            first level is always there.
+        ends: ids that end a text.
     """
-    log_p = score(hidden)[:, 0]  # [B, V]
-    width = min(top_k, log_p.shape[-1])
-    scores, tokens = log_p.topk(width, dim=-1)  # [B, k]
+    scores, tokens = (values[:, 0] for values in best(hidden, top_k))  # [B, k]
+    width = tokens.shape[1]
     limits = torch.tensor(room, device=scores.device)[:, None]
-    pool = _Pool(tokens, torch.full_like(tokens, ROOT), scores.masked_fill(limits < 1, float("-inf")))
+    ending = torch.tensor(sorted(ends), dtype=torch.long, device=tokens.device)
+    scores = scores.masked_fill(limits < 1, float("-inf"))
+    pool = _Pool(tokens, torch.full_like(tokens, ROOT), scores)
     front = torch.arange(width, device=tokens.device).expand_as(tokens)  # places in the pool
-    features = hidden.expand(-1, width, -1)
-    sees = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(len(room), -1, -1)
-    for level in range(1, min(depth, max(room))):
+    own = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(len(room), -1, -1)
+    features, sees = hidden.expand(-1, width, -1), own
+    # What is expanded: -inf for nodes that are not.
+    scores = scores.masked_fill(torch.isin(tokens, ending), float("-inf"))
+    for level in range(1, max(room)):
+        if threshold > 0:
+            limits = _unsure(limits, scores, threshold, level)
+            if not bool((limits > level).any()):
+                break
         out = step(tokens, features, level, sees)  # [B, k, H]
-        more, candidates = score(out).topk(width, dim=-1)  # [B, k, k]
-        summed = (pool.scores.gather(1, front)[:, :, None] + more).flatten(1)  # [B, k * k]
-        summed = summed.masked_fill(limits < level + 1, float("-inf"))
+        more, candidates = best(out, width)  # [B, k, k]
+        summed = (scores[:, :, None] + more).flatten(1).masked_fill(limits < level + 1, float("-inf"))  # [B, k * k]
         start = pool.tokens.shape[1]
-        parents = front[:, :, None].expand(-1, -1, width).flatten(1)
-        pool.add(candidates.flatten(1), parents, summed)
-        chosen = summed.topk(width, dim=-1).indices  # [B, k] places among the candidates
+        candidates = candidates.flatten(1)
+        pool.add(candidates, front[:, :, None].expand(-1, -1, width).flatten(1), summed)
+        going = summed.masked_fill(torch.isin(candidates, ending), float("-inf"))
+        scores, chosen = going.topk(width, dim=-1)  # [B, k] places among the candidates
         front = start + chosen
-        tokens = candidates.flatten(1).gather(1, chosen)
+        tokens = candidates.gather(1, chosen)
         of_parent = chosen // width  # [B, k] place of the parent among the level just run
         features = out.gather(1, of_parent[:, :, None].expand(-1, -1, out.shape[2]))
         inherited = sees.gather(1, of_parent[:, :, None].expand(-1, -1, sees.shape[2]))
-        own = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(len(room), -1, -1)
         sees = torch.cat([inherited, own], dim=2)
     return _best(pool, total)
 
 
-def _best(pool: _Pool, total: int) -> Grown:
+def _unsure(limits: torch.Tensor, scores: torch.Tensor, threshold: float, level: int) -> torch.Tensor:
+    """Room `[B, 1]` of the rows, cut to `level` where the likeliest node to expand is less probable than allowed."""
+    sure = scores.amax(dim=1, keepdim=True) >= math.log(threshold)
+    return torch.where(sure, limits, limits.clamp(max=level))
+
+
+def _best(pool: _Pool, total: list[int]) -> Grown:
     """The likeliest nodes of each row, in level order.
 
     The pool is in level order and a child is never likelier than its parent, so a stable sort takes parents first:
     what is kept is closed under ancestors, ties included.
     """
-    order = pool.scores.sort(dim=1, descending=True, stable=True).indices[:, :total]
+    order = pool.scores.sort(dim=1, descending=True, stable=True).indices[:, : max(total)]
     places = order.sort(dim=1).values  # [B, N]
-    usable = torch.isfinite(pool.scores.gather(1, places))
+    rank = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    within = rank < torch.tensor(total, device=order.device)[:, None]
+    within = within.gather(1, order.argsort(dim=1))  # by place instead of by rank
+    usable = torch.isfinite(pool.scores.gather(1, places)) & within
     packed = torch.stack([places, pool.tokens.gather(1, places), pool.parents.gather(1, places), usable.long()])
     tokens: list[list[int]] = []
     parents: list[list[int]] = []

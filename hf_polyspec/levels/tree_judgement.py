@@ -13,7 +13,8 @@ import torch
 
 from ..context import Context
 from ..distributions import LawMaker
-from ..trees import ROOT, path_to
+from ..telemetry import LevelStats
+from ..trees import ROOT, depths, path_to
 from .base import TreeProposal
 
 
@@ -76,6 +77,33 @@ def walk(tokens: list[int], parents: list[int], drawn: list[int]) -> tuple[list[
         node = child[node, drawn[node + 1]]
         path.append(node)
     return path, drawn[node + 1]
+
+
+def record_tree(stats: LevelStats, tree: TreeProposal, judgement: TreeJudgement, active: list[bool]) -> None:
+    """Count one check of a batch of trees; a tree's depth counts as the number of tokens drafted.
+
+    The acceptance rate that the law implies at a node reached is the law's weight on the node's children: the chance
+    that the draw stays in the tree. Nodes without children are not judged.
+    """
+    places: list[tuple[int, int, int]] = []  # row, position of the node on the path, id of a child
+    reached, kept = 0, 0
+    rows = zip(tree.tokens, tree.parents, judgement.paths, active, strict=True)
+    for b, (tokens, parents, path, alive) in enumerate(rows):
+        if not alive:
+            continue
+        stats.record_round(max(depths(parents), default=0), len(path))
+        position_of = {node: i for i, node in enumerate([ROOT, *path])}
+        children = [(b, position_of[p], t) for t, p in zip(tokens, parents, strict=True) if p in position_of]
+        reached += len({position for _, position, _ in children})
+        kept += len(path)
+        places += children
+    if not reached:
+        return
+    if judgement.p is None:
+        stats.record_overlap(torch.tensor(float(kept)), reached)
+    else:
+        row, position, token = torch.tensor(places, device=judgement.p.device).unbind(1)
+        stats.record_overlap(judgement.p[row, position, token].sum(), reached)
 
 
 def tree_scores(law: LawMaker, context: Context, tree: TreeProposal, logits: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from ..telemetry import Check
 from ..trees import depths
 from .base import Drafter, Proposal, TreeProposal
 from .judgement import Judgement, judge, record
-from .tree_judgement import judge_tree
+from .tree_judgement import judge_tree, record_tree
 
 
 @dataclass(frozen=True)
@@ -178,11 +178,9 @@ class Verifier(Drafter):
             judgement = judge_tree(law, context, tree, logits, active)
             passed = self.runner.keep_paths(passed, context, tree, judgement.paths)
             accepted = [len(path) for path in judgement.paths]
-            for proposed, kept, alive in zip(drafted, accepted, active, strict=True):
-                if alive:
-                    self.stats.record_round(proposed, kept)
+            record_tree(self.stats, tree, judgement, active)
         self.below.watch(passed)
-        self.below.observe(drafted, accepted)
+        self.below.observe_tree(tree, judgement.paths)
         self._tell(rooms, drafted, accepted, [len(row) for row in tree.tokens], passed.fed, began, offered)
         origins = [
             [*(of_row[node] for node in path), self.index] if alive else []

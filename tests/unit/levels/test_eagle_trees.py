@@ -101,15 +101,16 @@ def test_a_tree_pass_is_a_pass_over_each_path(model_type: str) -> None:
 
 
 def test_what_is_kept_is_closed_under_ancestors_when_all_scores_tie() -> None:
-    def score(states: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(*states.shape[:2], 7)
+    def best(states: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (*states.shape[:2], count)
+        return torch.zeros(shape), torch.arange(count).expand(shape)
 
     def step(tokens: torch.Tensor, features: torch.Tensor, level: int, sees: torch.Tensor) -> torch.Tensor:
         assert sees.shape == (2, 3, 3 * level)
         return features
 
     for total in range(1, 25):
-        grown = grow(torch.zeros(2, 1, 4), [4, 2], score, step, total=total, depth=4, top_k=3)
+        grown = grow(torch.zeros(2, 1, 4), [4, 2], [total, total], best, step, top_k=3)
         for parents, longest in zip(grown.parents, (4, 2), strict=True):
             assert all(parent < node for node, parent in enumerate(parents))
             assert max(depths(parents)) <= longest

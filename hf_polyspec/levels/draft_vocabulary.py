@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which ids an EAGLE head scores: all it knows, or a working set of them that follows the text.
+
+At the size of a draft head most of a step is the product with the lm_head. A slice of its rows costs a fraction of
+that; ids outside the slice are never proposed, which costs acceptance and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ..distributions import fit_vocabulary
+from ..eagle.configuration import EagleHeadConfig
+from ..eagle.modeling import EagleHead
+from ..eagle.vocabulary import SLICES, VocabularySlice
+from ..processors import DraftVocabularyProcessor
+
+AUTO_ROWS = 8192
+"""Rows that "auto" asks for, where the head knows at least twice as many."""
+
+RECENT = 512
+"""Ids seen lately that are kept besides the chosen ones and those of the prompt."""
+
+
+class WorkingVocabulary:
+    """The ids a head scores during one generation.
+
+    With a size, these are the ids that end a text, special ids, the most frequent ids of the target's own texts
+    (`config.frequent_tokens`; without them the lowest ids, the oldest merges of a byte-pair vocabulary); then, on top
+    of the size, all ids of the prompt and the last `RECENT` others that were `seen`. Rows of the lm_head are copied
+    when an id joins, never in a draft step.
+
+    Args:
+        head: a bound head.
+        vocabulary: columns V of the chain's laws; ids beyond are never scored.
+        device: where scores are wanted.
+        size: ids chosen beforehand; None for all the head knows, "auto" for `AUTO_ROWS` where that is at most half.
+        always: ids that are scored whatever the size, where the head knows them.
+
+    Attributes:
+        note: why a size that was asked for is not used, else None.
+    """
+
+    def __init__(
+        self,
+        head: EagleHead,
+        vocabulary: int,
+        device: torch.device,
+        size: int | Literal["auto"] | None = None,
+        always: Iterable[int] = (),
+    ) -> None:
+        self.head = head
+        self.vocabulary = vocabulary
+        self.device = device
+        self.note: str | None = None
+        self._rows: GrowingSlice | None = None
+        known = head.target_ids() if head.config.maps_vocabulary else None
+        self._usable: torch.Tensor | None = None  # columns of ids that the chain knows, None for all
+        if known is not None and bool((known >= vocabulary).any()):
+            self._usable = (known < vocabulary).nonzero().flatten()
+            known = known[self._usable]
+        self._ids = None if known is None else known.to(device)
+        count = min(vocabulary, head.config.vocab_size) if known is None else len(known)
+        wanted = (AUTO_ROWS if count >= 2 * AUTO_ROWS else count) if size == "auto" else (size or count)
+        if wanted < count:
+            self._slice(known, wanted, always)
+
+    @property
+    def sliced(self) -> bool:
+        """Whether only some of the head's ids are scored."""
+        return self._rows is not None
+
+    @property
+    def size(self) -> int:
+        """Number of ids scored at present."""
+        if self._ids is not None:
+            return len(self._ids)
+        return min(self.vocabulary, self.head.config.vocab_size)
+
+    def restriction(self) -> DraftVocabularyProcessor:
+        """The processor that restricts full scores to the ids scored at present."""
+        return DraftVocabularyProcessor(range(self.size) if self._ids is None else self._ids.tolist())
+
+    def pin(self, ids: Iterable[int]) -> None:
+        """Ids that are scored from now on to the end: a prompt's."""
+        self._refresh(self._rows is not None and self._rows.pin(ids))
+
+    def see(self, ids: Iterable[int]) -> None:
+        """Ids that look likely at present; they are scored until `RECENT` others have come."""
+        self._refresh(self._rows is not None and self._rows.see(ids))
+
+    def score(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[..., H]` -> raw logits `[..., N]` of the ids scored at present, float32 or wider, on the chain's device."""
+        logits = self.head.logits(hidden, self._rows)
+        logits = logits.to(device=self.device, dtype=torch.promote_types(logits.dtype, torch.float32))
+        if self._usable is not None and self._rows is None:
+            return logits.index_select(-1, self._usable.to(logits.device))
+        return logits if self._ids is not None else logits[..., : self.vocabulary]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[..., H]` -> raw logits over the chain's ids, `[..., V]`; -inf where there are none."""
+        scored = self.score(hidden)
+        if self._ids is None:
+            return fit_vocabulary(scored, self.vocabulary)
+        everything = scored.new_full((*scored.shape[:-1], self.vocabulary), float("-inf"))
+        return everything.index_copy_(-1, self._ids, scored)
+
+    def best(self, hidden: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The likeliest next tokens: log-probabilities and ids, each `[..., min(count, N)]`."""
+        scored = self.score(hidden)
+        values, columns = scored.topk(min(count, scored.shape[-1]), dim=-1)
+        log_p = values - scored.logsumexp(-1, keepdim=True)
+        return log_p, columns if self._ids is None else self._ids[columns]
+
+    def _slice(self, known: torch.Tensor | None, wanted: int, always: Iterable[int]) -> None:
+        head, config = self.head, self.head.config
+        scored = range(min(self.vocabulary, config.vocab_size)) if known is None else known.tolist()
+        member = set(scored)
+        ranked = [*always, *special_ids(config), *(config.frequent_tokens or ()), *scored]
+        chosen = list(dict.fromkeys(token for token in ranked if token in member))[:wanted]
+        try:
+            fixed = SLICES.slice(head, torch.tensor(sorted(chosen), device=head.device))
+        except ValueError as error:
+            self.note = f"all {len(member)} ids are drafted from: {error}"
+            return
+        self._rows = GrowingSlice(head, fixed, member - set(chosen))
+        self._ids = fixed.target_ids.to(self.device)
+
+    def _refresh(self, joined: bool) -> None:
+        if joined and self._rows is not None:
+            self._ids = self._rows.target_ids.to(self.device)
+
+
+class GrowingSlice:
+    """A fixed slice of a head's ids, and some that join later in a buffer of their own.
+
+    Args:
+        head: a bound head.
+        fixed: rows that never change, possibly shared with other slices.
+        outside: ids that may join.
+    """
+
+    def __init__(self, head: EagleHead, fixed: VocabularySlice, outside: set[int]) -> None:
+        self.head = head
+        self.fixed = fixed
+        self.outside = outside
+        self.target_ids = fixed.target_ids
+        self._joined: list[int] = []
+        self._pinned = 0
+        self._next = 0  # place in the ring behind the pinned ones that the next id takes
+        self._weight: torch.Tensor | None = None
+        self._bias: torch.Tensor | None = None
+
+    def pin(self, ids: Iterable[int]) -> bool:
+        """Have ids join for good; says whether any did. What was `seen` before is forgotten."""
+        new = [token for token in dict.fromkeys(ids) if token in self.outside and token not in self._joined]
+        if new:
+            kept = [*self._joined[: self._pinned], *new]
+            rows = self.head.vocabulary_slice(torch.tensor(kept, device=self.head.device))
+            self._joined, self._pinned, self._next = kept, len(kept), 0
+            self._weight = rows.weight.new_empty(len(kept) + RECENT, rows.weight.shape[1])
+            self._weight[: len(kept)] = rows.weight
+            if rows.bias is not None:
+                self._bias = rows.bias.new_empty(len(kept) + RECENT)
+                self._bias[: len(kept)] = rows.bias
+            self.outside -= set(new)
+            self._list()
+        return bool(new)
+
+    def see(self, ids: Iterable[int]) -> bool:
+        """Have ids join until `RECENT` others have; says whether any did."""
+        new = [token for token in dict.fromkeys(ids) if token in self.outside and token not in self._joined][:RECENT]
+        if new:
+            rows = self.head.vocabulary_slice(torch.tensor(new, device=self.head.device))
+            if self._weight is None:
+                self._weight = rows.weight.new_empty(RECENT, rows.weight.shape[1])
+                self._bias = None if rows.bias is None else rows.bias.new_empty(RECENT)
+            places = [self._pinned + (self._next + i) % RECENT for i in range(len(new))]
+            self._next = (self._next + len(new)) % RECENT
+            self._joined += [-1] * (max(places) + 1 - len(self._joined))
+            for place, token in zip(places, new, strict=True):
+                self._joined[place] = token
+            self._weight[places] = rows.weight
+            if self._bias is not None and rows.bias is not None:
+                self._bias[places] = rows.bias
+            self._list()
+        return bool(new)
+
+    def score(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[..., H]` -> `[..., N]`, one column for each of `target_ids`."""
+        scores = self.fixed.score(hidden)
+        count = len(self._joined)
+        if not count or self._weight is None:
+            return scores
+        bias = None if self._bias is None else self._bias[:count]
+        return torch.cat([scores, nn.functional.linear(hidden, self._weight[:count], bias)], dim=-1)
+
+    def _list(self) -> None:
+        joined = torch.tensor(self._joined, dtype=torch.long, device=self.fixed.target_ids.device)
+        self.target_ids = torch.cat([self.fixed.target_ids, joined])
+
+
+def special_ids(config: EagleHeadConfig) -> list[int]:
+    """Begin, end and padding ids that a head's config names."""
+    found: list[int] = []
+    for value in (config.eos_token_id, config.bos_token_id, config.pad_token_id):
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    return found
