@@ -109,6 +109,7 @@ def build_chain(target: Any, assistants: Sequence[Any], setting: Setting, runner
         runner,
         below,
         name=_display_name(target),
+        bias_budget=float(setting.options.polyspec_bias_budget),
         rule=setting.options.polyspec_verification,
         eos=setting.eos,
         pad=setting.pad,

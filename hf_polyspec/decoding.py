@@ -16,6 +16,7 @@ from .cache import read_cache, write_cache
 from .chain import Setting, build_chain, check_assistants, levels_of
 from .compatibility import check_cache, check_options
 from .context import EMBEDDED, Context, Prompt
+from .control import OnlineControl
 from .distributions import LawMaker
 from .levels.verifier import Verifier
 from .loop import DecodingLoop, Stopping
@@ -58,6 +59,8 @@ def decode(
     polyspec_tree_tokens: int | None = None,
     polyspec_tree_depth: int | None = None,
     polyspec_tree_top_k: int | None = None,
+    polyspec_control: str | None = None,
+    polyspec_bias_budget: float | None = None,
     polyspec_draft_vocabulary: int | str | None = None,
     streamer: Any = None,
     tokenizer: Any = None,
@@ -74,8 +77,8 @@ def decode(
         input_ids: `[B, L]` prompt ids, left-padded, already repeated for `num_return_sequences`.
         logits_processor, stopping_criteria, generation_config: as generate() prepared them.
         assistant_models: the levels below the target, the slowest first.
-        num_assistant_tokens, assistant_confidence_threshold, num_assistant_tokens_schedule, polyspec_block_size,
-            polyspec_verification, polyspec_tree_tokens, polyspec_tree_depth, polyspec_tree_top_k,
+        polyspec_control, polyspec_bias_budget, num_assistant_tokens, assistant_confidence_threshold,
+            num_assistant_tokens_schedule, polyspec_block_size, polyspec_verification, polyspec_tree_tokens, polyspec_tree_depth, polyspec_tree_top_k,
             polyspec_draft_vocabulary: as in `PolySpecOptions`.
         streamer: gets the new tokens of every step, `[B]`.
         tokenizer: accepted for the sake of the contract; not used.
@@ -99,12 +102,19 @@ def decode(
         "polyspec_tree_tokens": polyspec_tree_tokens,
         "polyspec_tree_depth": polyspec_tree_depth,
         "polyspec_tree_top_k": polyspec_tree_top_k,
+        "polyspec_control": polyspec_control,
+        "polyspec_bias_budget": polyspec_bias_budget,
         "polyspec_draft_vocabulary": polyspec_draft_vocabulary,
     }
     if synced_gpus:
         raise ValueError(SYNCED_GPUS)
     options = PolySpecOptions.read(named, generation_config)
     check_options(generation_config)
+    if options.polyspec_bias_budget and not generation_config.do_sample:
+        raise ValueError(
+            "polyspec_bias_budget needs do_sample=True: greedy decoding has no probabilities to trade, "
+            "and is exact at any budget; leave it out."
+        )
     assistants = check_assistants(model, assistant_models)
     job = _Job(model, input_ids, logits_processor, stopping_criteria, generation_config, options, model_kwargs)
     chain = job.chain(assistants)
@@ -112,6 +122,8 @@ def decode(
         rows, origins = job.run(chain, streamer)
         return job.output(chain, rows, origins, time.perf_counter() - started)
     finally:
+        if job.control is not None:
+            job.control.finish()
         chain.end()
 
 
@@ -153,6 +165,8 @@ class _Job:
                 bool(config.output_attentions),
             )
         self.cached = 0
+        self.control: OnlineControl | None = None
+        self.bias: list[float] = []
 
     def chain(self, assistants: list[Any]) -> Verifier:
         """The levels, ready to run; the target starts from the caller's cache if there is something in it."""
@@ -186,6 +200,8 @@ class _Job:
         self.recorder = Recorder(self.wanted, self.context.batch, prompt, self._windows())
         if self.config.prefill_chunk_size:
             chain.prefill(self.context, self.config.prefill_chunk_size)
+        if self.options.polyspec_control == "online":
+            self.control = OnlineControl(chain, mode=(self.law.do_sample, self.config.temperature))
         loop = DecodingLoop(
             chain,
             self.law,
@@ -195,8 +211,11 @@ class _Job:
             recorder=self.recorder,
             streamer=streamer,
             may_drop_rows=not (self.wanted.any or self._cache_is_kept() or self.law.bound_to_rows or self.law.in_order),
+            control=self.control,
         )
-        return loop.run(self.context)
+        found = loop.run(self.context)
+        self.bias = loop.bias
+        return found
 
     def output(
         self, chain: Verifier, rows: list[list[int]], origins: list[list[int]], seconds: float
@@ -207,7 +226,12 @@ class _Job:
         if not self.config.return_dict_in_generate:
             return sequences
         stats = PolySpecStats(
-            [level.stats for level in levels_of(chain)], origins, sum(len(row) for row in origins), seconds
+            [level.stats for level in levels_of(chain)],
+            origins,
+            sum(len(row) for row in origins),
+            seconds,
+            decisions=[] if self.control is None else self.control.decisions,
+            bias=self.bias,
         )
         output = GenerateDecoderOnlyOutput(
             sequences=sequences,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import StoppingCriteriaList
@@ -19,7 +19,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from .context import Context
 from .distributions import LawMaker
-from .levels.verifier import Verifier
+from .levels.verifier import Emission, Verifier
 from .outputs import Recorder
 
 
@@ -69,8 +69,21 @@ class _Row:
     queue: deque[tuple[int, int]] = field(default_factory=deque)
     origins: list[int] = field(default_factory=list)
     finished: bool = False
+    bias: float = 0.0
     ended: bool = False
     """Its queue ends with its last token (end of text or length limit); nothing more is to be drawn."""
+
+
+class Control(Protocol):
+    """Decides, between two rounds of the target, how the chain is run."""
+
+    def before(self, context: Context, limits: list[int]) -> None:
+        """A round over these rows is about to start; `limits` are the tokens each may still emit."""
+        ...
+
+    def after(self, emission: Emission) -> None:
+        """The round is over."""
+        ...
 
 
 class DecodingLoop:
@@ -85,6 +98,10 @@ class DecodingLoop:
         recorder: collects scores and the like.
         streamer: gets every step's tokens, or None.
         may_drop_rows: whether finished rows may be taken out of the batch.
+        control: steers the chain, or None.
+
+    Attributes:
+        bias: per row, the total variation that a lossy verification introduced.
     """
 
     def __init__(
@@ -98,6 +115,7 @@ class DecodingLoop:
         recorder: Recorder,
         streamer: Any = None,
         may_drop_rows: bool = False,
+        control: Control | None = None,
     ) -> None:
         self.target = target
         self.law = law
@@ -107,6 +125,8 @@ class DecodingLoop:
         self.recorder = recorder
         self.streamer = streamer
         self.may_drop_rows = may_drop_rows
+        self.control = control
+        self.bias: list[float] = []
 
     def run(self, context: Context) -> tuple[list[list[int]], list[list[int]]]:
         """Generate until every row is finished.
@@ -121,13 +141,18 @@ class DecodingLoop:
         while not all(row.finished for row in rows):
             limits = [self._limit(rows[r]) for r in present]
             lengths = [len(ids) for ids in context.ids]
+            if self.control is not None:
+                self.control.before(context, limits)
             emission = self.target.round(context, limits, self.law)
+            if self.control is not None:
+                self.control.after(emission)
             if self.recorder.wanted.any:
                 self.recorder.emitted(emission, lengths, first)
             first = False
             context = context.extended(emission.tokens)
             for place, r in enumerate(present):
                 self._queue(rows[r], emission.tokens[place], emission.origins[place])
+                rows[r].bias += emission.bias[place] if emission.bias else 0.0
             self._commit(rows)
             if in_step:
                 context = Context([_with_prompt(context, b, rows[b]) for b in range(len(rows))], context.prompt)
@@ -135,6 +160,7 @@ class DecodingLoop:
                 context, present = self._drop_finished(context, rows, present)
         if self.streamer is not None:
             self.streamer.end()
+        self.bias = [row.bias for row in rows]
         return [row.committed for row in rows], [row.origins for row in rows]
 
     def _limit(self, row: _Row) -> int:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 Verification = Literal["auto", "token", "block"]
 Schedule = Literal["constant", "heuristic", "heuristic_transient"]
+Control = Literal["fixed", "online"]
 
 DEFAULT_DRAFT_TOKENS = 5
 DEFAULT_BLOCK_SIZE = 8
@@ -32,6 +33,11 @@ class PolySpecOptions:
         polyspec_tree_tokens: most tokens of the tree an EAGLE head proposes, 0 for a chain.
         polyspec_tree_depth: most tokens of a path of that tree, 1 or more.
         polyspec_tree_top_k: how many continuations the head follows at each depth, 1 or more.
+        polyspec_control: "fixed", or "online": sizes and the choice of levels follow what is measured during the
+            generation. Exact either way; but under sampling, which random number decides what then depends on the
+            clock, so a seed no longer reproduces a text.
+        polyspec_bias_budget: 0 to 1, the share of the target's rejections that is waived; 0 is exact. A lossy dial for
+            sampling (Yin et al. 2024, arXiv 2411.00841): a judged token is that share of TV(p, q) away from its law.
         polyspec_draft_vocabulary: ids an EAGLE head chooses from, besides those of the prompt and of late; None for all
             it knows, "auto" for a size that pays where it knows many.
     """
@@ -44,6 +50,8 @@ class PolySpecOptions:
     polyspec_tree_tokens: int = 0
     polyspec_tree_depth: int = DEFAULT_TREE_DEPTH
     polyspec_tree_top_k: int = DEFAULT_TREE_TOP_K
+    polyspec_control: Control = "fixed"
+    polyspec_bias_budget: float = 0.0
     polyspec_draft_vocabulary: int | Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
@@ -61,6 +69,14 @@ class PolySpecOptions:
             "num_assistant_tokens_schedule", self.num_assistant_tokens_schedule, (None, *get_args(Schedule))
         )
         _require_choice("polyspec_verification", self.polyspec_verification, get_args(Verification))
+        _require_choice("polyspec_control", self.polyspec_control, get_args(Control))
+        budget = self.polyspec_bias_budget
+        if isinstance(budget, bool) or not (isinstance(budget, (int, float)) and 0 <= budget <= 1):
+            raise ValueError(f"polyspec_bias_budget must be a number from 0 to 1, got {budget!r}.")
+        if budget and self.polyspec_verification == "block":
+            raise ValueError(
+                'polyspec_bias_budget is defined token by token; leave polyspec_verification="block" out with it.'
+            )
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much may be lost by trying out what may not pay, and when it is tried again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from .estimates import Knowledge
+from .setups import Pair
+
+SHARE = 0.02
+"""Of the time generated in, what may be lost."""
+START = 0.015
+"""Of the time that plain decoding would need for the first tokens, what may be lost before any was earned."""
+START_TOKENS = 256
+FIRST_INTERVAL = 16.0
+"""Plain tokens between the first loss of a pair of levels and its next trial; doubles every time it loses again."""
+LONGEST_INTERVAL = 4096.0
+
+
+@dataclass
+class Budget:
+    """Seconds that may be lost, over the lifetime of what is known of a chain.
+
+    A trial is charged with the seconds it took beyond those in which the best setup known would have emitted the same
+    tokens; one that wins costs nothing.
+    """
+
+    knowledge: Knowledge
+
+    def open(self, tokens: int, plain_seconds: float) -> None:
+        """Grant the start-up allowance, once in the lifetime of what is known.
+
+        Args:
+            tokens: that may be generated; plain_seconds: of one plain token.
+        """
+        if not self.knowledge.allowance:
+            self.knowledge.allowance = START * min(tokens, START_TOKENS) * plain_seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds that may still be lost now."""
+        return self.knowledge.allowance + SHARE * self.knowledge.elapsed - self.knowledge.spent
+
+    def charge(self, seconds: float) -> None:
+        """A trial has lost this much; a gain is not paid back."""
+        self.knowledge.spent += max(0.0, seconds)
+
+
+@dataclass
+class Schedule:
+    """When each pair of levels may be tried (again).
+
+    Attributes:
+        due: per pair, the time from which it may be tried; absent: at once.
+        interval: per pair, plain tokens until then, after the last loss.
+    """
+
+    due: dict[Pair, float] = field(default_factory=dict)
+    interval: dict[Pair, float] = field(default_factory=dict)
+
+    def is_due(self, pair: Pair, now: float) -> bool:
+        """Whether it is time to try a pair."""
+        return now >= self.due.get(pair, float("-inf"))
+
+    def lost(self, pairs: Iterable[Pair], now: float, plain_seconds: float) -> None:
+        """These pairs were tried, or used, and do not pay: wait twice as long as the last time."""
+        for pair in pairs:
+            before = self.interval.get(pair)
+            waiting = FIRST_INTERVAL if before is None else min(LONGEST_INTERVAL, 2 * before)
+            self.interval[pair] = waiting
+            self.due[pair] = now + waiting * plain_seconds
+
+    def seen(self, pairs: Iterable[Pair], now: float, plain_seconds: float) -> None:
+        """These pairs are in use and pay: what is known of them is fresh."""
+        for pair in pairs:
+            self.interval.pop(pair, None)
+            self.due[pair] = now + FIRST_INTERVAL * plain_seconds
