@@ -175,7 +175,7 @@ def _data_lines(config: TrainingConfig, corpus: Corpus) -> list[str]:
     texts = [*corpus.train, *corpus.validation]
     greedy = sum(text.kind == GREEDY for text in texts)
     tokens = sum(len(text) for text in corpus.train)
-    facts = read_provenance(config.texts_folder)
+    facts = [fact for folder in config.texts_folders for fact in read_provenance(folder)]
     origin = "; ".join(dict.fromkeys(fact.get("prompts", "unknown") for fact in facts))
     writer = _who("int8" if any(fact.get("writer") == "int8" for fact in facts) else "target")
     return [

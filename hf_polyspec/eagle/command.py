@@ -211,7 +211,7 @@ def run(session: Session, tracked: bool, save_dtype: str) -> bool:
     if config.texts is None and not _generate(session, target, tokenizer, prompts, excluded):
         return False
     plan = config.optimization
-    corpus = load_corpus(config.texts_folder, plan.max_length, plan.validation_fraction, plan.seed)
+    corpus = load_corpus(config.texts_folders, plan.max_length, plan.validation_fraction, plan.seed)
     reader = target if config.reader == "target" else _int8(target)
     if tracked:
         settings = {key: str(value) for key, value in _leaves(config.as_dict()).items()}
@@ -250,13 +250,13 @@ def _generate(
     wanted = config.generation.max_tokens
     # a run that has begun to train keeps its texts as they are
     begun = (config.folder / "checkpoints").is_dir()
-    if begun or read_progress(config.texts_folder).tokens >= wanted:
+    if begun or read_progress(config.texts_folders[0]).tokens >= wanted:
         return True
     accelerator.wait_for_everyone()  # nobody writes before all have counted what is there
     generator = Generator(
         _int8(target, activation_bits=8) if config.writer == "int8" else target,
         tokenizer,
-        config.texts_folder,
+        config.texts_folders[0],
         config.generation,
         prompts,
         excluded,

@@ -95,13 +95,17 @@ class Batch:
         return sum(len(text) for text in self.texts)
 
 
-def load_corpus(folder: Path, max_length: int, validation_fraction: float, seed: int) -> Corpus:
-    """Reads the shards of a folder and sets some texts aside.
+# more texts than any folder will hold; keeps the numbers of several folders apart
+_FOLDER_BITS = 40
+
+
+def load_corpus(folders: Sequence[Path], max_length: int, validation_fraction: float, seed: int) -> Corpus:
+    """Reads the shards of one or more folders and sets some texts aside.
 
     A text's side depends on its number alone, so texts added later never move one from validation to training.
 
     Args:
-        folder: a folder of shards.
+        folders: folders of shards; the order counts, since a text is known by its folder's place and its number.
         max_length: longer texts are cut.
         validation_fraction: share of texts held out, at least one of them.
         seed: decides which.
@@ -111,17 +115,20 @@ def load_corpus(folder: Path, max_length: int, validation_fraction: float, seed:
     """
     train: list[Text] = []
     held: list[Text] = []
-    for sample in read_samples(folder):
-        tokens = np.array(sample.tokens[:max_length], dtype=np.int64)
-        if len(tokens) < sample.prompt_length + 2 or len(tokens) < 3:
-            continue  # no room to guess even one token of the answer
-        text = Text(sample.number, tokens, sample.prompt_length, sample.kind)
-        aside = sample_random(seed, sample.number, "split").random() < validation_fraction
-        (held if aside else train).append(text)
+    for place, folder in enumerate(folders):
+        for sample in read_samples(folder):
+            tokens = np.array(sample.tokens[:max_length], dtype=np.int64)
+            if len(tokens) < sample.prompt_length + 2 or len(tokens) < 3:
+                continue  # no room to guess even one token of the answer
+            number = (place << _FOLDER_BITS) + sample.number
+            text = Text(number, tokens, sample.prompt_length, sample.kind)
+            aside = sample_random(seed, number, "split").random() < validation_fraction
+            (held if aside else train).append(text)
     if not held and len(train) > 1:
         held.append(train.pop())
     if not train or not held:
-        raise ValueError(f"{folder} holds too few texts to train on and to validate with; generate more")
+        where = " and ".join(str(folder) for folder in folders)
+        raise ValueError(f"{where} holds too few texts to train on and to validate with; generate more")
     return Corpus(train, held)
 
 

@@ -29,6 +29,7 @@ from hf_polyspec.eagle.features import target_parts
 from hf_polyspec.eagle.lesson import LearningHead, build_head
 from hf_polyspec.eagle.losses import LossSums, TargetView, Teacher, noisy
 from hf_polyspec.eagle.modeling import EagleHead
+from hf_polyspec.eagle.optimizers import build_optimizers
 from hf_polyspec.eagle.prompts import sample_random
 from hf_polyspec.eagle.stopping import StopRequest
 from hf_polyspec.eagle.training_config import TrainingConfig
@@ -92,13 +93,7 @@ class Trainer:
         head = build_head(config, target, tokenizer, corpus)
         self.source = self._build_source(head, reader_model)
         module = LearningHead(head, Teacher(head, parts), config)
-        optimizer = torch.optim.AdamW(
-            [weight for weight in module.parameters() if weight.requires_grad],
-            lr=self.plan.learning_rate,
-            betas=(0.9, self.plan.beta2),
-            weight_decay=self.plan.weight_decay,
-        )
-        self.module, self.optimizer = accelerator.prepare(module, optimizer)
+        self.module, *self.optimizers = accelerator.prepare(module, *build_optimizers(module, self.plan))
         self.head = head
         self.state = RunState(corpus=_fingerprint(corpus.train))
         accelerator.register_for_checkpointing(self.state)
@@ -197,8 +192,9 @@ class Trainer:
 
     def _advance(self, group: list[list[int]], spent: float, report: Callable[[Progress], None] | None) -> None:
         rate = self.plan.rate(self.state.step, sum(self.steps_per_epoch))
-        for entry in self.optimizer.param_groups:
-            entry["lr"] = rate
+        for optimizer in self.optimizers:
+            for entry in optimizer.param_groups:
+                entry["lr"] = rate
         sums, norm = self._step(group)
         self.state.step += 1
         self.state.position += len(group)
@@ -234,8 +230,9 @@ class Trainer:
                 self.accelerator.backward(sums.loss * (share * world / max(rows, 1)))
             totals = _added(totals, sums, share)
         norm = self._clip()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         if totals is None:
             raise RuntimeError("an optimizer step had no batch")
         return self._reduced(totals), norm

@@ -20,6 +20,7 @@ T = TypeVar("T")
 WRITERS = ("target", "int8")
 PRECISIONS = ("no", "bf16", "fp16")
 SCHEDULES = ("linear", "cosine", "constant")
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,9 @@ class OptimizationSettings:
         learning_rate: peak.
         warmup_steps: optimizer steps up to the peak.
         schedule: `"linear"`, `"cosine"` or `"constant"` after the warm-up.
+        optimizer: `"adamw"`, or `"muon"` for the inner matrices and AdamW for the rest.
         beta2: AdamW's second moment; the first is 0.9.
-        weight_decay: AdamW's.
+        weight_decay: of all weights.
         clip: largest gradient norm (EAGLE-3) or gradient value (EAGLE-1).
         feature_noise: EAGLE-1's noise on features; ignored by EAGLE-3.
         feature_weight: EAGLE-1's weight of the feature regression.
@@ -84,6 +86,7 @@ class OptimizationSettings:
     learning_rate: float = 1e-4
     warmup_steps: int = 100
     schedule: str = "cosine"
+    optimizer: str = "adamw"
     beta2: float = 0.95
     weight_decay: float = 0.0
     clip: float = 0.5
@@ -105,6 +108,7 @@ class OptimizationSettings:
 
     def __post_init__(self) -> None:
         _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("mixed_precision", self.mixed_precision, PRECISIONS)
         counts = ("epochs", "steps", "batch_tokens", "accumulation", "validation_steps", "validation_texts")
         for name in (*counts, "validate_every", "checkpoint_every", "keep_checkpoints", "log_every", "max_length"):
@@ -143,7 +147,7 @@ class TrainingConfig:
         dtype: of the target's weights, `"auto"` for the checkpoint's own.
         prompts: the user's file of prompts, or None to let the target invent them.
         exclude: a file of prompts that must not be trained on, such as a benchmark's.
-        texts: a folder of shards written before; nothing is generated then.
+        texts: a folder of shards written before, or several; nothing is generated then.
         writer: who writes the texts, the `"target"` or its `"int8"` copy, faster on CPUs.
         reader: whose features and distributions the head learns from, likewise. A head that will draft for a
             quantised middle loses nothing by learning from a quantised copy.
@@ -159,7 +163,7 @@ class TrainingConfig:
     dtype: str = "auto"
     prompts: str | None = None
     exclude: str | None = None
-    texts: str | None = None
+    texts: str | list[str] | None = None
     writer: str = "target"
     reader: str = "target"
     init_from: str | None = None
@@ -177,9 +181,11 @@ class TrainingConfig:
         return Path(self.output)
 
     @property
-    def texts_folder(self) -> Path:
-        """Where the texts are."""
-        return Path(self.texts) if self.texts else self.folder / "texts"
+    def texts_folders(self) -> list[Path]:
+        """Where the texts are; the run's own folder alone unless others were given."""
+        if not self.texts:
+            return [self.folder / "texts"]
+        return [Path(self.texts)] if isinstance(self.texts, str) else [Path(folder) for folder in self.texts]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in a config file."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -61,9 +62,9 @@ def test_texts_keep_their_side_when_more_come(tmp_path: Path) -> None:
         writer.add(Sample(number, (1, 2, 3, 4, 5), 2, 0))
         if number == 99:
             writer.flush()
-            few = load_corpus(tmp_path, 64, 0.2, seed=0)
+            few = load_corpus([tmp_path], 64, 0.2, seed=0)
     writer.flush()
-    many = load_corpus(tmp_path, 64, 0.2, seed=0)
+    many = load_corpus([tmp_path], 64, 0.2, seed=0)
 
     def numbers(corpus: Corpus) -> tuple[set[int], set[int]]:
         return {text.number for text in corpus.train}, {text.number for text in corpus.validation}
@@ -115,7 +116,7 @@ def test_draft_vocabulary_takes_the_commonest_of_answers() -> None:
 def test_reader_and_cache_give_the_targets_states(
     chat_target: PreTrainedModel, texts_folder: Path, tmp_path: Path
 ) -> None:
-    corpus = load_corpus(texts_folder, 64, 0.2, seed=0)
+    corpus = load_corpus([texts_folder], 64, 0.2, seed=0)
     head = init_for(chat_target, "eagle3")
     parts = target_parts(chat_target)
     reader = TargetReader(chat_target, head.config, parts, rows_at_once=7)
@@ -151,3 +152,13 @@ def test_reader_and_cache_give_the_targets_states(
     changed = [Text(one.number, one.tokens[::-1].copy(), one.prompt_length, one.kind) for one in corpus.train]
     renewed = FeatureCache(tmp_path, reader, changed, head.config.feature_size, parts.hidden_size, "tiny")
     assert renewed.remembered == 0
+
+
+def test_folders_add_up_and_keep_their_texts_apart(texts_folder: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(texts_folder, again)
+    one, two = load_corpus([texts_folder], 64, 0.2, seed=0), load_corpus([texts_folder, again], 64, 0.2, seed=0)
+    numbers = [text.number for text in [*two.train, *two.validation]]
+    assert len(numbers) == len(set(numbers)) == 2 * len([*one.train, *one.validation])
+    # a second folder moves no text of the first to the other side
+    assert {text.number for text in one.validation} <= {text.number for text in two.validation}

@@ -44,7 +44,7 @@ class Setting:
         self.target, self.tokenizer, self.texts, self.folder = target, tokenizer, texts, folder
 
     def corpus(self) -> Corpus:
-        return load_corpus(self.texts, 64, 0.2, seed=0)
+        return load_corpus([self.texts], 64, 0.2, seed=0)
 
     def trainer(self, name: str, algorithm: str = "eagle3", corpus: Corpus | None = None, **changes: Any) -> Trainer:
         head = {"algorithm": algorithm, "draft_vocab_size": 30}
@@ -90,17 +90,18 @@ def weights(head: EagleHead) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in head.state_dict().items()}
 
 
-@pytest.mark.parametrize("algorithm", ["eagle3", "eagle1"])
-def test_a_killed_run_continues_exactly(setting: Setting, algorithm: str) -> None:
-    whole = setting.trainer("whole", algorithm)
+@pytest.mark.parametrize(("algorithm", "optimizer"), [("eagle3", "adamw"), ("eagle3", "muon"), ("eagle1", "adamw")])
+def test_a_killed_run_continues_exactly(setting: Setting, algorithm: str, optimizer: str) -> None:
+    whole = setting.trainer("whole", algorithm, optimizer=optimizer)
+    assert len(whole.optimizers) == (2 if optimizer == "muon" else 1)
     acceptance = whole.run()
     total = sum(whole.steps_per_epoch)
     assert total > 18
     # once between two checkpoints, once in another epoch, once before any new checkpoint
     for step in (6, total // 2 + 3, total // 2 + 4):
         with pytest.raises(Killed):
-            setting.trainer("broken", algorithm).run(report=kill_at(step))
-    last = setting.trainer("broken", algorithm)
+            setting.trainer("broken", algorithm, optimizer=optimizer).run(report=kill_at(step))
+    last = setting.trainer("broken", algorithm, optimizer=optimizer)
     assert last.run() == acceptance
     assert setting.curve("broken") == setting.curve("whole")
     assert len(setting.curve("whole")) == total + 1

@@ -78,7 +78,7 @@ def test_two_processes(chat_target: PreTrainedModel, chat_tokenizer: PreTrainedT
     assert len(list(texts.glob("shard-000-*"))) == len(list(texts.glob("shard-001-*"))) == 1
     assert [sample.number for sample in read_samples(texts)] == list(range(31))
     finish([start(script, tmp_path / "one.yaml", 0, 1, port)])
-    corpus = load_corpus(texts, 2048, 0.2, seed=0)
+    corpus = load_corpus([texts], 2048, 0.2, seed=0)
     assert len(plan_batches(corpus.train, 40, seed=0, epoch=0)) % 2 == 1
     both, single = curve(tmp_path / "two" / "curve.csv"), curve(tmp_path / "one" / "curve.csv")
     assert len(both) == len(single) >= 4

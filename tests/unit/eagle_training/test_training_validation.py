@@ -23,7 +23,7 @@ STEPS, RANKS = 3, (1, 2, 5)
 def test_counts_equal_drafting_from_every_row(chat_target: PreTrainedModel, texts_folder: Path, sliced: bool) -> None:
     torch.manual_seed(0)
     head = init_for(chat_target, "eagle3", list(range(0, 45, 2)) if sliced else None).eval()
-    corpus = load_corpus(texts_folder, 64, 0.2, seed=0)
+    corpus = load_corpus([texts_folder], 64, 0.2, seed=0)
     batch = collate(corpus.train)
     view = TargetReader(chat_target, head.config, target_parts(chat_target)).read(batch)
     found = count_acceptance(head, batch, view, STEPS, RANKS)
