@@ -90,6 +90,7 @@ class EagleDrafter(SequentialDrafter):
         self.features: list[FeatureMemo] = []
         self.pairs = PairMemo(head)
         self.working: WorkingVocabulary | None = None
+        self._unread: list[tuple[list[list[int]], list[list[int]] | None, int, torch.Tensor]] = []
         self._sizes: list[TreeSize] = []
         self._shown: Pass | None = None
         self._prompt: Prompt | None = None
@@ -107,11 +108,9 @@ class EagleDrafter(SequentialDrafter):
         self.working = None
 
     def watch(self, passed: Pass) -> None:
-        with self.stats.timed():
-            states = self.head.fuse(select_features(passed.output.hidden_states, self.reads_layers))  # [B, F, H]
-            for b, (memo, ids, row) in enumerate(zip(self.features, passed.read, states, strict=True)):
-                columns = None if passed.kept is None else passed.kept[b]
-                memo.store(ids, row[-min(passed.fed, len(ids)) :] if columns is None else row[columns])
+        # Fused when they are needed: while the head is not asked, watching costs next to nothing.
+        states = select_features(passed.output.hidden_states, self.reads_layers)  # [B, F, n H]
+        self._unread.append((passed.read, passed.kept, passed.fed, states))
         self._shown = passed if self.working is not None and self.working.sliced else None
 
     def observe(self, drafted: list[int], accepted: list[int]) -> None:
@@ -125,10 +124,29 @@ class EagleDrafter(SequentialDrafter):
                 size.observe(max(depths(parents), default=0), len(path))
         self._notice([path[-1] + 1 if path else 0 for path in paths])
 
+    def _read(self) -> None:
+        """Store the features of all passes seen since the last time, fused at once."""
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        with self.stats.timed():
+            fused = self.head.fuse(torch.cat([states for *_, states in unread], dim=1))  # [B, F_1 + F_2 + ..., H]
+            pieces = fused.split([states.shape[1] for *_, states in unread], dim=1)
+            for (read, kept, fed, _), piece in zip(unread, pieces, strict=True):
+                for b, (memo, ids, row) in enumerate(zip(self.features, read, piece, strict=True)):
+                    memo.store(ids, row[-min(fed, len(ids)) :] if kept is None else row[kept[b]])
+
+    def resize_trees(self, nodes: int) -> None:
+        """Most nodes of the trees from the next round on."""
+        self.tree_tokens = nodes
+        for size in self._sizes:
+            size.most_nodes = nodes
+
     def prefill(self, context: Context, chunk: int) -> None:
         self.chunk = chunk
 
     def keep_rows(self, rows: list[int]) -> None:
+        self._read()
         self.features = [self.features[row] for row in rows]
         # A row that is wanted twice goes on with two sizes.
         self._sizes = [copy.copy(self._sizes[row]) for row in rows]
@@ -167,6 +185,7 @@ class EagleDrafter(SequentialDrafter):
         self.pairs = PairMemo(self.head)
         self._sizes = [TreeSize(self.tree_depth, max(1, self.tree_tokens)) for _ in range(batch)]
         self._shown, self._prompt, self._padding = None, None, []
+        self._unread = []
 
     def _notice(self, columns: list[int]) -> None:
         """Have the likeliest ids of the level above join the working vocabulary, at these columns of its last pass."""
@@ -179,6 +198,7 @@ class EagleDrafter(SequentialDrafter):
 
     def _known_pairs(self, context: Context) -> list[Pairs]:
         """Per row, all pairs of this context whose features the level above has computed."""
+        self._read()
         if context.prompt is not self._prompt:
             self._prompt, self._padding = context.prompt, _padding(context)
             for ids in context.ids:
