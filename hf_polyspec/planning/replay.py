@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a chain would have done with the recorded texts: every round of every level, its chance and its time.
+
+Nothing is drawn. A round that starts at position t of a text emits k tokens with a probability that the records give
+(`agreement`), so the mean number of rounds and their seconds follow by summing over starts, text by text. What the
+text is like where a round starts is kept: drafters that do well in one place and badly in the next are not averaged
+away, as a single acceptance rate would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .agreement import Array, DraftRecord, TreeSize, survival, windows
+from .cost_model import SecondsTable
+from .costs import ModelCosts, Overheads
+from .texts import Text
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A candidate: which levels, and their sizes.
+
+    Attributes:
+        levels: places in the full list, 0 (the target) first.
+        block: tokens every middle collects; 0 without middles.
+        draft: most tokens of a draft; 0 for plain decoding and trees.
+        tree: size of the trees, None for chains.
+    """
+
+    levels: tuple[int, ...]
+    block: int = 0
+    draft: int = 0
+    tree: TreeSize | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is plain generate()."""
+        return len(self.levels) == 1
+
+
+@dataclass
+class Measurements:
+    """Everything a prediction is made of.
+
+    Attributes:
+        names: of the levels, the target first.
+        texts: what the target wrote.
+        costs: of every level that is a causal LM, by place.
+        edges: log ratios along each text by (checking, offering) place, for levels that are causal LMs.
+        drafts: by (checking, offering) place and tree size, for levels that only draft.
+        drafting: seconds of a draft by its tokens, for causal LMs that draft last.
+        overheads: time outside the levels.
+        sampled: whether tokens are drawn, so that block verification applies.
+        bound: reasons why a level cannot stand under another, by (checking, offering) place.
+    """
+
+    names: list[str]
+    texts: list[Text]
+    costs: dict[int, ModelCosts]
+    edges: Mapping[tuple[int, int], list[Array]]
+    drafts: Mapping[tuple[int, int, TreeSize | None], DraftRecord]
+    drafting: Mapping[int, SecondsTable]
+    overheads: Overheads
+    sampled: bool
+    bound: dict[tuple[int, int], str] = field(default_factory=dict)
+
+    @property
+    def new_tokens(self) -> int:
+        """Of all texts together."""
+        return sum(len(text.new) for text in self.texts)
+
+    @property
+    def step_seconds(self) -> float:
+        """Of a token of plain generate()."""
+        return float(np.median([text.step_seconds for text in self.texts]))
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A chain over all texts.
+
+    Attributes:
+        seconds: predicted wall time of the calls; tokens: new ones.
+        by_level: seconds of each level's rounds, in the chain's order; the rest is prompts and overhead.
+        rounds: of each level (the drafter: drafts).
+        offered: mean tokens in the pass that checks, for each level but the drafter.
+        tables: seconds of a pass of each level at that size (the drafter: of a draft).
+    """
+
+    seconds: float
+    tokens: int
+    by_level: tuple[float, ...]
+    rounds: tuple[float, ...]
+    offered: tuple[float, ...]
+    tables: tuple[float, ...]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second of wall time."""
+        return self.tokens / self.seconds
+
+    @property
+    def length(self) -> float:
+        """Mean tokens the target emits a round."""
+        return self.tokens / self.rounds[0]
+
+
+@dataclass(frozen=True)
+class _Rounds:
+    """Rounds of one level by start, means: `law[t, k - 1]` emits k, `[N, levels]` seconds, passes and offered tokens.
+
+    The arrays' columns follow the chain's levels; those above the level are 0.
+    """
+
+    law: Array
+    seconds: Array
+    passes: Array
+    offered: Array
+
+
+def replay(chain: Chain, measured: Measurements) -> Replayed:
+    """Predict a chain on the recorded texts.
+
+    Args:
+        chain: the candidate; measured: the records.
+
+    Raises:
+        KeyError: something of this chain was not measured.
+    """
+    if chain.plain:
+        return _plain(measured)
+    depth = len(chain.levels)
+    totals = np.zeros((3, depth))
+    tables: list[SecondsTable] = []
+    reading = 0.0
+    for i, text in enumerate(measured.texts):
+        context = len(text.prompt) + len(text.new) / 2
+        tables = [measured.costs[place].table(context) for place in chain.levels if place in measured.costs]
+        rounds = _lowest(chain, measured, i, tables[depth - 2])
+        for level in range(depth - 3, -1, -1):
+            rounds = _collected(chain, measured, i, level, tables[level], rounds)
+        visits = _visits(rounds.law)
+        totals += np.stack([visits @ rounds.seconds, visits @ rounds.passes, visits @ rounds.offered])
+        reading += _reading(chain, measured, text, tables)
+    seconds, passes, offered = totals
+    overheads = measured.overheads
+    outside = overheads.call * len(measured.texts) + overheads.per_round * passes[0]
+    outside += overheads.per_block_round * float(passes[1:-1].sum())
+    each = seconds / np.maximum(passes, 1e-9)
+    return Replayed(
+        float(seconds.sum()) + reading + outside,
+        measured.new_tokens,
+        tuple(seconds.tolist()),
+        tuple(passes.tolist()),
+        tuple((offered / np.maximum(passes, 1e-9)).tolist()),
+        tuple(each.tolist()),
+    )
+
+
+def _plain(measured: Measurements) -> Replayed:
+    step = measured.step_seconds
+    seconds = sum(text.first_seconds + step * (len(text.new) - 1) for text in measured.texts)
+    tokens = measured.new_tokens
+    return Replayed(seconds, tokens, (step * tokens,), (float(tokens),), (0.0,), (step,))
+
+
+def _reading(chain: Chain, measured: Measurements, text: Text, tables: Sequence[SecondsTable]) -> float:
+    """What the first pass of every model takes more than a later one, since it reads the prompt."""
+    models = [place for place in chain.levels if place in measured.costs]
+    return sum(
+        max(0.0, measured.costs[place].reading(len(text.prompt)) - table.seconds(1))
+        for place, table in zip(models, tables, strict=False)
+    )
+
+
+def _lowest(chain: Chain, measured: Measurements, i: int, table: SecondsTable) -> _Rounds:
+    """Rounds of the level directly above the drafter."""
+    above, drafter = chain.levels[-2:]
+    depth, count = len(chain.levels), len(measured.texts[i].new)
+    record = measured.drafts.get((above, drafter, chain.tree))
+    if record is None:
+        kept = survival(windows(measured.edges[above, drafter][i], chain.draft), measured.sampled)
+        columns = np.minimum(chain.draft, np.maximum(0, count - 1 - np.arange(count))).astype(float)
+        drafting = measured.drafting[drafter]
+    else:
+        kept, columns = _recorded(record, chain, i)
+        drafting = record.seconds
+    law = _law(kept)
+    seconds, passes, offered = (np.zeros((count, depth)) for _ in range(3))
+    if record is not None and record.checking is not None:
+        checking = np.where(columns > 0, record.checking, table.seconds(1))
+    else:
+        checking = np.array([table.seconds(c + 1) for c in columns])
+    seconds[:, -2] = checking
+    asked = columns > 0 if record is not None and chain.tree is not None else np.ones(count, dtype=np.bool_)
+    seconds[:, -1] = [drafting.seconds(c) if on else 0.0 for c, on in zip(columns, asked, strict=True)]
+    passes[:, -2], passes[:, -1] = 1.0, asked
+    offered[:, -2] = columns
+    return _Rounds(law, seconds, passes, offered)
+
+
+def _recorded(record: DraftRecord, chain: Chain, i: int) -> tuple[Array, Array]:
+    """Survival `[N, K]` and tokens offered `[N]`; starts without a draft get the mean of those that have one."""
+    width = chain.tree.depth if chain.tree is not None else chain.draft
+    draft = record.drafts[i]
+    kept = survival(draft.ratios[:, :width], record.drawn)
+    columns = draft.columns if chain.tree is not None else np.minimum(draft.columns, width)
+    missing = ~draft.recorded
+    if missing.any():
+        everything = np.concatenate([survival(d.ratios[d.recorded, :width], record.drawn) for d in record.drafts])
+        asked = np.concatenate([d.columns[d.recorded] for d in record.drafts])
+        kept[missing] = everything.mean(axis=0)
+        columns = np.where(
+            missing, asked.mean() if chain.tree is not None else np.minimum(asked, width).mean(), columns
+        )
+    # The verifier's own token takes the last place of a text.
+    count = len(draft.columns)
+    kept = np.where(np.arange(width)[None, :] < (count - 1 - np.arange(count))[:, None], kept, 0.0)
+    if record.blind_first:
+        kept[0], columns = 0.0, np.concatenate([[0.0], columns[1:]])
+    return kept, columns
+
+
+def _collected(
+    chain: Chain, measured: Measurements, i: int, level: int, table: SecondsTable, below: _Rounds
+) -> _Rounds:
+    """Rounds of a level over a middle that collects blocks (`theory_rounds.block_law`, start by start)."""
+    count, most = below.law.shape
+    threshold, depth = chain.block, len(chain.levels)
+    reached = np.zeros((count, threshold + 1))
+    reached[:, 0] = 1.0
+    blocks = np.zeros((count, threshold + most))
+    seconds, passes, offered = (np.zeros((count, depth)) for _ in range(3))
+    for held in range(threshold):
+        weight = reached[:, held]
+        on = np.arange(count) + held < count - 1  # the text has room for more and for the verifier's own token
+        blocks[:, held] += np.where(on, 0.0, weight)
+        here = np.where(on, weight, 0.0)
+        start = np.minimum(np.arange(count) + held, count - 1)
+        seconds += here[:, None] * below.seconds[start]
+        passes += here[:, None] * below.passes[start]
+        offered += here[:, None] * below.offered[start]
+        for k in range(1, most + 1):
+            share = here * below.law[start, k - 1]
+            if held + k >= threshold:
+                blocks[:, held + k] += share
+            else:
+                reached[:, held + k] += share
+    pair = chain.levels[level], chain.levels[level + 1]
+    kept = survival(windows(measured.edges[pair][i], blocks.shape[1] - 1), measured.sampled)
+    long_enough = np.cumsum(blocks[:, ::-1], axis=1)[:, ::-1][:, 1:]  # P(block >= i + 1)
+    seconds[:, level] = blocks @ np.array([table.seconds(b + 1) for b in range(blocks.shape[1])])
+    passes[:, level] = 1.0
+    offered[:, level] = blocks @ np.arange(blocks.shape[1])
+    return _Rounds(_law(kept * long_enough), seconds, passes, offered)
+
+
+def _law(kept: Array) -> Array:
+    """`[N, K + 1]`: P(k tokens emitted) from P(at least i + 1 accepted)."""
+    count = kept.shape[0]
+    ones, zeros = np.ones((count, 1)), np.zeros((count, 1))
+    reached = np.concatenate([ones, kept, zeros], axis=1)
+    return np.asarray(reached[:, :-1] - reached[:, 1:], dtype=np.float64)
+
+
+def _visits(law: Array) -> Array:
+    """`[N]`: probability that a round starts at each position of a text."""
+    count, most = law.shape
+    visits = np.zeros(count + most)
+    visits[0] = 1.0
+    for start in range(count):
+        visits[start + 1 : start + 1 + most] += visits[start] * law[start]
+    return visits[:count]

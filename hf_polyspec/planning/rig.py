@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Levels set up for measuring: built by the engine's own hands, and driven round by round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..chain import Setting, build_chain
+from ..context import Context
+from ..distributions import LawMaker
+from ..levels.base import Drafter, Proposal
+from ..levels.verifier import Verifier
+from ..options import PolySpecOptions
+from ..runner import ModelRunner
+
+
+class Offer(Drafter):
+    """Proposes what it was told to: the level below a verifier whose own round is to be timed.
+
+    Attributes:
+        tokens: ids proposed to every row.
+        drawn: whether they come with a law, as those of a level that samples do.
+    """
+
+    name = "offer"
+
+    def __init__(self, tokens: Sequence[int] = (), drawn: bool = False) -> None:
+        super().__init__()
+        self.tokens = list(tokens)
+        self.drawn = drawn
+        self.vocabulary = 0
+
+    def begin(self, index: int, batch: int, vocabulary: int) -> None:
+        super().begin(index, batch, vocabulary)
+        self.vocabulary = vocabulary
+
+    def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
+        rows = [self.tokens[:limit] for limit in limits]
+        q = None
+        width = max(len(row) for row in rows)
+        if self.drawn and law.do_sample and width:
+            q = torch.full((len(rows), width, self.vocabulary), 1.0 / self.vocabulary, device=law.device)
+        return Proposal(rows, q, [[self.index] * len(row) for row in rows])
+
+
+def rig(model: Any, below: Sequence[Any], *, batch: int = 1, **options: Any) -> Verifier:
+    """A model over the levels below it, begun, as `generate()` would build them, without an end of text.
+
+    Args:
+        model: the topmost model; below: the members under it, the slowest first.
+        batch: rows; options: of `PolySpecOptions`.
+    """
+    setting = Setting(PolySpecOptions(**options), model.device, frozenset(), 0, batch)
+    runner = ModelRunner(model, "the model", model.device, reads_embeds=True, replace_unknown_ids=True)
+    return build_chain(model, list(below), setting, runner)
