@@ -43,11 +43,12 @@ __all__ = [
     "generate",
     "pack",
     "quantize_model",
+    "recover",
     "rank_tokens",
     "unpack",
 ]
 
-_QUANTIZATION = ("pack", "quantize_model", "unpack")
+_QUANTIZATION = ("pack", "quantize_model", "recover", "unpack")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantised and packed models: cheaper levels for a chain, and the checkpoints they are kept in."""
 
+from hf_polyspec.quantization.awq import fold_scales
 from hf_polyspec.quantization.bridge import PolySpecQuantizer
 from hf_polyspec.quantization.calibrate import choose_layer_bits, input_moments, sensitivity
 from hf_polyspec.quantization.checkpoint import load_quantized, save_quantized
@@ -9,6 +10,7 @@ from hf_polyspec.quantization.linear import Int4Linear, Int8Linear, QuantizedLin
 from hf_polyspec.quantization.measure import Comparison, SpeedRatio, agreement, compare, speed_ratios
 from hf_polyspec.quantization.model import quantize_model
 from hf_polyspec.quantization.packing import is_packed, pack, unpack
+from hf_polyspec.quantization.recovery import Recovery, RecoveryOptions, recover
 from hf_polyspec.quantization.weights import QuantizedWeight, round_to_nearest
 
 __all__ = [
@@ -19,15 +21,19 @@ __all__ = [
     "PolySpecQuantizer",
     "QuantizedLinear",
     "QuantizedWeight",
+    "Recovery",
+    "RecoveryOptions",
     "SpeedRatio",
     "agreement",
     "choose_layer_bits",
     "compare",
+    "fold_scales",
     "input_moments",
     "is_packed",
     "load_quantized",
     "pack",
     "quantize_model",
+    "recover",
     "round_to_nearest",
     "save_quantized",
     "sensitivity",

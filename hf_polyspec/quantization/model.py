@@ -19,7 +19,9 @@ from hf_polyspec.quantization.weights import QuantizedWeight, check_bits, round_
 ModuleFilter = Callable[[str, nn.Module], bool]
 Model = TypeVar("Model", bound=nn.Module)
 Progress = Callable[[str], None]
-METHODS = ("rtn", "search", "gptq")
+METHODS = ("rtn", "search", "gptq", "awq", "awq+gptq")
+CALIBRATED = ("gptq", "awq", "awq+gptq")
+"""Methods that cannot do without calibration."""
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -93,13 +95,22 @@ def plan_bits(
 
 
 def merged_adapters(model: nn.Module) -> nn.Module:
-    """A PEFT model with its active adapters merged into a copy of the base model; any other model as it is."""
-    merge = getattr(model, "merge_and_unload", None)
-    if not callable(merge):
+    """A model with its active adapters merged into a copy, PEFT's wrapper removed; a model without any as it is."""
+    if callable(getattr(model, "merge_and_unload", None)):
+        peft_model: Any = copy.deepcopy(model)
+        merged: nn.Module = peft_model.merge_and_unload()
+        return merged
+    # Adapters that transformers itself loaded (`load_adapter`, an adapter's folder) sit in the model without a wrapper.
+    if not getattr(model, "_hf_peft_config_loaded", False):
         return model
-    peft_model: Any = copy.deepcopy(model)
-    merged: nn.Module = peft_model.merge_and_unload()
-    return merged
+    bare: Any = copy.deepcopy(model)
+    for name, layer in list(bare.named_modules()):
+        if hasattr(layer, "get_base_layer") and hasattr(layer, "merge"):
+            layer.merge()
+            replace_module(bare, name, layer.get_base_layer())
+    bare._hf_peft_config_loaded = False
+    result: nn.Module = bare
+    return result
 
 
 def round_layer(
@@ -132,8 +143,8 @@ def _check_request(
 ) -> None:
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown: use one of {METHODS}.")
-    if method == "gptq" and calibration is None:
-        raise ValueError('method="gptq" needs calibration=input_moments(model, tokens).')
+    if method in CALIBRATED and calibration is None:
+        raise ValueError(f'method="{method}" needs calibration=input_moments(model, tokens).')
     check_bits(bits, group_size)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("The model has weights that are not in memory (offloaded): load it whole to quantise it.")
@@ -165,7 +176,8 @@ def quantize_model(
         bits: Bits a weight: 8 (one scale a row), or 4, 3 or 2 (a scale and a zero a group).
         group_size: Inputs that share a scale below 8 bits; widths it does not divide are handled.
         method: "rtn" rounds to the nearest code; "search" also tries narrower ranges; "gptq" spreads each
-            rounding error over the weights still to come (needs `calibration`).
+            rounding error over the weights still to come; "awq" folds activation-aware scales into the layers before
+            and then searches, "awq+gptq" does both (all three need `calibration`).
         symmetric: Store no zeros below 8 bits.
         modules: `(name, module) -> bool`, which linear layers to quantise; all by default.
         head_bits: Bits of the layer that makes the logits, None to leave it in float.
@@ -179,10 +191,14 @@ def quantize_model(
         The quantised copy, in eval mode, on the model's device.
 
     Raises:
-        ValueError: Unsupported bits or method, "gptq" without calibration, no layer that could be quantised.
+        ValueError: Unsupported bits or method, "gptq" or "awq" without calibration, no layer that could be quantised,
+            no place to fold scales into.
     """
+    from hf_polyspec.quantization.awq import fold_for
+
     _check_request(model, bits, group_size, method, calibration)
     source = merged_adapters(model)
+    source, method, calibration = fold_for(method, source, calibration, bits, group_size, symmetric)
     plan = plan_bits(source, bits, head_bits, layer_bits, modules)
     quantized = sharing_copy(source).eval()
     for name, width in plan.items():
