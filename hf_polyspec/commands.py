@@ -29,6 +29,15 @@ class Command:
 
 
 COMMANDS = {
+    "bench": Command(
+        f"{PACKAGE}.bench.command", "bench_command", "bench", "Run Spec-Bench on plain decoding, the peers and chains."
+    ),
+    "bench-report": Command(
+        f"{PACKAGE}.bench.command", "report_command", "bench", "Make the report of bench runs from their records."
+    ),
+    "plan": Command(
+        f"{PACKAGE}.planning.command", "plan_command", "planning", "Which chain is quickest here, and why."
+    ),
     "score": Command(
         f"{PACKAGE}.metrics.command", "score_command", "metrics", "Score bench outputs: quality beside plain decoding."
     ),

@@ -22,6 +22,8 @@ _CONTEXT = 6
 # own colour and readable on light and dark backgrounds alike.
 _COLOURS = ("213,94,0", "86,180,233", "0,158,115", "230,159,0", "204,121,167", "0,114,178")
 _OPACITY = 0.38
+LEVEL_COLOURS = _COLOURS
+"""Red, green and blue of each level, repeated from the seventh on."""
 
 _HEADINGS = (
     ("level", "level"),
@@ -97,6 +99,30 @@ def tokens_html(stats: PolySpecStats, tokenizer: Any, sequences: Any, prompt_len
         parts.append(f'<div class="polyspec-text" dir="auto">{text}</div>')
     parts.append("</div>")
     return "".join(parts)
+
+
+def token_pieces(
+    tokenizer: Any, ids: Sequence[int], levels: Sequence[int], prompt_length: int = 0
+) -> list[tuple[int, str]]:
+    """Generated text in pieces, each with the level that first proposed it.
+
+    Args:
+        tokenizer: turns ids into text.
+        ids: of one row, prompt and generated tokens.
+        levels: one per generated token, as in `PolySpecStats.token_levels`.
+        prompt_length: how many of the ids are prompt.
+
+    Returns:
+        Pairs of a level and a text; neighbours of one level are one piece, tokens of one character are not parted.
+    """
+    listed = [int(token) for token in ids][: prompt_length + len(levels)]
+    pieces: list[tuple[int, str]] = []
+    for first, _, text in _pieces(tokenizer, listed, 0, prompt_length):
+        level = levels[first - prompt_length]
+        if pieces and pieces[-1][0] == level:
+            text = pieces.pop()[1] + text
+        pieces.append((level, text))
+    return pieces
 
 
 def html_page(fragments: Sequence[tuple[str, str]], title: str) -> str:

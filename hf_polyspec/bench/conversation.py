@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what was said to token ids, through the model's chat template, and back to text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+Message = dict[str, str]
+
+
+def messages(turns: Sequence[str], answers: Sequence[str], system: str | None = None) -> list[Message]:
+    """A conversation that is now to be answered.
+
+    Args:
+        turns: what the user said so far, one more than there are answers.
+        answers: what the model said in between.
+        system: the system message, or None for the template's own.
+    """
+    found: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    for i, turn in enumerate(turns):
+        found.append({"role": "user", "content": turn})
+        if i < len(answers):
+            found.append({"role": "assistant", "content": answers[i]})
+    return found
+
+
+def encode(tokenizer: Any, conversation: list[Message], template: str | None = None) -> list[int]:
+    """Prompt ids of a conversation.
+
+    Args:
+        tokenizer: the model's.
+        conversation: as `messages` makes it.
+        template: a chat template to use instead of the tokenizer's own.
+
+    Returns:
+        The ids; without any template, those of the texts on lines of their own.
+    """
+    if template or getattr(tokenizer, "chat_template", None):
+        made = tokenizer.apply_chat_template(
+            conversation, chat_template=template, add_generation_prompt=True, return_dict=True
+        )
+        return [int(token) for token in made["input_ids"]]
+    text = "\n\n".join(message["content"] for message in conversation)
+    return [int(token) for token in tokenizer(text)["input_ids"]]
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` `[B, L]` of prompts of different lengths."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for b, row in enumerate(rows):
+        ids[b, width - len(row) :] = torch.tensor(list(row), dtype=torch.long)
+        mask[b, width - len(row) :] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def cut_at_end(ids: Sequence[int], ends: Iterable[int]) -> list[int]:
+    """Generated ids up to and including the first that ends the text; what follows it is padding."""
+    stop = set(ends)
+    for i, token in enumerate(ids):
+        if token in stop:
+            return list(ids[: i + 1])
+    return list(ids)
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of an answer, without special tokens."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def stop_ids(tokenizer: Any, model: Any, names: Sequence[str] | None) -> list[int]:
+    """The ids that end an answer: those of the named tokens, else the model's own.
+
+    Raises:
+        ValueError: the tokenizer has no such token.
+    """
+    if names is not None:
+        vocabulary = tokenizer.get_vocab()
+        missing = [name for name in names if name not in vocabulary]
+        if missing:
+            raise ValueError(f"The tokenizer has no token {missing[0]!r}, which is to end an answer.")
+        return [int(vocabulary[name]) for name in names]
+    from ..assistants import end_ids
+
+    return end_ids(model)
