@@ -19,6 +19,7 @@ from .levels.base import Drafter
 from .levels.candidate_generator import CandidateGeneratorDrafter
 from .levels.causal_lm import CausalLMDrafter
 from .levels.eagle import EagleDrafter
+from .levels.joined import JoinedDrafter
 from .levels.verifier import Verifier
 from .options import DEFAULT_DRAFT_TOKENS, PolySpecOptions
 from .runner import ModelRunner
@@ -72,10 +73,11 @@ def check_assistants(target: Any, assistants: Any) -> list[Any]:
                     f"assistant_models[{i + 1}] proposes; a drafter must come last."
                 )
         elif isinstance(assistant, EagleHead):
-            if i + 1 < len(assistants):
+            if not _is_branch(assistants[i + 1 :]):
                 raise ValueError(
                     f"{role} ({_display_name(assistant)}) is an EAGLE head, which only drafts and cannot check what "
-                    f"assistant_models[{i + 1}] proposes; a head must come last."
+                    f"assistant_models[{i + 1}] proposes; a head must come last, or before one drafter without a "
+                    "model (SuffixDrafter), whose drafts join its trees."
                 )
             _bound(assistant, ([target, *assistants])[i], role)
         elif isinstance(assistant, nn.Module) and hasattr(assistant, "config"):
@@ -149,7 +151,14 @@ def levels_of(chain: Verifier) -> list[Drafter]:
     found: list[Drafter] = [chain]
     while isinstance(found[-1], Verifier):
         found.append(found[-1].below)
+    if isinstance(found[-1], JoinedDrafter):
+        found[-1:] = found[-1].parts
     return found
+
+
+def _is_branch(following: Sequence[Any]) -> bool:
+    """Whether what follows a head may: nothing, or one drafter that only continues."""
+    return len(following) <= 1 and all(isinstance(one, (Drafter, CandidateGenerator)) for one in following)
 
 
 def _draft_limit(assistants: Sequence[Any], place: int, setting: Setting) -> int | None:
@@ -167,7 +176,16 @@ def _level(
     if isinstance(assistant, CandidateGenerator):
         return CandidateGeneratorDrafter(assistant)
     if isinstance(assistant, EagleHead):
-        return _head_level(assistants, place, setting, target)
+        head = _head_level(assistants, place, setting, target)
+        if below is None:
+            return head
+        return JoinedDrafter(
+            head,
+            below,
+            eos=setting.eos,
+            branch_limit=setting.options.num_assistant_tokens,
+            chain_tokens=head.draft_tokens,
+        )
     name = _display_name(assistant)
     hidden = assistant.get_input_embeddings().weight.shape[-1]
     runner = ModelRunner(

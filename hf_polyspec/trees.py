@@ -31,6 +31,21 @@ def path_to(node: int, parents: list[int]) -> list[int]:
     return path[::-1]
 
 
+def graft(tokens: list[int], parents: list[int], branch: list[int]) -> tuple[list[int], list[int]]:
+    """The nodes that a tree lacks for `branch` to be one of its paths, with their parents, in order.
+
+    Args:
+        tokens, parents: of the tree's nodes; branch: ids after the context.
+    """
+    child = {(parent, token): node for node, (token, parent) in enumerate(zip(tokens, parents, strict=True))}
+    node, shared = ROOT, 0
+    while shared < len(branch) and (node, branch[shared]) in child:
+        node = child[node, branch[shared]]
+        shared += 1
+    more = branch[shared:]
+    return more, [node, *range(len(tokens), len(tokens) + len(more) - 1)][: len(more)]
+
+
 def ancestors(parents: list[int]) -> torch.Tensor:
     """`[T, T]` boolean: whether node j is node i or one of its ancestors."""
     seen = torch.eye(len(parents), dtype=torch.bool)

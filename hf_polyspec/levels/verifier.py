@@ -180,7 +180,7 @@ class Verifier(Drafter):
             accepted = [len(path) for path in judgement.paths]
             record_tree(self.stats, tree, judgement, active)
         self.below.watch(passed)
-        self.below.observe_tree(tree, judgement.paths)
+        self.source.observe_tree(tree, judgement.paths)
         self._tell(rooms, drafted, accepted, [len(row) for row in tree.tokens], passed.fed, began, offered)
         origins = [
             [*(of_row[node] for node in path), self.index] if alive else []

@@ -25,8 +25,10 @@ from transformers.generation.logits_process import RepetitionPenaltyLogitsProces
 
 from hf_polyspec.context import Context
 from hf_polyspec.distributions import LawMaker
+from hf_polyspec.levels import joined as joined_module
 from hf_polyspec.levels import verifier as verifier_module
 from hf_polyspec.levels.base import Drafter, Proposal, TreeProposal
+from hf_polyspec.levels.joined import JoinedDrafter
 from hf_polyspec.levels.tree_judgement import TreeJudgement
 from hf_polyspec.levels.verifier import Verifier
 from hf_polyspec.runner import Pass
@@ -131,6 +133,65 @@ def test_a_tree_under_a_middle_under_a_target(
 ) -> None:
     models = tables(3, vocabulary, 4)
     assert distance(three(models, Grower(models[2], branches), rule, block_size), models[0], 3) < EXACT
+
+
+class Continues(Drafter):
+    """A branch beside the tree: a chain that the ids before it determine, or one drawn from a table."""
+
+    def __init__(self, vocabulary: int, length: int, table: TableModel | None = None) -> None:
+        super().__init__()
+        self.vocabulary, self.length, self.table = vocabulary, length, table
+
+    def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
+        ids = list(context.ids[0])
+        count = min(self.length, limits[0])
+        for i in range(count):
+            q = None if self.table is None else self.table.law(tuple(ids))
+            ids.append((sum(ids) + i) % self.vocabulary if q is None else int(law.draw(q[None])[0]))
+        tokens = ids[len(ids) - count :]
+        return Proposal([tokens], None, [[self.index] * count])
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize(("vocabulary", "branches"), [(3, (1,)), (2, (1, 1))])
+def test_a_tree_with_a_branch_under_a_target(vocabulary: int, branches: tuple[int, ...], drawn: bool) -> None:
+    models = tables(2, vocabulary, 5)
+    branch = Continues(vocabulary, 2, models[1] if drawn else None)
+    assert distance(two(models, JoinedDrafter(Grower(models[1], branches), branch)), models[0], 3) < EXACT
+
+
+@pytest.mark.parametrize(("vocabulary", "block_size", "branches"), [(3, 2, (1,)), (2, 3, (1, 1))])
+def test_a_tree_with_a_branch_under_a_middle_under_a_target(
+    vocabulary: int, block_size: int, branches: tuple[int, ...]
+) -> None:
+    models = tables(3, vocabulary, 4)
+    joined = JoinedDrafter(Grower(models[2], branches), Continues(vocabulary, 2))
+    assert distance(three(models, joined, "auto", block_size), models[0], 3) < EXACT
+
+
+def test_doubled_siblings_are_no_way_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain appended as it is doubles nodes; judging each child of a node by a coin of its own then shows."""
+
+    def coins(
+        law: LawMaker, context: Context, tree: TreeProposal, logits: torch.Tensor, active: list[bool]
+    ) -> TreeJudgement:
+        p = logits[0, 0].softmax(-1)
+        rest, path = p.clone(), []
+        for node, (token, parent) in enumerate(zip(tree.tokens[0], tree.parents[0], strict=True)):
+            if parent == ROOT and bool(law.randomness.bernoulli(p[token][None])[0]):
+                path = [node]
+                break
+            rest[token] = 0
+        after = logits[0, path[0] + 1].softmax(-1) if path else rest
+        tokens = [*(tree.tokens[0][node] for node in path), int(law.draw(after[None])[0])]
+        width = len(tokens)
+        return TreeJudgement([path], [tokens], logits[:, :width], logits[:, :width], logits[:, :width].softmax(-1))
+
+    monkeypatch.setattr(verifier_module, "judge_tree", coins)
+    models = tables(2, 4, 3)
+    doubled = JoinedDrafter(Grower(models[1], (2,)), Continues(4, 1))
+    monkeypatch.setattr(joined_module, "graft", lambda tokens, parents, branch: (branch, [ROOT] * len(branch)))
+    assert distance(two(models, doubled), models[0], 2) > 0.01
 
 
 def test_processors_see_each_nodes_own_path() -> None:

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A drafter that grows trees and one that only continues: the continuation joins the tree as one more branch."""
+
+from __future__ import annotations
+
+import torch
+
+from ..context import Context
+from ..distributions import LawMaker
+from ..runner import Pass
+from ..trees import graft
+from .base import Drafter, Proposal, TreeProposal
+
+
+class JoinedDrafter(Drafter):
+    """Two drafters as one level: `assistant_models=[..., head, SuffixDrafter()]`.
+
+    In a tree, the branch starts after the context and shares the nodes that are already there, so that no node is
+    doubled. Nodes are checked by the one-hot rule, which is exact however a tree came about, so the branch may also
+    come from a drafter that draws. It counts on top of the tree's size.
+
+    Where no tree can be checked, a row's chain comes from one of the two: from the branch where it is at least as long
+    as the head's drafts (a suffix drafter gives long drafts after long matches only), else from the head.
+
+    Args:
+        head: grows trees, and reads what the level above computes.
+        branch: continues a text; runs whenever the head does.
+        eos: ids that end a text: nothing of the branch is taken after one.
+        branch_limit: most tokens of a branch, None for as many as the drafter gives.
+        chain_tokens: length of a branch from which on it replaces the head's chain.
+    """
+
+    def __init__(
+        self,
+        head: Drafter,
+        branch: Drafter,
+        *,
+        eos: frozenset[int] = frozenset(),
+        branch_limit: int | None = None,
+        chain_tokens: int = 1,
+    ) -> None:
+        self.name = f"{head.name} + {branch.name}"
+        super().__init__()
+        self.head = head
+        self.branch = branch
+        self.eos = eos
+        self.branch_limit = branch_limit
+        self.chain_tokens = chain_tokens
+        self.reads_layers = head.reads_layers
+        self.grows_trees = head.grows_trees
+        limits = [part.max_batch for part in (head, branch) if part.max_batch is not None]
+        self.max_batch = min(limits, default=None)
+        self._grown: TreeProposal | None = None
+        self._branches: list[list[int]] = []
+        self._from_branch: list[bool] = []
+
+    @property
+    def parts(self) -> list[Drafter]:
+        """The two drafters, which keep their own counters."""
+        return [self.head, self.branch]
+
+    def begin(self, index: int, batch: int, vocabulary: int) -> None:
+        super().begin(index, batch, vocabulary)
+        self.head.begin(index, batch, vocabulary)
+        self.branch.begin(index + 1, batch, vocabulary)
+
+    def propose_tree(self, context: Context, limits: list[int], law: LawMaker) -> TreeProposal | None:
+        tree = self.head.propose_tree(context, limits, law)
+        if tree is None:
+            return None
+        offered = self.branch.propose(context, self._limits(limits), law.fork(context.batch))
+        self._grown = tree
+        self._branches = [self._until_end(row) for row in offered.tokens]
+        joined = TreeProposal([], [], [])
+        rows = zip(tree.tokens, tree.parents, tree.origins, self._branches, offered.origins, strict=True)
+        for tokens, parents, origins, branch, branch_origins in rows:
+            more_tokens, more_parents = graft(tokens, parents, branch)
+            joined.tokens.append([*tokens, *more_tokens])
+            joined.parents.append([*parents, *more_parents])
+            joined.origins.append([*origins, *branch_origins[len(branch) - len(more_tokens) : len(branch)]])
+        return joined
+
+    def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
+        offered = self.branch.propose(context, self._limits(limits), law.fork(context.batch))
+        # A length may follow from the values drawn, so what was drawn is always used once there is any (law 2).
+        enough = self.chain_tokens if offered.q is None else 1
+        self._from_branch = [len(row) >= enough for row in offered.tokens]
+        rest = [0 if taken else limit for taken, limit in zip(self._from_branch, limits, strict=True)]
+        drafted = self.head.propose(context, rest, law)
+        self._grown = None
+
+        def pick(first: list[list[int]], second: list[list[int]]) -> list[list[int]]:
+            return [a if taken else b for taken, a, b in zip(self._from_branch, first, second, strict=True)]
+
+        tokens = pick(offered.tokens, drafted.tokens)
+        q = self._laws(offered, drafted, tokens) if law.do_sample else None
+        return Proposal(tokens, q, pick(offered.origins, drafted.origins))
+
+    def observe(self, drafted: list[int], accepted: list[int]) -> None:
+        for part, mine in ((self.branch, True), (self.head, False)):
+            chosen = [taken is mine for taken in self._from_branch]
+            part.observe(
+                [count if own else 0 for count, own in zip(drafted, chosen, strict=True)],
+                [count if own else 0 for count, own in zip(accepted, chosen, strict=True)],
+            )
+
+    def observe_tree(self, tree: TreeProposal, paths: list[list[int]]) -> None:
+        assert self._grown is not None
+        # The head's nodes come first and are closed under ancestors: its share of a path is the path's beginning.
+        own = [[n for n in path if n < len(nodes)] for path, nodes in zip(paths, self._grown.tokens, strict=True)]
+        self.head.observe_tree(self._grown, own)
+        followed = []
+        for branch, nodes, path in zip(self._branches, tree.tokens, paths, strict=True):
+            shared = 0
+            while shared < min(len(branch), len(path)) and branch[shared] == nodes[path[shared]]:
+                shared += 1
+            followed.append(shared)
+        self.branch.observe([len(branch) for branch in self._branches], followed)
+
+    def watch(self, passed: Pass) -> None:
+        self.head.watch(passed)
+        self.branch.watch(passed)
+
+    def prefill(self, context: Context, chunk: int) -> None:
+        self.head.prefill(context, chunk)
+        self.branch.prefill(context, chunk)
+
+    def keep_rows(self, rows: list[int]) -> None:
+        self.head.keep_rows(rows)
+        self.branch.keep_rows(rows)
+
+    def end(self) -> None:
+        self.head.end()
+        self.branch.end()
+
+    def _limits(self, limits: list[int]) -> list[int]:
+        return limits if self.branch_limit is None else [min(limit, self.branch_limit) for limit in limits]
+
+    def _until_end(self, tokens: list[int]) -> list[int]:
+        """Up to and including the first id that ends the text."""
+        ending = next((i for i, token in enumerate(tokens) if token in self.eos), len(tokens))
+        return tokens[: ending + 1]
+
+    def _laws(self, offered: Proposal, drafted: Proposal, tokens: list[list[int]]) -> torch.Tensor | None:
+        """`[B, K, V]`, the law that each token was drawn from; one-hot where none was drawn."""
+        given = [proposal.q for proposal in (offered, drafted) if proposal.q is not None]
+        if not given:
+            return None
+        width = max(len(row) for row in tokens)
+        like = given[-1]
+        laws = like.new_zeros(len(tokens), width, like.shape[2])
+        for b, (row, taken) in enumerate(zip(tokens, self._from_branch, strict=True)):
+            q = (offered if taken else drafted).q
+            if q is not None:
+                laws[b, : len(row)] = q[b, : len(row)]
+            elif row:
+                laws[b, torch.arange(len(row)), torch.tensor(row)] = 1
+        return laws
