@@ -10,6 +10,7 @@ import torch
 from .eagle.formats_files import read_config, read_tensors
 from .levels.early_exit import early_exit, parse_early_exit
 from .levels.suffix import SuffixDrafter
+from .levels.synthetic import parse_synthetic
 from .models import load_model, resolve, short_name
 from .quantization import quantize_model
 
@@ -34,6 +35,9 @@ def load_assistant(name: str, target: Any, dtype: str | torch.dtype, device: str
     """
     if name == "suffix":
         return SuffixDrafter(eos=end_ids(target))
+    synthetic = parse_synthetic(name, target)
+    if synthetic is not None:
+        return synthetic
     if name in _BITS:
         return quantized_copy(target, _BITS[name])
     layers = parse_early_exit(name)
@@ -62,6 +66,10 @@ def check_assistant_names(names: list[str]) -> None:
     """
     for name in names:
         parse_early_exit(name)
+    for name in names:
+        parse_synthetic(name)
+    if any(name.startswith("synthetic:") for name in names[:-1]):
+        raise ValueError("a synthetic level only drafts: name it as the last --assistant.")
     if "suffix" in names[:-1]:
         raise ValueError("suffix only drafts and cannot check what another proposes: name it as the last --assistant.")
 

@@ -152,12 +152,13 @@ def generate(
     seed: Seed = 0,
     block_size: BlockSize = None,
     draft_tokens: DraftTokens = None,
+    plan: Annotated[Path | None, typer.Option(help="From polyspec plan: assistants to use, and sizes.")] = None,
     html: Html = None,
 ) -> None:
     """One prompt, answered by one chain; the text goes to standard output, the table to standard error."""
     from . import demo as running
 
-    request = _request(prompt, max_new_tokens, temperature, seed, block_size, draft_tokens)
+    request = _planned(_request(prompt, max_new_tokens, temperature, seed, block_size, draft_tokens), plan)
     target, tokenizer, assistants, names = _load(Console(stderr=True), model, assistant, device, dtype, html)
     streamer = running.ConsoleStreamer(tokenizer, Console())
     answer = running.answer(target, tokenizer, assistants, request, " + ".join(names), streamer)
@@ -197,6 +198,17 @@ def _request(
     options = {name: value for name, value in given.items() if value is not None}
     PolySpecOptions(**options)
     return Request(text, tokens, temperature, seed, options)
+
+
+def _planned(request: Any, plan: Path | None) -> Any:
+    """The request with a plan, which is read before a model is loaded."""
+    if plan is None:
+        return request
+    from dataclasses import replace
+
+    from .planning.plan import Plan
+
+    return replace(request, options={**(request.options or {}), "polyspec_plan": Plan.load(plan)})
 
 
 def _load(

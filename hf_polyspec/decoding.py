@@ -18,10 +18,11 @@ from .compatibility import check_cache, check_options
 from .context import EMBEDDED, Context, Prompt
 from .control import OnlineControl
 from .distributions import LawMaker
-from .levels.verifier import Verifier
+from .levels.verifier import NoDraft, Verifier
 from .loop import DecodingLoop, Stopping
 from .options import PolySpecOptions
 from .outputs import Recorder, Wanted
+from .planning.plan import resolve_plan
 from .runner import ModelRunner
 from .telemetry import PolySpecStats
 
@@ -59,6 +60,7 @@ def decode(
     polyspec_tree_tokens: int | None = None,
     polyspec_tree_depth: int | None = None,
     polyspec_tree_top_k: int | None = None,
+    polyspec_plan: Any = None,
     polyspec_control: str | None = None,
     polyspec_bias_budget: float | None = None,
     polyspec_draft_vocabulary: int | str | None = None,
@@ -78,8 +80,10 @@ def decode(
         logits_processor, stopping_criteria, generation_config: as generate() prepared them.
         assistant_models: the levels below the target, the slowest first.
         polyspec_control, polyspec_bias_budget, num_assistant_tokens, assistant_confidence_threshold,
-            num_assistant_tokens_schedule, polyspec_block_size, polyspec_verification, polyspec_tree_tokens, polyspec_tree_depth, polyspec_tree_top_k,
-            polyspec_draft_vocabulary: as in `PolySpecOptions`.
+            num_assistant_tokens_schedule, polyspec_block_size, polyspec_verification, polyspec_tree_tokens,
+            polyspec_tree_depth, polyspec_tree_top_k, polyspec_draft_vocabulary: as in `PolySpecOptions`.
+        polyspec_plan: a `Plan`, its dict or its path; it names which of `assistant_models` to use, and sizes for the
+            options not passed here.
         streamer: gets the new tokens of every step, `[B]`.
         tokenizer: accepted for the sake of the contract; not used.
         synced_gpus: must be False.
@@ -108,6 +112,9 @@ def decode(
     }
     if synced_gpus:
         raise ValueError(SYNCED_GPUS)
+    if polyspec_plan is not None:
+        chosen, sizes = resolve_plan(polyspec_plan, model, assistant_models, named)
+        assistant_models, named = chosen or [NoDraft()], {**named, **sizes}
     options = PolySpecOptions.read(named, generation_config)
     check_options(generation_config)
     if options.polyspec_bias_budget and not generation_config.do_sample:

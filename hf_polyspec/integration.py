@@ -19,6 +19,8 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from .compatibility import check_cache_implementation, inner_model
 from .decoding import SYNCED_GPUS, decode
+from .options import PolySpecOptions
+from .planning.plan import resolve_plan
 
 _MARK = "_polyspec_wraps"
 _POSITIONAL = (
@@ -128,6 +130,11 @@ def _generate(
     _refuse_early(model, given)
     bound: dict[str, Any] = {"assistant_models": assistant_models, "streamer": given.get("streamer")}
     given.pop("custom_generate", None)
+    if given.get("polyspec_plan") is not None:
+        chosen, sizes = resolve_plan(given.pop("polyspec_plan"), model, assistant_models, given)
+        if not chosen:
+            return original(**{name: value for name, value in given.items() if name not in PolySpecOptions.names()})
+        given, bound = given | sizes, bound | {"assistant_models": chosen}
     given = _with_stop_strings(model, given)
     return original(**given, custom_generate=functools.partial(decode, **bound))
 

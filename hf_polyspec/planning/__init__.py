@@ -1,6 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which chain is fastest here, and why: formulas, measurements, and the choice between chains.
 
-Nothing is imported here, so that a caller who only wants the formulas pays for nothing else; the formulas
+Names are imported when they are first used, so that a caller who only wants the formulas pays for nothing else; those
 are in :mod:`hf_polyspec.planning.theory`.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cost_model import Acceptance, Member, Prediction, SecondsTable, predict
+    from .plan import Plan
+    from .planner import Planned, Wish, make_plan
+    from .plot import plot
+
+_HOMES = {
+    "Acceptance": "cost_model",
+    "Member": "cost_model",
+    "Plan": "plan",
+    "Planned": "planner",
+    "Prediction": "cost_model",
+    "SecondsTable": "cost_model",
+    "Wish": "planner",
+    "make_plan": "planner",
+    "plot": "plot",
+    "predict": "cost_model",
+}
+
+__all__ = [
+    "Acceptance",
+    "Member",
+    "Plan",
+    "Planned",
+    "Prediction",
+    "SecondsTable",
+    "Wish",
+    "make_plan",
+    "plot",
+    "predict",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan as a person reads it: the table of candidates, the choice, and what was left out."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+
+from .candidates import describe_chain, describe_sizes
+from .planner import Planned
+from .search import Candidate, best_of_each
+
+
+def candidates_table(planned: Planned, more: int = 0) -> Table:
+    """The best sizes of every subset, the quickest first, the choice marked.
+
+    Args:
+        planned: the search; more: how many further candidates to show.
+    """
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("")
+    table.add_column("chain", overflow="fold")
+    table.add_column("sizes", overflow="fold")
+    for heading in ("tokens/\nround", "predicted\ntokens/s", "against\nplain"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    run = [c for c in planned.candidates if c.measured is not None]
+    if run:
+        table.add_column("measured\ntokens/s", justify="right", no_wrap=True)
+        table.add_column("error", justify="right", no_wrap=True)
+    plain = planned.plain.predicted.tokens_per_second
+    for candidate in shown(planned, more):
+        speed = candidate.predicted.tokens_per_second
+        cells = [
+            "*" if candidate is planned.best else "",
+            describe_chain(candidate.chain, planned.measured.names).replace("[", r"\["),
+            describe_sizes(candidate.chain),
+            f"{candidate.predicted.length:.2f}",
+            f"{speed:.1f}",
+            f"{speed / plain:.2f}x",
+        ]
+        if run:
+            cells += measured_cells(candidate)
+        table.add_row(*cells)
+    return table
+
+
+def measured_cells(candidate: Candidate) -> list[str]:
+    """Measured tokens/s and the error of the prediction in percent; empty if it was not run."""
+    if candidate.measured is None or candidate.error is None:
+        return ["", ""]
+    return [f"{candidate.measured:.1f}", f"{100 * candidate.error:+.1f} %"]
+
+
+def shown(planned: Planned, more: int = 0) -> list[Candidate]:
+    """What a table shows: the best of every subset, everything that was run, and `more` of the rest, in order."""
+    wanted = {id(c) for c in best_of_each(planned.candidates)}
+    wanted |= {id(c) for c in planned.candidates if c.measured is not None}
+    rest = [id(c) for c in planned.candidates if id(c) not in wanted]
+    wanted |= set(rest[:more])
+    return [c for c in planned.candidates if id(c) in wanted]
+
+
+def sentences(planned: Planned) -> list[str]:
+    """The choice, what was left out and why, and what does not fit."""
+    names, best, plain = planned.measured.names, planned.best, planned.plain
+    found = []
+    if best.chain.plain:
+        found.append("Best: plain generate(); no chain of these assistants is expected to be quicker here.")
+    else:
+        ratio = best.predicted.tokens_per_second / plain.predicted.tokens_per_second
+        found.append(
+            f"Best: {describe_chain(best.chain, names)} ({describe_sizes(best.chain)}), predicted "
+            f"{best.predicted.tokens_per_second:.1f} tokens/s, {ratio:.2f} times plain generate()."
+        )
+    ran = [c for c in planned.candidates if c.measured is not None]
+    if ran:
+        quickest = max(ran, key=lambda c: c.measured or 0.0)
+        if quickest is best:
+            found.append("It is also the quickest of those that were run.")
+        elif best.measured is not None and quickest.measured is not None:
+            behind = 100 * (1 - best.measured / quickest.measured)
+            found.append(
+                f"Of those that were run, {describe_chain(quickest.chain, names)} "
+                f"({describe_sizes(quickest.chain)}) was the quickest; the choice was {behind:.1f} % slower."
+            )
+    found += [f"{one.sentence[0].upper()}{one.sentence[1:]}" for one in planned.dropped]
+    fakes = [level.name for level in planned.levels if getattr(level.member, "synthetic", False)]
+    found += [
+        f"SYNTHETIC: {name} accepts at a set rate; its speeds are of a schedule, not of a drafter." for name in fakes
+    ]
+    return found
