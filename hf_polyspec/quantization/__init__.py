@@ -6,8 +6,10 @@ from hf_polyspec.quantization.bridge import PolySpecQuantizer
 from hf_polyspec.quantization.calibrate import choose_layer_bits, input_moments, sensitivity
 from hf_polyspec.quantization.checkpoint import load_quantized, save_quantized
 from hf_polyspec.quantization.config import PolySpecQuantizationConfig
+from hf_polyspec.quantization.libraries import quantize_with_library
 from hf_polyspec.quantization.linear import Int4Linear, Int8Linear, QuantizedLinear
 from hf_polyspec.quantization.measure import Comparison, SpeedRatio, agreement, compare, speed_ratios
+from hf_polyspec.quantization.mixed import MixedBits, bits_for_agreement
 from hf_polyspec.quantization.model import quantize_model
 from hf_polyspec.quantization.packing import is_packed, pack, unpack
 from hf_polyspec.quantization.recovery import Recovery, RecoveryOptions, recover
@@ -17,6 +19,7 @@ __all__ = [
     "Comparison",
     "Int4Linear",
     "Int8Linear",
+    "MixedBits",
     "PolySpecQuantizationConfig",
     "PolySpecQuantizer",
     "QuantizedLinear",
@@ -25,6 +28,7 @@ __all__ = [
     "RecoveryOptions",
     "SpeedRatio",
     "agreement",
+    "bits_for_agreement",
     "choose_layer_bits",
     "compare",
     "fold_scales",
@@ -33,6 +37,7 @@ __all__ = [
     "load_quantized",
     "pack",
     "quantize_model",
+    "quantize_with_library",
     "recover",
     "round_to_nearest",
     "save_quantized",

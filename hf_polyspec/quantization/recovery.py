@@ -128,7 +128,7 @@ def recover(
         ImportError: PEFT is not installed.
         ValueError: Too few prompts, no quantised layer, or a folder of a run with other settings.
     """
-    _need_peft()
+    need_peft()
     chosen = options or RecoveryOptions()
     training, testing = _split(list(prompts), held_out, chosen)
     origin = merged_adapters(target) if source is None else source
@@ -149,7 +149,12 @@ def recover(
     return Recovery(better, before, after, chosen.steps, losses)
 
 
-def _need_peft() -> None:
+def need_peft() -> None:
+    """Say what to install where PEFT is missing.
+
+    Raises:
+        ImportError: It is.
+    """
     try:
         import peft  # noqa: F401
     except ImportError as error:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -15,6 +15,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from hf_polyspec.quantization.measure import Comparison, SpeedRatio, compare, speed_ratios
+
+if TYPE_CHECKING:
+    from hf_polyspec.quantization.recovery import Recovery
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Report:
         sampled: The same along its sampled continuations.
         speed: Ratios to the original at several tokens a pass.
         threads: CPU threads they were measured with.
-        slower: Whether the result is slower than the original at every measured size.
+        recovered: Agreement on held-out text before and after `--recover`, where it was asked for.
     """
 
     bytes_original: int
@@ -72,6 +75,7 @@ class Report:
     sampled: Comparison
     speed: list[SpeedRatio]
     threads: int
+    recovered: tuple[float, float] | None = None
 
     @property
     def slower(self) -> bool:
@@ -80,7 +84,12 @@ class Report:
 
 
 def make_report(
-    original: nn.Module, quantized: nn.Module, prompts: Sequence[Tensor], folder: Path, new_tokens: int = 64
+    original: nn.Module,
+    quantized: nn.Module,
+    prompts: Sequence[Tensor],
+    folder: Path,
+    new_tokens: int = 64,
+    recovery: Recovery | None = None,
 ) -> Report:
     """Measure a quantised copy against its original.
 
@@ -90,6 +99,7 @@ def make_report(
         prompts: Held-out prompts `[T]`.
         folder: The checkpoint.
         new_tokens: Tokens of each continuation.
+        recovery: What recovering came to, to be reported.
     """
     compared = []
     for sample in (False, True):
@@ -104,6 +114,7 @@ def make_report(
         compared[1],
         speed_ratios(original, quantized),
         torch.get_num_threads(),
+        None if recovery is None else (recovery.before.agreement, recovery.after.agreement),
     )
 
 
@@ -123,6 +134,10 @@ def print_report(report: Report, console: Console) -> None:
             f"agreement, {kind} text",
             f"{found.agreement:.3f} (same first choice {found.same_choice:.3f}, {found.tokens} tokens)",
         )
+    if report.recovered is not None:
+        before, after = report.recovered
+        kept = "" if after > before else "; kept as it was"
+        table.add_row("recovery, held-out text", f"{before:.3f} before, {after:.3f} after{kept}")
     found = report.sampled
     table.add_row("perplexity, sampled text", f"{found.perplexity:.2f}, original {found.perplexity_original:.2f}")
     for point in report.speed:

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -63,6 +64,17 @@ class LayerStore:
         unfinished = self.folder / f"{name}.tmp"
         save_file(tensors, unfinished)
         unfinished.rename(self._path(name))
+
+    def recall(self, name: str) -> Any:
+        """What `remember` kept under a name, None if nothing."""
+        path = self.folder / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def remember(self, name: str, value: Any) -> None:
+        """Keep the result of a step before the rounding, anything that JSON holds."""
+        unfinished = self.folder / f"{name}.json.tmp"
+        unfinished.write_text(json.dumps(value), encoding="utf-8")
+        unfinished.rename(self.folder / f"{name}.json")
 
     def remove(self) -> None:
         """Delete the folder: the checkpoint is complete."""

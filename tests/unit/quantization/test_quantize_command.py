@@ -102,15 +102,79 @@ def test_interrupted_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: pyte
     "arguments",
     [
         ("--bits", "5"),
-        ("--method", "awq"),
+        ("--method", "nonsense"),
+        ("--target-agreement", "0.9"),
+        ("--bits", "4", "--target-agreement", "1.5"),
+        ("--bits", "4", "--target-agreement", "0.9", "--high-share", "0.1"),
+        ("--recover", "--recover-steps", "0"),
         ("--high-share", "2"),
         ("--group-size", "0"),
         ("--calibration", "nowhere.txt"),
     ],
 )
-def test_bad_options_end_before_any_work(folder: Path, tmp_path: Path, arguments: tuple[str, str]) -> None:
+def test_bad_options_end_before_any_work(folder: Path, tmp_path: Path, arguments: tuple[str, ...]) -> None:
     result = _run("--model", str(folder), "--out", str(tmp_path / "out"), *arguments)
     assert isinstance(result.exception, ValueError)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bits_by_agreement_and_awq(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = _run(
+        "--model", str(folder), "--out", str(out), "--bits", "2", "--group-size", "32", "--method", "awq",
+        "--target-agreement", "0.93", "--no-report", "--calibration-tokens", "24",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "layers at 8 bits: agreement" in result.output
+    widths = {layer.bits for name, layer in quantized_layers(load_quantized(out)).items() if name != "lm_head"}
+    assert widths == {2, 8}
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_recovery_is_reported_and_survives_a_kill(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_polyspec.quantization import recovery
+
+    pytest.importorskip("peft")
+    arguments = (
+        "--model", str(folder), "--out", str(tmp_path / "out"), "--bits", "2", "--group-size", "32", "--recover",
+        "--recover-steps", "11", "--recover-rank", "4", "--recover-rate", "0.01", "--recover-samples", "1",
+        "--calibration-tokens", "24",
+    )  # fmt: skip
+    plain = recovery._chosen
+
+    def killed(count: int, step: int, options: recovery.RecoveryOptions) -> list[int]:
+        if step == 10:
+            raise KeyboardInterrupt
+        return plain(count, step, options)
+
+    monkeypatch.setattr(recovery, "_chosen", killed)
+    assert _run(*arguments).exit_code != 0
+    steps: list[int] = []
+
+    def counted(count: int, step: int, options: recovery.RecoveryOptions) -> list[int]:
+        steps.append(step)
+        return plain(count, step, options)
+
+    monkeypatch.setattr(recovery, "_chosen", counted)
+    result = _run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert steps == [10]
+    assert "Recovery" in result.output
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    before, after = report["recovered"]
+    assert 0 < before < 1
+    assert ("won nothing" in result.output) == (after <= before)
+
+
+@pytest.mark.parametrize("method", ["autoround", "gptqmodel"])
+def test_a_missing_library_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = _run("--model", str(folder), "--out", str(tmp_path / "out"), "--bits", "4", "--method", method)
+    assert isinstance(result.exception, ImportError)
+    assert "pip install" in str(result.exception)
+    assert len(str(result.exception)) < 160
     assert not (tmp_path / "out").exists()
 
 
