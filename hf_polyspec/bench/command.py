@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +16,7 @@ from .cast import Cast, CastRequest, load_cast
 from .journal import Journal, write_json, write_settings
 from .methods import Method
 from .report import read_run, write_markdown, write_report
-from .request import Asked, Run, read_request
+from .request import Asked, Run, read_request, spelled
 from .runner import FLOAT32, Runner, Share
 
 
@@ -93,7 +91,7 @@ def bench_command(
     )
     run = read_request(asked)
     write_settings(output, run.settings | {"--device": device})
-    _start(run, output, share)
+    _start(spelled(asked, output), output, share)
     _bench(run, output, share)
     if markdown is not None and (output / "report.html").is_file():
         write_markdown(markdown, [read_run(output)])
@@ -106,7 +104,7 @@ def _own_device(device: str) -> str:
     return device
 
 
-def _start(run: Run, output: Path, share: Share) -> None:
+def _start(command: str, output: Path, share: Share) -> None:
     """Note when, where and how this was started."""
     journal = Journal(output, "starts", share.rank)
     journal.open()
@@ -116,17 +114,12 @@ def _start(run: Run, output: Path, share: Share) -> None:
             {
                 "group": moment,  # tells one start from another
                 "environment": describe(),
-                "command": shlex.join(["polyspec", "bench", *_arguments()]),
+                "command": command,
                 "processes": share.size,
                 "date": moment,
             }
         ]
     )
-
-
-def _arguments() -> list[str]:
-    given = sys.argv[1:]
-    return given[1:] if given[:1] == ["bench"] else given
 
 
 def _bench(run: Run, output: Path, share: Share) -> None:

@@ -90,6 +90,7 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         handle, name = tempfile.mkstemp(dir=folder)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+        os.chmod(name, 0o644)
         try:
             # A link is made whole or not at all, and not twice: processes that start together agree on one.
             with contextlib.suppress(FileExistsError):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,12 @@ def write_markdown(target: Path, runs: Sequence[RunData], title: str = "Benchmar
         title: of the page.
     """
     parts = [f"# {title}", "Made by `polyspec bench`; nothing here is written by hand."]
-    for run in runs:
+    for number, run in enumerate(runs):
         parts += [f"## {run.title}", *_markdown_facts(run)]
         parts += [f"- {sentence}" for sentence in headline(run)]
         for view in views(run):
+            if number and view.kind == "foreign":
+                continue  # once is enough
             parts += [f"### {view.title}", view.note, _markdown_table(view)]
     text = "\n\n".join(parts).replace("\n\n- ", "\n- ")
     write_text(target, text + "\n")
@@ -85,12 +88,20 @@ def _run_view(run: RunData, number: int, texts: int) -> dict[str, Any]:
 
 def _facts(run: RunData) -> list[tuple[str, str]]:
     found = [(f"started {start['date']}", start["environment"]) for start in run.starts]
-    found += [("command", command) for command in dict.fromkeys(start["command"] for start in run.starts)]
+    commands = dict.fromkeys(without_folders(start["command"]) for start in run.starts)
+    found += [("command", command) for command in commands]
     processes = max((start["processes"] for start in run.starts), default=1)
     if processes > 1:
         found.append(("processes", f"{processes}, which share the machine while they are timed"))
-    found += [(name, _setting(value)) for name, value in run.settings.items() if value not in (None, [])]
+    found += [
+        (name, without_folders(_setting(value))) for name, value in run.settings.items() if value not in (None, [])
+    ]
     return found
+
+
+def without_folders(text: str) -> str:
+    """A command or setting with the last part of absolute paths only: the folders are of one machine."""
+    return re.sub(r"(^|(?<=[\s='\"]))/(?:[^\s/'\"]+/)*([^\s/'\"]+)/?", r"\2", text)
 
 
 def _setting(value: Any) -> str:
@@ -188,7 +199,7 @@ def _texts(run: RunData, texts: int) -> Iterator[dict[str, Any]]:
 def _markdown_facts(run: RunData) -> list[str]:
     found = []
     for start in run.starts:
-        found.append(f"{start['environment']}\n\n```bash\n{start['command']}\n```")
+        found.append(f"{start['environment']}\n\n```bash\n{without_folders(start['command'])}\n```")
     return list(dict.fromkeys(found))
 
 

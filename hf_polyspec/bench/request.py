@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,34 @@ class Asked:
     plan: str | None
     warm_up: int
     float32: int | None
+
+
+def spelled(asked: Asked, output: Path) -> str:
+    """The command line that asks for the same, defaults left out."""
+    parts = ["polyspec", "bench"]
+    for name, value, default in (
+        ("--preset", asked.preset, None),
+        ("--model", asked.model, None),
+        ("--questions", asked.questions, None),
+        ("--tasks", asked.tasks, None),
+        ("--limit", asked.limit, None),
+        ("--seed", asked.seed, 0),
+        ("--max-new-tokens", asked.max_new_tokens, None),
+        ("--temperature", asked.temperatures, "0"),
+        ("--batch-size", asked.batch_sizes, "1"),
+        ("--dtype", asked.dtype, None),
+        ("--device", asked.device.split(":")[0], "cpu"),
+        ("--plan", asked.plan, None),
+        ("--warm-up", asked.warm_up, 3),
+        ("--float32-questions", asked.float32, None),
+    ):
+        if value != default:
+            parts += [name, str(value)]
+    for name, values in (("--assistant", asked.assistants), ("--methods", asked.methods), ("--sweep", asked.sweeps)):
+        for value in values:
+            parts += [name, value]
+    parts += [] if asked.pack else ["--no-pack"]
+    return shlex.join([*parts, "--output", str(output)])
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..metrics.speedup.speedup import interval, mean_of_ratios, ratio_of_means
+from ..metrics.speedup.speedup import MIN_QUESTIONS, interval, mean_of_ratios, ratio_of_means
 from .journal import Line
 from .methods import PLAIN
 from .questions import TASKS
@@ -205,8 +205,12 @@ def _speed_up(found: Figures, pairs: list[Pair]) -> None:
         return
     found.mean_of_ratios = float(np.mean([mean_of_ratios(*pair) for pair in pairs]))
     found.ratio_of_means = float(np.mean([ratio_of_means(*pair) for pair in pairs]))
+    strata = pairs
+    if min(len(pair[0]) for pair in pairs) < MIN_QUESTIONS:
+        # Too few of a task to resample inside it: all tasks are resampled as one.
+        strata = [(np.concatenate([one for one, _ in pairs]), np.concatenate([other for _, other in pairs]))]
     for name, statistic in (("mean_of_ratios", mean_of_ratios), ("ratio_of_means", ratio_of_means)):
-        limits = interval(statistic, pairs, CONFIDENCE, RESAMPLES, BOOTSTRAP_SEED)
+        limits = interval(statistic, strata, CONFIDENCE, RESAMPLES, BOOTSTRAP_SEED)
         setattr(found, f"{name}_interval", None if limits is None else (limits[0], limits[1]))
 
 

@@ -23,7 +23,7 @@ class View:
     Attributes:
         name: an identifier; title: a heading; note: what to know when reading it.
         header: of the columns; rows: cells, the first of each names the row. A line break parts a cell in two.
-        foreign: whether its numbers were not measured here.
+        kind: "measured", "foreign" for numbers that were not measured here, or "words".
     """
 
     name: str
@@ -31,7 +31,7 @@ class View:
     note: str
     header: list[str]
     rows: list[list[str]] = field(default_factory=list)
-    foreign: bool = False
+    kind: str = "measured"
 
 
 def views(run: RunData) -> Iterator[View]:
@@ -48,7 +48,7 @@ def views(run: RunData) -> Iterator[View]:
         yield ties(run)
     if run.unavailable:
         rows = [[name, reason] for name, reason in run.unavailable.items()]
-        yield View("unavailable", "Not applicable", "Methods that cannot run so.", ["method", "why"], rows)
+        yield View("unavailable", "Not applicable", "Methods that cannot run so.", ["method", "why"], rows, "words")
 
 
 def table_2(run: RunData, batch: int, temperature: float) -> View:
@@ -73,7 +73,7 @@ def published() -> View:
         [f"{row.model}: {row.method}", *(f"{speed_up:.2f}x\n{length:.2f}" for speed_up, length in row.cells)]
         for row in TABLE_2
     ]
-    return View("paper", "The paper's published numbers", f"{SOURCE} {LARGER}", header, rows, foreign=True)
+    return View("paper", "The paper's published numbers", f"{SOURCE} {LARGER}", header, rows, kind="foreign")
 
 
 def totals(run: RunData) -> View:
@@ -96,8 +96,8 @@ def totals(run: RunData) -> View:
         )
     note = (
         "Means over the tasks. Speed-ups are over plain generate() at the same batch size and temperature, on the same "
-        "prompts; brackets hold 95 % bootstrap intervals over questions (none below five of a task). Tokens per second "
-        "are of the whole batch, the prompt's pass included. n counts prompts, or batches of them."
+        "prompts; brackets hold 95 % bootstrap intervals, questions resampled inside each task where it has five. "
+        "Tokens per second are of the whole batch, the prompt's pass included. n counts prompts, or batches of them."
     )
     return View("totals", "Speed", note, header, rows)
 

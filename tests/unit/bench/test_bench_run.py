@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs with tiny models: interleaved, resumable, shared, and fit to be scored."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_support import bench, run_arguments
+from typer.testing import CliRunner
+
+from hf_polyspec.bench.cast import Cast
+from hf_polyspec.bench.journal import read_lines
+from hf_polyspec.bench.runner import Share
+from hf_polyspec.cli import app
+from hf_polyspec.metrics.records import read_records
+
+VOLATILE = ("seconds", "peak_bytes", "rise_bytes", "levels")
+CHAIN = "polyspec:small,suffix@block=4,draft=3"
+
+
+def answers(folder: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Every record without its timings, by what it answers."""
+    found = {}
+    for line in read_lines(folder, "records"):
+        key = (line["method"], line["temperature"], line["group"], line["turn"], line["row"])
+        found[key] = {name: value for name, value in line.items() if name not in VOLATILE}
+    return found
+
+
+def test_every_method_answers_every_turn_and_says_the_same(bench_run: Path) -> None:
+    lines = read_lines(bench_run, "records")
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        by_method.setdefault(line["method"], []).append(line)
+    batched = [name for name in by_method if name.endswith("batch=2")]
+    assert sorted(batched) == [f"plain@batch={2}", f"{CHAIN},batch=2"]
+    assert {name: len(found) for name, found in by_method.items()} == dict.fromkeys(by_method, 7)
+    plain = {(line["question_id"], line["turn"]): line["output_ids"] for line in by_method["plain"]}
+    for line in lines:
+        # The models are in float32, where only exact ties could differ, and random logits have none.
+        assert line["output_ids"] == plain[line["question_id"], line["turn"]], line["method"]
+    assert all(not line["differences"] for line in read_lines(bench_run, "ties"))
+
+
+def test_records_carry_what_happened(bench_run: Path) -> None:
+    chain = [line for line in read_lines(bench_run, "records") if line["method"] == CHAIN]
+    assert [level["name"] for level in chain[0]["levels"]] == ["target", "small", "suffix"]
+    for line in chain:
+        assert line["seconds"] > 0
+        assert line["target_passes"] < line["new_tokens"]
+        assert {level for level, _ in line["pieces"]} <= {0, 1, 2}
+    assert any(level == 1 for line in chain for level, _ in line["pieces"])
+    assisted = [line for line in read_lines(bench_run, "records") if line["method"] == "hf:assisted:small"]
+    assert all(1 <= line["target_passes"] <= line["new_tokens"] for line in assisted)
+    assert any(line["target_passes"] < line["new_tokens"] for line in assisted)
+
+
+def test_methods_take_turns_prompt_by_prompt(bench_run: Path) -> None:
+    lines = [line for line in read_lines(bench_run, "records") if line["batch_size"] == 1]
+    prompts = [(line["group"], line["turn"]) for line in lines]
+    orders = [[line["method"] for line in lines[i : i + 4]] for i in range(0, len(lines), 4)]
+    assert all(len({prompts[i + j] for j in range(4)}) == 1 for i in range(0, len(lines), 4))
+    assert all(sorted(order) == sorted(orders[0]) for order in orders)
+    assert len({tuple(order) for order in orders}) > 1
+
+
+def test_a_second_turn_follows_the_methods_own_first_answer(bench_run: Path) -> None:
+    lines = [line for line in read_lines(bench_run, "records") if line["method"] == "plain" and line["turn"] == 1]
+    first = [line for line in read_lines(bench_run, "records") if line["method"] == "plain" and line["turn"] == 0]
+    earlier = next(line for line in first if line["question_id"] == lines[0]["question_id"])
+    assert lines[0]["prompt_tokens"] > earlier["prompt_tokens"] + earlier["new_tokens"] // 2
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing of ours handles it."""
+
+
+def test_a_killed_run_goes_on_and_repeats_nothing(
+    bench_models: dict[str, str], bench_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "killed"
+    answer, calls = Cast.answer, [0]
+
+    def until(limit: int) -> Any:
+        def counted(self: Cast, *arguments: Any) -> Any:
+            calls[0] += 1
+            if calls[0] > limit:
+                raise Killed
+            return answer(self, *arguments)
+
+        return counted
+
+    monkeypatch.setattr(Cast, "answer", until(9))
+    with pytest.raises(Killed):
+        bench(*run_arguments(bench_models, folder))
+    path = folder / "records-0.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])  # as if the kill had come in the middle of a write
+    assert not (folder / "report.html").exists()
+    calls[0] = 0
+    monkeypatch.setattr(Cast, "answer", until(10_000))
+    code, said = bench(*run_arguments(bench_models, folder))
+    assert code == 0, said
+    assert answers(folder) == answers(bench_run)
+    # 8 of 9 answers were whole; batches count once. 28 single answers and 2 methods x 7 batches of two.
+    total = len({key[:4] for key in answers(bench_run)})
+    assert calls[0] == total - 8
+    assert (folder / "report.html").exists()
+    calls[0] = 0
+    assert bench(*run_arguments(bench_models, folder))[0] == 0
+    assert calls[0] == 0
+
+
+def test_a_resumed_run_refuses_other_settings(bench_models: dict[str, str], bench_run: Path) -> None:
+    before = {path.name: path.read_bytes() for path in bench_run.iterdir()}
+    code, said = bench(*run_arguments(bench_models, bench_run), "--seed", "5")
+    assert code == 2
+    assert "was made with --seed = 0, and this one has 5" in said
+    assert {path.name: path.read_bytes() for path in bench_run.iterdir()} == before
+
+
+def test_two_processes_share_a_run(bench_models: dict[str, str], bench_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "shared"
+    command = [shutil.which("torchrun", path=str(Path(sys.executable).parent)) or "torchrun", "--nproc_per_node", "2"]
+    command += ["-m", "hf_polyspec", "bench", *run_arguments(bench_models, folder)]
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=settings, timeout=250)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(path.name for path in folder.glob("records-*.jsonl")) == ["records-0.jsonl", "records-1.jsonl"]
+    assert answers(folder) == answers(bench_run)
+    assert (folder / "report.html").exists()
+
+
+def test_shares_are_disjoint_and_together_everything() -> None:
+    groups: list[Any] = list(range(7))
+    parts = [Share(rank, 3).take(groups) for rank in range(3)]
+    assert sorted(group for part in parts for group in part) == groups
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_score_reads_the_records(bench_run: Path, tmp_path: Path) -> None:
+    records, notes = read_records([bench_run / "records-0.jsonl"])
+    assert not notes
+    assert {record.task for record in records} == {
+        "mt_bench",
+        "translation",
+        "summarization",
+        "qa",
+        "math_reasoning",
+        "rag",
+    }
+    assert next(record for record in records if record.task == "qa").references == ("lamp", "4")
+
+
+def test_the_markdown_page_has_the_tables_and_no_folders(bench_run: Path) -> None:
+    page = (bench_run.parent / "page.md").read_text()
+    for heading in ("### Speed-up and acceptance length, greedy", "### Speed\n", "### Memory", "### The same text"):
+        assert heading in page
+    assert re.search(
+        r"^polyspec bench --model target --questions questions\.jsonl .*--assistant small=small --assistant suffix",
+        page,
+        re.MULTILINE,
+    )
+    assert str(bench_run.parent) not in page
+    assert "| polyspec:small,suffix@block=4,draft=3 | 7 of 7 (100%) | 0 |" in page
+    assert "Not measured here" in page
+
+
+def test_a_report_is_made_again_from_the_records(bench_run: Path, tmp_path: Path) -> None:
+    page = tmp_path / "again.html"
+    result = CliRunner().invoke(app, ["bench-report", str(bench_run), "--html", str(page), "--texts", "1"])
+    assert result.exit_code == 0, result.output
+    assert page.read_text().count("<details") < (bench_run / "report.html").read_text().count("<details") + 1
+    refused = CliRunner().invoke(app, ["bench-report", str(tmp_path)])
+    assert refused.exit_code == 2
+    assert "holds no run of polyspec bench" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--questions", "q"], "needs --model, or a --preset"),
+        (["--model", "m"], "needs --questions: the file question.jsonl of the Spec-Bench repository"),
+        (["--model", "m", "--questions", "q", "--temperature", "warm"], "--temperature takes numbers"),
+        (["--model", "m", "--questions", "q", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--model", "m", "--questions", "q", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        (["--model", "m", "--questions", "q", "--assistant", "a/b"], "needs a short name"),
+        (["--model", "m", "--questions", "q", "--assistant", "a=x", "--assistant", "a=y"], "the name 'a' twice"),
+        (["--model", "m", "--questions", "q", "--methods", "fast"], "a method is one of"),
+        (["--model", "m", "--questions", "q", "--sweep", "block"], "--sweep takes an option"),
+        (["--model", "m", "--questions", "q", "--plan", "p.json"], "There is no plan p.json"),
+        (["--preset", "gpt-5", "--questions", "q"], "There is no preset 'gpt-5'"),
+        (["--model", "m", "--questions", "nowhere.jsonl"], "There is no question file nowhere.jsonl"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_any_work(arguments: list[str], sentence: str, tmp_path: Path) -> None:
+    code, said = bench(*arguments, "--output", str(tmp_path / "out"))
+    assert code == 2, said
+    assert sentence in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_are_on_disk(bench_run: Path) -> None:
+    settings = json.loads((bench_run / "settings.json").read_text())
+    assert settings["--max-new-tokens"] == 8
+    assert "--questions (SHA-256)" in settings
