@@ -72,8 +72,9 @@ class Schedule:
             self.interval[pair] = waiting
             self.due[pair] = now + waiting * plain_seconds
 
-    def seen(self, pairs: Iterable[Pair], now: float, plain_seconds: float) -> None:
-        """These pairs are in use and pay: what is known of them is fresh."""
+    def seen(self, pairs: Iterable[Pair], now: float, plain_seconds: float, *, paid: bool) -> None:
+        """These pairs are in use: what is known of them is fresh; once they have paid, their losses are forgotten."""
         for pair in pairs:
-            self.interval.pop(pair, None)
+            if paid:
+                self.interval.pop(pair, None)
             self.due[pair] = now + FIRST_INTERVAL * plain_seconds

@@ -22,10 +22,14 @@ TRIAL_ROUNDS = 3
 """Rounds of the target that a trial lasts, if it is not cut short by the budget."""
 ENOUGH = 3.0
 """Judged proposals of a pair of levels from which on its acceptance counts as known."""
-MARGIN = 0.03
+MARGIN = 0.05
 """A setup must promise this share less time per token to replace another."""
 HORIZON = 64
 """A text is expected to go on for as many tokens as it has, and for at least this many (if it may)."""
+SHORTEST = 16
+"""Nothing is tried in the last tokens of a text: it could not pay any more."""
+PROVEN = 8
+"""Rounds after which a setup that was quicker than plain decoding is no longer on trial in any sense."""
 PLANNING = 0.005
 """Of the time generated in, the share that may go into predicting."""
 TRIAL_SIZES = (3, 1)
@@ -64,6 +68,8 @@ class OnlineControl:
         self.decisions: list[Decision] = []
         self.setup = PLAIN
         self.emitted = 0.0
+        self._settled_on: tuple[int, ...] = (0,)
+        self._needed = 0.0
         self._subsets = self.chain.subsets()
         self._trial: _Trial | None = None
         self._plans: dict[tuple[int, ...], Setup] = {}
@@ -73,7 +79,7 @@ class OnlineControl:
         self._planning = 0.0
         self._per_token = 0.0
         self._behind = 0.0
-        self._settled = False
+        self._rounds = 0
         self._missed: set[int] = set()
         for level in self.chain.verifiers:
             level.observer = self.observe
@@ -113,8 +119,8 @@ class OnlineControl:
         elif self.setup != PLAIN:
             # The first round reads what was missed, which was reckoned with when it was chosen.
             rows = len(emission.tokens)
-            self._behind += now - self._began - tokens * self._plain_seconds(rows) if self._settled else 0.0
-            self._settled = True
+            self._behind += now - self._began - tokens * self._plain_seconds(rows) if self._rounds else 0.0
+            self._rounds += 1
 
     def finish(self) -> None:
         """The generation is over: keep what was learnt."""
@@ -162,7 +168,7 @@ class OnlineControl:
             self.budget.charge(self._behind)
             best, promised = PLAIN, forecast.predict(PLAIN)
         self._per_token = promised.seconds / promised.tokens
-        trial = self._find_trial(forecast, context, rows, horizon, now)
+        trial = self._find_trial(forecast, context, rows, horizon, now) if horizon >= SHORTEST else None
         if trial is not None:
             self._trial = _Trial(trial)
             known = self._is_known(trial)
@@ -171,7 +177,8 @@ class OnlineControl:
         lost = [pair for pair in self.setup.pairs if pair not in best.pairs]
         if lost:
             self.schedule.lost(lost, now, plain)
-        self.schedule.seen(best.pairs, now, plain)
+        self.schedule.seen(best.pairs, now, plain, paid=self._rounds >= PROVEN and self._behind < 0)
+        self._settled_on = best.levels
         reason = "nothing else pays" if best == PLAIN else "quickest"
         self._run(best, reason, promised)
 
@@ -179,7 +186,7 @@ class OnlineControl:
         """The quickest setup of levels whose times and acceptance are known; what runs now has an advantage."""
         plain = forecast.predict(PLAIN)
         best, promise, cost = PLAIN, plain, plain.seconds / plain.tokens * horizon
-        if self.setup != PLAIN:
+        if self._settled_on != (0,):
             cost *= 1 + MARGIN
         self._turn += 1
         for turn, levels in enumerate(self._subsets[:-1]):
@@ -191,7 +198,7 @@ class OnlineControl:
             prediction = forecast.predict(planned)
             total = prediction.seconds / prediction.tokens * horizon
             total += catch_up_seconds(self.chain, self.knowledge, context, levels)
-            if levels != self.setup.levels:
+            if levels != self._settled_on:
                 total *= 1 + MARGIN
             if total < cost:
                 best, promise, cost = planned, prediction, total
@@ -211,10 +218,10 @@ class OnlineControl:
         """A setup that is due, might be quicker than the best known if all went well, and whose worst case fits into
         the budget: of those the one that promises most."""
         hoped = self._hoped(now)
-        if not hoped:
+        if not hoped or self.budget.left < self._needed:
             return None
         hopeful = Forecast(self.chain, self.knowledge, rows, hoped)
-        candidates = []
+        self._needed, candidates = 0.0, []
         for levels in self._subsets[:-1]:
             if not hoped & set(Setup(levels, (1,) * (len(levels) - 1)).pairs):
                 continue
@@ -223,9 +230,11 @@ class OnlineControl:
             total = promised.seconds / promised.tokens * horizon + behind
             if total < (1 - MARGIN) * self._per_token * horizon:
                 candidates.append((forecast.predict(best).tokens_per_second, levels, best))
+        self._needed = float("inf") if candidates else 0.0
         for _, levels, best in sorted(candidates, key=lambda one: one[:2], reverse=True):
             chosen = self._affordable(forecast, context, rows, levels, best)
             if chosen is not None:
+                self._needed = 0.0
                 return chosen
         return None
 
@@ -240,8 +249,10 @@ class OnlineControl:
         for most in TRIAL_SIZES:
             setup = best.at_most(most)
             worst = forecast.predict(setup, accepted=False)
-            if behind + worst.seconds - self._per_token <= self.budget.left:
+            cost = behind + worst.seconds - self._per_token
+            if cost <= self.budget.left:
                 return setup
+        self._needed = min(self._needed, cost)
         return None
 
     def _scout(self, context: Context, rows: int, levels: tuple[int, ...]) -> None:
@@ -250,7 +261,9 @@ class OnlineControl:
             level = self.chain.levels[index]
             if self.knowledge.timed(index):
                 continue
-            if 1.5 * self.knowledge.prior_seconds(index, rows) > self.budget.left:
+            cost = 1.5 * self.knowledge.prior_seconds(index, rows)
+            if cost > self.budget.left:
+                self._needed = min(self._needed, cost)
                 return
             self.budget.charge(scout(level, context, self.knowledge.times(index), self.clock))
 
@@ -301,7 +314,7 @@ class OnlineControl:
         for index, level in enumerate(self.chain.levels):
             self._note(index, level, setup)
         if setup.levels != self.setup.levels:
-            self._behind, self._settled = 0.0, False
+            self._behind, self._rounds = 0.0, 0
         self.chain.apply(setup)
         self.setup = setup
         speed = None if promised is None else promised.tokens_per_second

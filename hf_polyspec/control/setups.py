@@ -101,6 +101,8 @@ class Chain:
         """Give a drafter back as it came: it may be the caller's own object."""
         for name, value in self._original.items():
             setattr(self.leaf, name, value)
+        for verifier in self.verifiers:
+            verifier.observer = None
 
     def _above(self) -> Verifier:
         return self.verifiers[-1]
@@ -136,7 +138,7 @@ class Chain:
             if isinstance(source, Verifier):
                 source.block_size = size
             elif setup.tree and isinstance(source, EagleDrafter):
-                source.tree_tokens = size
+                source.resize_trees(size)
             elif isinstance(source, SequentialDrafter):
                 source.draft_tokens = size
             else:
@@ -166,14 +168,19 @@ class Forecast:
         setup = Setup(levels[-2:])
         for upper in range(len(levels) - 2, -1, -1):
             part = levels[upper:]
-            options = [self._with(setup, part, size) for size in self._sizes(part[1])]
+            options = [self._with(setup, part, size) for size in self._sizes(*part[:2])]
             setup = max(options, key=lambda one: self.predict(one).tokens_per_second)
         return setup, self.predict(setup)
 
-    def _sizes(self, lower: int) -> Sequence[int]:
+    def _sizes(self, upper: int, lower: int) -> Sequence[int]:
         if self.chain.trees and lower == self.chain.last:
             return sorted({*TREES, self.chain.tree_start})
-        return BLOCKS if isinstance(self.chain.levels[lower], Verifier) else self.chain.drafts
+        sizes = BLOCKS if isinstance(self.chain.levels[lower], Verifier) else self.chain.drafts
+        if (upper, lower) in self.hoped:
+            return sizes
+        # Where no proposal has reached yet nothing is known: go there in steps.
+        reached = len(self.knowledge.agreement(upper, lower).tried)
+        return [size for size in sizes if size <= max(4, 2 * reached)]
 
     def _with(self, setup: Setup, part: tuple[int, ...], size: int) -> Setup:
         if part[1] == self.chain.last and self.chain.trees:
