@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 _GROWTH = 256
 
+# Rotary variants whose frequencies depend on how long the text is.
+_CHANGING = ("dynamic", "longrope")
+
 
 class EagleRMSNorm(nn.Module):
     """Root-mean-square norm computed in float32, as in Llama."""
@@ -29,6 +33,8 @@ class EagleRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.dtype == self.weight.dtype == torch.float32:  # one call instead of six
+            return functional.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
         wide = hidden.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(hidden.dtype)
@@ -194,8 +200,18 @@ def rotate(states: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
 
 
+@dataclass(frozen=True)
+class _AngleTable:
+    """Angles `[P, r]` of the first positions, and what they were computed from and for."""
+
+    made_of: torch.Tensor
+    kind: tuple[torch.dtype, torch.device]
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
 class EagleRotaryEmbedding(nn.Module):
-    """Rotary angles of any position, computed when asked: no table, so no longest context.
+    """Rotary angles of any position: computed when asked, or read from a table that grows; there is no longest context.
 
     The scaled variants (linear, dynamic, yarn, llama3, ...) are transformers' own; unlike Llama's module this
     one obeys `partial_rotary_factor` in the plain variant.
@@ -219,6 +235,7 @@ class EagleRotaryEmbedding(nn.Module):
         # transformers refills both after loading onto an empty model
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+        self._table: _AngleTable | None = None
 
     @staticmethod
     def compute_default_rope_parameters(config: EagleHeadConfig, **kwargs: Any) -> tuple[torch.Tensor, float]:
@@ -242,6 +259,20 @@ class EagleRotaryEmbedding(nn.Module):
         return cos.to(hidden.dtype), sin.to(hidden.dtype)
 
     forward = torch.no_grad()(dynamic_rope_update(_angles))
+
+    @torch.no_grad()
+    def lookup(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> Rotary:
+        """The same angles read from a table that grows as needed, where positions are on the host and angles fixed."""
+        if self.rope_type in _CHANGING or position_ids.device.type != "cpu" or not position_ids.numel():
+            angles: Rotary = self.forward(hidden, position_ids.to(hidden.device))
+            return angles
+        highest, kind = int(position_ids.max()), (hidden.dtype, hidden.device)
+        table = self._table
+        if table is None or table.made_of is not self.inv_freq or table.kind != kind or len(table.cos) <= highest:
+            places = torch.arange(2 * highest + _GROWTH, device=hidden.device)
+            table = self._table = _AngleTable(self.inv_freq, kind, *self._angles(hidden, places))
+        places = position_ids.to(hidden.device)
+        return table.cos[places], table.sin[places]
 
 
 def sdpa(

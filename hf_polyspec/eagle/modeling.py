@@ -115,6 +115,17 @@ class EagleHead(PreTrainedModel):
 
         return load_head(super().from_pretrained, pretrained_model_name_or_path, args, kwargs)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the head's weights are; asked for many times a step, so no search through all of them."""
+        return torch.device(self.layers[0].post_attention_layernorm.weight.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the head's weights."""
+        found: torch.dtype = self.layers[0].post_attention_layernorm.weight.dtype
+        return found
+
     # -- the target's modules --------------------------------------------------------------------------------
 
     def bind(
@@ -260,12 +271,11 @@ class EagleHead(PreTrainedModel):
             position_ids = default_positions(attention_mask, past, count, self.device)
         mask, causal = attention_mask_4d(attention_mask, past, count, self.device, self.dtype)
         stream, embedded = self.mix(token_ids, features)
-        position_ids = position_ids.to(self.device)
         if self.config.sliding_window is not None:
-            queries = position_ids.expand(batch, -1)
+            queries = position_ids.to(self.device).expand(batch, -1)
             keys = queries if cache is None else cache.append_positions(queries)
             mask, causal = windowed(mask, causal, queries, keys, self.config.sliding_window), False
-        rotary = self.rotary(stream, position_ids)
+        rotary: Rotary = self.rotary_emb.lookup(stream, position_ids)
         for index, layer in enumerate(self.layers):
             stream = layer(stream, embedded, rotary, self._attend(index, mask, causal, cache))
         if cache is not None:
