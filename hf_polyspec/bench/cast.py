@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,9 @@ from ..quantization.packing import is_packed, pack
 from .conversation import cut_at_end, pad_left, stop_ids
 from .memory import PeakMeter, weight_bytes
 from .methods import ASSISTED, CHAIN, EARLY_EXIT, PACKED, PLANNED, PROMPT_LOOKUP, Method
+
+if TYPE_CHECKING:
+    from ..planning.plan import Plan
 
 LOOKUP_TOKENS = 10
 """What transformers' documentation uses for prompt_lookup_num_tokens."""
@@ -75,7 +78,7 @@ class Cast:
         tokenizer: the target's.
         assistants: by name, the slowest first.
         packed: the target our chains run on: the same weights, packed where that helps.
-        plan: what the planner chose, or None.
+        plan: what the planner chose, or None; other_dtype: whether it was made for another dtype than this one's.
         ends: ids that end an answer.
         template: a chat template instead of the tokenizer's own; system: a system message, or None.
     """
@@ -85,6 +88,7 @@ class Cast:
     assistants: dict[str, Any]
     packed: Any
     plan: Any = None
+    other_dtype: bool = False
     ends: tuple[int, ...] = ()
     template: str | None = None
     system: str | None = None
@@ -159,7 +163,7 @@ class Cast:
             arguments["generation_config"].return_dict_in_generate = True
             extra: dict[str, Any] = {"assistant_models": self.members(method), **method.chain_options}
             if method.kind == PLANNED:
-                extra["polyspec_plan"] = self.plan
+                extra |= self._planned()
             return lambda: generate(model, **arguments, **extra)
         if method.kind == PROMPT_LOOKUP:
             arguments["prompt_lookup_num_tokens"] = LOOKUP_TOKENS
@@ -169,6 +173,14 @@ class Cast:
             layers = int(self.target.config.get_text_config(decoder=True).num_hidden_layers)
             arguments["assistant_early_exit"] = method.layers or max(1, layers // 2)
         return lambda: model.generate(**arguments)
+
+    def _planned(self) -> dict[str, Any]:
+        """The plan as `generate()` takes it; in another dtype than it was made for, what it chose."""
+        if not self.other_dtype:
+            return {"polyspec_plan": self.plan}
+        assistants = list(self.assistants.values())
+        chosen = [assistants[place] for place in self.plan.chosen]
+        return {"assistant_models": chosen, **self.plan.options} if chosen else {"assistant_models": None}
 
     def _config(self, model: Any, ask: Ask) -> Any:
         config = copy.deepcopy(model.generation_config)
@@ -254,19 +266,19 @@ def load_cast(request: CastRequest, dtype: str | None = None) -> Cast:
         check_assistants(target, [one])
     plan = None if request.plan is None else load_plan(request.plan)
     packed = _packed(target) if request.pack else target
-    return Cast(target, tokenizer, assistants, packed, plan, tuple(ends), request.template, request.system)
+    other = dtype is not None
+    return Cast(target, tokenizer, assistants, packed, plan, other, tuple(ends), request.template, request.system)
 
 
-def load_plan(path: str) -> Any:
+def load_plan(path: str) -> Plan:
     """A plan that `polyspec plan` wrote.
 
     Raises:
-        ValueError: this version has no planner.
+        ValueError: there is none in the file.
     """
-    plan: Any = getattr(importlib.import_module("hf_polyspec.planning"), "Plan", None)
-    if plan is None:
-        raise ValueError("This version of hf_polyspec has no planner; leave --plan out.")
-    return plan.load(path)
+    from ..planning.plan import Plan
+
+    return Plan.load(Path(path).expanduser())
 
 
 def _packed(target: Any) -> Any:
