@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_polyspec.quantization.checkpoint import load_quantized
-from hf_polyspec.quantization.model import quantize_model
+from hf_polyspec.quantization.gptq_format import storable
+from hf_polyspec.quantization.linear import float_weight
+from hf_polyspec.quantization.model import is_linear, output_head, quantize_model
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Job:
         group_size: Inputs that share a scale, -1 for a whole row.
         symmetric: Whether no zeros are stored.
         folder: Where the library may write.
+        iterations: Steps of a library that optimises.
     """
 
     model: Any
@@ -39,6 +42,7 @@ class Job:
     group_size: int
     symmetric: bool
     folder: Path
+    iterations: int
 
 
 def _autoround(job: Job) -> Path:
@@ -58,6 +62,9 @@ def _autoround(job: Job) -> Path:
         seqlen=length,
         nsamples=len(rows),
         batch_size=min(4, len(rows)),
+        iters=job.iterations,
+        # Compiling takes minutes a model, on a CPU longer than the rounding.
+        enable_torch_compile=next(job.model.parameters()).is_cuda,
     )
     rounding.quantize_and_save(str(job.folder), format="auto_gptq")
     return _checkpoint(job.folder)
@@ -129,6 +136,7 @@ def quantize_with_library(
     *,
     symmetric: bool = True,
     head_bits: int | None = 8,
+    iterations: int = 200,
 ) -> nn.Module:
     """A quantised copy made by another package's calibration, on this package's layers.
 
@@ -141,6 +149,7 @@ def quantize_with_library(
         group_size: Inputs that share a scale, -1 for a whole row.
         symmetric: Whether no zeros are stored.
         head_bits: Bits of the layer that makes the logits, which the libraries leave in float; None does too.
+        iterations: Steps a block, of a library that optimises (AutoRound).
 
     Returns:
         The copy, as `load_quantized` would load it.
@@ -154,15 +163,15 @@ def quantize_with_library(
         raise ValueError(f"--method {method} needs text to calibrate on.")
     dtype = next(model.parameters()).dtype
     with tempfile.TemporaryDirectory() as place:
-        job = Job(model, tokenizer, texts, bits, group_size, symmetric, Path(place))
+        job = Job(model, tokenizer, texts, bits, group_size, symmetric, Path(place), iterations)
         made = load_quantized(library.run(job), dtype=dtype, device=next(model.parameters()).device)
-    if head_bits is None:
+    head = output_head(made)
+    if head_bits is None or head is None or not is_linear(head):
         return made
-    return quantize_model(made, head_bits, modules=lambda name, _: made.get_submodule(name) is _head(made))
-
-
-def _head(model: Any) -> Any:
-    return model.get_output_embeddings()
+    outputs, features = float_weight(head)[0].shape
+    if not storable((outputs, features), head_bits):
+        return made
+    return quantize_model(made, head_bits, head_bits=head_bits, modules=lambda _, module: module is head)
 
 
 def _checkpoint(folder: Path) -> Path:
