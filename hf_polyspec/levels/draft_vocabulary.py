@@ -81,9 +81,14 @@ class WorkingVocabulary:
             return len(self._ids)
         return min(self.vocabulary, self.head.config.vocab_size)
 
+    @property
+    def target_ids(self) -> torch.Tensor:
+        """`[N]`, the ids scored at present."""
+        return torch.arange(self.size, device=self.device) if self._ids is None else self._ids
+
     def restriction(self) -> DraftVocabularyProcessor:
         """The processor that restricts full scores to the ids scored at present."""
-        return DraftVocabularyProcessor(range(self.size) if self._ids is None else self._ids.tolist())
+        return DraftVocabularyProcessor(self.target_ids.tolist())
 
     def pin(self, ids: Iterable[int]) -> None:
         """Ids that are scored from now on to the end: a prompt's."""
