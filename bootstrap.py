@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -35,6 +36,7 @@ def main() -> int:
     install(python, EXTRAS[task])
     if task == "demo":
         return subprocess.call([str(python), "-m", "hf_polyspec", "demo", *rest], cwd=ROOT)
+    install_browser()
     # The tests compare numbers of tiny models: one thread is faster than two that wait for each other.
     settings = {"OMP_NUM_THREADS": "1"} | dict(os.environ)
     return subprocess.call([str(python), "-m", "pytest", *rest], cwd=ROOT, env=settings)
@@ -47,6 +49,18 @@ def make_environment() -> Path:
         has_torch = importlib.util.find_spec("torch") is not None
         venv.create(ENVIRONMENT, with_pip=True, system_site_packages=has_torch)
     return python
+
+
+def install_browser() -> None:
+    """Chromium and its driver, for the test that looks at a report; where that is not possible the test says so."""
+    here = any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))) and shutil.which("chromedriver")
+    if here or shutil.which("apt-get") is None or not hasattr(os, "geteuid") or os.geteuid() != 0:
+        return
+    quiet = {"stdout": subprocess.DEVNULL, "env": os.environ | {"DEBIAN_FRONTEND": "noninteractive"}}
+    subprocess.call(["apt-get", "update", "-qq"], **quiet)
+    subprocess.call(
+        ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium", "chromium-driver"], **quiet
+    )
 
 
 def install(python: Path, extra: str) -> None:
