@@ -97,6 +97,14 @@ Seed = Annotated[int, typer.Option(help="Of the sampling.")]
 Html = Annotated[Path | None, typer.Option(help="Write the text here, each token coloured by its level.")]
 BlockSize = Annotated[int | None, typer.Option(help="Tokens a middle collects before the level above checks them.")]
 DraftTokens = Annotated[int | None, typer.Option(help="Tokens a drafting model proposes a round.")]
+TreeTokens = Annotated[int | None, typer.Option(help="Most tokens of the trees of an EAGLE head; 0 for chains.")]
+TreeDepth = Annotated[int | None, typer.Option(help="Most tokens of a path of such a tree.")]
+TreeTopK = Annotated[int | None, typer.Option("--tree-top-k", help="Continuations followed at each depth of it.")]
+DraftVocabulary = Annotated[str | None, typer.Option(help="Ids an EAGLE head chooses from: a number, or auto.")]
+Confidence = Annotated[float | None, typer.Option(help="0 to 1: a draft ends where the drafter is less sure.")]
+Schedule = Annotated[
+    str | None, typer.Option(help="constant, or heuristic: draft more after all was accepted, else less.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -124,6 +132,12 @@ def demo(
     seed: Seed = 0,
     block_size: BlockSize = None,
     draft_tokens: DraftTokens = None,
+    tree_tokens: TreeTokens = None,
+    tree_depth: TreeDepth = None,
+    tree_top_k: TreeTopK = None,
+    draft_vocabulary: DraftVocabulary = None,
+    confidence: Confidence = None,
+    schedule: Schedule = None,
     html: Html = None,
 ) -> None:
     """One prompt, answered by plain generate() and by every chain; ends with a table of speeds.
@@ -132,7 +146,17 @@ def demo(
     """
     from . import demo as running
 
-    request = _request(prompt, max_new_tokens, temperature, seed, block_size, draft_tokens)
+    options = _chain_options(
+        polyspec_block_size=block_size,
+        num_assistant_tokens=draft_tokens,
+        polyspec_tree_tokens=tree_tokens,
+        polyspec_tree_depth=tree_depth,
+        polyspec_tree_top_k=tree_top_k,
+        polyspec_draft_vocabulary=_number_or_word(draft_vocabulary),
+        assistant_confidence_threshold=confidence,
+        num_assistant_tokens_schedule=schedule,
+    )
+    request = _request(prompt, max_new_tokens, temperature, seed, options)
     console = _console()
     chain = _load(console, model, assistant, device, dtype, html)
     answers = running.run_demo(*chain, request, console)
@@ -152,13 +176,29 @@ def generate(
     seed: Seed = 0,
     block_size: BlockSize = None,
     draft_tokens: DraftTokens = None,
+    tree_tokens: TreeTokens = None,
+    tree_depth: TreeDepth = None,
+    tree_top_k: TreeTopK = None,
+    draft_vocabulary: DraftVocabulary = None,
+    confidence: Confidence = None,
+    schedule: Schedule = None,
     plan: Annotated[Path | None, typer.Option(help="From polyspec plan: assistants to use, and sizes.")] = None,
     html: Html = None,
 ) -> None:
     """One prompt, answered by one chain; the text goes to standard output, the table to standard error."""
     from . import demo as running
 
-    request = _planned(_request(prompt, max_new_tokens, temperature, seed, block_size, draft_tokens), plan)
+    options = _chain_options(
+        polyspec_block_size=block_size,
+        num_assistant_tokens=draft_tokens,
+        polyspec_tree_tokens=tree_tokens,
+        polyspec_tree_depth=tree_depth,
+        polyspec_tree_top_k=tree_top_k,
+        polyspec_draft_vocabulary=_number_or_word(draft_vocabulary),
+        assistant_confidence_threshold=confidence,
+        num_assistant_tokens_schedule=schedule,
+    )
+    request = _planned(_request(prompt, max_new_tokens, temperature, seed, options), plan)
     target, tokenizer, assistants, names = _load(Console(stderr=True), model, assistant, device, dtype, html)
     streamer = running.ConsoleStreamer(tokenizer, Console())
     answer = running.answer(target, tokenizer, assistants, request, " + ".join(names), streamer)
@@ -186,17 +226,24 @@ def inspect(
     _console().print(table)
 
 
-def _request(
-    prompt: str | None, tokens: int, temperature: float, seed: int, block_size: int | None, draft_tokens: int | None
-) -> Any:
-    """Everything that can be refused before a model is loaded."""
-    from .demo import DEFAULT_PROMPT, Request
+def _chain_options(**given: Any) -> dict[str, Any]:
+    """The options of the chain that were given, checked before a model is loaded."""
     from .options import PolySpecOptions
 
-    text = DEFAULT_PROMPT if prompt is None else sys.stdin.read() if prompt == "-" else prompt
-    given: dict[str, Any] = {"polyspec_block_size": block_size, "num_assistant_tokens": draft_tokens}
     options = {name: value for name, value in given.items() if value is not None}
     PolySpecOptions(**options)
+    return options
+
+
+def _number_or_word(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.isdigit() else text
+
+
+def _request(prompt: str | None, tokens: int, temperature: float, seed: int, options: dict[str, Any]) -> Any:
+    """What is to be generated; refuses what can be refused before a model is loaded."""
+    from .demo import DEFAULT_PROMPT, Request
+
+    text = DEFAULT_PROMPT if prompt is None else sys.stdin.read() if prompt == "-" else prompt
     return Request(text, tokens, temperature, seed, options)
 
 

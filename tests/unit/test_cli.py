@@ -244,3 +244,34 @@ def test_commands_of_other_rooms_show_their_own_help_and_errors(tmp_path: Path) 
     assert "Usage: polyspec score" in text
     assert "--baseline" in text
     assert "does not exist" in refused("score", str(tmp_path / "none.jsonl"))
+
+
+def test_generate_with_the_options_of_a_head(folders: tuple[str, str], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from hf_polyspec.eagle import init_for
+
+    init_for(AutoModelForCausalLM.from_pretrained(folders[0])).save_pretrained(tmp_path / "head")
+    chain = ("--model", folders[0], "--assistant", str(tmp_path / "head"), "--assistant", "suffix")
+    shape = ("--tree-tokens", "6", "--tree-depth", "3", "--tree-top-k", "2", "--draft-vocabulary", "auto")
+    ends = ("--confidence", "0.1", "--schedule", "heuristic", "--max-new-tokens", "16")
+    result = run("generate", "abcabcabcabc", *chain, *shape, *ends)
+    assert result.exit_code == 0, result.output
+    plain = run("generate", "abcabcabcabc", "--model", folders[0], "--assistant", "suffix", "--max-new-tokens", "16")
+    assert result.stdout == plain.stdout
+    assert re.search(r"1 head\s", result.stderr)
+    assert re.search(r"2 suffix\s", result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--tree-tokens", "-1", "polyspec_tree_tokens"),
+        ("--tree-depth", "0", "polyspec_tree_depth"),
+        ("--draft-vocabulary", "small", "polyspec_draft_vocabulary"),
+        ("--confidence", "2", "assistant_confidence_threshold"),
+        ("--schedule", "sometimes", "num_assistant_tokens_schedule"),
+    ],
+)
+def test_options_of_a_head_are_checked_before_anything_is_loaded(option: str, value: str, said: str) -> None:
+    assert said in refused("generate", "hello", "--model", "/nowhere", option, value)
