@@ -242,7 +242,8 @@ def _identity(lines: list[Line]) -> dict[tuple[Any, ...], tuple[int, int]]:
     for line in lines:
         other = plain.get(_answer(line)) if line["temperature"] == 0 else None
         if other is not None and other["prompt_sha"] == line["prompt_sha"]:
-            count = counts[(*_key(line), line["task"])]
+            cell = (*_key(line), line["task"])
+            count = counts[cell]
             count[0] += other["output_ids"] == line["output_ids"]
             count[1] += 1
     return {key: (same, all_) for key, (same, all_) in counts.items()}
