@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from .eagle.formats_files import read_config, read_tensors
-from .levels.early_exit import early_exit, parse_early_exit
+from .levels.early_exit import PREFIX, early_exit, parse_early_exit
 from .levels.suffix import SuffixDrafter
 from .levels.synthetic import parse_synthetic
 from .models import load_model, resolve, short_name
@@ -48,6 +49,56 @@ def load_assistant(name: str, target: Any, dtype: str | torch.dtype, device: str
 
         return EagleHead.from_pretrained(resolve(name)[0]).to(device).eval()
     return load_model(name, dtype, device)
+
+
+_Stamp = tuple[object, ...]
+_MADE: WeakKeyDictionary[Any, dict[str, tuple[_Stamp, Any]]] = WeakKeyDictionary()
+
+
+def by_name(target: Any, assistants: Any) -> Any:
+    """Members of a chain, those made that are names of what a target itself gives: `int8`, `early-exit:12`, `suffix`.
+
+    What is made of a target is kept for as long as the target lives, and made again when its weights have changed.
+
+    Args:
+        target: the model generate() was called on.
+        assistants: as the user gave them; what is no such name is handed back as it is, for others to refuse.
+
+    Raises:
+        ValueError: a name that cannot be made of this target.
+    """
+    if not isinstance(assistants, (list, tuple)) or not any(_is_made(member) for member in assistants):
+        return assistants
+    check_assistant_names([member if isinstance(member, str) else "" for member in assistants])
+    return [_named(target, member) if _is_made(member) else member for member in assistants]
+
+
+def _is_made(member: Any) -> bool:
+    return isinstance(member, str) and (member == "suffix" or member in _BITS or member.startswith(PREFIX))
+
+
+def _named(target: Any, name: str) -> Any:
+    if name == "suffix":  # it keeps the text of its generation
+        return load_assistant(name, target, target.dtype, target.device)
+    stamp = _stamp(target)
+    kept = _MADE.setdefault(target, {})
+    if name not in kept or kept[name][0] != stamp:
+        kept[name] = (stamp, load_assistant(name, target, target.dtype, target.device))
+    return kept[name][1]
+
+
+def _stamp(model: Any) -> _Stamp:
+    """Changes whenever a weight does, or another adapter is made active."""
+    weights = tuple(
+        (parameter.data_ptr(), -1 if parameter.is_inference() else parameter._version)
+        for parameter in model.parameters()
+    )
+    adapters = {
+        (tuple(module.active_adapters), module.disable_adapters)
+        for module in model.modules()
+        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters") and hasattr(module, "merge")
+    }
+    return (weights, frozenset(adapters))
 
 
 def quantized_copy(model: Any, bits: int) -> Any:

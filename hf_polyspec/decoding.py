@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ def decode(
     polyspec_control: str | None = None,
     polyspec_bias_budget: float | None = None,
     polyspec_draft_vocabulary: int | str | None = None,
+    polyspec_pack: bool | None = None,
     streamer: Any = None,
     tokenizer: Any = None,
     synced_gpus: bool = False,
@@ -78,10 +80,11 @@ def decode(
         model: the target.
         input_ids: `[B, L]` prompt ids, left-padded, already repeated for `num_return_sequences`.
         logits_processor, stopping_criteria, generation_config: as generate() prepared them.
-        assistant_models: the levels below the target, the slowest first.
+        assistant_models: the levels below the target, the slowest first: models, drafters, or names such as "int8".
         polyspec_control, polyspec_bias_budget, num_assistant_tokens, assistant_confidence_threshold,
             num_assistant_tokens_schedule, polyspec_block_size, polyspec_verification, polyspec_tree_tokens,
-            polyspec_tree_depth, polyspec_tree_top_k, polyspec_draft_vocabulary: as in `PolySpecOptions`.
+            polyspec_tree_depth, polyspec_tree_top_k, polyspec_draft_vocabulary, polyspec_pack: as in
+            `PolySpecOptions`.
         polyspec_plan: a `Plan`, its dict or its path; it names which of `assistant_models` to use, and sizes for the
             options not passed here.
         streamer: gets the new tokens of every step, `[B]`.
@@ -109,9 +112,11 @@ def decode(
         "polyspec_control": polyspec_control,
         "polyspec_bias_budget": polyspec_bias_budget,
         "polyspec_draft_vocabulary": polyspec_draft_vocabulary,
+        "polyspec_pack": polyspec_pack,
     }
     if synced_gpus:
         raise ValueError(SYNCED_GPUS)
+    assistant_models = _by_name(model, assistant_models)
     if polyspec_plan is not None:
         chosen, sizes = resolve_plan(polyspec_plan, model, assistant_models, named)
         assistant_models, named = chosen or [NoDraft()], {**named, **sizes}
@@ -126,12 +131,25 @@ def decode(
     job = _Job(model, input_ids, logits_processor, stopping_criteria, generation_config, options, model_kwargs)
     chain = job.chain(assistants)
     try:
-        rows, origins = job.run(chain, streamer)
+        with _packed(assistants if options.polyspec_pack else [], model):
+            rows, origins = job.run(chain, streamer)
         return job.output(chain, rows, origins, time.perf_counter() - started)
     finally:
         if job.control is not None:
             job.control.finish()
         chain.end()
+
+
+def _by_name(model: Any, assistants: Any) -> Any:
+    from .assistants import by_name  # loaders of every kind, which most chains never need
+
+    return by_name(model, assistants)
+
+
+def _packed(assistants: list[Any], model: Any) -> AbstractContextManager[None]:
+    from .quantization.packing import packed_assistants
+
+    return packed_assistants(assistants, model)
 
 
 class _Job:

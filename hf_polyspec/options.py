@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 Verification = Literal["auto", "token", "block"]
@@ -40,6 +41,8 @@ class PolySpecOptions:
             sampling (Yin et al. 2024, arXiv 2411.00841): a judged token is that share of TV(p, q) away from its law.
         polyspec_draft_vocabulary: ids an EAGLE head chooses from, besides those of the prompt and of late; None for all
             it knows, "auto" for a size that pays where it knows many.
+        polyspec_pack: whether float assistants on a CPU multiply in a faster layout while the chain runs
+            (`hf_polyspec.pack`; the same within rounding, and a second copy of their matrices).
     """
 
     num_assistant_tokens: int | None = None
@@ -53,6 +56,7 @@ class PolySpecOptions:
     polyspec_control: Control = "fixed"
     polyspec_bias_budget: float = 0.0
     polyspec_draft_vocabulary: int | Literal["auto"] | None = None
+    polyspec_pack: bool = True
 
     def __post_init__(self) -> None:
         _require_count("num_assistant_tokens", self.num_assistant_tokens)
@@ -62,6 +66,7 @@ class PolySpecOptions:
         _require_count("polyspec_tree_top_k", self.polyspec_tree_top_k)
         if self.polyspec_draft_vocabulary != "auto":
             _require_count("polyspec_draft_vocabulary", self.polyspec_draft_vocabulary, hint=' or "auto"')
+        _require_choice("polyspec_pack", self.polyspec_pack, (True, False))
         threshold = self.assistant_confidence_threshold
         if threshold is not None and not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
             raise ValueError(f"assistant_confidence_threshold must be a number from 0 to 1, got {threshold!r}.")
@@ -107,7 +112,8 @@ class PolySpecOptions:
                 filled[name] = value
         unknown = [name for name in vars(config) if name.startswith("polyspec_") and name not in cls.names()]
         if unknown:
-            raise ValueError(f"unknown option {unknown[0]!r}; known are {', '.join(cls.names())}.")
+            near = get_close_matches(unknown[0], cls.names(), 1, 0)[0]
+            raise ValueError(f"unknown option {unknown[0]!r}; did you mean {near}? docs/options.md lists all.")
         return cls(**filled)
 
     def for_assistant(self, assistant: Any) -> PolySpecOptions:

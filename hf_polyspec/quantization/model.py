@@ -100,17 +100,23 @@ def merged_adapters(model: nn.Module) -> nn.Module:
         peft_model: Any = copy.deepcopy(model)
         merged: nn.Module = peft_model.merge_and_unload()
         return merged
-    # Adapters that transformers itself loaded (`load_adapter`, an adapter's folder) sit in the model without a wrapper.
-    if not getattr(model, "_hf_peft_config_loaded", False):
+    # generate() on a PEFT model hands on the model inside it; adapters that transformers loads itself have no wrapper.
+    if not any(_is_adapter(module) for module in model.modules()):
         return model
     bare: Any = copy.deepcopy(model)
     for name, layer in list(bare.named_modules()):
-        if hasattr(layer, "get_base_layer") and hasattr(layer, "merge"):
-            layer.merge()
+        if _is_adapter(layer):
+            if not layer.disable_adapters:
+                layer.merge()
             replace_module(bare, name, layer.get_base_layer())
-    bare._hf_peft_config_loaded = False
+    if getattr(bare, "_hf_peft_config_loaded", False):
+        bare._hf_peft_config_loaded = False
     result: nn.Module = bare
     return result
+
+
+def _is_adapter(module: Any) -> bool:
+    return callable(getattr(module, "get_base_layer", None)) and callable(getattr(module, "unmerge", None))
 
 
 def round_layer(

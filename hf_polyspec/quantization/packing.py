@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +17,7 @@ from torch import Tensor, nn
 from hf_polyspec.quantization.kernels import PackedFloat, packs
 
 Model = TypeVar("Model", bound=nn.Module)
+Kept = tuple[PackedFloat, tuple[object, ...]]
 
 # Below this many rows the unpacked float32 product is memory-bound and wins (measured, docs/quantization.md).
 FLOAT32_FEW_ROWS = 4
@@ -23,12 +28,17 @@ class PackedForward:
 
     Args:
         linear: The layer, its weight on the CPU.
+        kept: From `kept()` of an earlier one; packed again if the weight has changed since.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, kept: Kept | None = None) -> None:
         self.linear = linear
-        self._packed: PackedFloat | None = None
-        self._stamp: tuple[object, ...] = ()
+        self._packed: PackedFloat | None = None if kept is None else kept[0]
+        self._stamp: tuple[object, ...] = () if kept is None else kept[1]
+
+    def kept(self) -> Kept | None:
+        """The packed matrix and what it was packed from, None if it has not been needed yet."""
+        return None if self._packed is None else (self._packed, self._stamp)
 
     def _current(self) -> tuple[object, ...]:
         weight, bias = self.linear.weight, self.linear.bias
@@ -69,10 +79,58 @@ def pack(model: Model) -> Model:
     Returns:
         The same model.
     """
+    for module in _packable(model):
+        module.__dict__["forward"] = PackedForward(module)
+    return model
+
+
+def _packable(model: nn.Module) -> Iterator[nn.Linear]:
     for module in model.modules():
         if type(module) is nn.Linear and "forward" not in module.__dict__ and packs(module.weight):
-            module.__dict__["forward"] = PackedForward(module)
-    return model
+            yield module
+
+
+# Packed matrices of assistants between two generations, for as long as their layers live.
+_KEPT: WeakKeyDictionary[nn.Linear, Kept] = WeakKeyDictionary()
+
+
+@contextmanager
+def packed_assistants(assistants: Iterable[object], target: nn.Module | None = None) -> Iterator[None]:
+    """Pack the assistants of a chain while it runs; afterwards they are as they were.
+
+    What was packed is kept for the next time. Layers shared with the target are left alone (the target's are packed
+    only by `pack`), and so is everything where less than half of the memory would stay free, and compiled models.
+
+    Args:
+        assistants: Members of a chain; those that are no models are passed over.
+        target: The model above them.
+    """
+    alone = set() if target is None else {id(module) for module in target.modules()}
+    chosen: dict[int, nn.Linear] = {}
+    for assistant in assistants:
+        if isinstance(assistant, nn.Module) and not hasattr(assistant, "_orig_mod"):
+            chosen.update((id(module), module) for module in _packable(assistant) if id(module) not in alone)
+    layers = list(chosen.values())
+    if not _room([layer for layer in layers if layer not in _KEPT]):
+        layers = []
+    for layer in layers:
+        layer.__dict__["forward"] = PackedForward(layer, _KEPT.get(layer))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            forward = layer.__dict__.pop("forward", None)
+            kept = forward.kept() if isinstance(forward, PackedForward) else None
+            if kept is not None:
+                _KEPT[layer] = kept
+
+
+def _room(layers: Sequence[nn.Linear]) -> bool:
+    size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+    if not size:
+        return True
+    memory = psutil.virtual_memory()
+    return bool(memory.available - size > memory.total / 2)
 
 
 def unpack(model: Model) -> Model:

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Assistants by name in generate(), and float assistants packed while a chain runs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import prompts
+from torch import nn
+from transformers import PreTrainedModel
+
+import hf_polyspec
+from hf_polyspec.assistants import by_name
+from hf_polyspec.quantization import agreement, is_packed, packing
+from hf_polyspec.quantization.model import merged_adapters, quantized_layers
+
+OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+IDS = torch.randint(3, 48, (4, 20), generator=torch.Generator().manual_seed(5))
+# transformers 5.23 warns about a name that PEFT still reads.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+
+@pytest.fixture
+def adapted(target: PreTrainedModel) -> Any:
+    peft = pytest.importorskip("peft")
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        return peft.get_peft_model(copy.deepcopy(target), lora).eval()
+
+
+@pytest.mark.parametrize("names", [["int8"], ["int8", "suffix"], ["early-exit:1"], ["int8", "early-exit:1"]])
+def test_by_name(enabled: None, target: PreTrainedModel, names: list[str]) -> None:
+    plain = target.generate(**prompts(3), **OPTIONS).sequences
+    output = target.generate(**prompts(3), **OPTIONS, assistant_models=names)
+    assert output.sequences.tolist() == plain.tolist()
+    assert len(output.polyspec.levels) == 1 + len(names)
+    assert by_name(target, ["int8"])[0] is by_name(target, ["int8"])[0]
+
+
+def test_a_peft_target_gets_a_middle_with_its_adapters(enabled: None, adapted: Any, target: PreTrainedModel) -> None:
+    plain = adapted.generate(**prompts(1), **OPTIONS).sequences
+    assert plain.tolist() != target.generate(**prompts(1), **OPTIONS).sequences.tolist()
+    output = adapted.generate(**prompts(1), **OPTIONS, assistant_models=["int8"])
+    assert output.sequences.tolist() == plain.tolist()
+    level = output.polyspec.levels[0]
+    assert level.accepted > 0.7 * level.drafted
+    assert any("lora" in name for name, _ in adapted.named_modules())
+
+
+def test_the_model_inside_a_peft_model_is_merged_too(adapted: Any, target: PreTrainedModel) -> None:
+    """generate() on a PEFT model hands on the model inside it, adapters and all."""
+    inner = adapted.get_base_model()
+    merged = merged_adapters(inner)
+    torch.testing.assert_close(merged(IDS).logits, adapted(IDS).logits, rtol=1e-3, atol=1e-3)
+    assert not any("lora" in name for name, _ in merged.named_modules())
+    assert merged_adapters(target) is target
+    middle = by_name(inner, ["int8"])[0]
+    assert not any("lora" in name for name, _ in middle.named_modules())
+    assert len(quantized_layers(middle)) == 15
+    assert agreement(adapted, middle, IDS) > 0.95
+    with adapted.disable_adapter():
+        bare = by_name(inner, ["int8"])[0]
+        assert agreement(target, bare, IDS) > 0.95
+    assert bare is not middle
+    assert agreement(adapted, by_name(inner, ["int8"])[0], IDS) > 0.95
+
+
+def test_changed_weights_are_quantised_again(target: PreTrainedModel) -> None:
+    model = copy.deepcopy(target)
+    first = by_name(model, ["int8"])[0]
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)
+    second = by_name(model, ["int8"])[0]
+    assert second is not first
+    assert agreement(model, second, IDS) > 0.95
+
+
+def test_names_that_cannot_be(enabled: None, target: PreTrainedModel) -> None:
+    for names, words in ((["suffix", "int8"], "only drafts"), (["early-exit"], "number of layers")):
+        with pytest.raises(ValueError, match=words):
+            target.generate(**prompts(1), **OPTIONS, assistant_models=names)
+    with pytest.raises(TypeError, match="must be a list"):
+        target.generate(**prompts(1), **OPTIONS, assistant_models="int8")
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for every matrix that is packed."""
+    built: list[int] = []
+    plain = packing.PackedFloat
+
+    class Counting(plain):  # type: ignore[misc, valid-type]
+        def __init__(self, *arguments: Any) -> None:
+            built.append(1)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(packing, "PackedFloat", Counting)
+    return built
+
+
+def _forwards(model: nn.Module) -> dict[str, Callable[..., Any]]:
+    return {name: module.__dict__["forward"] for name, module in model.named_modules() if "forward" in module.__dict__}
+
+
+def test_assistants_are_packed_while_the_chain_runs(
+    enabled: None, target: PreTrainedModel, middle: PreTrainedModel, drafter: PreTrainedModel, watched: list[int]
+) -> None:
+    members = [copy.deepcopy(middle), copy.deepcopy(drafter)]
+    seen: list[tuple[bool, bool]] = []
+    members[0].register_forward_hook(lambda *_: seen.append((is_packed(members[0]), is_packed(target))))
+    plain = target.generate(**prompts(3), **OPTIONS).sequences
+    for _ in range(2):
+        output = target.generate(**prompts(3), **OPTIONS, assistant_models=members, num_assistant_tokens=4)
+        assert output.sequences.tolist() == plain.tolist()
+        assert not any(is_packed(model) for model in (*members, target))
+        assert not any(_forwards(model) for model in members)
+    assert set(seen) == {(True, False)}
+    # Every matrix of both members once, not once a generation; the drafter's head never sees four rows.
+    assert len(watched) == sum(isinstance(m, nn.Linear) for member in members for m in member.modules()) - 1
+    seen.clear()
+    target.generate(**prompts(3), **OPTIONS, assistant_models=members, polyspec_pack=False)
+    assert set(seen) == {(False, False)}
+
+
+def test_what_is_shared_with_the_target_and_what_the_user_packed_stay(
+    enabled: None, target: PreTrainedModel, middle: PreTrainedModel
+) -> None:
+    seen: list[bool] = []
+    hook = target.register_forward_hook(lambda *_: seen.append(is_packed(target)))
+    target.generate(**prompts(3), **OPTIONS, assistant_models=[target])
+    hook.remove()
+    assert not any(seen)
+    mine = hf_polyspec.pack(copy.deepcopy(middle))
+    before = _forwards(mine)
+    target.generate(**prompts(3), **OPTIONS, assistant_models=[mine])
+    assert _forwards(mine) == before
+    assert before
+
+
+def test_unpacked_after_an_error(enabled: None, target: PreTrainedModel, middle: PreTrainedModel) -> None:
+    broken = copy.deepcopy(middle)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no")
+
+    broken.register_forward_hook(fail)
+    with pytest.raises(hf_polyspec.LevelError):
+        target.generate(**prompts(3), **OPTIONS, assistant_models=[broken])
+    assert not is_packed(broken)
+
+
+def test_no_packing_where_memory_is_short(
+    enabled: None, target: PreTrainedModel, middle: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(packing.psutil, "virtual_memory", lambda: SimpleNamespace(available=10, total=100))
+    member = copy.deepcopy(middle)
+    seen: list[bool] = []
+    member.register_forward_hook(lambda *_: seen.append(is_packed(member)))
+    target.generate(**prompts(3), **OPTIONS, assistant_models=[member])
+    assert seen
+    assert not any(seen)
+
+
+def test_a_changed_weight_is_packed_again(target: PreTrainedModel, middle: PreTrainedModel) -> None:
+    member = copy.deepcopy(middle)
+    with torch.no_grad(), packing.packed_assistants([member], target):
+        member(IDS)
+    with torch.no_grad():
+        member.lm_head.weight.mul_(2)
+        expected = member(IDS).logits
+        with packing.packed_assistants([member], target):
+            found = member(IDS).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
