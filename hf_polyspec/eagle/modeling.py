@@ -118,13 +118,18 @@ class EagleHead(PreTrainedModel):
     @property
     def device(self) -> torch.device:
         """Where the head's weights are; asked for many times a step, so no search through all of them."""
-        return torch.device(self.layers[0].post_attention_layernorm.weight.device)
+        return self._first_weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the head's weights."""
-        found: torch.dtype = self.layers[0].post_attention_layernorm.weight.dtype
-        return found
+        return self._first_weight.dtype
+
+    @property
+    def _first_weight(self) -> torch.Tensor:
+        layer: Any = self.layers[0]
+        weight: torch.Tensor = layer.post_attention_layernorm.weight
+        return weight
 
     # -- the target's modules --------------------------------------------------------------------------------
 

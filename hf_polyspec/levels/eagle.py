@@ -131,7 +131,7 @@ class EagleDrafter(SequentialDrafter):
             return
         with self.stats.timed():
             fused = self.head.fuse(torch.cat([states for *_, states in unread], dim=1))  # [B, F_1 + F_2 + ..., H]
-            pieces = fused.split([states.shape[1] for *_, states in unread], dim=1)
+            pieces = torch.split(fused, [states.shape[1] for *_, states in unread], dim=1)
             for (read, kept, fed, _), piece in zip(unread, pieces, strict=True):
                 for b, (memo, ids, row) in enumerate(zip(self.features, read, piece, strict=True)):
                     memo.store(ids, row[-min(fed, len(ids)) :] if kept is None else row[kept[b]])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 from tiny_models import noisy, prompts, tiny
 from transformers import PreTrainedModel
 
@@ -224,18 +225,18 @@ def test_only_the_hidden_states_a_head_reads_are_kept(middles: int, monkeypatch:
     def watch(self: EagleDrafter, passed: Any) -> None:
         states = passed.output.hidden_states
         kept.append(sum(state is not None for state in states))
-        assert len(states) == 13
+        assert len(states) == 9
         genuine(self, passed)
 
     monkeypatch.setattr(EagleDrafter, "watch", watch)
-    target = tiny(num_hidden_layers=12)
+    target = tiny(num_hidden_layers=8)
     levels: list[Any] = [noisy(target)] * middles
     head = head_for([target, *levels][-1])
     output = run(target, [*levels, head], prompts(1), polyspec_tree_tokens=0)
     assert set(kept) == {3}
     everything = run(target, [*levels, head], prompts(1), output_hidden_states=True)
     assert torch.equal(everything.sequences, output.sequences)
-    assert len(everything.hidden_states[0]) == 13
+    assert len(everything.hidden_states[0]) == 9
     assert all(state is not None for state in everything.hidden_states[0])
 
 
@@ -270,3 +271,36 @@ def test_a_drafter_that_only_observes_hears_of_trees() -> None:
 
     Hears().observe_tree(TreeProposal([[4, 5, 6], []], [[ROOT, ROOT, 0], []], [[1, 1, 1], []]), [[1], []])
     assert told == [([2, 0], [1, 0])]
+
+
+def test_draws_follow_the_target_while_sizes_follow_the_draws() -> None:
+    """Chi-square of two tokens against the exact law; a correct chain fails with probability 1e-4 (seed fixed)."""
+    settings = {"vocab_size": 8, "hidden_size": 16, "num_hidden_layers": 1}
+    target, prompt, draws = tiny(**settings), torch.tensor([[3, 7, 1, 7]]), 1000
+    with torch.no_grad():
+        texts = torch.cat([prompt.expand(8, -1), torch.arange(8)[:, None]], dim=1)
+        second = target(texts).logits[:, -1].softmax(-1)
+        expected = (target(prompt).logits[0, -1].softmax(-1)[:, None] * second).flatten().double() * draws
+    middle = noisy(target, 0.2)
+    torch.manual_seed(11)
+    output = run(
+        target,
+        [middle, init_for(middle, "eagle1").eval()],
+        {"input_ids": prompt},
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=5,
+        num_return_sequences=draws,
+        num_assistant_tokens_schedule="heuristic",
+        assistant_confidence_threshold=0.2,
+        polyspec_draft_vocabulary=4,
+        polyspec_tree_tokens=4,
+    )
+    observed = torch.bincount(output.sequences[:, 4] * 8 + output.sequences[:, 5], minlength=64).double()
+    common = expected >= 5
+    o = [*observed[common].tolist(), float(observed[~common].sum())]
+    e = [*expected[common].tolist(), float(expected[~common].sum())]
+    assert stats.chisquare(o, [value * sum(o) / sum(e) for value in e]).pvalue > 1e-4
+    head = output.polyspec.levels[-1]
+    assert 0 < head.accepted < head.drafted
+    assert 1 < head.mean_tree_depth < TREES["polyspec_tree_depth"], "sizes differ"
