@@ -75,5 +75,5 @@ def test_values_out_of_range_are_refused(name: str, value: Any, sentence: str) -
 
 
 def test_unknown_options_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown option 'polyspec_blocksize'; known are"):
+    with pytest.raises(ValueError, match="unknown option 'polyspec_blocksize'; did you mean polyspec_block_size"):
         PolySpecOptions.read({}, prepared(polyspec_blocksize=4))
