@@ -12,11 +12,14 @@ import torch
 import typer
 
 from ..benchmarks.environment import describe
-from .cast import Cast, CastRequest, load_cast
+from .breakdown import TOKENS, measure
+from .cast import Ask, Cast, CastRequest, load_cast
+from .conversation import encode, messages
 from .journal import Journal, write_json, write_settings
-from .methods import Method
+from .methods import CHAIN, Method
 from .report import read_run, write_markdown, write_report
 from .request import Asked, Run, read_request, spelled
+from .rundata import BREAKDOWN
 from .runner import FLOAT32, Runner, Share
 
 
@@ -58,6 +61,9 @@ def bench_command(
         int | None,
         typer.Option(help="Questions of a task whose identity is also checked in float32; all unless told."),
     ] = None,
+    breakdown: Annotated[
+        bool, typer.Option(help="Also split the time of one short answer of each chain by kind of work.")
+    ] = True,
     output: Annotated[Path, typer.Option(help="Folder of the run; one that was stopped goes on from here.")] = Path(
         "bench"
     ),
@@ -88,6 +94,7 @@ def bench_command(
         plan,
         warm_up,
         float32_questions,
+        breakdown,
     )
     run = read_request(asked)
     write_settings(output, run.settings | {"--device": device})
@@ -135,6 +142,8 @@ def _bench(run: Run, output: Path, share: Share) -> None:
     runner = Runner(cast, run.work(methods), output, share, say=_say)
     runner.run()
     finished.append(runner.finished())
+    if share.rank == 0 and run.breakdown and not (output / BREAKDOWN).is_file():
+        write_json(output / BREAKDOWN, _breakdown(run, cast, methods))
     del cast, runner
     if run.float32:
         runner = Runner(_in_float32(run.cast), run.work_in_float32(methods), output, share, FLOAT32, _say)
@@ -165,6 +174,14 @@ def _note_methods(run: Run, cast: Cast, methods: list[Method], output: Path) -> 
         "layers": int(cast.target.config.get_text_config(decoder=True).num_hidden_layers),
     }
     write_json(output / "methods.json", facts)
+
+
+def _breakdown(run: Run, cast: Cast, methods: list[Method]) -> dict[str, Any]:
+    """For each chain, where the time of one short answer goes."""
+    question = next(iter(run.chosen.values()))[0]
+    prompt = encode(cast.tokenizer, messages(question.turns[:1], [], cast.system), cast.template)
+    ask = Ask(min(TOKENS, run.max_new_tokens), run.temperatures[0], run.seed)
+    return {method.name: measure(cast, method, [prompt], ask) for method in methods if method.kind == CHAIN}
 
 
 def _in_float32(request: CastRequest) -> Cast:

@@ -79,7 +79,7 @@ def _run_view(run: RunData, number: int, texts: int) -> dict[str, Any]:
         "totals": tables["totals"],
         "histograms": list(_histograms(run)),
         "stacks": list(_stacks(run)),
-        "levels": tables["levels"],
+        "levels": [tables[name] for name in ("levels", "kinds") if name in tables],
         "memory": tables["memory"],
         "identity": [tables[name] for name in ("identity", "ties", "unavailable") if name in tables],
         "texts": list(_texts(run, texts)),

@@ -40,6 +40,7 @@ class Asked:
     plan: str | None
     warm_up: int
     float32: int | None
+    breakdown: bool
 
 
 def spelled(asked: Asked, output: Path) -> str:
@@ -80,7 +81,9 @@ class Run:
         words: method names as the user gave them, None for all there are.
         sweeps: option and values.
         settings: what a resumed run must share, under the names of the options.
+        batches, temperatures, max_new_tokens, seed, warm_up: as in `Work`.
         float32: questions of a task that are also answered in float32; 0 for none.
+        breakdown: whether the time of one answer of each chain is split by kind of work.
     """
 
     cast: CastRequest
@@ -94,6 +97,7 @@ class Run:
     seed: int
     warm_up: int
     float32: int
+    breakdown: bool
 
     def methods(self, drafters: Sequence[str], plan: bool) -> list[Method]:
         """The methods, once it is known which assistants are models."""
@@ -189,8 +193,20 @@ def read_request(asked: Asked) -> Run:
     in_float32 = 0 if dtype in ("float32", "fp32") else most if asked.float32 is None else asked.float32
     if 0.0 not in temperatures:
         in_float32 = 0
-    seed, warm_up = asked.seed, asked.warm_up
-    return Run(cast, chosen, words, sweeps, settings, batches, temperatures, tokens, seed, warm_up, in_float32)
+    return Run(
+        cast,
+        chosen,
+        words,
+        sweeps,
+        settings,
+        batches,
+        temperatures,
+        tokens,
+        asked.seed,
+        asked.warm_up,
+        in_float32,
+        asked.breakdown,
+    )
 
 
 def read_assistants(given: Sequence[str], preset: Preset | None) -> tuple[tuple[str, str], ...]:

@@ -13,6 +13,8 @@ from .journal import Line, read_lines, read_settings
 from .runner import FLOAT32, RECORDS, TIES, UNAVAILABLE
 from .statistics import Table, identity_rates, tabulate
 
+BREAKDOWN = "breakdown.json"
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -26,6 +28,7 @@ class RunData:
         records: answers; float32_records: the same questions in float32, empty where the run itself is in float32.
         ties: greedy answers that differ from plain's, of both.
         unavailable: methods that could not be run, and why.
+        breakdown: shares of time by chain, level and kind of work; empty where they were not measured.
     """
 
     folder: Path
@@ -36,6 +39,7 @@ class RunData:
     float32_records: list[Line]
     ties: list[dict[str, Any]]
     unavailable: dict[str, str]
+    breakdown: dict[str, dict[str, dict[str, float]]]
 
     @cached_property
     def table(self) -> Table:
@@ -67,6 +71,7 @@ def read_run(folder: Path) -> RunData:
     if not records or not facts.is_file():
         raise ValueError(f"The run in {folder} has no answers yet.")
     ties = [tie for stem in (TIES, FLOAT32 + TIES) for line in read_lines(folder, stem) for tie in line["differences"]]
+    split = folder / BREAKDOWN
     refusals = [line for stem in (UNAVAILABLE,) for line in read_lines(folder, stem)]
     return RunData(
         folder,
@@ -77,4 +82,5 @@ def read_run(folder: Path) -> RunData:
         read_lines(folder, FLOAT32 + RECORDS),
         ties,
         {line["method"]: line["reason"] for line in refusals},
+        json.loads(split.read_text(encoding="utf-8")) if split.is_file() else {},
     )

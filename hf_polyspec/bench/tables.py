@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from .breakdown import KINDS, TOKENS
 from .methods import PLAIN
 from .paper import COLUMNS, LARGER, SOURCE, TABLE_2
 from .questions import TITLES
@@ -42,6 +43,8 @@ def views(run: RunData) -> Iterator[View]:
     yield published()
     yield totals(run)
     yield levels(run)
+    if run.breakdown:
+        yield kinds(run)
     yield memory(run)
     yield identity(run)
     if run.ties:
@@ -125,6 +128,21 @@ def levels(run: RunData) -> View:
         "Accepted is the share of the tokens proposed to a level that it kept (for a drafter, of those it proposed)."
     )
     return View("levels", "Levels of the chains", note, header, rows)
+
+
+def kinds(run: RunData) -> View:
+    """The time of one answer by level and kind of work."""
+    header = ["method", "level", *KINDS]
+    rows = [
+        [name if place == 0 else "", level, *(f"{shares[kind]:.1%}" for kind in KINDS)]
+        for name, by_level in run.breakdown.items()
+        for place, (level, shares) in enumerate(by_level.items())
+    ]
+    note = (
+        f"Shares of the time of one answer of at most {TOKENS} tokens under torch's profiler, which makes small "
+        "operations and Python look longer than they are; for finding what to make faster, not for comparing speeds."
+    )
+    return View("kinds", "Kinds of work", note, header, rows)
 
 
 def memory(run: RunData) -> View:

@@ -207,6 +207,18 @@ def test_bad_input_is_one_sentence_before_any_work(arguments: list[str], sentenc
     assert not (tmp_path / "out").exists()
 
 
+def test_the_time_of_a_chain_is_split_by_level_and_kind_of_work(bench_run: Path) -> None:
+    split = json.loads((bench_run / "breakdown.json").read_text())
+    assert list(split) == [CHAIN]
+    levels = split[CHAIN]
+    assert sorted(levels) == ["0 target", "1 small", "between the levels"]
+    assert sum(share for kinds in levels.values() for share in kinds.values()) == pytest.approx(1.0, abs=1e-6)
+    for level in ("0 target", "1 small"):
+        assert levels[level]["matrix products"] > 0
+        assert levels[level]["attention"] > 0
+        assert levels[level]["small operations"] > 0
+
+
 def test_settings_are_on_disk(bench_run: Path) -> None:
     settings = json.loads((bench_run / "settings.json").read_text())
     assert settings["--max-new-tokens"] == 8
