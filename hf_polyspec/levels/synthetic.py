@@ -36,6 +36,7 @@ class SyntheticLevel(Drafter):
         texts: greedy texts of the target, prompt included, as lists of ids.
         target: writes the texts that are missing, when they are first needed; the time is that call's, so a run that
             is to be timed must be the second one with the same prompt. None: without a text nothing is proposed.
+        ahead: how many tokens of a text it writes; further on nothing is proposed.
         seed: of the coins.
 
     Raises:
@@ -53,6 +54,7 @@ class SyntheticLevel(Drafter):
         draft_tokens: int = 24,
         texts: Iterable[Sequence[int]] = (),
         target: Any = None,
+        ahead: int = AHEAD,
         seed: int = 0,
     ) -> None:
         if isinstance(acceptance, bool) or not isinstance(acceptance, (int, float)) or not 0 <= acceptance <= 1:
@@ -67,6 +69,7 @@ class SyntheticLevel(Drafter):
         self.seconds_per_pass = float(seconds_per_pass)
         self.draft_tokens = draft_tokens
         self.seed = seed
+        self.ahead = ahead
         self.vocabulary = 0
         self.target = target
         self.texts: list[list[int]] = [list(text) for text in texts]
@@ -130,7 +133,7 @@ class SyntheticLevel(Drafter):
 
         started = time.perf_counter()
         prompt = torch.tensor([ids], device=self.target.device)
-        config = generation_config(self.target, AHEAD, 0.0)
+        config = generation_config(self.target, self.ahead, 0.0)
         config.return_dict_in_generate = False
         plain = type(self.target).generate
         output = plain(self.target, prompt, attention_mask=torch.ones_like(prompt), generation_config=config)

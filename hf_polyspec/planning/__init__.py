@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .cost_model import Acceptance, Member, Prediction, SecondsTable, predict
     from .plan import Plan
     from .planner import Planned, Wish, make_plan
-    from .plot import plot
+    from .plot import draw_plan
 
 _HOMES = {
     "Acceptance": "cost_model",
@@ -25,7 +25,7 @@ _HOMES = {
     "SecondsTable": "cost_model",
     "Wish": "planner",
     "make_plan": "planner",
-    "plot": "plot",
+    "draw_plan": "plot",
     "predict": "cost_model",
 }
 
@@ -37,8 +37,8 @@ __all__ = [
     "Prediction",
     "SecondsTable",
     "Wish",
+    "draw_plan",
     "make_plan",
-    "plot",
     "predict",
 ]
 

@@ -9,15 +9,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
 from transformers.utils import logging
 
 from ..assistants import check_assistant_names, load_assistant
 from ..eagle.prompts import prompt_ids, read_prompts
 from ..models import check_device, load_model, load_tokenizer, read_dtype, short_name
 from .planner import Planned, Wish, make_plan
-from .plot import plot as draw
-from .plot import require_matplotlib
+from .plot import draw_plan, require_matplotlib
 from .report import candidates_table, sentences
 from .search import spread
 from .texts import PROMPTS
@@ -74,7 +72,7 @@ def plan_command(
     texts = given or [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     ids = [prompt_ids(tokenizer, turns) for turns in texts[:MOST_PROMPTS]]
     console = Console(stderr=True)
-    with _bar(console) as bar:
+    with show_progress(console) as bar:
         planned = make_plan(target, members, ids, wish, names=names, progress=_Shown(bar))
         if verify:
             planned = run_best(planned, bar, seed)
@@ -83,7 +81,7 @@ def plan_command(
         planned.plan().save(out)
         typer.echo(f"Wrote {out}")
     if plot is not None:
-        for file in draw(planned, plot):
+        for file in draw_plan(planned, plot):
             typer.echo(f"Wrote {file}")
 
 
@@ -119,7 +117,8 @@ class _Shown:
         self.bar.update(self.tasks[what], completed=done)
 
 
-def _bar(console: Console) -> Progress:
+def show_progress(console: Console) -> Progress:
+    """Bars that go away when they are done."""
     columns: tuple[Any, ...] = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, transient=True)
 

@@ -84,7 +84,8 @@ class Plan:
         unknown = sorted(set(self.options) - set(_OPTIONS))
         if unknown:
             raise ValueError(f"the plan sets {unknown[0]!r}; a plan may set {', '.join(_OPTIONS)}.")
-        PolySpecOptions(**self.options)  # type: ignore[arg-type]
+        sizes: dict[str, Any] = dict(self.options)
+        PolySpecOptions(**sizes)
         for name in ("temperature", "tokens_per_second", "plain_tokens_per_second"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
@@ -219,7 +220,7 @@ def resolve_plan(
 def fingerprint(member: Any) -> str:
     """A hash of a member's configuration and of the names, shapes and types of its weights; values do not count."""
     if isinstance(member, nn.Module):
-        config = getattr(member, "config", None)
+        config: Any = getattr(member, "config", None)
         told = config.to_dict() if hasattr(config, "to_dict") else {}
         told = {name: value for name, value in told.items() if name not in _VOLATILE}
         weights = [

