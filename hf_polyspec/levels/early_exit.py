@@ -47,7 +47,7 @@ def early_exit(model: Any, layers: int) -> Any:
         raise ValueError(f"An early exit of {kind} keeps 1 to {depth - 1} of its {depth} layers, got {layers}.")
     copy = sharing_copy(base).eval()
     parent, _, leaf = place.rpartition(".")
-    kept = list(copy.get_submodule(place))[:layers]  # type: ignore[call-overload]
+    kept = list(copy.get_submodule(place))[:layers]
     setattr(copy.get_submodule(parent), leaf, nn.ModuleList(kept))
     _shorten(copy.config.get_text_config(decoder=True), layers, depth)
     _check_same_layers(base, copy, place, layers)

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from ..chain import check_assistants
 from ..compatibility import inner_model
+from ..quantization.packing import packed_assistants
 from .agreement import TREES, DraftRecord, Reading, TreeSize, edge, read_model, record_drafts, survival, windows
 from .candidates import Level, describe_chain, describe_sizes, kind_of, options_of
 from .cost_model import SecondsTable
@@ -186,15 +187,16 @@ def _measure(levels: Sequence[Level], texts: list[Text], law: Law, wish: Wish, p
     context = round(sum(len(text.prompt) + len(text.new) / 2 for text in texts) / len(texts))
     total = steps([m.member for m in models], context, wish.repeats, wish.batches)
     count = _counter(progress, "passes are timed", total)
-    costs = measure_costs(
-        [m.member for m in models],
-        texts[0].prompt + texts[0].new,
-        context,
-        law,
-        repeats=wish.repeats,
-        batches=wish.batches,
-        advance=lambda n: count(),
-    )
+    with packed_assistants([m.member for m in models[1:]], models[0].member):  # as generate() runs them
+        costs = measure_costs(
+            [m.member for m in models],
+            texts[0].prompt + texts[0].new,
+            context,
+            law,
+            repeats=wish.repeats,
+            batches=wish.batches,
+            advance=lambda n: count(),
+        )
     readings = _readings(models, texts, law, wish, progress)
     edges = {
         (above.place, below.place): [

@@ -259,7 +259,7 @@ def _eval(model: nn.Module) -> Iterator[None]:
 
 
 def _channels(module: nn.Module) -> int:
-    return int(float_weight(module)[0].shape[0] if is_linear(module) else module.weight.shape[0])  # type: ignore[union-attr, index]
+    return int(float_weight(module)[0].shape[0] if is_linear(module) else module.weight.shape[0])  # type: ignore[index]
 
 
 def apply_fold(model: nn.Module, fold: Fold, factors: Tensor) -> bool:

@@ -51,7 +51,7 @@ def _autoround(job: Job) -> Path:
     whole = torch.cat([text.reshape(-1).cpu() for text in job.texts])
     length = min(512, max(1, len(whole) // 8))
     # It takes texts of one length only.
-    rows = [row[None] for row in whole.split(length) if len(row) == length]
+    rows = list(whole[: len(whole) // length * length].view(-1, 1, length))
     rounding = AutoRound(
         copy.deepcopy(job.model),  # it writes into the model
         tokenizer=job.tokenizer,

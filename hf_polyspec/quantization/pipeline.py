@@ -131,12 +131,12 @@ class Pipeline:
         model = merged_adapters(self.original)
         texts = self._texts() if plan.needs_text else []
         moments = input_moments(model, texts, diagonal=plan.method == "search") if plan.method != "rtn" else None
-        source, method, moments = fold_for(plan.method, model, moments, plan.bits, plan.group_size)
-        layer_bits = self._layer_bits(source, texts, method, moments) if plan.mixed else None
+        source, method, second = fold_for(plan.method, model, moments, plan.bits, plan.group_size)
+        layer_bits = self._layer_bits(source, texts, method, second) if plan.mixed else None
         with self._bar("quantising", len(plan_bits(source, plan.bits, plan.head_bits, layer_bits))) as advance:
             made = quantize_model(
                 source, plan.bits, plan.group_size, method=method, head_bits=plan.head_bits, layer_bits=layer_bits,
-                calibration=moments, store=self.store, progress=lambda _: advance(),
+                calibration=second, store=self.store, progress=lambda _: advance(),
             )  # fmt: skip
         return source, made
 

@@ -211,7 +211,7 @@ def _train(
             group["lr"] = options.learning_rate * _rate(step, options.steps)
         loss = _divergence(student.model, target, texts, _chosen(len(texts.texts), step, options))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         losses.append(float(loss.detach()))
