@@ -149,18 +149,23 @@ class VocabularySlice:
     def of(cls, head: EagleHead, target_ids: torch.Tensor) -> VocabularySlice:
         """Copies the rows of some target ids out of a head's lm_head; see `EagleHead.vocabulary_slice`."""
         config = head.config
-        known = head.target_ids()
-        # [V], row of each target id or -1
-        row_of = torch.full((config.vocab_size,), -1, dtype=torch.long, device=known.device)
-        row_of[known] = torch.arange(len(known), device=known.device)
-        ids = target_ids.to(known.device).long()
+        ids = target_ids.to(head.device).long()
         if ids.dim() != 1 or not len(ids):
             raise ValueError(f"A vocabulary slice needs a list of target ids, got shape {list(ids.shape)}.")
-        if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size or bool((row_of[ids] < 0).any()):
+        inside = int(ids.min()) >= 0 and int(ids.max()) < config.vocab_size
+        rows = ids
+        if inside and config.maps_vocabulary:
+            known = head.target_ids()
+            # [V], row of each target id or -1
+            row_of = torch.full((config.vocab_size,), -1, dtype=torch.long, device=known.device)
+            row_of[known] = torch.arange(len(known), device=known.device)
+            rows = row_of[ids]
+            inside = bool((rows >= 0).all())
+        if not inside:
             raise ValueError("A target id of the slice is outside the vocabulary that the head scores.")
         # the head's own lm_head has one row per draft id, a borrowed one a row per target id
         lm_head = head.lm_head if config.own_lm_head else head.borrowed.need_lm_head()
-        weight, bias = readable_rows(lm_head, row_of[ids] if config.own_lm_head else ids)
+        weight, bias = readable_rows(lm_head, rows if config.own_lm_head else ids)
         weight = weight.to(head.device, head.dtype)
         return cls(ids.to(head.device), weight, None if bias is None else bias.to(head.device, head.dtype))
 

@@ -7,7 +7,8 @@ that; ids outside the slice are never proposed, which costs acceptance and nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Container, Iterable
 from typing import Literal
 
 import torch
@@ -124,15 +125,19 @@ class WorkingVocabulary:
     def _slice(self, known: torch.Tensor | None, wanted: int, always: Iterable[int]) -> None:
         head, config = self.head, self.head.config
         scored = range(min(self.vocabulary, config.vocab_size)) if known is None else known.tolist()
-        member = set(scored)
-        ranked = [*always, *special_ids(config), *(config.frequent_tokens or ()), *scored]
-        chosen = list(dict.fromkeys(token for token in ranked if token in member))[:wanted]
+        members: Container[int] = scored if known is None else frozenset(scored)
+        chosen: dict[int, None] = {}
+        for token in itertools.chain(always, special_ids(config), config.frequent_tokens or (), scored):
+            if token in members:
+                chosen[token] = None
+                if len(chosen) == wanted:
+                    break
         try:
             fixed = SLICES.slice(head, torch.tensor(sorted(chosen), device=head.device))
         except ValueError as error:
-            self.note = f"all {len(member)} ids are drafted from: {error}"
+            self.note = f"all {len(scored)} ids are drafted from: {error}"
             return
-        self._rows = GrowingSlice(head, fixed, member - set(chosen))
+        self._rows = GrowingSlice(head, fixed, members, set(chosen))
         self._ids = fixed.target_ids.to(self.device)
 
     def _refresh(self, joined: bool) -> None:
@@ -146,13 +151,15 @@ class GrowingSlice:
     Args:
         head: a bound head.
         fixed: rows that never change, possibly shared with other slices.
-        outside: ids that may join.
+        members: ids the head can score.
+        held: ids of the fixed slice.
     """
 
-    def __init__(self, head: EagleHead, fixed: VocabularySlice, outside: set[int]) -> None:
+    def __init__(self, head: EagleHead, fixed: VocabularySlice, members: Container[int], held: set[int]) -> None:
         self.head = head
         self.fixed = fixed
-        self.outside = outside
+        self._members = members
+        self._held = held  # the fixed ids and all that have joined
         self.target_ids = fixed.target_ids
         self._joined: list[int] = []
         self._pinned = 0
@@ -162,7 +169,8 @@ class GrowingSlice:
 
     def pin(self, ids: Iterable[int]) -> bool:
         """Have ids join for good; says whether any did. What was `seen` before is forgotten."""
-        new = [token for token in dict.fromkeys(ids) if token in self.outside and token not in self._joined]
+        recent = set(self._joined[self._pinned :])
+        new = self._new(ids, recent)
         if new:
             kept = [*self._joined[: self._pinned], *new]
             rows = self.head.vocabulary_slice(torch.tensor(kept, device=self.head.device))
@@ -172,13 +180,13 @@ class GrowingSlice:
             if rows.bias is not None:
                 self._bias = rows.bias.new_empty(len(kept) + RECENT)
                 self._bias[: len(kept)] = rows.bias
-            self.outside -= set(new)
+            self._held = (self._held - recent) | set(new)
             self._list()
         return bool(new)
 
     def see(self, ids: Iterable[int]) -> bool:
         """Have ids join until `RECENT` others have; says whether any did."""
-        new = [token for token in dict.fromkeys(ids) if token in self.outside and token not in self._joined][:RECENT]
+        new = self._new(ids)[:RECENT]
         if new:
             rows = self.head.vocabulary_slice(torch.tensor(new, device=self.head.device))
             if self._weight is None:
@@ -188,6 +196,8 @@ class GrowingSlice:
             self._next = (self._next + len(new)) % RECENT
             self._joined += [-1] * (max(places) + 1 - len(self._joined))
             for place, token in zip(places, new, strict=True):
+                self._held.discard(self._joined[place])
+                self._held.add(token)
                 self._joined[place] = token
             self._weight[places] = rows.weight
             if self._bias is not None and rows.bias is not None:
@@ -203,6 +213,11 @@ class GrowingSlice:
             return scores
         bias = None if self._bias is None else self._bias[:count]
         return torch.cat([scores, nn.functional.linear(hidden, self._weight[:count], bias)], dim=-1)
+
+    def _new(self, ids: Iterable[int], besides: Container[int] = ()) -> list[int]:
+        """Those of the ids that may join: not held, or only among `besides`."""
+        wanted = dict.fromkeys(ids)
+        return [t for t in wanted if (t not in self._held or t in besides) and t in self._members]
 
     def _list(self) -> None:
         joined = torch.tensor(self._joined, dtype=torch.long, device=self.fixed.target_ids.device)
