@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .estimates import Knowledge
 from .setups import Pair
@@ -52,29 +52,28 @@ class Budget:
 class Schedule:
     """When each pair of levels may be tried (again).
 
-    Attributes:
-        due: per pair, the time from which it may be tried; absent: at once.
-        interval: per pair, plain tokens until then, after the last loss.
+    In `knowledge`: `due`, the time from which a pair may be tried, absent for at once; `interval`, the plain tokens it
+    had to wait after its last loss.
     """
 
-    due: dict[Pair, float] = field(default_factory=dict)
-    interval: dict[Pair, float] = field(default_factory=dict)
+    knowledge: Knowledge
 
     def is_due(self, pair: Pair, now: float) -> bool:
         """Whether it is time to try a pair."""
-        return now >= self.due.get(pair, float("-inf"))
+        return now >= self.knowledge.due.get(pair, float("-inf"))
 
     def lost(self, pairs: Iterable[Pair], now: float, plain_seconds: float) -> None:
         """These pairs were tried, or used, and do not pay: wait twice as long as the last time."""
         for pair in pairs:
-            before = self.interval.get(pair)
+            before = self.knowledge.interval.get(pair)
             waiting = FIRST_INTERVAL if before is None else min(LONGEST_INTERVAL, 2 * before)
-            self.interval[pair] = waiting
-            self.due[pair] = now + waiting * plain_seconds
+            self.knowledge.interval[pair] = waiting
+            self.knowledge.due[pair] = now + waiting * plain_seconds
 
     def seen(self, pairs: Iterable[Pair], now: float, plain_seconds: float, *, paid: bool) -> None:
-        """These pairs are in use: what is known of them is fresh; once they have paid, their losses are forgotten."""
+        """These pairs have just run: what is known of them is fresh; once they have paid, their losses are forgotten."""
         for pair in pairs:
             if paid:
-                self.interval.pop(pair, None)
-            self.due[pair] = now + FIRST_INTERVAL * plain_seconds
+                self.knowledge.interval.pop(pair, None)
+            fresh = now + FIRST_INTERVAL * plain_seconds
+            self.knowledge.due[pair] = max(fresh, self.knowledge.due.get(pair, fresh))

@@ -162,6 +162,7 @@ class Knowledge:
         agreements: per (upper level, lower level, tree size or 0).
         elapsed: seconds generated in, all generations together; spent: of those, lost by trying things out.
         allowance: seconds that may be lost before any were earned.
+        due, interval: see `budget.Schedule`.
     """
 
     ratios: dict[int, float] = field(default_factory=dict)
@@ -171,6 +172,8 @@ class Knowledge:
     elapsed: float = 0.0
     spent: float = 0.0
     allowance: float = 0.0
+    due: dict[tuple[int, int], float] = field(default_factory=dict)
+    interval: dict[tuple[int, int], float] = field(default_factory=dict)
 
     def pass_seconds(self, level: int, rows: float) -> float:
         """Seconds of a pass of a level over `rows` tokens."""

@@ -64,7 +64,7 @@ class OnlineControl:
         self.clock = clock
         self.knowledge: Knowledge = recall(levels, mode)
         self.budget = Budget(self.knowledge)
-        self.schedule = Schedule()
+        self.schedule = Schedule(self.knowledge)
         self.decisions: list[Decision] = []
         self.setup = PLAIN
         self.emitted = 0.0
@@ -161,6 +161,7 @@ class OnlineControl:
         now, plain = self.clock(), self._plain_seconds(rows)
         self.budget.open(room, plain)
         horizon = min(room, max(HORIZON, self.emitted))
+        self.schedule.seen(self.setup.pairs, now, plain, paid=self._rounds >= PROVEN and self._behind < 0)
         forecast = Forecast(self.chain, self.knowledge, rows)
         best, promised = self._best_known(forecast, context, horizon)
         if self._behind > max(self.budget.left, plain):
@@ -177,7 +178,6 @@ class OnlineControl:
         lost = [pair for pair in self.setup.pairs if pair not in best.pairs]
         if lost:
             self.schedule.lost(lost, now, plain)
-        self.schedule.seen(best.pairs, now, plain, paid=self._rounds >= PROVEN and self._behind < 0)
         self._settled_on = best.levels
         reason = "nothing else pays" if best == PLAIN else "quickest"
         self._run(best, reason, promised)
@@ -186,8 +186,6 @@ class OnlineControl:
         """The quickest setup of levels whose times and acceptance are known; what runs now has an advantage."""
         plain = forecast.predict(PLAIN)
         best, promise, cost = PLAIN, plain, plain.seconds / plain.tokens * horizon
-        if self._settled_on != (0,):
-            cost *= 1 + MARGIN
         self._turn += 1
         for turn, levels in enumerate(self._subsets[:-1]):
             planned = self._plans.get(levels)
@@ -308,7 +306,7 @@ class OnlineControl:
                 # What was counted long ago must not outvote what the trial is to show.
                 tree = setup.tree if pair[1] == self.chain.last else 0
                 if pair not in self.setup.pairs:
-                    self.knowledge.agreement(*pair, tree).fade(1.0)
+                    self.knowledge.agreement(*pair, tree).fade(2.0)
         if self.decisions and setup == self.setup:
             return
         for index, level in enumerate(self.chain.levels):
