@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..assistants import load_assistant
 from ..eagle.prompts import prompt_ids, read_prompts
 from ..models import load_model, load_tokenizer, short_name
-from ..planning.command import MOST_PROMPTS, run_best, show_progress
+from ..planning.command import run_best, show_progress, some
 from ..planning.planner import Planned, Progress, Wish, make_plan
 from ..planning.report import candidates_table, sentences
 from ..planning.texts import PROMPTS
@@ -60,7 +60,7 @@ def measure(arguments: argparse.Namespace, progress: Progress, console: Console)
         if arguments.prompts
         else [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     )
-    ids = [prompt_ids(tokenizer, prompt) for prompt in turns[:MOST_PROMPTS]]
+    ids = [prompt_ids(tokenizer, prompt) for prompt in some(turns)]
     wish = Wish(arguments.temperature, arguments.new_tokens, arguments.pass_repeats, batches=False)
     planned = make_plan(target, members, ids, wish, names=names, progress=progress)
     with show_progress(console) as bar:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,8 +71,10 @@ def plan_command(
     members = [load_assistant(name, target, dtype, device) for name in assistant]
     names = [short_name(model), *(short_name(name) for name in assistant)]
     texts = given or [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    ids = [prompt_ids(tokenizer, turns) for turns in texts[:MOST_PROMPTS]]
+    ids = [prompt_ids(tokenizer, turns) for turns in some(texts)]
     console = Console(stderr=True)
+    if len(texts) > len(ids):
+        console.print(f"Of the {len(texts)} prompts, {len(ids)} are used, evenly spread.", highlight=False)
     with show_progress(console) as bar:
         planned = make_plan(target, members, ids, wish, names=names, progress=_Shown(bar))
         if verify:
@@ -83,6 +86,12 @@ def plan_command(
     if plot is not None:
         for file in draw_plan(planned, plot):
             typer.echo(f"Wrote {file}")
+
+
+def some(prompts: Sequence[Any]) -> list[Any]:
+    """As many prompts as a plan is made on, evenly spread over those given."""
+    count = min(MOST_PROMPTS, len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
 def run_best(planned: Planned, bar: Progress, seed: int, count: int = VERIFIED, repeats: int = 3) -> Planned:
