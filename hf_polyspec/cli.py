@@ -183,6 +183,12 @@ def generate(
     confidence: Confidence = None,
     schedule: Schedule = None,
     plan: Annotated[Path | None, typer.Option(help="From polyspec plan: assistants to use, and sizes.")] = None,
+    control: Annotated[
+        str | None, typer.Option(help="fixed, or online: sizes and levels follow what is measured on the way.")
+    ] = None,
+    bias_budget: Annotated[
+        float | None, typer.Option(help="Lossy: the share of the model's rejections that is waived, 0 to 1.")
+    ] = None,
     html: Html = None,
 ) -> None:
     """One prompt, answered by one chain; the text goes to standard output, the table to standard error."""
@@ -198,6 +204,9 @@ def generate(
         assistant_confidence_threshold=confidence,
         num_assistant_tokens_schedule=schedule,
     )
+    options |= _chain_options(polyspec_control=control, polyspec_bias_budget=bias_budget)
+    if bias_budget and temperature == 0:
+        raise ValueError("--bias-budget needs a --temperature above 0: greedy decoding is exact at any budget.")
     request = _planned(_request(prompt, max_new_tokens, temperature, seed, options), plan)
     target, tokenizer, assistants, names = _load(Console(stderr=True), model, assistant, device, dtype, html)
     streamer = running.ConsoleStreamer(tokenizer, Console())

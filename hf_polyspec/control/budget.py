@@ -71,7 +71,7 @@ class Schedule:
             self.knowledge.due[pair] = now + waiting * plain_seconds
 
     def seen(self, pairs: Iterable[Pair], now: float, plain_seconds: float, *, paid: bool) -> None:
-        """These pairs have just run: what is known of them is fresh; once they have paid, their losses are forgotten."""
+        """These pairs have just run: what is known of them is fresh; their losses are forgotten once they have paid."""
         for pair in pairs:
             if paid:
                 self.knowledge.interval.pop(pair, None)
