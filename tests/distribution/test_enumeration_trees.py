@@ -169,6 +169,33 @@ def test_a_tree_with_a_branch_under_a_middle_under_a_target(
     assert distance(three(models, joined, "auto", block_size), models[0], 3) < EXACT
 
 
+class Draws(Drafter):
+    """A chain drawn from a table, which ends after token 0; one shorter than `least` is kept back if told so."""
+
+    def __init__(self, table: TableModel, length: int, least: int = 0) -> None:
+        super().__init__()
+        self.table, self.length, self.least = table, length, least
+
+    def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
+        ids, laws = list(context.ids[0]), []
+        while len(laws) < min(self.length, limits[0]) and not (laws and ids[-1] == 0):
+            laws.append(self.table.law(tuple(ids)))
+            ids.append(int(law.draw(laws[-1][None])[0]))
+        if len(laws) < self.least or not laws:
+            return Proposal([[]], None, [[]])
+        return Proposal([ids[-len(laws) :]], torch.stack(laws)[None], [[self.index] * len(laws)])
+
+
+@pytest.mark.parametrize("vocabulary", [2, 3])
+def test_chains_of_two_drafters_that_draw(vocabulary: int) -> None:
+    """A short chain that was drawn is used all the same; keeping it back for its length is caught."""
+    models = tables(3, vocabulary, 9)
+    head = Draws(models[2], 1)
+    assert distance(two(models, JoinedDrafter(head, Draws(models[1], 2), chain_tokens=2)), models[0], 3) < EXACT
+    kept_back = JoinedDrafter(head, Draws(models[1], 2, least=2), chain_tokens=2)
+    assert distance(two(models, kept_back), models[0], 3) > 0.003
+
+
 def test_doubled_siblings_are_no_way_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
     """A chain appended as it is doubles nodes; judging each child of a node by a coin of its own then shows."""
 
