@@ -7,6 +7,7 @@ the grid. Here they are added before the rounding, so what is trained is the ver
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -135,7 +136,10 @@ class Student:
             replace_module(twin, name, _linear(start, layer.bias))
         twin.float()
         config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=self.names, lora_dropout=0.0)
-        self.model: Any = peft.get_peft_model(twin, config, adapter_name=ADAPTER).eval()
+        with warnings.catch_warnings():
+            # PEFT reads a name that transformers is about to give up; nobody who recovers a middle can do a thing.
+            warnings.simplefilter("ignore", FutureWarning)
+            self.model: Any = peft.get_peft_model(twin, config, adapter_name=ADAPTER).eval()
         for name, grid in self.grids.items():
             adapted = self._adapted(name)
             adapted.forward = RoundedForward(adapted, grid)
