@@ -46,7 +46,7 @@ def plain_seconds(tokens: int, prompt: int, rows: int = 1) -> float:
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("step", [0.02, 0.15, 0.4])
-@pytest.mark.parametrize("tokens", [32, 128, 512])
+@pytest.mark.parametrize("tokens", [32, 128])
 def test_a_drafter_that_is_always_wrong_costs_less_than_five_percent(tokens: int, step: float, rows: int) -> None:
     clock = Clock()
     run = Run(clock, target_over(clock, ClockedDrafter(clock, lambda: step, lambda: 0.0)), tokens, rows=rows)
@@ -57,7 +57,7 @@ def test_a_drafter_that_is_always_wrong_costs_less_than_five_percent(tokens: int
 
 @pytest.mark.parametrize("size", [300, 1000], ids=["looks cheap", "as large as the target"])
 @pytest.mark.parametrize("agreement", [0.0, 1.0])
-@pytest.mark.parametrize("tokens", [128, 512])
+@pytest.mark.parametrize("tokens", [128, 300])
 def test_a_middle_slower_than_the_target_costs_less_than_five_percent(tokens: int, agreement: float, size: int) -> None:
     clock = Clock()
     drafter = ClockedDrafter(clock, lambda: 0.15, lambda: 0.0)
@@ -69,13 +69,13 @@ def test_a_middle_slower_than_the_target_costs_less_than_five_percent(tokens: in
 def test_a_bad_level_is_tried_again_at_growing_intervals() -> None:
     clock = Clock()
     drafter = ClockedDrafter(clock, lambda: 0.05, lambda: 0.0)
-    run = Run(clock, target_over(clock, drafter), 1500)
+    run = Run(clock, target_over(clock, drafter), 600)
     trials = [decision.token for decision in run.control.decisions if decision.reason.startswith("trial")]
-    assert len(trials) >= 4
+    assert len(trials) >= 3
     waits = [after - before for before, after in itertools.pairwise(trials)]
     assert all(wait >= FIRST_INTERVAL * 2**i for i, wait in enumerate(waits))
     stats = drafter.stats
-    assert stats.switched_on >= 4
+    assert stats.switched_on >= 3
     assert stats.switched_off == stats.switched_on
     assert [size == 0 for _, size in stats.sizes[:3]] == [True, False, True]
 
@@ -104,11 +104,11 @@ def test_a_level_that_becomes_good_is_switched_on_and_one_that_becomes_bad_off()
 def test_the_draft_length_comes_to_be_the_best(agreement: float) -> None:
     """Within 4 % of the speed of the analytically best length, for the second half of a long text."""
     clock = Clock()
-    run = Run(clock, target_over(clock, ClockedDrafter(clock, lambda: 0.1, lambda: agreement)), 2000)
+    run = Run(clock, target_over(clock, ClockedDrafter(clock, lambda: 0.1, lambda: agreement)), 700)
     table = SecondsTable(((1, 1.0), (2, 1.05)))
     drafter = Member("", SecondsTable.per_token(0.1), Acceptance.constant(agreement))
     speeds = {k: predict([Member("", table), drafter], [k]).tokens_per_second for k in DRAFTS}
-    lengths = [size for token, size in run.control.chain.levels[1].stats.sizes if token > 1000 and size]
+    lengths = [size for token, size in run.control.chain.levels[1].stats.sizes if token > 350 and size]
     assert lengths or run.control.setup.sizes
     for size in lengths or run.control.setup.sizes:
         assert speeds[size] > 0.94 * max(speeds.values())
@@ -125,9 +125,9 @@ def test_a_good_chain_of_three_is_found_and_a_slow_middle_is_left_out() -> None:
         clock = Clock()
         drafter = ClockedDrafter(clock, lambda: 0.02, lambda: 0.6)
         middle = middle_over(clock, drafter, affine(seconds, 0.01), 0.97, 300)
-        run = Run(clock, target_over(clock, middle), 1200)
+        run = Run(clock, target_over(clock, middle), 400)
         speeds[seconds] = run.control.setup.levels
-        assert run.seconds < 0.6 * plain_seconds(1200, 20)
+        assert run.seconds < 0.6 * plain_seconds(400, 20)
     assert speeds[0.2] == (0, 1, 2)
     assert speeds[1.4] == (0, 2)
 
@@ -138,15 +138,15 @@ def test_a_middle_catches_up_on_what_it_missed_in_one_pass() -> None:
     middle = Verifier(runner, ClockedDrafter(clock, lambda: 0.02, lambda: 0.6), name="middle")
 
     def change(emitted: int) -> None:
-        if emitted >= 300 and not good[0]:
+        if emitted >= 150 and not good[0]:
             good[0] = 0.97
             runner.right.clear()
 
-    Run(clock, target_over(clock, middle), 900, during=change)
+    Run(clock, target_over(clock, middle), 500, during=change)
     pauses = [fed for fed in runner.fed if fed > 30]
     assert pauses
     # Between two reads of much there are small ones only: what was missed came in one piece.
-    assert sum(runner.fed) < 4 * 900
+    assert sum(runner.fed) < 4 * 500
 
 
 def test_the_first_generation_teaches_the_second() -> None:
@@ -162,5 +162,5 @@ def test_the_first_generation_teaches_the_second() -> None:
 def test_losses_stay_within_the_budget_over_many_short_generations() -> None:
     clock = Clock()
     top = target_over(clock, ClockedDrafter(clock, lambda: 0.3, lambda: 0.0))
-    seconds = sum(Run(clock, top, 24).seconds for _ in range(30))
-    assert seconds <= 1.05 * 30 * plain_seconds(24, 20)
+    seconds = sum(Run(clock, top, 24).seconds for _ in range(12))
+    assert seconds <= 1.05 * 12 * plain_seconds(24, 20)
