@@ -17,9 +17,8 @@ from .cast import Ask, Cast, CastRequest, load_cast
 from .conversation import encode, messages
 from .journal import Journal, write_json, write_settings
 from .methods import CHAIN, Method
-from .report import read_run, write_markdown, write_report
 from .request import Asked, Run, read_request, spelled
-from .rundata import BREAKDOWN
+from .rundata import BREAKDOWN, read_run
 from .runner import FLOAT32, Runner, Share
 
 
@@ -101,6 +100,8 @@ def bench_command(
     _start(spelled(asked, output), output, share)
     _bench(run, output, share)
     if markdown is not None and (output / "report.html").is_file():
+        from .report import write_markdown
+
         write_markdown(markdown, [read_run(output)])
 
 
@@ -150,6 +151,9 @@ def _bench(run: Run, output: Path, share: Share) -> None:
         runner.run()
         finished.append(runner.finished())
     if all(finished):
+        # What figures need takes seconds to import, and only the last process makes any.
+        from .report import write_report
+
         write_report(output, [read_run(output)])
         typer.echo(f"{output / 'report.html'}")
     else:
@@ -201,6 +205,8 @@ def report_command(
     texts: Annotated[int, typer.Option(help="Questions of each task whose coloured text is shown.")] = 2,
 ) -> None:
     """Make report.html, and a Markdown page of the same tables, from the records of one or several runs."""
+    from .report import write_markdown, write_report
+
     runs = [read_run(folder) for folder in folders]
     write_report(html or folders[0], runs, texts)
     if markdown is not None:

@@ -16,11 +16,9 @@ from .charts import Bar, bars, histogram, stack
 from .journal import write_text
 from .methods import PACKED, PLAIN
 from .questions import TITLES
-from .rundata import RunData, read_run
+from .rundata import RunData
 from .statistics import OVERALL, Key
 from .tables import View, headline, speed_up, views
-
-__all__ = ["read_run", "write_markdown", "write_report"]
 
 TITLE = "Polybasic speculative decoding on Spec-Bench"
 MOST_CHAINS = 3

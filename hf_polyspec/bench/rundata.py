@@ -7,11 +7,13 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .journal import Line, read_lines, read_settings
 from .runner import FLOAT32, RECORDS, TIES, UNAVAILABLE
-from .statistics import Table, identity_rates, tabulate
+
+if TYPE_CHECKING:
+    from .statistics import Table
 
 BREAKDOWN = "breakdown.json"
 
@@ -44,11 +46,15 @@ class RunData:
     @cached_property
     def table(self) -> Table:
         """All figures."""
+        from .statistics import tabulate
+
         return tabulate(self.records, self.facts["order"])
 
     @cached_property
     def float32_rates(self) -> dict[str, tuple[int, int]]:
         """Greedy answers equal to plain's in float32, and all that were compared, by decoder."""
+        from .statistics import identity_rates
+
         in_float32 = self.facts["dtype"] == "float32"
         return identity_rates(self.records if in_float32 else self.float32_records)
 
