@@ -115,8 +115,10 @@ def survival(ratios: Array, block: bool) -> Array:
     if ratios.shape[1] == 0:
         return np.zeros(ratios.shape)
     if block:
-        return np.exp(np.minimum(0.0, np.minimum.accumulate(np.cumsum(ratios, axis=1), axis=1)))
-    return np.exp(np.cumsum(np.minimum(0.0, ratios), axis=1))
+        logs = np.minimum(0.0, np.minimum.accumulate(np.cumsum(ratios, axis=1), axis=1))
+    else:
+        logs = np.cumsum(np.minimum(0.0, ratios), axis=1)
+    return np.asarray(np.exp(logs), dtype=np.float64)
 
 
 def windows(along: Array, width: int) -> Array:
@@ -125,7 +127,7 @@ def windows(along: Array, width: int) -> Array:
     The last position of a text is never proposed: it is the verifier's own token.
     """
     padded = np.concatenate([along[:-1], np.full(width + 1, NEVER)])
-    return np.lib.stride_tricks.sliding_window_view(padded, width)[: len(along)].copy()
+    return np.array(np.lib.stride_tricks.sliding_window_view(padded, width)[: len(along)], dtype=np.float64)
 
 
 @torch.no_grad()

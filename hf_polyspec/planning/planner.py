@@ -356,8 +356,9 @@ def _acceptance(measured: Measurements, positions: int = 8) -> dict[str, list[fl
         if len(kept):
             found[f"{measured.names[below]} under {measured.names[above]}"] = kept.mean(axis=0).tolist()
     for (above, place, tree), record in measured.drafts.items():
-        rows = [survival(d.ratios[d.recorded], record.drawn)[:-positions, :positions] for d in record.drafts]
-        kept = np.concatenate(rows)
+        # A draft that the text's end cuts short says nothing about the later positions.
+        rows = [d.ratios[:-positions][d.recorded[:-positions], :positions] for d in record.drafts]
+        kept = survival(np.concatenate(rows), record.drawn)
         if len(kept):
             size = "" if tree is None else f", tree {tree.tokens}"
             found[f"{measured.names[place]} under {measured.names[above]}{size}"] = kept.mean(axis=0).tolist()
