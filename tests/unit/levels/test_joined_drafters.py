@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 from tiny_models import noisy, tiny
 from transformers import PreTrainedModel
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 import hf_polyspec
 from hf_polyspec import SuffixDrafter
@@ -171,7 +172,7 @@ def test_greedy_text_is_the_targets_own(trees: dict[str, int], middles: int, bat
 def test_draws_follow_the_target(middles: int) -> None:
     """Chi-square of two tokens against the exact law; a correct chain fails with probability 1e-4 (seed fixed)."""
     settings = {"vocab_size": 8, "hidden_size": 16, "num_hidden_layers": 1}
-    target, prompt, draws = tiny(**settings), torch.tensor([[3, 7, 1, 7, 3, 7]]), 2000
+    target, prompt, draws = tiny(**settings), torch.tensor([[3, 7, 1, 7, 3, 7]]), 1000
     with torch.no_grad():
         first = target(prompt).logits[0, -1].softmax(-1)
         texts = torch.cat([prompt.expand(8, -1), torch.arange(8)[:, None]], dim=1)
@@ -198,6 +199,20 @@ def test_draws_follow_the_target(middles: int) -> None:
     head, suffix = output.polyspec.levels[-2:]
     assert 0 < suffix.accepted < suffix.drafted
     assert 0 < head.accepted < head.drafted
+
+
+def test_a_candidate_generator_of_transformers_joins_too() -> None:
+    target = tiny(seed=2)
+    lookup = PromptLookupCandidateGenerator(
+        num_output_tokens=3, max_matching_ngram_size=2, max_length=200, eos_token_id=torch.tensor([1])
+    )
+    options = {"max_new_tokens": 14, "do_sample": False}
+    output = target.generate(
+        REPEATING, assistant_models=[head_for(target), lookup], return_dict_in_generate=True, **options, **TREES
+    )
+    assert torch.equal(output.sequences, target.generate(REPEATING, **options))
+    assert output.polyspec.levels[-1].name == "PromptLookupCandidateGenerator"
+    assert output.polyspec.levels[-1].drafted > 0
 
 
 def test_what_may_follow_a_head() -> None:
