@@ -82,7 +82,7 @@ def _marked(modules: Sequence[Any], names: Sequence[str]) -> Iterator[None]:
 
     def enter(name: str) -> Any:
         def hook(*_: Any) -> None:
-            mark = record_function(_MARK + name)
+            mark: Any = record_function(_MARK + name)
             mark.__enter__()
             open_marks.append(mark)
 
