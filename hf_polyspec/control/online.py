@@ -263,7 +263,9 @@ class OnlineControl:
             if cost > self.budget.left:
                 self._needed = min(self._needed, cost)
                 return
-            self.budget.charge(scout(level, context, self.knowledge.times(index), self.clock))
+            seconds = scout(level, context, self.knowledge.times(index), self.clock)
+            self.budget.charge(seconds)
+            self._planning -= seconds
 
     def _hoped(self, now: float) -> frozenset[Pair]:
         """Pairs that are to be tried: never tried enough, or not for a while."""
