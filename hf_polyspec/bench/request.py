@@ -137,13 +137,7 @@ def read_request(asked: Asked) -> Run:
     temperatures = _numbers(asked.temperatures, "--temperature", float, 0)
     batches = tuple(int(value) for value in _numbers(asked.batch_sizes, "--batch-size", int, 1))
     tokens = asked.max_new_tokens or (preset.max_new_tokens if preset else 1024)
-    for name, value, least in (
-        ("--max-new-tokens", tokens if asked.max_new_tokens is None else asked.max_new_tokens, 1),
-        ("--warm-up", asked.warm_up, 0),
-        ("--float32-questions", asked.float32 or 0, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}.")
+    _check_counts(asked, tokens)
     dtype = asked.dtype or (preset.dtype if preset else "float32")
     read_dtype(dtype)
     check_device(asked.device)
@@ -169,26 +163,7 @@ def read_request(asked: Asked) -> Run:
         preset.system if preset else None,
         tuple(preset.stop) if preset else None,
     )
-    settings = {
-        "--model": model,
-        "--preset": asked.preset,
-        "--assistant": [f"{name}={word}" for name, word in assistants],
-        "--methods": words,
-        "--sweep": [f"{key}={','.join(values)}" for key, values in sweeps.items()],
-        "--questions (SHA-256)": digest,
-        "--tasks": list(chosen),
-        "--limit": asked.limit,
-        "--seed": asked.seed,
-        "--max-new-tokens": tokens,
-        "--temperature": list(temperatures),
-        "--batch-size": list(batches),
-        "--dtype": dtype,
-        "--device": asked.device,
-        "--pack": asked.pack,
-        "--plan": asked.plan,
-        "--warm-up": asked.warm_up,
-        "--float32-questions": asked.float32,
-    }
+    settings = _settings(asked, cast, words, sweeps, digest, chosen, tokens, temperatures, batches)
     most = max(len(found) for found in chosen.values())
     in_float32 = 0 if dtype in ("float32", "fp32") else most if asked.float32 is None else asked.float32
     if 0.0 not in temperatures:
@@ -207,6 +182,50 @@ def read_request(asked: Asked) -> Run:
         in_float32,
         asked.breakdown,
     )
+
+
+def _settings(
+    asked: Asked,
+    cast: CastRequest,
+    words: list[str] | None,
+    sweeps: dict[str, list[str]],
+    digest: str,
+    chosen: dict[str, list[Question]],
+    tokens: int,
+    temperatures: tuple[Any, ...],
+    batches: tuple[int, ...],
+) -> dict[str, Any]:
+    """What a resumed run must share, under the names of the options."""
+    return {
+        "--model": cast.model,
+        "--preset": asked.preset,
+        "--assistant": [f"{name}={word}" for name, word in cast.assistants],
+        "--methods": words,
+        "--sweep": [f"{key}={','.join(values)}" for key, values in sweeps.items()],
+        "--questions (SHA-256)": digest,
+        "--tasks": list(chosen),
+        "--limit": asked.limit,
+        "--seed": asked.seed,
+        "--max-new-tokens": tokens,
+        "--temperature": list(temperatures),
+        "--batch-size": list(batches),
+        "--dtype": cast.dtype,
+        "--device": asked.device,
+        "--pack": asked.pack,
+        "--plan": asked.plan,
+        "--warm-up": asked.warm_up,
+        "--float32-questions": asked.float32,
+    }
+
+
+def _check_counts(asked: Asked, tokens: int) -> None:
+    for name, value, least in (
+        ("--max-new-tokens", tokens if asked.max_new_tokens is None else asked.max_new_tokens, 1),
+        ("--warm-up", asked.warm_up, 0),
+        ("--float32-questions", asked.float32 or 0, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
 def read_assistants(given: Sequence[str], preset: Preset | None) -> tuple[tuple[str, str], ...]:
