@@ -23,8 +23,8 @@ def load_assistant(name: str, target: Any, dtype: str | torch.dtype, device: str
     """A member of a chain under `target`.
 
     Args:
-        name: `suffix`, `int8`, `int4`, `early-exit:12` (the target's first 12 layers), or a hub id or folder of a
-            model or an EAGLE head.
+        name: `suffix`, `int8`, `int4`, `early-exit:12` (the target's first 12 layers), `smollm2-eagle3` (the head that
+            ships with this package), or a hub id or folder of a model or an EAGLE head.
         target: the loaded target, which quantised copies are made from.
         dtype, device: for models that are loaded.
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from .packaged import PACKAGE, smollm2_folder
+from .packaged import HEAD, PACKAGE, head_folder, smollm2_folder
 from .quantization.checkpoint import load_quantized
 from .quantization.config import GPTQ_METHODS
 
@@ -92,6 +92,8 @@ def resolve(name: str) -> tuple[str, dict[str, Any]]:
     """
     if name == PACKAGE:
         return str(smollm2_folder()), {}
+    if name == HEAD:
+        return str(head_folder()), {}
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":

