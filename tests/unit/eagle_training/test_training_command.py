@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from typer.testing import CliRunner
 
 from hf_polyspec.eagle.command import train_eagle
+from hf_polyspec.eagle.dataset import load_corpus
 from hf_polyspec.eagle.features import bind
 from hf_polyspec.eagle.modeling import EagleHead
 from hf_polyspec.eagle.shards import read_progress, read_samples
@@ -95,6 +97,13 @@ def test_from_target_to_head(run_file: Path, target_folder: Path, tmp_path: Path
     head = bind(EagleHead.from_pretrained(run / "head"), target)
     assert head.dtype == torch.float16
     assert head.config.draft_vocab_size == 30
+    frequent = head.config.frequent_tokens
+    corpus = load_corpus([run / "texts"], 64, 0.2, seed=0)
+    counts = Counter(int(token) for text in corpus.train for token in text.tokens)
+    assert frequent is not None
+    assert set(frequent) <= set(head.target_ids().tolist())
+    # the split between training and validation may differ from the run's, the commonest ids do not
+    assert counts[frequent[0]] > 3 * counts[frequent[-1]]
     # once more is nothing to do, and gives the same head
     before = (run / "head" / "model.safetensors").read_bytes()
     call("--output", run)
