@@ -43,8 +43,8 @@ __all__ = [
     "generate",
     "pack",
     "quantize_model",
-    "recover",
     "rank_tokens",
+    "recover",
     "unpack",
 ]
 

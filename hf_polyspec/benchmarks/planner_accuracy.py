@@ -39,9 +39,10 @@ def accuracy(planned: Planned) -> dict[str, Any]:
         Counts, the largest error, and by how much the choice is slower than the quickest, as a share.
     """
     run = [c for c in planned.candidates if c.measured is not None and c.error is not None]
-    errors = [abs(c.error) for c in run if c.error is not None]
-    speeds = [c.measured for c in run if c.measured is not None]
-    chosen = planned.best.measured or 0.0
+    # plain floats: what NumPy counts cannot be written as JSON
+    errors = [abs(float(c.error)) for c in run if c.error is not None]
+    speeds = [float(c.measured) for c in run if c.measured is not None]
+    chosen = float(planned.best.measured or 0.0)
     return {
         "candidates": len(run),
         "within_10_percent": sum(error <= WITHIN for error in errors),

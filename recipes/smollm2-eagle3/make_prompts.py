@@ -18,8 +18,43 @@ from transformers import AutoTokenizer
 
 from hf_polyspec.eagle.shards import read_samples
 
-NAMES = "Ana Ben Carla Dev Elif Femi Grace Hugo Ines Jonas Kofi Lena Marta Noor Omar Priya Rosa Sven Tara Yuki".split()
-THINGS = "apples books candles marbles stickers eggs pencils tickets cookies shirts plants coins shells".split()
+NAMES = [
+    "Ana",
+    "Ben",
+    "Carla",
+    "Dev",
+    "Elif",
+    "Femi",
+    "Grace",
+    "Hugo",
+    "Ines",
+    "Jonas",
+    "Kofi",
+    "Lena",
+    "Marta",
+    "Noor",
+    "Omar",
+    "Priya",
+    "Rosa",
+    "Sven",
+    "Tara",
+    "Yuki",
+]
+THINGS = [
+    "apples",
+    "books",
+    "candles",
+    "marbles",
+    "stickers",
+    "eggs",
+    "pencils",
+    "tickets",
+    "cookies",
+    "shirts",
+    "plants",
+    "coins",
+    "shells",
+]
 PLACES = ("a bakery", "the market", "a farm", "the library", "a small shop", "the school fair", "a workshop")
 STORIES = (
     "{a} buys {n} {t} for ${p} each and sells them for ${q} each. How much profit does {a} make?",
@@ -34,12 +69,43 @@ STORIES = (
     "{a} is {k} years older than {b}. In {n} years {a} will be {m} years old. How old is {b} now?",
     "A recipe for {k} people needs {n} eggs. How many eggs does {a} need for {m} people?",
 )
-SUBJECTS = (
-    "the telephone, the Nile, the periodic table, the first Olympic Games, jazz, the Great Wall, penicillin, chess, "
-    "the Moon landing, volcanoes, the French Revolution, photosynthesis, the printing press, whales, coffee, the euro, "
-    "Mount Everest, the Roman Empire, vaccines, the guitar, black holes, the Suez Canal, silk, the Internet, bees, "
-    "democracy, tides, the violin, glaciers, the steam engine, soccer, the alphabet, bridges, antibiotics, rice"
-).split(", ")
+SUBJECTS = [
+    "the telephone",
+    "the Nile",
+    "the periodic table",
+    "the first Olympic Games",
+    "jazz",
+    "the Great Wall",
+    "penicillin",
+    "chess",
+    "the Moon landing",
+    "volcanoes",
+    "the French Revolution",
+    "photosynthesis",
+    "the printing press",
+    "whales",
+    "coffee",
+    "the euro",
+    "Mount Everest",
+    "the Roman Empire",
+    "vaccines",
+    "the guitar",
+    "black holes",
+    "the Suez Canal",
+    "silk",
+    "the Internet",
+    "bees",
+    "democracy",
+    "tides",
+    "the violin",
+    "glaciers",
+    "the steam engine",
+    "soccer",
+    "the alphabet",
+    "bridges",
+    "antibiotics",
+    "rice",
+]
 QUESTIONS = (
     "Who is best known for {s}?",
     "When was {s} first mentioned?",

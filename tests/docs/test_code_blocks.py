@@ -17,7 +17,7 @@ import torch
 import yaml
 from markdown_it import MarkdownIt
 from tiny_checkpoints import byte_tokenizer
-from tiny_models import tiny
+from tiny_models import noisy, tiny
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
@@ -36,20 +36,28 @@ def blocks(page: Path, language: str) -> list[str]:
     return [token.content for token in tokens if token.type == "fence" and token.info.strip() == language]
 
 
+def indented(page: Path) -> list[str]:
+    """The code blocks without a fence."""
+    tokens = MarkdownIt().parse(page.read_text(encoding="utf-8"))
+    return [token.content for token in tokens if token.type == "code_block"]
+
+
 def pages_with(language: str) -> list[Any]:
     return [pytest.param(page, id=page.name) for page in PAGES if blocks(page, language)]
 
 
 @pytest.fixture
 def names(tmp_path: Path) -> Iterator[dict[str, Any]]:
-    """What every page may take for granted: a model, its tokenizer, a prompt, a trained head's folder."""
+    """What every page may take for granted: a model, its tokenizer, a prompt, assistants, a head's folder."""
     tokenizer = byte_tokenizer()
     model: PreTrainedModel = tiny("llama", seed=5, vocab_size=len(tokenizer), max_position_embeddings=512)
     model.generation_config.eos_token_id = None
     inputs = tokenizer("one two one two one", return_tensors="pt")
     inputs.pop("token_type_ids", None)
     head = init_for(model, "eagle3", list(range(0, len(tokenizer), 2)))
-    head.save_pretrained(str(tmp_path / "head"))
+    for folder in ("head", "my-head"):
+        head.save_pretrained(str(tmp_path / folder))
+    ids = inputs["input_ids"][0].tolist()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield {
@@ -59,6 +67,11 @@ def names(tmp_path: Path) -> Iterator[dict[str, Any]]:
             "target": model,
             "tokenizer": tokenizer,
             "inputs": dict(inputs),
+            "middle": hf_polyspec.quantize_model(model, bits=8),
+            "head": head.eval(),
+            "small": noisy(model),
+            "prompts": [ids, ids[::-1]],
+            "answers": [ids, ids[3:]],
             "head_folder": str(tmp_path / "head"),
             "scratch": tmp_path,
         }
@@ -75,7 +88,8 @@ def test_python_runs(page: Path, names: dict[str, Any], monkeypatch: pytest.Monk
 def commands(page: Path) -> list[list[str]]:
     """Every `polyspec` command of a page's shell blocks, its continuation lines joined."""
     found = []
-    for block in blocks(page, "bash"):
+    shell = blocks(page, "bash") + [code for code in indented(page) if code.lstrip().startswith("polyspec")]
+    for block in shell:
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             for start in ("polyspec", "hf_polyspec"):
@@ -85,7 +99,7 @@ def commands(page: Path) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("page", [param for param in pages_with("bash") if commands(param.values[0])])
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES if commands(page)])
 def test_commands_exist_with_their_options(page: Path) -> None:
     for words in commands(page):
         name, *rest = words
