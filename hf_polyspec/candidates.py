@@ -63,7 +63,8 @@ class PolySpecCandidateGenerator(CandidateGenerator):
 
         Args:
             input_ids: `[1, L]`.
-            args, kwargs: whatever else this release of transformers tells its generators.
+            *args: whatever else this release of transformers tells its generators.
+            **kwargs: likewise.
 
         Returns:
             `[1, L + K]` ids, and `[1, K, V]` logits whose softmax is the law they were drawn from (None if greedy).

@@ -74,17 +74,16 @@ def decode(
     """Polybasic speculative decoding with transformers' `custom_generate` contract.
 
     Usable as it is: `model.generate(..., custom_generate=hf_polyspec.decode, assistant_models=[...])`. transformers
-    drops a `streamer` on that path; `hf_polyspec.enable()` does not.
+    drops a `streamer` on that path; `hf_polyspec.enable()` does not. Arguments not listed below are the options of
+    `PolySpecOptions`, under the same names.
 
     Args:
         model: the target.
         input_ids: `[B, L]` prompt ids, left-padded, already repeated for `num_return_sequences`.
-        logits_processor, stopping_criteria, generation_config: as generate() prepared them.
+        logits_processor: as generate() prepared them.
+        stopping_criteria: likewise.
+        generation_config: likewise.
         assistant_models: the levels below the target, the slowest first: models, drafters, or names such as "int8".
-        polyspec_control, polyspec_bias_budget, num_assistant_tokens, assistant_confidence_threshold,
-            num_assistant_tokens_schedule, polyspec_block_size, polyspec_verification, polyspec_tree_tokens,
-            polyspec_tree_depth, polyspec_tree_top_k, polyspec_draft_vocabulary, polyspec_pack: as in
-            `PolySpecOptions`.
         polyspec_plan: a `Plan`, its dict or its path; it names which of `assistant_models` to use, and sizes for the
             options not passed here.
         streamer: gets the new tokens of every step, `[B]`.

@@ -17,7 +17,7 @@ from transformers import TextStreamer
 
 from .integration import attach
 from .models import short_name
-from .packaged import PACKAGE
+from .packaged import HEAD, PACKAGE
 from .telemetry import PolySpecStats
 
 DEFAULT_MODEL = PACKAGE
@@ -37,10 +37,10 @@ PLAIN = "plain generate()"
 def default_assistants(model: str) -> list[str]:
     """The chain under a model for which the user named none: a quantised copy of it, and what drafts below.
 
-    A trained head that ships with the package belongs here, in the place of `suffix`, for the models it fits.
+    Args:
+        model: its name; the one for which a trained head ships with the package gets the head as well.
     """
-    del model
-    return ["int8", "suffix"]
+    return ["int8", HEAD, "suffix"] if model == PACKAGE else ["int8", "suffix"]
 
 
 @dataclass(frozen=True)

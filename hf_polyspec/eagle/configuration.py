@@ -31,7 +31,7 @@ class EagleHeadConfig(PreTrainedConfig):
     EAGLE-3 (arXiv 2503.01840). Everything below is a fact about the weights; how a tree is drafted from them
     is not part of it.
 
-    Args:
+    Attributes:
         algorithm: `"eagle1"` (EAGLE-1 and EAGLE-2) or `"eagle3"`.
         vocab_size: Rows of the target's embedding, V.
         draft_vocab_size: Ids the head scores, Vd; `None` means all V.

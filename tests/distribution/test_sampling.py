@@ -171,9 +171,9 @@ def test_rejections_betray_a_wrong_proposal_law(
     """A proposer that reports a flatter law than it drew from is rejected at another rate than that law implies."""
     genuine = judgement._verdict
 
-    def misreported(law: Any, proposal: Any, p: torch.Tensor, rule: str) -> Verdict:
+    def misreported(law: Any, proposal: Any, *rest: Any) -> Verdict:
         flatter = None if proposal.q is None else (proposal.q + 0.2) / (proposal.q + 0.2).sum(-1, keepdim=True)
-        return genuine(law, type(proposal)(proposal.tokens, flatter, proposal.origins), p, rule)
+        return genuine(law, type(proposal)(proposal.tokens, flatter, proposal.origins), *rest)
 
     monkeypatch.setattr(judgement, "_verdict", misreported)
     level = draw([models[0], models[2]], seed=22, polyspec_verification="token").polyspec.levels[0]

@@ -123,12 +123,13 @@ def test_every_option_is_explained() -> None:
 
 
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
-    # the theme's makers announce their next program; every warning about this site ends the build (strict)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    # Never with --quiet: what is not logged is not counted, and then no warning ends the build. The theme's makers
+    # announce their next program, which is no warning about this site.
     quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False, env=quiet)
     assert done.returncode == 0, done.stderr
-    assert not done.stderr.strip(), done.stderr
+    assert "WARNING" not in done.stderr, done.stderr
     pages = list((tmp_path / "site").rglob("index.html"))
     assert len(pages) >= len(PAGES) - 1
     reference = (tmp_path / "site" / "reference" / "index.html").read_text(encoding="utf-8")
