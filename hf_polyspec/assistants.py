@@ -47,7 +47,8 @@ def load_assistant(name: str, target: Any, dtype: str | torch.dtype, device: str
     if is_eagle_head(name):
         from .eagle import EagleHead
 
-        return EagleHead.from_pretrained(resolve(name)[0]).to(device).eval()
+        # In the target's type: heads are stored in 16 bits, which CPUs multiply slowly and a wider target need not share.
+        return EagleHead.from_pretrained(resolve(name)[0], dtype=target.dtype).to(device).eval()
     return load_model(name, dtype, device)
 
 

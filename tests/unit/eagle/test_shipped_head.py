@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_polyspec.assistants import is_eagle_head
+from hf_polyspec.assistants import is_eagle_head, load_assistant
 from hf_polyspec.demo import default_assistants
-from hf_polyspec.eagle import EagleHead, bind
+from hf_polyspec.eagle import bind
 from hf_polyspec.models import resolve
 from hf_polyspec.packaged import HEAD, PACKAGE, head_folder
 
@@ -44,7 +44,8 @@ def test_it_fits_a_model_of_the_shape_of_its_target() -> None:
     with torch.device("meta"):
         target = LlamaForCausalLM(config)
     target = target.to_empty(device="cpu")
-    head = bind(EagleHead.from_pretrained(str(head_folder())), target)
+    head = bind(load_assistant(HEAD, target, "auto", "cpu"), target)
+    assert head.dtype == target.dtype == torch.float32  # stored in 16 bits, run as its target runs
     ids = head.target_ids()
     assert len(ids) == len(set(ids.tolist())) == head.config.draft_vocab_size
     assert 2 in ids.tolist()  # the id that ends an answer
