@@ -12,7 +12,7 @@ from .eagle.formats_files import read_config, read_tensors
 from .levels.early_exit import PREFIX, early_exit, parse_early_exit
 from .levels.suffix import SuffixDrafter
 from .levels.synthetic import parse_synthetic
-from .models import load_model, resolve, short_name
+from .models import load_model, read_dtype, resolve, short_name
 from .quantization import quantize_model
 
 _BITS = {"int8": 8, "int4": 4}
@@ -47,8 +47,10 @@ def load_assistant(name: str, target: Any, dtype: str | torch.dtype, device: str
     if is_eagle_head(name):
         from .eagle import EagleHead
 
-        # In the target's type: heads are stored in 16 bits, which CPUs multiply slowly and a wider target need not share.
-        return EagleHead.from_pretrained(resolve(name)[0], dtype=target.dtype).to(device).eval()
+        # Heads are stored in 16 bits, which CPUs multiply slowly: one runs in the type that was asked for.
+        wanted = read_dtype(dtype)
+        wanted = target.dtype if wanted == "auto" else wanted
+        return EagleHead.from_pretrained(resolve(name)[0], dtype=wanted).to(device).eval()
     return load_model(name, dtype, device)
 
 
