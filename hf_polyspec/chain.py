@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.utils import output_capturing
 
 from .compatibility import check_model, check_vocabularies, inner_model, vocabulary_size
 from .eagle.features import bind, feature_layers, target_parts
@@ -276,10 +277,12 @@ def _bound(head: EagleHead, above: Any, role: str) -> EagleHead:
 def _show_features(runner: ModelRunner, below: Drafter) -> None:
     """Have a verifier's passes return the hidden states that the level below reads, and no others.
 
-    A caller who asked for all of them gets all; models of older transformers releases take the list for a yes.
+    A caller who asked for all of them gets all; models of older transformers releases take the list for a yes, or do
+    not count from the end, and are asked for all then.
     """
     if below.reads_layers:
-        runner.record = {"output_hidden_states": list(below.reads_layers), **runner.record}
+        counted = min(below.reads_layers) >= 0 or hasattr(output_capturing, "resolve_hidden_states_indices")
+        runner.record = {"output_hidden_states": list(below.reads_layers) if counted else True, **runner.record}
 
 
 def _display_name(model: Any) -> str:
