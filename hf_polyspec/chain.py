@@ -26,6 +26,9 @@ from .options import DEFAULT_DRAFT_TOKENS, PolySpecOptions
 from .runner import ModelRunner
 from .trees import hindrance
 
+CHOOSES_HIDDEN_STATES = hasattr(output_capturing, "resolve_hidden_states_indices")
+"""Whether this transformers release returns single hidden states by their place in the tuple."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -277,12 +280,12 @@ def _bound(head: EagleHead, above: Any, role: str) -> EagleHead:
 def _show_features(runner: ModelRunner, below: Drafter) -> None:
     """Have a verifier's passes return the hidden states that the level below reads, and no others.
 
-    A caller who asked for all of them gets all; models of older transformers releases take the list for a yes, or do
-    not count from the end, and are asked for all then.
+    A caller who asked for all of them gets all. Older transformers releases number a list in another way, or take it
+    for a yes, and are asked for all.
     """
     if below.reads_layers:
-        counted = min(below.reads_layers) >= 0 or hasattr(output_capturing, "resolve_hidden_states_indices")
-        runner.record = {"output_hidden_states": list(below.reads_layers) if counted else True, **runner.record}
+        wanted = list(below.reads_layers) if CHOOSES_HIDDEN_STATES else True
+        runner.record = {"output_hidden_states": wanted, **runner.record}
 
 
 def _display_name(model: Any) -> str:

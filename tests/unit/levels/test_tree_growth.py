@@ -13,6 +13,7 @@ from tiny_models import noisy, prompts, tiny
 from transformers import PreTrainedModel
 
 import hf_polyspec
+from hf_polyspec.chain import CHOOSES_HIDDEN_STATES
 from hf_polyspec.context import Context, Prompt
 from hf_polyspec.distributions import LawMaker
 from hf_polyspec.eagle import EagleHead, init_for
@@ -225,7 +226,8 @@ def test_only_the_hidden_states_a_head_reads_are_kept(middles: int, monkeypatch:
     def watch(self: EagleDrafter, passed: Any) -> None:
         found = [index for index, state in enumerate(passed.output.hidden_states) if state is not None]
         kept.append(found)
-        assert found == list(self.reads_layers)
+        # releases that cannot choose hand out all
+        assert found == (list(self.reads_layers) if CHOOSES_HIDDEN_STATES else list(range(9)))
         genuine(self, passed)
 
     monkeypatch.setattr(EagleDrafter, "watch", watch)
@@ -234,7 +236,6 @@ def test_only_the_hidden_states_a_head_reads_are_kept(middles: int, monkeypatch:
     head = head_for([target, *levels][-1])
     output = run(target, [*levels, head], prompts(1), polyspec_tree_tokens=0)
     assert len(kept) > 3
-    assert all(len(found) == 3 for found in kept)
     monkeypatch.undo()
     everything = run(target, [*levels, head], prompts(1), output_hidden_states=True)
     assert torch.equal(everything.sequences, output.sequences)
