@@ -10,6 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hf_polyspec.eagle import EagleHead, init_for
+
 VOCABULARY = 48
 
 COMMON: dict[str, Any] = {
@@ -68,3 +70,16 @@ def prompts(batch: int, length: int = 9, vocabulary: int = VOCABULARY, seed: int
     for row in range(1, batch):
         mask[row, : (3 * row) % (length - 1)] = 0
     return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def head_for(model: PreTrainedModel, algorithm: str = "eagle3", seed: int = 5, **settings: Any) -> EagleHead:
+    """An untrained EAGLE head for a model, the same at every call.
+
+    Args:
+        model: the level it is to draft for; algorithm: "eagle3" or "eagle1"; seed: of its weights.
+        settings: further arguments of `init_for`.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head: EagleHead = init_for(model, algorithm, **settings).eval()
+    return head

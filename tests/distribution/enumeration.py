@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import LogitsProcessor
 
 from hf_polyspec.context import Context, Prompt
 from hf_polyspec.distributions import LawMaker
@@ -140,6 +141,23 @@ def _choose(law: LawMaker, table: dict[Any, tuple[float, Any]]) -> Any:
 
 def _with(law: LawMaker, replay: Replay) -> LawMaker:
     return LawMaker(law.processors, law.do_sample, law.device, replay)
+
+
+class Opaque(LogitsProcessor):
+    """Does nothing, but the library cannot know: forces judging position by position."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores
+
+
+class FixedDrafter(Drafter):
+    """Proposes what it did not draw: the same two tokens always after texts of one length, q=None."""
+
+    def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
+        tokens = [
+            [(len(ids) + i) % 2 for i in range(min(2, limit))] for ids, limit in zip(context.ids, limits, strict=True)
+        ]
+        return Proposal(tokens, None, [[self.index] * len(row) for row in tokens])
 
 
 class OneChoice(Drafter):

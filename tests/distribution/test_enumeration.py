@@ -12,8 +12,10 @@ import pytest
 import torch
 from enumeration import (
     CPU,
+    FixedDrafter,
     OneChoice,
     OneChoiceRounds,
+    Opaque,
     TableModel,
     context_of,
     emitted_law,
@@ -33,23 +35,6 @@ from hf_polyspec.verification import Verdict
 
 EXACT = 1e-9
 START = (0,)
-
-
-class Opaque(LogitsProcessor):
-    """Does nothing, but the library cannot know: forces judging position by position."""
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores
-
-
-class FixedDrafter(Drafter):
-    """Proposes what it did not draw: the same tokens always, q=None."""
-
-    def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
-        tokens = [
-            [(len(ids) + i) % 2 for i in range(min(2, limit))] for ids, limit in zip(context.ids, limits, strict=True)
-        ]
-        return Proposal(tokens, None, [[self.index] * len(row) for row in tokens])
 
 
 def models(count: int, vocabulary: int, seed: int) -> list[TableModel]:

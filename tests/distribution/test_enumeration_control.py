@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from enumeration import (
     CPU,
+    FixedDrafter,
     OneChoice,
     OneChoiceRounds,
+    Opaque,
     TableModel,
     context_of,
     emitted_law,
@@ -26,21 +27,6 @@ from hf_polyspec.levels.verifier import Emission, NoDraft, Verifier
 
 EXACT = 1e-9
 START = (0,)
-
-
-class Opaque(LogitsProcessor):
-    """Forces judging position by position."""
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores
-
-
-class OneHot(Drafter):
-    """Proposes what it did not draw."""
-
-    def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
-        tokens = [[len(ids) % 2] * min(2, limit) for ids, limit in zip(context.ids, limits, strict=True)]
-        return Proposal(tokens, None, [[2] * len(row) for row in tokens])
 
 
 class Switching(Verifier):
@@ -75,7 +61,7 @@ def switching(tables: list[TableModel], rule: str, target: type[Switching] = Swi
         over(OneChoice(drafter(last, 2)), 2),
         OneChoice(drafter(last, 1)),
         over(NoDraft(), 2),
-        OneHot(),
+        FixedDrafter(),
         NoDraft(),
         OneChoice(drafter(last, 3)),
     ]
@@ -169,7 +155,7 @@ def test_the_bias_of_a_text_is_at_most_what_is_reported(processors: list[LogitsP
     law, exact = LawMaker(processors, True, CPU), true_law(tables[0], START, 3)
     before = 0.0
     for budget in (0.0, 0.3, 1.0):
-        emitted, reported = biased(lossy(tables, budget, below=OneHot() if one_hot else None), 3, law)
+        emitted, reported = biased(lossy(tables, budget, below=FixedDrafter() if one_hot else None), 3, law)
         found = total_variation(emitted, exact)
         if budget == 0:
             assert found < EXACT

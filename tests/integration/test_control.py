@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import noisy, prompts, tiny
+from tiny_models import head_for, noisy, prompts, tiny
+from watched_passes import watched_caches
 
-import hf_polyspec
 from hf_polyspec import decoding
 from hf_polyspec.chain import Setting, build_chain
 from hf_polyspec.compatibility import vocabulary_size
@@ -21,7 +19,6 @@ from hf_polyspec.context import Context, Prompt
 from hf_polyspec.control import OnlineControl, forget
 from hf_polyspec.control.setups import Setup
 from hf_polyspec.distributions import LawMaker
-from hf_polyspec.eagle import init_for
 from hf_polyspec.levels.eagle import EagleDrafter
 from hf_polyspec.levels.suffix import SuffixDrafter
 from hf_polyspec.levels.verifier import NoDraft
@@ -34,11 +31,9 @@ NEW = 24
 
 
 @pytest.fixture(autouse=True)
-def polybasic() -> Iterator[None]:
-    hf_polyspec.enable()
+def _nothing_learnt(enabled: None) -> None:
+    """Chains run, and no test starts from what another one measured."""
     forget()
-    yield
-    hf_polyspec.disable()
 
 
 class CoinFlips(OnlineControl):
@@ -56,28 +51,6 @@ class CoinFlips(OnlineControl):
             sizes = (*sizes[:-1], self.chain.depth)
         self._run(Setup(levels, sizes, tree), "a coin", None)
         self._began = self.clock()
-
-
-@contextmanager
-def watched_caches() -> Iterator[list[int]]:
-    """After every pass the cache is as long as its longest row, which is what was asked for (law 4)."""
-    original = ModelRunner.run
-    lengths: list[int] = []
-
-    def run(self: ModelRunner, context: Any, drafts: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, context, drafts, *args, **kwargs)
-        asked = [ids + draft for ids, draft in zip(self._own_view(context).ids, drafts, strict=True)]
-        assert self.memo == asked
-        for layer in self.cache.layers:
-            assert layer.get_seq_length() == max(len(ids) for ids in asked)
-        lengths.append(self.cache.length)
-        return result
-
-    ModelRunner.run = run  # type: ignore[method-assign]
-    try:
-        yield lengths
-    finally:
-        ModelRunner.run = original  # type: ignore[method-assign]
 
 
 def flipped(monkeypatch: pytest.MonkeyPatch, target: Any, levels: list[Any], request: dict[str, Any]) -> Any:
@@ -116,9 +89,7 @@ def test_heads_that_are_switched_at_random(
 ) -> None:
     target = tiny()
     copy = noisy(target, 0.03, seed=1)
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        head = init_for(copy if middle else target, "eagle3").eval()
+    head = head_for(copy if middle else target)
     request = {**prompts(batch), "max_new_tokens": NEW, "do_sample": False}
     levels = [copy, head] if middle else [head]
     options = request | {"polyspec_tree_tokens": tree, "polyspec_tree_depth": 3}
@@ -133,9 +104,7 @@ def test_heads_that_are_switched_at_random(
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_head_that_was_off_proposes_what_one_never_off_proposes(sampled: bool) -> None:
     target = tiny()
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        head = init_for(target, "eagle3").eval()
+    head = head_for(target)
     ids = prompts(2)["input_ids"].tolist()
     prompt = Prompt(len(ids[0]), None, torch.arange(len(ids[0])).expand(2, -1))
     law = LawMaker([], sampled, torch.device("cpu"))

@@ -4,8 +4,6 @@ cache holds exactly the ids it is said to hold (law 4)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -15,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import VOCABULARY, noisy, tiny
 from transformers import PreTrainedModel
+from watched_passes import watched_caches, watched_passes
 
 import hf_polyspec
 from hf_polyspec.levels.suffix import SuffixDrafter
-from hf_polyspec.runner import ModelRunner, Pass
+from hf_polyspec.runner import ModelRunner
 
 WINDOWS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
 KINDS: dict[str, dict[str, Any]] = {"llama": {}, "gpt2": {}, "mistral": {"sliding_window": 5}, "gemma3_text": WINDOWS}
@@ -78,30 +77,6 @@ def chains(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def watched_caches() -> Iterator[list[int]]:
-    """After every forward pass the cache is as long as its longest row, which is what was asked for."""
-    original = ModelRunner.run
-    lengths: list[int] = []
-
-    def run(self: ModelRunner, context: Any, drafts: Any, *args: Any, **kwargs: Any) -> Pass:
-        result = original(self, context, drafts, *args, **kwargs)
-        if self.use_cache:
-            asked = [ids + draft for ids, draft in zip(self._own_view(context).ids, drafts, strict=True)]
-            assert self.memo == asked
-            for layer in self.cache.layers:
-                assert layer.get_seq_length() == max(len(ids) for ids in asked)
-                assert layer.keys.shape[0] == len(asked)
-            lengths.append(self.cache.length)
-        return result
-
-    ModelRunner.run = run  # type: ignore[method-assign]
-    try:
-        yield lengths
-    finally:
-        ModelRunner.run = original  # type: ignore[method-assign]
-
-
 def check(kind: str, request: dict[str, Any], chain: dict[str, Any]) -> Any:
     target, middle, drafter = family(kind)
     members = {"m": lambda: middle, "d": lambda: drafter, "s": SuffixDrafter}
@@ -158,25 +133,21 @@ def test_caches_hold_what_their_ids_say():
     target, middle, drafter = family("mistral")
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCABULARY, (3, 7), generator=generator)
-    original = ModelRunner.run
     checked = {"rows": 0}
 
-    def run(self: ModelRunner, *args: Any, **kwargs: Any) -> Pass:
-        result = original(self, *args, **kwargs)
-        for row, held in enumerate(self.memo):
-            fresh = self.model(input_ids=torch.tensor([held]), use_cache=True).past_key_values
+    def look(runner: ModelRunner, *_: Any) -> None:
+        for row, held in enumerate(runner.memo):
+            fresh = runner.model(input_ids=torch.tensor([held]), use_cache=True).past_key_values
             # A cache with a window keeps fewer columns; those it keeps must agree.
-            for mine, theirs in zip(self.cache.layers, fresh.layers, strict=True):
+            for mine, theirs in zip(runner.cache.layers, fresh.layers, strict=True):
                 width = min(theirs.keys.shape[2], len(held))
-                start = self.cache.length - width
+                start = runner.cache.length - width
                 torch.testing.assert_close(mine.keys[row, :, start:], theirs.keys[0, :, -width:], rtol=1e-4, atol=1e-4)
             checked["rows"] += 1
-        return result
 
     hf_polyspec.enable()
-    ModelRunner.run = run  # type: ignore[method-assign]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), watched_passes(look):
             target.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -186,6 +157,5 @@ def test_caches_hold_what_their_ids_say():
                 polyspec_block_size=3,
             )
     finally:
-        ModelRunner.run = original  # type: ignore[method-assign]
         hf_polyspec.disable()
     assert checked["rows"] > 30

@@ -8,27 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, noisy, prompts, tiny
+from tiny_models import VOCABULARY, head_for, noisy, prompts, tiny
 from transformers import DynamicCache, PreTrainedModel
 
-import hf_polyspec
 from hf_polyspec.chain import check_assistants
-from hf_polyspec.eagle import EagleHead, feature_layers, init_for, select_features
+from hf_polyspec.eagle import EagleHead, feature_layers, select_features
 from hf_polyspec.levels.eagle import EagleDrafter
 from hf_polyspec.levels.eagle_memory import FeatureMemo, PairMemo, Pairs
 
-
-@pytest.fixture(autouse=True)
-def polybasic() -> Any:
-    hf_polyspec.enable()
-    yield
-    hf_polyspec.disable()
-
-
-def head_for(model: PreTrainedModel, algorithm: str = "eagle3", seed: int = 5, **settings: Any) -> EagleHead:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return init_for(model, algorithm, **settings).eval()
+pytestmark = pytest.mark.usefixtures("enabled")
 
 
 def run(target: PreTrainedModel, levels: list[Any], inputs: dict[str, torch.Tensor], **options: Any) -> Any:

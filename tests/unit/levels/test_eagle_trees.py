@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from enumeration import Opaque
 from scipy import stats
-from tiny_models import VOCABULARY, noisy, prompts, tiny
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from tiny_models import VOCABULARY, head_for, noisy, prompts, tiny
+from transformers import LogitsProcessorList, PreTrainedModel
 
-import hf_polyspec
 from hf_polyspec.context import Context, Prompt
-from hf_polyspec.eagle import EagleHead, feature_layers, init_for, select_features
+from hf_polyspec.eagle import EagleHead, feature_layers, select_features
 from hf_polyspec.levels.base import TreeProposal
 from hf_polyspec.levels.eagle import EagleDrafter
 from hf_polyspec.levels.eagle_tree import grow
@@ -32,17 +32,7 @@ WINDOWED: dict[str, dict[str, Any]] = {
 TREES = {"polyspec_tree_tokens": 20, "polyspec_tree_depth": 3, "polyspec_tree_top_k": 6}
 
 
-@pytest.fixture(autouse=True)
-def polybasic() -> Any:
-    hf_polyspec.enable()
-    yield
-    hf_polyspec.disable()
-
-
-def head_for(model: PreTrainedModel, algorithm: str = "eagle3", **settings: Any) -> EagleHead:
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        return init_for(model, algorithm, **settings).eval()
+pytestmark = pytest.mark.usefixtures("enabled")
 
 
 def run(target: PreTrainedModel, levels: list[Any], inputs: dict[str, torch.Tensor], **options: Any) -> Any:
@@ -223,13 +213,6 @@ def test_scores_are_those_of_the_emitted_positions() -> None:
     for ours, theirs in zip(output.scores + output.logits, expected.scores + expected.logits, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert output.polyspec.levels[1].accepted > 0
-
-
-class Opaque(LogitsProcessor):
-    """Does nothing, but the library cannot know: forces judging position by position."""
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores
 
 
 def test_processors_with_state_get_chains() -> None:

@@ -8,16 +8,13 @@ from typing import Any
 import pytest
 import torch
 from scipy import stats
-from tiny_models import noisy, tiny
-from transformers import PreTrainedModel
+from tiny_models import head_for, noisy, tiny
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
-import hf_polyspec
 from hf_polyspec import SuffixDrafter
 from hf_polyspec.chain import check_assistants
 from hf_polyspec.context import Context, Prompt
 from hf_polyspec.distributions import LawMaker
-from hf_polyspec.eagle import EagleHead, init_for
 from hf_polyspec.levels.base import Drafter, Proposal, TreeProposal
 from hf_polyspec.levels.joined import JoinedDrafter
 from hf_polyspec.trees import ROOT, graft, path_to
@@ -27,17 +24,7 @@ TREES = {"polyspec_tree_tokens": 8, "polyspec_tree_depth": 3, "polyspec_tree_top
 REPEATING = torch.tensor([[5, 9, 17, 23, 31, 9, 17, 23, 5, 9, 17, 23, 31, 9]])
 
 
-@pytest.fixture(autouse=True)
-def polybasic() -> Any:
-    hf_polyspec.enable()
-    yield
-    hf_polyspec.disable()
-
-
-def head_for(model: PreTrainedModel, **settings: Any) -> EagleHead:
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        return init_for(model, **settings).eval()
+pytestmark = pytest.mark.usefixtures("enabled")
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 from scipy import stats
-from tiny_models import noisy, prompts, tiny
+from tiny_models import head_for, noisy, prompts, tiny
 from transformers import PreTrainedModel
 
-import hf_polyspec
 from hf_polyspec.chain import CHOOSES_HIDDEN_STATES
 from hf_polyspec.context import Context, Prompt
 from hf_polyspec.distributions import LawMaker
-from hf_polyspec.eagle import EagleHead, init_for
+from hf_polyspec.eagle import init_for
 from hf_polyspec.levels.base import Drafter, Proposal, TreeProposal
 from hf_polyspec.levels.eagle import EagleDrafter
 from hf_polyspec.levels.eagle_tree import Grown, grow
@@ -30,11 +29,7 @@ TREES = {"polyspec_tree_tokens": 12, "polyspec_tree_depth": 4, "polyspec_tree_to
 HALVES = torch.tensor([0.5, 0.25, 0.125]).log()
 
 
-@pytest.fixture(autouse=True)
-def polybasic() -> Any:
-    hf_polyspec.enable()
-    yield
-    hf_polyspec.disable()
+pytestmark = pytest.mark.usefixtures("enabled")
 
 
 def grown(room: list[int], total: list[int], **settings: Any) -> tuple[Grown, list[int]]:
@@ -112,13 +107,6 @@ def test_sizes_follow_what_is_accepted() -> None:
     assert thin.nodes == 2
     thin.observe(4, 0)
     assert (thin.depth, thin.nodes) == (3, 2)
-
-
-def head_for(model: PreTrainedModel) -> EagleHead:
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        head: EagleHead = init_for(model).eval()
-    return head
 
 
 def run(target: PreTrainedModel, levels: list[Any], inputs: dict[str, torch.Tensor], **options: Any) -> Any:

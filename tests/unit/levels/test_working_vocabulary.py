@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 from scipy import stats
-from tiny_models import VOCABULARY, noisy, prompts, tiny
+from tiny_models import VOCABULARY, head_for, noisy, prompts, tiny
 from transformers import LogitsProcessorList, PreTrainedModel
 
-import hf_polyspec
 from hf_polyspec import DraftVocabularyProcessor, rank_tokens
 from hf_polyspec.context import Context, Prompt
 from hf_polyspec.distributions import LawMaker
-from hf_polyspec.eagle import EagleHead, init_for
+from hf_polyspec.eagle import EagleHead
 from hf_polyspec.eagle.vocabulary import RowCache
 from hf_polyspec.levels import draft_vocabulary as module
 from hf_polyspec.levels.causal_lm import CausalLMDrafter
@@ -28,18 +27,7 @@ from hf_polyspec.runner import ModelRunner
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def polybasic() -> Any:
-    hf_polyspec.enable()
-    yield
-    hf_polyspec.disable()
-
-
-def head_for(model: PreTrainedModel, algorithm: str = "eagle3", **settings: Any) -> EagleHead:
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        head: EagleHead = init_for(model, algorithm, **settings).eval()
-    return head
+pytestmark = pytest.mark.usefixtures("enabled")
 
 
 def test_ends_specials_and_frequent_ids_come_first() -> None:

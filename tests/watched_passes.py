@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Passes of every level's model, looked at while a chain runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from hf_polyspec.context import Context
+from hf_polyspec.runner import ModelRunner, Pass
+
+
+@contextmanager
+def watched_passes(look: Callable[[ModelRunner, Context, list[list[int]]], None]) -> Iterator[None]:
+    """Calls `look(runner, context, drafts)` after every forward pass over chains."""
+    original = ModelRunner.run
+
+    def run(self: ModelRunner, context: Context, drafts: list[list[int]], *args: Any, **kwargs: Any) -> Pass:
+        result = original(self, context, drafts, *args, **kwargs)
+        look(self, context, drafts)
+        return result
+
+    with mock.patch.object(ModelRunner, "run", run):
+        yield
+
+
+@contextmanager
+def watched_caches() -> Iterator[list[int]]:
+    """After every pass the cache is as long as its longest row, which is what was asked for (law 4).
+
+    Yields:
+        The cache's length after each pass, as the passes happen.
+    """
+    lengths: list[int] = []
+
+    def look(runner: ModelRunner, context: Context, drafts: list[list[int]]) -> None:
+        if not runner.use_cache:
+            return
+        asked = [ids + draft for ids, draft in zip(runner._own_view(context).ids, drafts, strict=True)]
+        assert runner.memo == asked
+        for layer in runner.cache.layers:
+            assert layer.get_seq_length() == max(len(ids) for ids in asked)
+            assert layer.keys.shape[0] == len(asked)
+        lengths.append(runner.cache.length)
+
+    with watched_passes(look):
+        yield lengths
