@@ -7,8 +7,9 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 from rich import box
@@ -95,16 +96,67 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
 Seed = Annotated[int, typer.Option(help="Of the sampling.")]
 Html = Annotated[Path | None, typer.Option(help="Write the text here, each token coloured by its level.")]
-BlockSize = Annotated[int | None, typer.Option(help="Tokens a middle collects before the level above checks them.")]
-DraftTokens = Annotated[int | None, typer.Option(help="Tokens a drafting model proposes a round.")]
-TreeTokens = Annotated[int | None, typer.Option(help="Most tokens of the trees of an EAGLE head; 0 for chains.")]
-TreeDepth = Annotated[int | None, typer.Option(help="Most tokens of a path of such a tree.")]
-TreeTopK = Annotated[int | None, typer.Option("--tree-top-k", help="Continuations followed at each depth of it.")]
-DraftVocabulary = Annotated[str | None, typer.Option(help="Ids an EAGLE head chooses from: a number, or auto.")]
-Confidence = Annotated[float | None, typer.Option(help="0 to 1: a draft ends where the drafter is less sure.")]
-Schedule = Annotated[
-    str | None, typer.Option(help="constant, or heuristic: draft more after all was accepted, else less.")
-]
+_CHAIN: dict[str, tuple[str, Any]] = {
+    "block_size": (
+        "polyspec_block_size",
+        Annotated[int | None, typer.Option(help="Tokens a middle collects before the level above checks them.")],
+    ),
+    "draft_tokens": (
+        "num_assistant_tokens",
+        Annotated[int | None, typer.Option(help="Tokens a drafting model proposes a round.")],
+    ),
+    "tree_tokens": (
+        "polyspec_tree_tokens",
+        Annotated[int | None, typer.Option(help="Most tokens of the trees of an EAGLE head; 0 for chains.")],
+    ),
+    "tree_depth": (
+        "polyspec_tree_depth",
+        Annotated[int | None, typer.Option(help="Most tokens of a path of such a tree.")],
+    ),
+    "tree_top_k": (
+        "polyspec_tree_top_k",
+        Annotated[int | None, typer.Option("--tree-top-k", help="Continuations followed at each depth of it.")],
+    ),
+    "draft_vocabulary": (
+        "polyspec_draft_vocabulary",
+        Annotated[str | None, typer.Option(help="Ids an EAGLE head chooses from: a number, or auto.")],
+    ),
+    "confidence": (
+        "assistant_confidence_threshold",
+        Annotated[float | None, typer.Option(help="0 to 1: a draft ends where the drafter is less sure.")],
+    ),
+    "schedule": (
+        "num_assistant_tokens_schedule",
+        Annotated[
+            str | None, typer.Option(help="constant, or heuristic: draft more after all was accepted, else less.")
+        ],
+    ),
+}
+"""The options of `demo` and `generate` for the chain: the word of the command line, the option behind it, its kind."""
+
+
+def _takes_chain(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameter `chain` is replaced by the words of `_CHAIN`; it gets the options that were given.
+
+    Args:
+        command: with a parameter `chain`, a dict of options that are checked before the command is called.
+    """
+    own = signature(command, eval_str=True)
+    words = [
+        Parameter(word, Parameter.KEYWORD_ONLY, default=None, annotation=kind) for word, (_, kind) in _CHAIN.items()
+    ]
+    shown = [each for one in own.parameters.values() for each in (words if one.name == "chain" else [one])]
+
+    def run(**given: Any) -> None:
+        chain = {option: given.pop(word) for word, (option, _) in _CHAIN.items()}
+        chain["polyspec_draft_vocabulary"] = _number_or_word(chain["polyspec_draft_vocabulary"])
+        command(**given, chain=_chain_options(**chain))
+
+    # typer reads a command's options from these.
+    wrapped: Any = functools.wraps(command)(run)
+    wrapped.__signature__ = own.replace(parameters=shown)
+    wrapped.__annotations__ = {one.name: one.annotation for one in shown}
+    return cast(Callable[..., None], wrapped)
 
 
 @app.callback(invoke_without_command=True)
@@ -121,6 +173,7 @@ def _root(
 
 
 @app.command()
+@_takes_chain
 def demo(
     model: ModelName = None,
     assistant: Assistants = None,
@@ -130,14 +183,8 @@ def demo(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     seed: Seed = 0,
-    block_size: BlockSize = None,
-    draft_tokens: DraftTokens = None,
-    tree_tokens: TreeTokens = None,
-    tree_depth: TreeDepth = None,
-    tree_top_k: TreeTopK = None,
-    draft_vocabulary: DraftVocabulary = None,
-    confidence: Confidence = None,
-    schedule: Schedule = None,
+    *,
+    chain: dict[str, Any],
     html: Html = None,
 ) -> None:
     """One prompt, answered by plain generate() and by every chain; ends with a table of speeds.
@@ -146,25 +193,16 @@ def demo(
     """
     from . import demo as running
 
-    options = _chain_options(
-        polyspec_block_size=block_size,
-        num_assistant_tokens=draft_tokens,
-        polyspec_tree_tokens=tree_tokens,
-        polyspec_tree_depth=tree_depth,
-        polyspec_tree_top_k=tree_top_k,
-        polyspec_draft_vocabulary=_number_or_word(draft_vocabulary),
-        assistant_confidence_threshold=confidence,
-        num_assistant_tokens_schedule=schedule,
-    )
-    request = _request(prompt, max_new_tokens, temperature, seed, options)
+    request = _request(prompt, max_new_tokens, temperature, seed, chain)
     console = _console()
-    chain = _load(console, model, assistant, device, dtype, html)
-    answers = running.run_demo(*chain, request, console)
+    target, tokenizer, assistants, names = _load(console, model, assistant, device, dtype, html)
+    answers = running.run_demo(target, tokenizer, assistants, names, request, console)
     if html is not None:
-        _write_page(html, chain[1], answers)
+        _write_page(html, tokenizer, answers)
 
 
 @app.command()
+@_takes_chain
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from standard input.")],
     model: ModelName = None,
@@ -174,14 +212,8 @@ def generate(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     seed: Seed = 0,
-    block_size: BlockSize = None,
-    draft_tokens: DraftTokens = None,
-    tree_tokens: TreeTokens = None,
-    tree_depth: TreeDepth = None,
-    tree_top_k: TreeTopK = None,
-    draft_vocabulary: DraftVocabulary = None,
-    confidence: Confidence = None,
-    schedule: Schedule = None,
+    *,
+    chain: dict[str, Any],
     plan: Annotated[Path | None, typer.Option(help="From polyspec plan: assistants to use, and sizes.")] = None,
     control: Annotated[
         str | None, typer.Option(help="fixed, or online: sizes and levels follow what is measured on the way.")
@@ -194,17 +226,7 @@ def generate(
     """One prompt, answered by one chain; the text goes to standard output, the table to standard error."""
     from . import demo as running
 
-    options = _chain_options(
-        polyspec_block_size=block_size,
-        num_assistant_tokens=draft_tokens,
-        polyspec_tree_tokens=tree_tokens,
-        polyspec_tree_depth=tree_depth,
-        polyspec_tree_top_k=tree_top_k,
-        polyspec_draft_vocabulary=_number_or_word(draft_vocabulary),
-        assistant_confidence_threshold=confidence,
-        num_assistant_tokens_schedule=schedule,
-    )
-    options |= _chain_options(polyspec_control=control, polyspec_bias_budget=bias_budget)
+    options = chain | _chain_options(polyspec_control=control, polyspec_bias_budget=bias_budget)
     if bias_budget and temperature == 0:
         raise ValueError("--bias-budget needs a --temperature above 0: greedy decoding is exact at any budget.")
     request = _planned(_request(prompt, max_new_tokens, temperature, seed, options), plan)

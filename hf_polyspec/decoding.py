@@ -98,21 +98,9 @@ def decode(
         ValueError, TypeError: what cannot be served, before the first forward pass.
         LevelError: a model's forward pass failed; the caller's objects are as they were.
     """
+    given = locals()  # before anything else is named: the arguments
+    named = {name: given[name] for name in PolySpecOptions.names()}
     started = time.perf_counter()
-    named = {
-        "num_assistant_tokens": num_assistant_tokens,
-        "assistant_confidence_threshold": assistant_confidence_threshold,
-        "num_assistant_tokens_schedule": num_assistant_tokens_schedule,
-        "polyspec_block_size": polyspec_block_size,
-        "polyspec_verification": polyspec_verification,
-        "polyspec_tree_tokens": polyspec_tree_tokens,
-        "polyspec_tree_depth": polyspec_tree_depth,
-        "polyspec_tree_top_k": polyspec_tree_top_k,
-        "polyspec_control": polyspec_control,
-        "polyspec_bias_budget": polyspec_bias_budget,
-        "polyspec_draft_vocabulary": polyspec_draft_vocabulary,
-        "polyspec_pack": polyspec_pack,
-    }
     if synced_gpus:
         raise ValueError(SYNCED_GPUS)
     assistant_models = _by_name(model, assistant_models)
