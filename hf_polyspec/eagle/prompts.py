@@ -80,15 +80,18 @@ def read_prompts(path: Path) -> list[list[dict[str, str]]]:
         One conversation a prompt, each a list of `{"role", "content"}`.
 
     Raises:
-        ValueError: the file is missing, empty, or a line holds no prompt.
+        ValueError: the file is missing, empty or no JSON, or an entry holds no prompt.
     """
     if not path.is_file():
         raise ValueError(f"there is no file of prompts at {path}")
     text = path.read_text(encoding="utf-8")
+    rows: Iterable[Any]
     if path.suffix == ".jsonl":
-        rows: Iterable[Any] = (json.loads(line) for line in text.splitlines() if line.strip())
+        rows = [_parsed(line, f"line {n} of {path}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     elif path.suffix == ".json":
-        rows = json.loads(text)
+        rows = _parsed(text, str(path))
+        if not isinstance(rows, list):
+            raise ValueError(f"{path} must hold a list of prompts, not {type(rows).__name__}")
     else:
         rows = (line for line in text.splitlines() if line.strip())
     prompts = [_conversation(row, number, path) for number, row in enumerate(rows, start=1)]
@@ -97,15 +100,22 @@ def read_prompts(path: Path) -> list[list[dict[str, str]]]:
     return prompts
 
 
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON ({error.msg})") from None
+
+
 def _conversation(row: Any, number: int, path: Path) -> list[dict[str, str]]:
-    if isinstance(row, str):
+    if isinstance(row, str) and row.strip():
         return [{"role": "user", "content": row}]
     if isinstance(row, dict):
         for key in ("messages", "conversations"):
             if isinstance(row.get(key), list) and row[key]:
                 return _until_answer(row[key], number, path)
         turns = row.get("turns")
-        if isinstance(turns, list) and turns and isinstance(turns[0], str):
+        if isinstance(turns, list) and turns and isinstance(turns[0], str) and turns[0].strip():
             return [{"role": "user", "content": turns[0]}]
         for key in ("prompt", "instruction", "question", "text"):
             if isinstance(row.get(key), str) and row[key].strip():
@@ -113,8 +123,10 @@ def _conversation(row: Any, number: int, path: Path) -> list[dict[str, str]]:
     raise ValueError(f"entry {number} of {path} holds no prompt that could be read")
 
 
-def _until_answer(messages: Sequence[dict[str, str]], number: int, path: Path) -> list[dict[str, str]]:
+def _until_answer(messages: Sequence[Any], number: int, path: Path) -> list[dict[str, str]]:
     """The turns before the last answer of the assistant; ShareGPT's `from`/`value` names are understood."""
+    if not all(isinstance(m, dict) and isinstance(m.get("content", m.get("value", "")), str) for m in messages):
+        raise ValueError(f"entry {number} of {path} holds a message that is no role with a text")
     names = {"human": "user", "gpt": "assistant"}
     turns = [
         {

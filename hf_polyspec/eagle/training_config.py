@@ -207,12 +207,15 @@ def load_config(path: Path) -> dict[str, Any]:
         path: YAML or JSON.
 
     Raises:
-        ValueError: the file is missing or is not a mapping.
+        ValueError: the file is missing, cannot be parsed or is not a mapping.
     """
     if not path.is_file():
         raise ValueError(f"there is no config file at {path}")
     text = path.read_text(encoding="utf-8")
-    values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    try:
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be parsed: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold names and values, not {type(values).__name__}")
     return values
@@ -227,16 +230,29 @@ def build_config(values: Mapping[str, Any]) -> TrainingConfig:
     Raises:
         ValueError: a name is unknown, a value has the wrong type or cannot be used, or the target is missing.
     """
-    rest = dict(values)
-    parts = {
-        "generation": _build(GenerationSettings, rest.pop("generation", None) or {}, "generation"),
-        "head": _build(HeadSettings, rest.pop("head", None) or {}, "head"),
-        "optimization": _build(OptimizationSettings, rest.pop("optimization", None) or {}, "optimization"),
+    kinds: dict[str, type] = {
+        "generation": GenerationSettings,
+        "head": HeadSettings,
+        "optimization": OptimizationSettings,
     }
+    rest = {name: value for name, value in values.items() if name not in kinds}
+    parts = {name: _build(kind, section_of(values, name), name) for name, kind in kinds.items()}
     for name in ("target", "output"):
         if not rest.get(name):
             raise ValueError(f"the config does not say {name!r}")
     return _build(TrainingConfig, {**rest, **parts}, "config")
+
+
+def section_of(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A section of a config's plain values, empty where it is left out.
+
+    Raises:
+        ValueError: it does not hold names and values.
+    """
+    found = values.get(name)
+    if found is not None and not isinstance(found, Mapping):
+        raise ValueError(f"{name} in the config must hold names and values, not {type(found).__name__}")
+    return found or {}
 
 
 def _build(kind: type[T], values: Mapping[str, Any], where: str) -> T:

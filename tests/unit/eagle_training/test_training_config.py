@@ -59,6 +59,7 @@ def test_numbers_as_yaml_reads_them() -> None:
         ({"optimization": {"learning_rate": 0.0}}, "must be above 0"),
         ({"head": {"algorithm": "eagle2"}}, "algorithm must be one of"),
         ({"generation": {"slots": 0}}, "slots must be at least 1"),
+        ({"head": ["eagle3"]}, "head in the config must hold names and values, not list"),
         ({"writer": "gpt"}, "writer must be one of target, int8"),
     ],
 )
@@ -73,3 +74,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ValueError, match="names and values, not list"):
         load_config(tmp_path / "list.yaml")
+    for name, content in (("a.yaml", "target: [t\n"), ("a.json", "{")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=rf"{name} cannot be parsed: \S"):
+            load_config(tmp_path / name)

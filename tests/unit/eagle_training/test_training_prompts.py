@@ -64,6 +64,13 @@ def test_several_turns_end_before_the_last_answer(tmp_path: Path) -> None:
         ("a.jsonl", '{"id": 3}\n', "entry 1 of .* holds no prompt"),
         ("a.jsonl", '{"messages": [{"role": "assistant", "content": "So."}]}', "holds only answers"),
         ("a.txt", "\n \n", "holds no prompt"),
+        ("a.jsonl", '"How?"\n{"prompt": \n', r"line 2 of .*a\.jsonl is not JSON \(Expecting value\)"),
+        ("a.jsonl", '"  "\n', "entry 1 of .* holds no prompt"),
+        ("a.jsonl", '{"turns": [" "]}\n', "entry 1 of .* holds no prompt"),
+        ("a.jsonl", '{"messages": ["How?"]}\n', "entry 1 of .* holds a message that is no role with a text"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": null}]}\n', "a message that is no role with a text"),
+        ("a.json", '["How?"', r"a\.json is not JSON"),
+        ("a.json", '{"prompt": "How?"}', "must hold a list of prompts, not dict"),
     ],
 )
 def test_unreadable_files_are_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
