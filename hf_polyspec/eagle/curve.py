@@ -24,6 +24,18 @@ def append_row(path: Path, row: dict[str, float]) -> None:
         writer.writerow(row)
 
 
+def put_validation(path: Path, record: dict[str, Any]) -> None:
+    """Adds a validation, in place of an earlier one after the same step.
+
+    Args:
+        path: the JSON lines file.
+        record: with the `step` it was made after.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] != record["step"]]
+    path.write_text("".join(f"{line}\n" for line in [*kept, json.dumps(record)]), encoding="utf-8")
+
+
 def forget_after(folder: Path, step: int) -> None:
     """Forgets what was written after a checkpoint, so that the curve goes on without a fold.
 
@@ -33,9 +45,10 @@ def forget_after(folder: Path, step: int) -> None:
     """
     curve, validation = folder / "curve.csv", folder / "validation.jsonl"
     if curve.exists():
-        header, *lines = curve.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = curve.read_text(encoding="utf-8").splitlines(keepends=True)
+        header, lines = lines[:1], lines[1:]
         kept = [line for line in lines if int(line.split(",", 1)[0]) <= step]
-        curve.write_text("".join([header, *kept]), encoding="utf-8") if kept else curve.unlink()
+        curve.write_text("".join(header + kept), encoding="utf-8") if kept else curve.unlink()
     if validation.exists():
         lines = validation.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if json.loads(line)["step"] <= step]

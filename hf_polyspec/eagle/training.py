@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_polyspec.eagle.checkpoints import Checkpoints, RunState
-from hf_polyspec.eagle.curve import append_row, forget_after, tracker_values
+from hf_polyspec.eagle.curve import append_row, forget_after, put_validation, tracker_values
 from hf_polyspec.eagle.dataset import (
     Batch,
     Corpus,
@@ -58,11 +57,6 @@ class Progress:
     loss: float
     tokens_per_second: float
 
-    @property
-    def seconds_left(self) -> float:
-        """At the pace since this run was started or resumed."""
-        return (self.total_tokens - self.tokens) / max(self.tokens_per_second, 1e-9)
-
 
 class Trainer:
     """Trains one head; a second start with the same config goes on where the last checkpoint stands.
@@ -101,7 +95,6 @@ class Trainer:
         self.steps_per_epoch = [len(self._groups(epoch)) for epoch in range(self.plan.epochs)]
         self.total_tokens = self.plan.epochs * sum(len(text) for text in corpus.train)
         self.session = (time.time(), 0)
-        self.last: dict[str, dict[str, object]] = {}
 
     def run(
         self, deadline: float | None = None, report: Callable[[Progress], None] | None = None
@@ -127,7 +120,7 @@ class Trainer:
                 self._advance(group, spent, report)
                 if self.state.step % self.plan.checkpoint_every == 0:
                     self.checkpoints.save(self.state.step)
-                if self.state.step % self.plan.validate_every == 0:
+                if self.state.step % self.plan.validate_every == 0 and not self.finished:
                     self.validate()
                 if self._anyone(stop.asked):
                     self.checkpoints.save(self.state.step)
@@ -180,15 +173,18 @@ class Trainer:
     def _resume(self) -> None:
         expected = self.state.corpus
         if self.checkpoints.load_newest() is None:
-            forget_after(self.config.folder, 0)
+            self._forget_after(0)
             return
         if self.state.corpus != expected:
             raise ValueError(
                 "the texts changed since this run began; keep them as they were, or start a new run that goes on from "
                 "this head (init_from)"
             )
+        self._forget_after(self.state.step)
+
+    def _forget_after(self, step: int) -> None:
         if self.accelerator.is_main_process:
-            forget_after(self.config.folder, self.state.step)
+            forget_after(self.config.folder, step)
 
     def _advance(self, group: list[list[int]], spent: float, report: Callable[[Progress], None] | None) -> None:
         rate = self.plan.rate(self.state.step, sum(self.steps_per_epoch))
@@ -313,10 +309,8 @@ class Trainer:
                 found[KIND_NAMES[kind]] = Acceptance.from_counts(counts.cpu(), ranks).as_dict()
         record = {"step": self.state.step, "epoch": self.state.epoch, "tokens": self.state.tokens, **found}
         if self.accelerator.is_main_process:
-            with (self.config.folder / "validation.jsonl").open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps(record) + "\n")
+            put_validation(self.config.folder / "validation.jsonl", record)
         self.accelerator.log(tracker_values(found), step=self.state.step)
-        self.last = found
         return found
 
 

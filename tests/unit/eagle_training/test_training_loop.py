@@ -213,6 +213,22 @@ def test_half_a_checkpoint_is_ignored(setting: Setting) -> None:
     assert not list((setting.folder / "run" / "checkpoints").glob("partial-*"))
 
 
+def test_one_validation_a_step_though_the_last_step_has_two_reasons(setting: Setting) -> None:
+    trainer = setting.trainer("run", epochs=1, validate_every=1)
+    trainer.run()
+    path = setting.folder / "run" / "validation.jsonl"
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert steps == list(range(1, sum(trainer.steps_per_epoch) + 1))
+
+
+def test_a_curve_that_was_only_opened_before_a_kill(setting: Setting) -> None:
+    with pytest.raises(Killed):
+        setting.trainer("run", epochs=1).run(report=kill_at(6))
+    (setting.folder / "run" / "curve.csv").write_text("")
+    setting.trainer("run", epochs=1).run()
+    assert setting.curve("run")[0].startswith("step,")
+
+
 def test_records_are_plain_json(setting: Setting) -> None:
     setting.trainer("run", epochs=1).run()
     for line in (setting.folder / "run" / "validation.jsonl").read_text().splitlines():
