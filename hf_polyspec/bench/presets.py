@@ -12,6 +12,16 @@ FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
 """Where presets lie in an installed package and in a checkout."""
 
 
+_KINDS: tuple[tuple[str, type, str], ...] = (
+    ("model", str, "a name"),
+    ("dtype", str, "a name"),
+    ("assistants", dict, "names and what to load"),
+    ("stop", list, "a list of tokens"),
+    ("methods", list, "a list of methods"),
+    ("max_new_tokens", int, "a whole number"),
+)
+
+
 @dataclass(frozen=True)
 class Preset:
     """What a run of one family is made of.
@@ -80,4 +90,7 @@ def load_preset(name: str) -> Preset:
     for key in ("title", "model", "dtype", "assistants", "stop", "command"):
         if key not in content:
             raise ValueError(f"The preset {path} lacks {key!r}.")
+    for key, kind, words in _KINDS:
+        if content.get(key) is not None and not isinstance(content[key], kind):
+            raise ValueError(f"The preset {path} must give {key} as {words}, not {content[key]!r}.")
     return Preset(**content)

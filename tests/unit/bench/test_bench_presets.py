@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from bench_support import bench
 from tiny_checkpoints import byte_tokenizer
 from tiny_models import tiny
@@ -134,3 +136,22 @@ def test_a_preset_with_a_mistake_is_refused_in_a_sentence(tmp_path: Path) -> Non
         with pytest.raises(ValueError, match=sentence):
             load_preset(str(file))
     assert isinstance(load_preset("vicuna-7b"), Preset)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("assistants: [int8]", "must give assistants as names and what to load, not ['int8']"),
+        ("stop: </s>", "must give stop as a list of tokens, not '</s>'"),
+        ("max_new_tokens: many", "must give max_new_tokens as a whole number, not 'many'"),
+        ("methods: chains", "must give methods as a list of methods, not 'chains'"),
+    ],
+)
+def test_a_preset_of_the_users_own_is_checked(change: str, sentence: str, tmp_path: Path) -> None:
+    content = {"title": "t", "model": "m", "dtype": "float32", "assistants": {"a": "int8"}, "stop": [], "command": "c"}
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(content))
+    assert load_preset(str(path)).assistants == {"a": "int8"}
+    path.write_text(yaml.safe_dump(content | yaml.safe_load(change)))
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        load_preset(str(path))
