@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -51,8 +51,19 @@ def measure(cast: Cast, method: Method, prompts: Sequence[Sequence[int]], ask: A
         started = time.perf_counter()
         cast.answer(method, prompts, ask)
         wall = time.perf_counter() - started
+    return shares(found.events() or (), wall, on_cuda)
+
+
+def shares(events: Iterable[Any], wall: float, on_cuda: bool) -> dict[str, dict[str, float]]:
+    """Events of the profiler as shares of the wall time; see `measure`.
+
+    Args:
+        events: of the profiler; wall: seconds; on_cuda: whether operations take the accelerator's time.
+    """
     seconds: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(KINDS, 0.0))
-    for event in found.events() or ():
+    for event in events:
+        if event.device_type.name != "CPU":
+            continue  # a kernel's own entry: the operation that started it carries its time, and its level
         marked = event.name.startswith(_MARK)
         own = float(event.self_device_time_total if on_cuda and not marked else event.self_cpu_time_total) / 1e6
         seconds[_level(event)]["Python" if marked else kind_of(event.name)] += own

@@ -19,7 +19,7 @@ from .journal import Journal, write_json, write_settings
 from .methods import CHAIN, Method
 from .request import Asked, Run, read_request, spelled
 from .rundata import BREAKDOWN, read_run
-from .runner import FLOAT32, Runner, Share
+from .runner import FLOAT32, Runner, Share, finished
 
 
 def bench_command(
@@ -97,7 +97,7 @@ def bench_command(
     )
     run = read_request(asked)
     write_settings(output, run.settings | {"--device": device})
-    _start(spelled(asked, output), output, share)
+    _start(spelled(asked, output, device), output, share)
     _bench(run, output, share)
     if markdown is not None and (output / "report.html").is_file():
         from .report import write_markdown
@@ -135,22 +135,21 @@ def _bench(run: Run, output: Path, share: Share) -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    finished = []
     cast = load_cast(run.cast)
     methods = _methods(run, cast)
     if share.rank == 0:
         _note_methods(run, cast, methods, output)
-    runner = Runner(cast, run.work(methods), output, share, say=_say)
+    work = run.work(methods)
+    runner = Runner(cast, work, output, share, say=_say)
     runner.run()
-    finished.append(runner.finished())
     if share.rank == 0 and run.breakdown and not (output / BREAKDOWN).is_file():
         write_json(output / BREAKDOWN, _breakdown(run, cast, methods))
     del cast, runner
+    in_float32 = run.work_in_float32(methods)
     if run.float32:
-        runner = Runner(_in_float32(run.cast), run.work_in_float32(methods), output, share, FLOAT32, _say)
-        runner.run()
-        finished.append(runner.finished())
-    if all(finished):
+        Runner(_in_float32(run.cast), in_float32, output, share, FLOAT32, _say).run()
+    # Asked at the very end: another process may have ended its own part while this one was busy in float32.
+    if finished(work, output) and (not run.float32 or finished(in_float32, output, FLOAT32)):
         # What figures need takes seconds to import, and only the last process makes any.
         from .report import write_report
 

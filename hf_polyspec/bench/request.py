@@ -43,8 +43,13 @@ class Asked:
     breakdown: bool
 
 
-def spelled(asked: Asked, output: Path) -> str:
-    """The command line that asks for the same, defaults left out."""
+def spelled(asked: Asked, output: Path, device: str) -> str:
+    """The command line that asks for the same, defaults left out.
+
+    Args:
+        asked: the options of one process; output: the folder of the run.
+        device: as the user gave it, before each process took its own.
+    """
     parts = ["polyspec", "bench"]
     for name, value, default in (
         ("--preset", asked.preset, None),
@@ -57,7 +62,7 @@ def spelled(asked: Asked, output: Path) -> str:
         ("--temperature", asked.temperatures, "0"),
         ("--batch-size", asked.batch_sizes, "1"),
         ("--dtype", asked.dtype, None),
-        ("--device", asked.device.split(":")[0], "cpu"),
+        ("--device", device, "cpu"),
         ("--plan", asked.plan, None),
         ("--warm-up", asked.warm_up, 3),
         ("--float32-questions", asked.float32, None),
@@ -68,6 +73,7 @@ def spelled(asked: Asked, output: Path) -> str:
         for value in values:
             parts += [name, value]
     parts += [] if asked.pack else ["--no-pack"]
+    parts += [] if asked.breakdown else ["--no-breakdown"]
     return shlex.join([*parts, "--output", str(output)])
 
 

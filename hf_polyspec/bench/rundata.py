@@ -78,7 +78,6 @@ def read_run(folder: Path) -> RunData:
         raise ValueError(f"The run in {folder} has no answers yet.")
     ties = [tie for stem in (TIES, FLOAT32 + TIES) for line in read_lines(folder, stem) for tie in line["differences"]]
     split = folder / BREAKDOWN
-    refusals = [line for stem in (UNAVAILABLE,) for line in read_lines(folder, stem)]
     return RunData(
         folder,
         settings,
@@ -87,6 +86,6 @@ def read_run(folder: Path) -> RunData:
         records,
         read_lines(folder, FLOAT32 + RECORDS),
         ties,
-        {line["method"]: line["reason"] for line in refusals},
+        {line["method"]: line["reason"] for line in read_lines(folder, UNAVAILABLE)},
         json.loads(split.read_text(encoding="utf-8")) if split.is_file() else {},
     )

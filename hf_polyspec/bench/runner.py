@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..display import token_pieces
 from .cast import Ask, Cast, Outcome
 from .conversation import decode, encode, messages
-from .journal import Journal, Line
+from .journal import Journal, Line, read_lines
 from .methods import CHAIN, PLAIN, Method
 from .questions import Group, make_groups
 from .ties import compare
@@ -86,6 +86,28 @@ def sampling_seed(seed: int, group: Group, turn: int) -> int:
     return int.from_bytes(digest[:7], "big")
 
 
+def finished(work: Work, folder: Path, prefix: str = "") -> bool:
+    """Whether all processes together have done everything.
+
+    Args:
+        work: of the run; folder: of the run; prefix: as for `Runner`.
+    """
+    done = {
+        (line["method"], line["temperature"], line["group"], line["turn"])
+        for line in read_lines(folder, prefix + RECORDS)
+    }
+    refused = {line["method"] for line in read_lines(folder, prefix + UNAVAILABLE)}
+    return all(
+        (method.label(batch), temperature, group.name, turn) in done
+        for batch in work.batches
+        for group in work.groups(batch)
+        for temperature in work.temperatures
+        for method in work.methods
+        if method.label(batch) not in refused
+        for turn in range(group.turns)
+    )
+
+
 class Runner:
     """Runs one process's share of the work.
 
@@ -129,19 +151,6 @@ class Runner:
             if not all(self._is_done(m, batch, t, g) for g in groups for t in self.work.temperatures for m in methods):
                 methods = self._warm_up(methods, batch, groups[0])
             self._run_batch(batch, groups, methods)
-
-    def finished(self) -> bool:
-        """Whether all processes together have done everything."""
-        self._done.clear()
-        for line in self._records.open():
-            self._remember(line)
-        return all(
-            self._is_done(method, batch, temperature, group)
-            for batch in self.work.batches
-            for group in self.work.groups(batch)
-            for temperature in self.work.temperatures
-            for method in self._available(batch)
-        )
 
     def _available(self, batch: int) -> list[Method]:
         for method in self.work.methods:

@@ -5,15 +5,21 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from bench_support import bench, run_arguments
+from torch.autograd import DeviceType
 from typer.testing import CliRunner
 
+from hf_polyspec.bench import command
+from hf_polyspec.bench.breakdown import shares
 from hf_polyspec.bench.cast import Cast
 from hf_polyspec.bench.journal import read_lines
+from hf_polyspec.bench.request import Asked, spelled
 from hf_polyspec.bench.runner import Share
 from hf_polyspec.cli import app
 from hf_polyspec.metrics.records import read_records
@@ -145,6 +151,33 @@ def test_processes_share_a_run_and_the_last_one_reports(
     assert answers(folder) == answers(bench_run)
 
 
+def test_a_process_that_is_overtaken_in_float32_still_reports(
+    bench_models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 ends its bfloat16 part before rank 1 has begun, and its float32 part after rank 1 has ended everything."""
+    arguments = [*run_arguments(bench_models, tmp_path / "run"), *PART, "--dtype", "bfloat16"]
+    arguments[arguments.index("--batch-size") + 1] = "1"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    load = command._in_float32
+    said: list[str] = []
+
+    def overtaken(request: Any) -> Any:
+        if not said:
+            said.append("")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("RANK", "1")
+                said[0] = bench(*arguments)[1]
+        return load(request)
+
+    monkeypatch.setattr(command, "_in_float32", overtaken)
+    monkeypatch.setenv("RANK", "0")
+    code, last = bench(*arguments)
+    assert code == 0, last
+    assert "has done its share" in said[0]
+    assert "report.html" in last
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 def test_shares_are_disjoint_and_together_everything() -> None:
     groups: list[Any] = list(range(7))
     parts = [Share(rank, 3).take(groups) for rank in range(3)]
@@ -224,6 +257,47 @@ def test_the_time_of_a_chain_is_split_by_level_and_kind_of_work(bench_run: Path)
         assert levels[level]["matrix products"] > 0
         assert levels[level]["attention"] > 0
         assert levels[level]["small operations"] > 0
+
+
+def test_the_time_of_kernels_counts_once_and_to_their_level() -> None:
+    """The profiler lists a kernel by itself as well as with the operation that started it."""
+
+    def event(name: str, device: DeviceType, cpu: float, own: float, parent: Any = None) -> SimpleNamespace:
+        return SimpleNamespace(
+            name=name, device_type=device, self_cpu_time_total=cpu, self_device_time_total=own, cpu_parent=parent
+        )
+
+    mark = event("polyspec level 0 target", DeviceType.CPU, 100_000, 0)
+    product = event("aten::mm", DeviceType.CPU, 50_000, 600_000, mark)
+    sampling = event("aten::argmax", DeviceType.CPU, 10_000, 100_000)
+    kernels = [event("ampere_sgemm", DeviceType.CUDA, 0, 600_000), event("reduce_kernel", DeviceType.CUDA, 0, 100_000)]
+    found = shares([mark, product, sampling, *kernels], wall=1.0, on_cuda=True)
+    assert found["0 target"]["matrix products"] == pytest.approx(0.6)
+    assert found["0 target"]["Python"] == pytest.approx(0.1)
+    assert found["between the levels"]["small operations"] == pytest.approx(0.1)
+    assert found["between the levels"]["Python"] == pytest.approx(0.2)
+    assert found["between the levels"]["matrix products"] == 0
+
+
+def test_the_command_on_record_asks_for_the_same(tmp_path: Path) -> None:
+    words = {field.name: None for field in fields(Asked)} | {
+        "questions": "q.jsonl",
+        "assistants": ["small=x"],
+        "methods": [],
+        "sweeps": [],
+        "seed": 0,
+        "temperatures": "0",
+        "batch_sizes": "1",
+        "pack": True,
+        "warm_up": 3,
+    }
+    asked = Asked(**{**words, "device": "cuda:0", "breakdown": False})
+    assert spelled(asked, Path("runs"), "cuda") == (
+        "polyspec bench --questions q.jsonl --device cuda --assistant small=x --no-breakdown --output runs"
+    )
+    asked = Asked(**{**words, "device": "cuda:1", "breakdown": True})
+    assert "--device cuda:1 " in spelled(asked, Path("runs"), "cuda:1")
+    assert "breakdown" not in spelled(asked, Path("runs"), "cpu")
 
 
 def test_settings_are_on_disk(bench_run: Path) -> None:
