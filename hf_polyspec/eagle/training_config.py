@@ -236,7 +236,7 @@ def build_config(values: Mapping[str, Any]) -> TrainingConfig:
         "optimization": OptimizationSettings,
     }
     rest = {name: value for name, value in values.items() if name not in kinds}
-    parts = {name: _build(kind, section_of(values, name), name) for name, kind in kinds.items()}
+    parts: dict[str, Any] = {name: _build(kind, section_of(values, name), name) for name, kind in kinds.items()}
     for name in ("target", "output"):
         if not rest.get(name):
             raise ValueError(f"the config does not say {name!r}")
