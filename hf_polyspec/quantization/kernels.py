@@ -267,6 +267,23 @@ class PackedFloat:
         return y
 
 
+class WidenedFloat:
+    """A 16-bit matrix multiplied in float32, for CPUs without instructions for its dtype.
+
+    The same numbers as in the plain product, added in float32 and rounded to 16 bits once at the end.
+
+    Args:
+        weight: `[N, K]` bfloat16 or float16 on the CPU.
+        bias: `[N]` in the same dtype, or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._product = PackedFloat(weight.float(), None if bias is None else bias.float())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._product(x.float()).to(x.dtype)
+
+
 class Dequantized:
     """Integer weights expanded to float: for many rows, and for what no integer kernel can run.
 
@@ -289,25 +306,43 @@ class Dequantized:
         matrix = self._source().dequantize(x.dtype)
         bias = None if self._bias is None else self._bias.to(x.dtype)
         if room_for(matrix):
-            if packs(matrix):
-                self._kept[x.dtype] = PackedFloat(matrix, bias)
+            if packs(matrix) and room_for(matrix, packed_size(matrix)):
+                self._kept[x.dtype] = pack_float(matrix, bias)
             else:
                 self._kept[x.dtype] = lambda y: F.linear(y, matrix, bias)
         return F.linear(x, matrix, bias)
 
 
 def packs(matrix: Tensor) -> bool:
-    """Whether oneDNN's packing can hold a matrix here: on the CPU, in a dtype the machine multiplies."""
+    """Whether `pack_float` makes a matrix faster here: on the CPU, in a float dtype of at most 32 bits."""
     if matrix.device.type != "cpu" or not torch._C._has_mkldnn:
         return False
-    if matrix.dtype is torch.bfloat16:
+    # Other CPUs than x86 have 16-bit instructions that torch does not report: theirs are left alone.
+    widens = matrix.dtype in (torch.bfloat16, torch.float16) and "AVX" in torch.backends.cpu.get_cpu_capability()
+    return widens or multiplies(matrix.dtype)
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for products of a float dtype."""
+    if dtype is torch.bfloat16:
         return bool(torch.cpu._is_avx512_bf16_supported())
-    return matrix.dtype is torch.float32
+    return dtype is torch.float32
 
 
-def room_for(matrix: Tensor) -> bool:
-    """Whether half of the device's memory stays free after keeping `matrix`."""
-    size = matrix.numel() * matrix.element_size()
+def pack_float(weight: Tensor, bias: Tensor | None) -> Kernel:
+    """A float matrix `[N, K]` in the fastest layout of this CPU for more than a few rows."""
+    return PackedFloat(weight, bias) if multiplies(weight.dtype) else WidenedFloat(weight, bias)
+
+
+def packed_size(matrix: Tensor) -> int:
+    """Bytes of memory that `pack_float` keeps."""
+    return matrix.numel() * (matrix.element_size() if multiplies(matrix.dtype) else 4)
+
+
+def room_for(matrix: Tensor, size: int | None = None) -> bool:
+    """Whether half of the device's memory stays free after keeping `size` bytes beside `matrix` (None: its own)."""
+    if size is None:
+        size = matrix.numel() * matrix.element_size()
     if matrix.is_cuda:
         free, total = torch.cuda.mem_get_info(matrix.device)
         return bool(free - size > total / 2)

@@ -3,75 +3,118 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_polyspec.quantization.kernels import PackedFloat, packs
+from hf_polyspec.quantization.joint_product import SIBLINGS, JointProduct
+from hf_polyspec.quantization.kernels import Kernel, multiplies, pack_float, packed_size, packs, room_for
 
 Model = TypeVar("Model", bound=nn.Module)
-Kept = tuple[PackedFloat, tuple[object, ...]]
+Kept = tuple[Kernel, tuple[object, ...]]
 
-# Below this many rows the unpacked float32 product is memory-bound and wins (measured, docs/quantization.md).
-FLOAT32_FEW_ROWS = 4
+# Below this many rows the plain product is memory-bound and wins (measured, docs/quantization.md); 16-bit types that
+# the machine multiplies itself are packed for every number of rows.
+FEW_ROWS = {torch.float32: 4, torch.bfloat16: 3, torch.float16: 3}
 
 
-class PackedForward:
-    """Takes the place of one layer's `forward`; the layer's parameters and class stay what they are.
+class PackedProduct(JointProduct):
+    """The packed product of one float layer, or of several that read the same input.
 
     Args:
-        linear: The layer, its weight on the CPU.
-        kept: From `kept()` of an earlier one; packed again if the weight has changed since.
+        layers: Layers of one width, dtype and device.
+        kept: From `kept()` of an earlier one; packed again if a weight has changed since.
     """
 
-    def __init__(self, linear: nn.Linear, kept: Kept | None = None) -> None:
-        self.linear = linear
-        self._packed: PackedFloat | None = None if kept is None else kept[0]
+    def __init__(self, layers: Sequence[nn.Linear], kept: Kept | None = None) -> None:
+        super().__init__([layer.out_features for layer in layers])
+        self.layers = list(layers)
+        self._packed: Kernel | None = None if kept is None else kept[0]
         self._stamp: tuple[object, ...] = () if kept is None else kept[1]
 
     def kept(self) -> Kept | None:
         """The packed matrix and what it was packed from, None if it has not been needed yet."""
         return None if self._packed is None else (self._packed, self._stamp)
 
-    def _current(self) -> tuple[object, ...]:
-        weight, bias = self.linear.weight, self.linear.bias
-        versions = tuple(-1 if t is None or t.is_inference() else t._version for t in (weight, bias))
-        return (weight.data_ptr(), weight.dtype, *versions)
+    def kernel(self) -> Kernel | None:
+        """The packed matrix of the weights as they are now, None where memory is short."""
+        stamp = tuple(mark for layer in self.layers for mark in _marks(layer))
+        if stamp != self._stamp:  # first pass, or a weight was changed since
+            self._packed, self._stamp = None, stamp
+            weights = [layer.weight.detach() for layer in self.layers]
+            if room_for(weights[0], sum(map(packed_size, weights))):
+                self._packed = pack_float(torch.cat(weights), self._bias())
+        return self._packed
+
+    def _bias(self) -> Tensor | None:
+        if all(layer.bias is None for layer in self.layers):
+            return None
+        biases = (
+            layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in self.layers
+        )
+        return torch.cat([bias.detach() for bias in biases])
+
+    def __getstate__(self) -> dict[str, object]:
+        # Packed weights are opaque to copy and pickle, and quick to build again.
+        return {**super().__getstate__(), "_packed": None, "_stamp": ()}
+
+
+def _marks(layer: nn.Linear) -> Iterator[object]:
+    yield layer.weight.data_ptr()
+    yield layer.weight.dtype
+    for tensor in (layer.weight, layer.bias):
+        yield -1 if tensor is None or tensor.is_inference() else tensor._version
+
+
+class PackedForward:
+    """Takes the place of one layer's `forward`; the layer's parameters and class stay what they are.
+
+    Args:
+        product: Computes the layer, perhaps with its siblings.
+        member: The layer's place among them.
+    """
+
+    def __init__(self, product: PackedProduct, member: int = 0) -> None:
+        self.product, self.member = product, member
+
+    @property
+    def linear(self) -> nn.Linear:
+        """The layer."""
+        return self.product.layers[self.member]
 
     def __call__(self, input: Tensor) -> Tensor:
         linear = self.linear
         weight = linear.weight
         trained = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-        few = weight.dtype is torch.float32 and input.numel() < FLOAT32_FEW_ROWS * input.shape[-1]
-        if trained or few or input.dtype is not weight.dtype or not packs(weight):
-            return F.linear(input, weight, linear.bias)
-        stamp = self._current()
-        if self._packed is None or stamp != self._stamp:  # first pass, or the weight was changed since
-            bias = None if linear.bias is None else linear.bias.detach()
-            self._packed, self._stamp = PackedFloat(weight.detach(), bias), stamp
-        return self._packed(input)
+        few = input.numel() < few_rows(weight.dtype) * input.shape[-1]
+        if not (trained or few or input.dtype is not weight.dtype or not packs(weight)):
+            if self.product.dissolved:
+                self.product, self.member = PackedProduct([linear]), 0
+            part = self.product.part(self.member, input)
+            if part is not None:
+                return part
+        return F.linear(input, weight, linear.bias)
 
-    def __deepcopy__(self, memo: dict[int, object]) -> PackedForward:
-        return PackedForward(copy.deepcopy(self.linear, memo))
 
-    def __reduce__(self) -> tuple[type[PackedForward], tuple[nn.Linear]]:
-        return PackedForward, (self.linear,)
+def few_rows(dtype: torch.dtype) -> int:
+    """The number of rows from which the packed product is used."""
+    return 0 if multiplies(dtype) and dtype is not torch.float32 else FEW_ROWS.get(dtype, 0)
 
 
 def pack(model: Model) -> Model:
     """Let a model's float linear layers multiply in oneDNN's blocked layout; in place, undone by `unpack`.
 
-    The same numbers are multiplied in another order, so outputs agree within the rounding of the dtype. Parameters,
-    `state_dict` and class of every layer stay; a weight that is changed later is packed again. Costs a second copy of
-    the packed matrices. Does nothing for dtypes this CPU does not multiply natively (bfloat16 without AVX512-BF16),
-    on other devices, and for layers whose `forward` someone else has already replaced.
+    The same numbers are multiplied in another order, so outputs agree within the rounding of the dtype; layers that
+    read the same input are one product. Types that this CPU has no instructions for (float16; bfloat16 without
+    AVX512-BF16) are multiplied in float32 and rounded once at the end. Parameters, `state_dict` and class of every
+    layer stay; a weight that is changed later is packed again. Costs a second copy of the packed matrices, in float32
+    for those types; matrices for which less than half of the memory would stay free are left as they are. Does
+    nothing on other devices, and for layers whose `forward` someone else has already replaced.
 
     Args:
         model: Any model.
@@ -79,15 +122,41 @@ def pack(model: Model) -> Model:
     Returns:
         The same model.
     """
-    for module in _packable(model):
-        module.__dict__["forward"] = PackedForward(module)
+    for product in _products(_packable(model), {}):
+        _install(product)
     return model
 
 
-def _packable(model: nn.Module) -> Iterator[nn.Linear]:
+def _packable(model: nn.Module) -> Iterator[list[nn.Linear]]:
+    """Layers to be packed, those together that may read the same input."""
+    grouped: set[int] = set()
+    for parent in model.modules():
+        for names in SIBLINGS:
+            layers = [getattr(parent, name, None) for name in names]
+            found = [layer for layer in layers if isinstance(layer, nn.Linear) and _is_plain(layer)]
+            if len(found) == len(names) and len({_kind(layer) for layer in found}) == 1:
+                grouped.update(map(id, found))
+                yield found
     for module in model.modules():
-        if type(module) is nn.Linear and "forward" not in module.__dict__ and packs(module.weight):
-            yield module
+        if isinstance(module, nn.Linear) and _is_plain(module) and id(module) not in grouped:
+            yield [module]
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    return type(layer) is nn.Linear and "forward" not in layer.__dict__ and packs(layer.weight)
+
+
+def _kind(layer: nn.Linear) -> tuple[object, ...]:
+    return (layer.in_features, layer.weight.dtype, layer.weight.device)
+
+
+def _products(groups: Iterable[list[nn.Linear]], kept: Mapping[nn.Linear, Kept]) -> list[PackedProduct]:
+    return [PackedProduct(layers, kept.get(layers[0])) for layers in groups]
+
+
+def _install(product: PackedProduct) -> None:
+    for member, layer in enumerate(product.layers):
+        layer.__dict__["forward"] = PackedForward(product, member)
 
 
 # Packed matrices of assistants between two generations, for as long as their layers live.
@@ -106,31 +175,30 @@ def packed_assistants(assistants: Iterable[object], target: nn.Module | None = N
         target: The model above them.
     """
     alone = set() if target is None else {id(module) for module in target.modules()}
-    chosen: dict[int, nn.Linear] = {}
+    chosen: dict[int, list[nn.Linear]] = {}
     for assistant in assistants:
         if isinstance(assistant, nn.Module) and not hasattr(assistant, "_orig_mod"):
-            chosen.update((id(module), module) for module in _packable(assistant) if id(module) not in alone)
-    layers = list(chosen.values())
-    if not _room([layer for layer in layers if layer not in _KEPT]):
-        layers = []
-    for layer in layers:
-        layer.__dict__["forward"] = PackedForward(layer, _KEPT.get(layer))
+            groups = list(_packable(assistant))
+            chosen.update((id(layers[0]), layers) for layers in groups if id(layers[0]) not in alone)
+    products = _products(chosen.values(), _KEPT)
+    if not _room(products):
+        products = []
+    for product in products:
+        _install(product)
     try:
         yield
     finally:
-        for layer in layers:
-            forward = layer.__dict__.pop("forward", None)
-            kept = forward.kept() if isinstance(forward, PackedForward) else None
+        for product in products:
+            for layer in product.layers:
+                layer.__dict__.pop("forward", None)
+            kept = product.kept()
             if kept is not None:
-                _KEPT[layer] = kept
+                _KEPT[product.layers[0]] = kept
 
 
-def _room(layers: Sequence[nn.Linear]) -> bool:
-    size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
-    if not size:
-        return True
-    memory = psutil.virtual_memory()
-    return bool(memory.available - size > memory.total / 2)
+def _room(products: Sequence[PackedProduct]) -> bool:
+    fresh = [layer.weight for product in products if product.kept() is None for layer in product.layers]
+    return not fresh or room_for(fresh[0], sum(map(packed_size, fresh)))
 
 
 def unpack(model: Model) -> Model:

@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers that read the same tensor (query, key and value; gate and up) computed in one product.
-
-On few rows a linear layer of a small model costs as much in the call as in the work, and seven calls a block become
-four. The first layer of a group to be called computes all of them; the others find their part waiting, as long as
-they ask with the very same tensor object, unchanged.
-"""
+"""Sibling layers with integer weights in one product (see `joint_product`)."""
 
 from __future__ import annotations
 
@@ -13,24 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from hf_polyspec.quantization.joint_product import SIBLINGS, JointProduct
 from hf_polyspec.quantization.kernels import Kernel
 from hf_polyspec.quantization.linear import QuantizedLinear
 from hf_polyspec.quantization.weights import QuantizedWeight
 
-SIBLINGS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-)
 
-
-def _version(tensor: Tensor) -> int:
-    # Inference tensors count no versions; nothing of a transformers layer writes into its input between siblings.
-    return -1 if tensor.is_inference() else tensor._version
-
-
-class SharedInput:
+class SharedInput(JointProduct):
     """The joint product of a group of layers.
 
     Args:
@@ -38,42 +22,24 @@ class SharedInput:
     """
 
     def __init__(self, layers: Sequence[QuantizedLinear]) -> None:
+        super().__init__([layer.out_features for layer in layers])
         self._layers = list(layers)
-        self._sizes = [layer.out_features for layer in layers]
         self._kernel: Kernel | None = None
-        self._waiting: tuple[Tensor, int, list[Tensor | None]] | None = None
-        self._misses = 0
 
-    def part(self, member: int, x: Tensor) -> Tensor | None:
-        """Output `[..., N_member]` of one layer, or None once the layers turned out not to share their input."""
-        waiting = self._waiting  # one read: another thread may replace it
-        if waiting is not None and waiting[0] is x and waiting[1] == _version(x):
-            found = waiting[2][member]
-            if found is not None:
-                waiting[2][member] = None
-                if all(part is None for part in waiting[2]):
-                    self._waiting, self._misses = None, 0
-                return found
-        if waiting is not None:
-            self._misses += 1
-            if self._misses > 2:
-                self._dissolve()
-                return None
+    def kernel(self) -> Kernel:
+        """The joint matrix, packed when it is first needed."""
         if self._kernel is None:
             self._kernel = self._build()
-        # Callers may flatten what they get, so parts are as contiguous as a layer's own output would be.
-        parts: list[Tensor | None] = [part.contiguous() for part in torch.split(self._kernel(x), self._sizes, -1)]
-        own = parts[member]
-        parts[member] = None
-        self._waiting = (x, _version(x), parts)
-        return own
+        return self._kernel
 
     def reset(self) -> None:
         """Forget the packed weights and any waiting parts: the layers have moved."""
         self._kernel, self._waiting = None, None
 
-    def _dissolve(self) -> None:
-        self.reset()
+    def dissolve(self) -> None:
+        """Let every layer compute alone again."""
+        super().dissolve()
+        self._kernel = None
         for layer in self._layers:
             layer.join(None, 0)
 
@@ -95,7 +61,7 @@ class SharedInput:
         return self._layers[0].build_kernel(self._merged_weight, bias)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_kernel": None, "_waiting": None}
+        return {**super().__getstate__(), "_kernel": None}
 
 
 def _alike(layers: Sequence[QuantizedLinear]) -> bool:

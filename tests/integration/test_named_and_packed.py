@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import prompts
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import hf_polyspec
 from hf_polyspec.assistants import by_name
-from hf_polyspec.quantization import agreement, is_packed, packing
+from hf_polyspec.quantization import agreement, is_packed, kernels, packing
+from hf_polyspec.quantization.kernels import Kernel
 from hf_polyspec.quantization.model import merged_adapters, quantized_layers
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
@@ -92,14 +93,13 @@ def test_names_that_cannot_be(enabled: None, target: PreTrainedModel) -> None:
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for every matrix that is packed."""
     built: list[int] = []
-    plain = packing.PackedFloat
+    plain = packing.pack_float
 
-    class Counting(plain):  # type: ignore[misc, valid-type]
-        def __init__(self, *arguments: Any) -> None:
-            built.append(1)
-            super().__init__(*arguments)
+    def counting(weight: Tensor, bias: Tensor | None) -> Kernel:
+        built.append(1)
+        return plain(weight, bias)
 
-    monkeypatch.setattr(packing, "PackedFloat", Counting)
+    monkeypatch.setattr(packing, "pack_float", counting)
     return built
 
 
@@ -120,8 +120,9 @@ def test_assistants_are_packed_while_the_chain_runs(
         assert not any(is_packed(model) for model in (*members, target))
         assert not any(_forwards(model) for model in members)
     assert set(seen) == {(True, False)}
-    # Every matrix of both members once, not once a generation; the drafter's head never sees four rows.
-    assert len(watched) == sum(isinstance(m, nn.Linear) for member in members for m in member.modules()) - 1
+    # Every product of both members once, not once a generation: query with key and value, gate with up, two more
+    # a layer, and the head; the drafter's head never sees four rows.
+    assert len(watched) == sum(4 * member.config.num_hidden_layers + 1 for member in members) - 1
     seen.clear()
     target.generate(**prompts(3), **OPTIONS, assistant_models=members, polyspec_pack=False)
     assert set(seen) == {(False, False)}
@@ -159,7 +160,7 @@ def test_no_packing_where_memory_is_short(
 ) -> None:
     from types import SimpleNamespace
 
-    monkeypatch.setattr(packing.psutil, "virtual_memory", lambda: SimpleNamespace(available=10, total=100))
+    monkeypatch.setattr(kernels.psutil, "virtual_memory", lambda: SimpleNamespace(available=10, total=100))
     member = copy.deepcopy(middle)
     seen: list[bool] = []
     member.register_forward_hook(lambda *_: seen.append(is_packed(member)))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -11,8 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_polyspec.quantization import is_packed, pack, quantize_model, unpack
-from hf_polyspec.quantization.kernels import packs
+from hf_polyspec.quantization import is_packed, pack, packing, quantize_model, unpack
+from hf_polyspec.quantization.kernels import pack_float, packs
 from hf_polyspec.quantization.packing import PackedForward
 
 Tiny = Callable[..., PreTrainedModel]
@@ -36,9 +37,9 @@ def test_packed_outputs_agree_and_unpack_is_exact(model: PreTrainedModel) -> Non
     kinds = [type(module) for module in model.modules()]
     assert pack(model) is model
     assert is_packed(model)
-    assert model.model.layers[0].mlp.up_proj.forward._packed is None
+    assert model.model.layers[0].mlp.up_proj.forward.product.kept() is None
     torch.testing.assert_close(_logits(model), before, rtol=1e-4, atol=1e-4)
-    assert model.model.layers[0].mlp.up_proj.forward._packed is not None
+    assert model.model.layers[0].mlp.up_proj.forward.product.kept() is not None
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == state
     assert [type(module) for module in model.modules()] == kinds
     unpack(model)
@@ -92,7 +93,88 @@ def test_a_replaced_forward_is_left_alone(model: PreTrainedModel) -> None:
     assert model.lm_head.__dict__["forward"] is mine
 
 
-def test_dtypes_the_machine_does_not_multiply_stay(model: PreTrainedModel) -> None:
-    half = model.to(torch.float16)
-    assert not packs(half.lm_head.weight)
-    assert not is_packed(pack(half))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_summed_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
+    dice = torch.Generator().manual_seed(1)
+    linear = nn.Linear(300, 40).to(dtype)
+    x = torch.randn(7, 300, generator=dice).to(dtype)
+    wanted = torch.nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double())
+    with torch.no_grad():
+        given = pack_float(linear.weight, linear.bias)(x)
+        nearest = wanted.to(dtype)
+    assert given.dtype is dtype
+    # Nearest to the exact sum, or its neighbour where the float32 sum fell on the other side of the middle.
+    assert (given == nearest).float().mean() > 0.98
+    torch.testing.assert_close(given, nearest, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_siblings_are_one_product(model: PreTrainedModel) -> None:
+    block = pack(model).model.layers[0]
+    assert block.self_attn.q_proj.forward.product is block.self_attn.v_proj.forward.product
+    assert block.mlp.gate_proj.forward.product is block.mlp.up_proj.forward.product
+    assert block.mlp.down_proj.forward.product.layers == [block.mlp.down_proj]
+    _logits(model)
+    widths = [layer.out_features for layer in block.self_attn.q_proj.forward.product.layers]
+    assert len(widths) == 3
+    assert block.self_attn.q_proj.forward.product.kept() is not None
+    with torch.no_grad():  # any of them changed: all are packed again
+        block.self_attn.v_proj.weight.mul_(-1.0)
+    changed = _logits(model)
+    torch.testing.assert_close(changed, _logits(unpack(model)), rtol=1e-4, atol=1e-4)
+
+
+def test_siblings_with_inputs_of_their_own_part_ways() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj = nn.Linear(32, 8), nn.Linear(32, 8, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([self.gate_proj(x), self.up_proj(2 * x)], -1)
+
+    pair = Pair()
+    x = torch.randn(9, 32, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        before = pair(x)
+        pack(pair)
+        joint = pair.gate_proj.forward.product
+        assert joint is pair.up_proj.forward.product
+        for _ in range(4):
+            torch.testing.assert_close(pair(x), before, rtol=1e-5, atol=1e-5)
+    assert joint.dissolved
+    assert pair.gate_proj.forward.product is not pair.up_proj.forward.product
+
+
+def test_without_memory_the_plain_product_stays(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _logits(model)
+    asked: list[int] = []
+
+    def none_left(matrix: torch.Tensor, size: int | None = None) -> bool:
+        asked.append(size or 0)
+        return False
+
+    monkeypatch.setattr(packing, "room_for", none_left)
+    pack(model)
+    assert torch.equal(_logits(model), before)
+    products = {id(module.forward.product) for module in model.modules() if "forward" in module.__dict__}
+    assert len(asked) == len(products)
+    assert torch.equal(_logits(model), before)
+    assert len(asked) == len(products), "asked again in every pass"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_keep_siblings_together(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    pack(model.to(dtype))
+    _logits(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        block = other.model.layers[0].mlp
+        assert block.gate_proj.forward.product is block.up_proj.forward.product
+        assert block.gate_proj.forward.product.kept() is None
+        assert block.gate_proj.forward.product.layers[0] is block.gate_proj
+        assert torch.equal(_logits(other), _logits(model))
+
+
+def test_dtypes_that_cannot_be_packed_stay(model: PreTrainedModel) -> None:
+    double = model.to(torch.float64)
+    assert not packs(double.lm_head.weight)
+    assert not is_packed(pack(double))

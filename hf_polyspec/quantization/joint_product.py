@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that read the same tensor (query, key and value; gate and up) computed in one product.
+
+On few rows a linear layer of a small model costs as much in the call as in the work, and seven calls a block become
+four. The first layer of a group to be called computes all of them; the others find their part waiting, as long as
+they ask with the very same tensor object, unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_polyspec.quantization.kernels import Kernel
+
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+
+
+def _version(tensor: Tensor) -> int:
+    # Inference tensors count no versions; nothing of a transformers layer writes into its input between siblings.
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class JointProduct:
+    """The outputs of a group of layers from one product; subclasses say what multiplies.
+
+    Args:
+        sizes: Outputs of each layer.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._sizes = list(sizes)
+        self._waiting: tuple[Tensor, int, list[Tensor | None]] | None = None
+        self._misses = 0
+        self.dissolved = False
+
+    def kernel(self) -> Kernel | None:
+        """What multiplies all of the layers' weights as they are now, None where there can be no such thing."""
+        raise NotImplementedError
+
+    def part(self, member: int, x: Tensor) -> Tensor | None:
+        """Output `[..., N_member]` of one layer, or None once the layers turned out not to share their input."""
+        waiting = self._waiting  # one read: another thread may replace it
+        if waiting is not None and waiting[0] is x and waiting[1] == _version(x):
+            found = waiting[2][member]
+            if found is not None:
+                waiting[2][member] = None
+                if all(part is None for part in waiting[2]):
+                    self._waiting, self._misses = None, 0
+                return found
+        if waiting is not None:
+            self._misses += 1
+            if self._misses > 2:
+                self.dissolve()
+        kernel = None if self.dissolved else self.kernel()
+        if kernel is None:
+            return None
+        if len(self._sizes) == 1:
+            return kernel(x)
+        # Callers may flatten what they get, so parts are as contiguous as a layer's own output would be.
+        parts: list[Tensor | None] = [part.contiguous() for part in torch.split(kernel(x), self._sizes, -1)]
+        own = parts[member]
+        parts[member] = None
+        self._waiting = (x, _version(x), parts)
+        return own
+
+    def dissolve(self) -> None:
+        """Compute nothing together any more: the layers do not share their input."""
+        self._waiting, self.dissolved = None, True
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_waiting": None}
