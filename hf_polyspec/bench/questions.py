@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions in Spec-Bench's format: read from a path or an URL, checked, sampled, put into batches."""
+"""Questions in Spec-Bench's format: read from a path or a URL, checked, sampled, put into batches."""
 
 from __future__ import annotations
 
