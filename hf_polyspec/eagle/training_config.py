@@ -57,7 +57,8 @@ class OptimizationSettings:
         learning_rate: peak.
         warmup_steps: optimizer steps up to the peak.
         schedule: `"linear"`, `"cosine"` or `"constant"` after the warm-up.
-        optimizer: `"adamw"`, or `"muon"` for the inner matrices and AdamW for the rest.
+        optimizer: `"adamw"`, or `"muon"` for the inner matrices and AdamW for the rest; Muon computes in bfloat16,
+            slowly on processors without instructions for it.
         beta2: AdamW's second moment; the first is 0.9.
         weight_decay: of all weights.
         clip: largest gradient norm (EAGLE-3) or gradient value (EAGLE-1).
