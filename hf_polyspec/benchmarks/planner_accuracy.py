@@ -24,6 +24,7 @@ from ..planning.command import run_best, show_progress, some
 from ..planning.planner import Planned, Progress, Wish, make_plan
 from ..planning.report import candidates_table, sentences
 from ..planning.texts import PROMPTS
+from . import arguments
 from .environment import describe
 
 WITHIN = 0.10
@@ -51,21 +52,19 @@ def accuracy(planned: Planned) -> dict[str, Any]:
     }
 
 
-def measure(arguments: argparse.Namespace, progress: Progress, console: Console) -> Planned:
+def measure(given: argparse.Namespace, progress: Progress, console: Console) -> Planned:
     """Load, plan and run."""
-    target, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
-    members = [load_assistant(name, target, torch.float32, "cpu") for name in arguments.assistant]
-    names = [short_name(arguments.model), *(short_name(name) for name in arguments.assistant)]
+    target, tokenizer = load_model(given.model), load_tokenizer(given.model)
+    members = [load_assistant(name, target, torch.float32, "cpu") for name in given.assistant]
+    names = [short_name(given.model), *(short_name(name) for name in given.assistant)]
     turns = (
-        read_prompts(arguments.prompts)
-        if arguments.prompts
-        else [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+        read_prompts(given.prompts) if given.prompts else [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     )
     ids = [prompt_ids(tokenizer, prompt) for prompt in some(turns)]
-    wish = Wish(arguments.temperature, arguments.new_tokens, arguments.pass_repeats, batches=False)
+    wish = Wish(given.temperature, given.new_tokens, given.pass_repeats, batches=False)
     planned = make_plan(target, members, ids, wish, names=names, progress=progress)
     with show_progress(console) as bar:
-        return run_best(planned, bar, 0, arguments.candidates, arguments.repeats)
+        return run_best(planned, bar, 0, given.candidates, given.repeats)
 
 
 def main() -> None:
@@ -75,13 +74,13 @@ def main() -> None:
     parser.add_argument("--assistant", action="append", default=None, help="as for polyspec plan; repeatable")
     parser.add_argument("--prompts", type=Path, default=None)
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--candidates", type=int, default=12)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--pass-repeats", type=int, default=9)
+    parser.add_argument("--new-tokens", type=arguments.count, default=64)
+    parser.add_argument("--candidates", type=arguments.count, default=12)
+    parser.add_argument("--repeats", type=arguments.count, default=3)
+    parser.add_argument("--pass-repeats", type=arguments.count, default=9)
     parser.add_argument("--out", type=Path, default=None)
-    arguments = parser.parse_args()
-    arguments.assistant = arguments.assistant or ["int8", "suffix"]
+    given = parser.parse_args()
+    given.assistant = given.assistant or ["int8", "suffix"]
     logging.disable_progress_bar()
     console = Console(stderr=True)
     last = ""
@@ -92,7 +91,7 @@ def main() -> None:
             console.print(f"{what} ...", highlight=False)
             last = what
 
-    planned = measure(arguments, progress, console)
+    planned = measure(given, progress, console)
     found = accuracy(planned)
     out = Console(width=120)
     out.print(candidates_table(planned))
@@ -105,10 +104,10 @@ def main() -> None:
         highlight=False,
     )
     out.print(describe(), highlight=False)
-    if arguments.out is not None:
+    if given.out is not None:
         result = {"accuracy": found, "plan": planned.plan().to_dict()}
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

@@ -26,6 +26,7 @@ from ..control import forget
 from ..distributions import LawMaker
 from ..integration import generate
 from ..levels.base import Drafter, Proposal
+from . import arguments
 from .environment import describe
 
 KINDS = ("drafter", "middle", "both", "model")
@@ -172,10 +173,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--chains", nargs="+", choices=KINDS, default=list(KINDS[:3]))
-    parser.add_argument("--new-tokens", type=int, nargs="+", default=[128])
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--new-tokens", type=arguments.count, nargs="+", default=[128])
+    parser.add_argument("--prompt-tokens", type=arguments.count, default=32)
+    parser.add_argument("--pairs", type=arguments.count, default=15)
+    parser.add_argument("--batch", type=arguments.count, default=1)
     parser.add_argument("--temperature", type=float, default=1.5)
     parser.add_argument("--warm", action="store_true", help="keep what was learnt from one generation to the next")
     parser.add_argument("--control", choices=("online", "fixed"), default="online")
@@ -208,4 +209,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

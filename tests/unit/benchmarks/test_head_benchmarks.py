@@ -15,7 +15,7 @@ from tiny_models import VOCABULARY, head_for, noisy, prompts, tiny
 from transformers import AutoModelForCausalLM
 
 from hf_polyspec import generate
-from hf_polyspec.benchmarks import draft_vocabulary, head_acceptance, head_cost
+from hf_polyspec.benchmarks import arguments, draft_vocabulary, head_acceptance, head_cost
 from hf_polyspec.eagle import EagleHead
 
 
@@ -127,7 +127,8 @@ def test_what_the_acceptance_command_writes(tmp_path: Path, capsys: pytest.Captu
     ("option", "value", "said"),
     [
         ("--setting", "beams", "--setting 'beams' is a part of none of the settings 'chain of 5, greedy'"),
-        ("--limit", "0", "--limit must be at least 1, got 0."),
+        ("--limit", "0", "argument --limit: must be a whole number of at least 1, got '0'."),
+        ("--new-tokens", "few", "argument --new-tokens: must be a whole number of at least 1, got 'few'."),
         ("--questions", "nowhere.jsonl", "There is no question file nowhere.jsonl"),
     ],
 )
@@ -136,6 +137,53 @@ def test_what_the_acceptance_command_refuses(
 ) -> None:
     questions = write_questions(tmp_path / "questions.jsonl")
     with pytest.raises(SystemExit) as ended:
-        head_acceptance.main(["--assistant", "suffix", "--questions", str(questions), option, value])
+        arguments.run(
+            lambda: head_acceptance.main(["--assistant", "suffix", "--questions", str(questions), option, value])
+        )
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "said"),
+    [
+        (head_cost.main, ["--repeats", "0"], "argument --repeats: must be a whole number of at least 1, got '0'."),
+        (head_cost.main, ["--rows", "some"], "argument --rows: must be a whole number of at least 1, got 'some'."),
+        (
+            draft_vocabulary.main,
+            ["--head", "x", "--prompts", "none.txt"],
+            "--prompts: there is no file none.txt.",
+        ),
+        (
+            draft_vocabulary.main,
+            ["--head", "x", "--prompts", "blank.txt"],
+            "--prompts: blank.txt holds no lines.",
+        ),
+        (
+            draft_vocabulary.main,
+            ["--head", "x", "--tree-tokens", "-1"],
+            "a whole number, 0 for none, got '-1'.",
+        ),
+        (head_cost.main, ["--model", "./nowhere"], "There is no folder ./nowhere."),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    main: Any, words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "blank.txt").write_text("\n  \n")
+    with pytest.raises(SystemExit) as ended:
+        arguments.run(lambda: main(words))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(said)
+
+
+def test_heads_are_measured_in_the_type_they_run_in(tmp_path: Path) -> None:
+    save_pair(tmp_path)
+    target = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    head_for(target).half().save_pretrained(tmp_path / "head")
+    _, head, _ = head_cost.load(str(tmp_path / "target"), str(tmp_path / "head"))
+    assert head.dtype == torch.float32
+    assert head.is_bound
+    with pytest.raises(ValueError, match=r"--head .*small is no EAGLE head but a LlamaForCausalLM\."):
+        head_cost.load(str(tmp_path / "target"), str(tmp_path / "small"))

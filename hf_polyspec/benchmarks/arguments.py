@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands of this room have in common: kinds of arguments, and mistakes told in one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1.
+
+    Raises:
+        ArgumentTypeError: it is none; argparse says which argument.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}.")
+    return int(text)
+
+
+def count_or_none(text: str) -> int:
+    """A whole number, 0 for none.
+
+    Raises:
+        ArgumentTypeError: it is no whole number, or below 0.
+    """
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 for none, got {text!r}.")
+    return int(text)
+
+
+def rows(text: str) -> int | str:
+    """A size of a draft vocabulary: a number, or "auto".
+
+    Raises:
+        ArgumentTypeError: it is neither.
+    """
+    return text if text == "auto" else count(text)
+
+
+def lines(text: str) -> list[str]:
+    """The lines of a text file that are not blank.
+
+    Raises:
+        ArgumentTypeError: there is no such file, or nothing in it.
+    """
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}.")
+    found = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text} holds no lines.")
+    return found
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a command; what its input is to blame for ends it with one sentence on stderr and exit code 2."""
+    try:
+        main()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
