@@ -103,7 +103,8 @@ def read_questions(source: str) -> tuple[list[Question], str]:
     content = read_source(source)
     found: list[Question] = []
     seen: set[str] = set()
-    for number, line in enumerate(content.decode("utf-8").splitlines(), start=1):
+    # Not splitlines: JSON strings may hold the other line separators of Unicode.
+    for number, line in enumerate(content.decode("utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         question = _parse(line, f"{source}, line {number}")

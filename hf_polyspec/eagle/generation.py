@@ -23,6 +23,7 @@ from hf_polyspec.eagle.jobs import Job, draw, stop_ids
 from hf_polyspec.eagle.prompts import (
     ChatFrame,
     PromptFilter,
+    asked,
     chat_frame,
     normalise,
     prompt_ids,
@@ -233,7 +234,7 @@ class Generator:
             return Job(number, True, header, len(header), settings.max_prompt_tokens, SAMPLED, dice)
         turns = self.prompts[number % len(self.prompts)]
         ids = prompt_ids(self.tokenizer, turns)
-        if normalise(turns[-1]["content"]) in self.filter.excluded:
+        if asked(turns) & self.filter.excluded:
             return None
         return self._answer(number, ids)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -82,22 +82,26 @@ def read_prompts(path: Path) -> list[list[dict[str, str]]]:
     Raises:
         ValueError: the file is missing, empty or no JSON, or an entry holds no prompt.
     """
+    return [_conversation(row, number, path) for number, row in enumerate(_entries(path), start=1)]
+
+
+def _entries(path: Path) -> list[Any]:
+    """What a file of prompts lists, not yet looked into."""
     if not path.is_file():
         raise ValueError(f"there is no file of prompts at {path}")
     text = path.read_text(encoding="utf-8")
-    rows: Iterable[Any]
-    if path.suffix == ".jsonl":
-        rows = [_parsed(line, f"line {n} of {path}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    elif path.suffix == ".json":
+    if path.suffix == ".json":
         rows = _parsed(text, str(path))
         if not isinstance(rows, list):
             raise ValueError(f"{path} must hold a list of prompts, not {type(rows).__name__}")
     else:
-        rows = (line for line in text.splitlines() if line.strip())
-    prompts = [_conversation(row, number, path) for number, row in enumerate(rows, start=1)]
-    if not prompts:
+        # JSON strings may hold the other line separators of Unicode, at which splitlines would cut them
+        rows = [line for line in enumerate(text.split("\n"), start=1) if line[1].strip()]
+        read = path.suffix == ".jsonl"
+        rows = [_parsed(line, f"line {number} of {path}") if read else line for number, line in rows]
+    if not rows:
         raise ValueError(f"{path} holds no prompt")
-    return prompts
+    return list(rows)
 
 
 def _parsed(text: str, where: str) -> Any:
@@ -201,16 +205,27 @@ def read_excluded(path: Path | None) -> frozenset[str]:
 
     Args:
         path: a file as for `read_prompts`, or None.
+
+    Raises:
+        ValueError: as for `read_prompts`.
     """
     if path is None:
         return frozenset()
-    found = {normalise(turn["content"]) for prompt in read_prompts(path) for turn in prompt}
-    if path.suffix == ".jsonl":
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line) if line.strip() else {}
-            if isinstance(row, dict):
-                found.update(normalise(turn) for turn in row.get("turns", []) if isinstance(turn, str))
+    found: set[str] = set()
+    for number, row in enumerate(_entries(path), start=1):
+        found.update(asked(_conversation(row, number, path)))
+        if isinstance(row, dict):
+            found.update(normalise(turn) for turn in row.get("turns") or [] if isinstance(turn, str))
     return frozenset(found)
+
+
+def asked(turns: Sequence[dict[str, str]]) -> set[str]:
+    """The normalised words of everybody in a conversation but the system, whose words many conversations share.
+
+    Args:
+        turns: messages with `role` and `content`.
+    """
+    return {normalise(turn["content"]) for turn in turns if turn["role"] != "system"}
 
 
 def sample_random(seed: int, number: int, stage: str) -> random.Random:

@@ -47,6 +47,14 @@ def test_a_bad_line_is_named(tmp_path: Path, line: object, sentence: str) -> Non
         read_questions(write(tmp_path / "q.jsonl", good, line))
 
 
+def test_lines_end_at_newlines_alone(tmp_path: Path) -> None:
+    """Other separators of Unicode stand unescaped in the JSON of many data sets."""
+    fields = {"question_id": 1, "category": "qa", "turns": ["One\u2028two\u0085three"]}
+    path = tmp_path / "q.jsonl"
+    path.write_bytes((json.dumps(fields, ensure_ascii=False) + "\r\n").encode())
+    assert [one.turns for one in read_questions(str(path))[0]] == [("One\u2028two\u0085three",)]
+
+
 def test_missing_files_tasks_and_limits_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no question file"):
         read_questions(str(tmp_path / "none.jsonl"))

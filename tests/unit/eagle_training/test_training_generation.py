@@ -152,6 +152,12 @@ def test_excluded_prompts_are_left_out(
     banned = frozenset({" ".join(prompts[2][0]["content"].split())})
     Generator(chat_target, chat_tokenizer, tmp_path, replace(SETTINGS, max_tokens=10**6), prompts, banned).run()
     assert sorted(by_number(tmp_path)) == [0, 1, 3, 4, 5]
+    # A conversation that only begins with such a prompt is left out as well.
+    longer = [[*prompts[2], {"role": "assistant", "content": "w1"}, {"role": "user", "content": "w2"}], prompts[3]]
+    Generator(
+        chat_target, chat_tokenizer, tmp_path / "longer", replace(SETTINGS, max_tokens=10**6), longer, banned
+    ).run()
+    assert sorted(by_number(tmp_path / "longer")) == [1]
 
 
 def test_a_deadline_ends_the_run(

@@ -51,6 +51,13 @@ def test_kinds_of_entries(tmp_path: Path, row: Any) -> None:
     assert read_prompts(lines) == read_prompts(whole) == [USER]
 
 
+def test_lines_end_at_newlines_alone(tmp_path: Path) -> None:
+    """Other separators of Unicode stand unescaped in the JSON of many data sets."""
+    path, text = tmp_path / "a.jsonl", "One\u2028two\u0085three"
+    path.write_bytes((json.dumps({"prompt": text}, ensure_ascii=False) + "\r\n").encode())
+    assert read_prompts(path) == [[{"role": "user", "content": text}]]
+
+
 def test_several_turns_end_before_the_last_answer(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     turns = [*USER, {"role": "assistant", "content": "So."}, {"role": "user", "content": "Why?"}]
@@ -93,9 +100,16 @@ def test_filter() -> None:
 
 
 def test_excluded_prompts_include_every_turn(tmp_path: Path) -> None:
-    path = tmp_path / "bench.jsonl"
-    path.write_text(json.dumps({"turns": ["First  Question", "Second question"]}) + "\n")
-    assert read_excluded(path) == {"first question", "second question"}
+    row = {"turns": ["First  Question", "Second question"]}
+    lines, whole = tmp_path / "bench.jsonl", tmp_path / "bench.json"
+    lines.write_text(json.dumps(row) + "\n")
+    whole.write_text(json.dumps([row]))
+    assert read_excluded(lines) == read_excluded(whole) == {"first question", "second question"}
+    lines.write_text(json.dumps({"prompt": "Third question", "turns": None}))
+    assert read_excluded(lines) == {"third question"}
+    system = {"role": "system", "content": "You help."}
+    lines.write_text(json.dumps({"messages": [system, *USER, {"role": "assistant", "content": "So."}]}))
+    assert read_excluded(lines) == {"how?"}
     assert read_excluded(None) == frozenset()
 
 
