@@ -171,10 +171,11 @@ def check_same_run(config: TrainingConfig) -> None:
     if not path.is_file():
         return
     before, now = _leaves(load_config(path)), _leaves(config.as_dict())
-    # more texts may be asked for until training has begun; everything else is what the run is
-    free = set() if (config.folder / "checkpoints").is_dir() else {"generation.max_tokens"}
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    if any(key not in free for key in changed):
+    # the folder may be named in another way or have moved, and more texts may be asked for until training has begun;
+    # everything else is what the run is
+    free = {"output"} if (config.folder / "checkpoints").is_dir() else {"output", "generation.max_tokens"}
+    changed = sorted(key for key in before.keys() | now.keys() if key not in free and before.get(key) != now.get(key))
+    if changed:
         told = ", ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in changed)
         raise ValueError(f"{config.folder} holds a run with other settings ({told}); choose another output folder")
 

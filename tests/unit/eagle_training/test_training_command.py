@@ -232,13 +232,22 @@ def test_the_model_of_the_package_is_a_target_too(
     assert "base_model" not in card
 
 
-def test_the_same_command_again_changes_nothing(run_file: Path, tmp_path: Path) -> None:
+def test_the_same_command_again_changes_nothing(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "run"
     call("--config", run_file)
     before = {name: (folder / name).read_text() for name in ("curve.csv", "validation.jsonl")}
     assert before["validation.jsonl"].count("\n") == 1
     call("--config", run_file)
     assert {name: (folder / name).read_text() for name in before} == before
+    # The same folder by another name, and the same run in another folder, are the same run.
+    monkeypatch.chdir(tmp_path)
+    call("--config", run_file, "--output", "run")
+    moved = folder.rename(tmp_path / "moved")
+    call("--config", run_file, "--output", moved)
+    assert {name: (moved / name).read_text() for name in before} == before
+    assert yaml.safe_load((moved / "config.yaml").read_text())["output"] == str(moved)
 
 
 @pytest.mark.parametrize(
