@@ -6,8 +6,9 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ BATCHES = (2, 4, 8)
 BATCH_TOKENS = (1, 4, 8)
 LARGEST_PASS = 64
 LONG = 4
+DRAFTS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,12 @@ class ModelCosts:
     Attributes:
         shapes: what was measured, with the median seconds of each.
         prefill: (ids, seconds) of reading a prompt.
+        drafting: seconds of a draft by its tokens, None for a model that never drafts.
     """
 
     shapes: tuple[tuple[Shape, float], ...]
     prefill: tuple[int, float]
+    drafting: SecondsTable | None = None
 
     def table(self, context: float, batch: int = 1) -> SecondsTable:
         """Seconds by tokens at a context length, between the two that were measured or beyond.
@@ -115,6 +119,24 @@ class _Bench:
         return self.chain.stats.seconds - before
 
 
+class _DraftBench:
+    """One model as a drafter, one row: every draft starts from the same cached ids."""
+
+    def __init__(self, model: Any, ids: Sequence[int], context: int, longest: int, law: Law) -> None:
+        # What a draft costs does not depend on who checks it, and a model always fits under itself.
+        chain = rig(model, [model], num_assistant_tokens=longest)
+        self.below = chain.below
+        self.rows = context_of([[ids[i % len(ids)] for i in range(context)]], context)
+        self.law = law
+        self.seconds(1)  # reads the context
+
+    def seconds(self, tokens: int) -> float:
+        """Of one draft of this many tokens."""
+        before = self.below.stats.seconds
+        self.below.propose(self.rows, [tokens], self.law.maker())
+        return self.below.stats.seconds - before
+
+
 @torch.no_grad()
 def measure_costs(
     models: Sequence[Any],
@@ -124,8 +146,8 @@ def measure_costs(
     *,
     repeats: int = 5,
     batches: bool = True,
+    drafts: Mapping[int, int] | None = None,
     advance: Callable[[int], None] = lambda steps: None,
-    seconds_of: Callable[[_Bench, int], float] = _Bench.seconds,
 ) -> list[ModelCosts]:
     """Measure every model at every shape, in turns, so that a slow minute of the machine falls on all of them.
 
@@ -136,39 +158,72 @@ def measure_costs(
         law: of the plan.
         repeats: rounds of each shape; the median counts, after one that is thrown away.
         batches: whether batches of 2 to 8 rows are measured too.
+        drafts: the longest draft of each model that may draft, by its place in `models`.
         advance: told how many of `steps(...)` are done.
-        seconds_of: the stopwatch, which a test replaces.
 
     Returns:
         One entry a model.
     """
     wanted = [shapes(context, _positions(model), batches=batches) for model in models]
-    benches: dict[tuple[int, int, int], _Bench] = {}
-    readings: list[list[float]] = [[] for _ in models]
+    readings = [
+        [_Bench(model, ids, 1, of_model[0].context, law).first_seconds for _ in range(3)]
+        for model, of_model in zip(models, wanted, strict=True)
+    ]
+    watches: dict[tuple[int, Shape | int], Callable[[], float]] = {}
     for i, (model, of_model) in enumerate(zip(models, wanted, strict=True)):
-        for batch, length in dict.fromkeys((s.batch, s.context) for s in of_model):
-            benches[i, batch, length] = _Bench(model, ids, batch, length, law)
-        readings[i] = [_Bench(model, ids, 1, of_model[0].context, law).first_seconds for _ in range(3)]
-    times: dict[tuple[int, Shape], list[float]] = {(i, s): [] for i, of_model in enumerate(wanted) for s in of_model}
+        benches = {
+            (batch, length): _Bench(model, ids, batch, length, law)
+            for batch, length in dict.fromkeys((s.batch, s.context) for s in of_model)
+        }
+        for shape in of_model:
+            watches[i, shape] = partial(benches[shape.batch, shape.context].seconds, shape.tokens)
+        if longest := (drafts or {}).get(i):
+            drafter = _DraftBench(model, ids, of_model[0].context, longest, law)
+            for tokens in _lengths(longest):
+                watches[i, tokens] = partial(drafter.seconds, tokens)
+    found = _in_turns(watches, repeats, advance)
+    costs = []
+    for i, of_model in enumerate(wanted):
+        points = tuple(sorted((key, t) for (place, key), t in found.items() if place == i and isinstance(key, int)))
+        costs.append(
+            ModelCosts(
+                tuple((shape, found[i, shape]) for shape in of_model),
+                (of_model[0].context, min(readings[i])),
+                SecondsTable(points) if points else None,
+            )
+        )
+    return costs
+
+
+def _lengths(longest: int) -> list[int]:
+    return sorted({*(tokens for tokens in DRAFTS if tokens < longest), longest})
+
+
+def _in_turns(
+    watches: Mapping[tuple[int, Shape | int], Callable[[], float]], repeats: int, advance: Callable[[int], None]
+) -> dict[tuple[int, Shape | int], float]:
+    """Median seconds of each, all run once in every turn, in an order drawn anew; the first turn does not count."""
+    times: dict[tuple[int, Shape | int], list[float]] = {key: [] for key in watches}
     order = list(times)
     turns = random.Random(0)
     for _ in range(repeats + 1):
         turns.shuffle(order)
-        for i, shape in order:
-            times[i, shape].append(seconds_of(benches[i, shape.batch, shape.context], shape.tokens))
+        for key in order:
+            times[key].append(watches[key]())
             advance(1)
-    return [
-        ModelCosts(
-            tuple((s, statistics.median(times[i, s][1:])) for s in of_model),
-            (of_model[0].context, min(readings[i])),
-        )
-        for i, of_model in enumerate(wanted)
-    ]
+    return {key: statistics.median(of_key[1:]) for key, of_key in times.items()}
 
 
-def steps(models: Sequence[Any], context: int, repeats: int = 5, batches: bool = True) -> int:
+def steps(
+    models: Sequence[Any],
+    context: int,
+    repeats: int = 5,
+    batches: bool = True,
+    drafts: Mapping[int, int] | None = None,
+) -> int:
     """How many times `measure_costs` calls `advance`."""
-    return (repeats + 1) * sum(len(shapes(context, _positions(model), batches=batches)) for model in models)
+    passes = sum(len(shapes(context, _positions(model), batches=batches)) for model in models)
+    return (repeats + 1) * (passes + sum(len(_lengths(longest)) for longest in (drafts or {}).values()))
 
 
 @dataclass(frozen=True)

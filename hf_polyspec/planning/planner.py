@@ -16,7 +16,6 @@ from ..compatibility import inner_model
 from ..quantization.packing import packed_assistants
 from .agreement import TREES, DraftRecord, Reading, TreeSize, edge, read_model, record_drafts, survival, windows
 from .candidates import Level, describe_chain, describe_sizes, kind_of, options_of
-from .cost_model import SecondsTable
 from .costs import measure_costs, measure_overheads, steps
 from .plan import Plan, mark_of
 from .reasons import Dropped, reasons
@@ -181,22 +180,31 @@ def _name(member: Any, place: int) -> str:
 
 def _measure(levels: Sequence[Level], texts: list[Text], law: Law, wish: Wish, progress: Progress) -> Measurements:
     models = [level for level in levels if level.kind == "model"]
+    with packed_assistants([level.member for level in levels[1:]], levels[0].member):  # as generate() runs them
+        return _measure_packed(levels, models, texts, law, wish, progress)
+
+
+def _measure_packed(
+    levels: Sequence[Level], models: list[Level], texts: list[Text], law: Law, wish: Wish, progress: Progress
+) -> Measurements:
     bound = _misfits(levels)
     middle = next((m for m in models[1:] if (0, m.place) not in bound), None)
     overheads = measure_overheads(levels[0].member, middle.member if middle else None, texts[0].prompt)
     context = round(sum(len(text.prompt) + len(text.new) / 2 for text in texts) / len(texts))
-    total = steps([m.member for m in models], context, wish.repeats, wish.batches)
+    members = [m.member for m in models]
+    drafts = {i: m.longest for i, m in enumerate(models) if m.place}
+    total = steps(members, context, wish.repeats, wish.batches, drafts)
     count = _counter(progress, "passes are timed", total)
-    with packed_assistants([m.member for m in models[1:]], models[0].member):  # as generate() runs them
-        costs = measure_costs(
-            [m.member for m in models],
-            texts[0].prompt + texts[0].new,
-            context,
-            law,
-            repeats=wish.repeats,
-            batches=wish.batches,
-            advance=lambda n: count(),
-        )
+    costs = measure_costs(
+        members,
+        texts[0].prompt + texts[0].new,
+        context,
+        law,
+        repeats=wish.repeats,
+        batches=wish.batches,
+        drafts=drafts,
+        advance=lambda n: count(),
+    )
     readings = _readings(models, texts, law, wish, progress)
     edges = {
         (above.place, below.place): [
@@ -205,19 +213,11 @@ def _measure(levels: Sequence[Level], texts: list[Text], law: Law, wish: Wish, p
         for i, above in enumerate(models)
         for below in models[i + 1 :]
     }
-    measured = Measurements(
-        [level.name for level in levels],
-        texts,
-        dict(zip((m.place for m in models), costs, strict=True)),
-        edges,
-        {},
-        {},
-        overheads,
-        law.do_sample,
-        bound,
-    )
-    drafting, drafts = _drafters(levels, readings, measured, law, wish, progress)
-    return replace(measured, drafting=drafting, drafts=drafts)
+    of_place = dict(zip((m.place for m in models), costs, strict=True))
+    drafting = {place: table for place, cost in of_place.items() if (table := cost.drafting) is not None}
+    names = [level.name for level in levels]
+    measured = Measurements(names, texts, of_place, edges, {}, drafting, overheads, law.do_sample, bound)
+    return replace(measured, drafts=_drafters(levels, readings, measured, law, wish, progress))
 
 
 def _readings(
@@ -243,48 +243,42 @@ def _drafters(
     law: Law,
     wish: Wish,
     progress: Progress,
-) -> tuple[dict[int, SecondsTable], dict[tuple[int, int, TreeSize | None], DraftRecord]]:
-    """Seconds of drafts of the causal LMs; records of everything else under every level it may stand under."""
+) -> dict[tuple[int, int, TreeSize | None], DraftRecord]:
+    """Records of all that only draft, under every level they may stand under."""
     texts = measured.texts
     jobs = _jobs(levels, measured)
     count = _counter(progress, "drafters draft", len(jobs) * len(texts))
-    drafting: dict[int, SecondsTable] = {}
     drafts: dict[tuple[int, int, TreeSize | None], DraftRecord] = {}
     for above, drafter, tree in jobs:
         record = record_drafts(
             above.member,
             drafter.member,
-            texts[:1] if drafter.kind == "model" else texts,
-            readings[above.place][:1] if drafter.kind == "model" else readings[above.place],
+            texts,
+            readings[above.place],
             law,
             longest=drafter.longest,
             tree=tree,
-            budget=0.01 if drafter.kind == "model" else wish.draft_seconds,
+            budget=wish.draft_seconds,
             blind_first=drafter.kind == "head",
             advance=count,
         )
-        if record is None:
-            continue
-        if drafter.kind == "model":
-            drafting[drafter.place] = record.seconds
-        else:
+        if record is not None:
             drafts[above.place, drafter.place, tree] = record
-    return drafting, drafts
+    return drafts
 
 
 def _jobs(levels: Sequence[Level], measured: Measurements) -> list[tuple[Level, Level, TreeSize | None]]:
     jobs: list[tuple[Level, Level, TreeSize | None]] = []
     for drafter in levels[1:]:
+        if drafter.kind == "model":
+            continue
         above = [
             level
             for level in levels[: drafter.place]
             if level.kind == "model" and (level.place, drafter.place) not in measured.bound
         ]
-        if drafter.kind == "model":
-            jobs += [(level, drafter, None) for level in above[:1]]
-        else:
-            trees: tuple[TreeSize | None, ...] = (None, *TREES) if drafter.kind == "head" else (None,)
-            jobs += [(level, drafter, tree) for level in above for tree in trees]
+        trees: tuple[TreeSize | None, ...] = (None, *TREES) if drafter.kind == "head" else (None,)
+        jobs += [(level, drafter, tree) for level in above for tree in trees]
     return jobs
 
 
