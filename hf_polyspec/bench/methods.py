@@ -9,7 +9,7 @@
     polyspec:NAME,NAME             a chain of the run's assistants, the slowest first
     planned                        the chain of the plan given with --plan
 
-Options follow an @: `polyspec:int8,suffix@block=12,draft=6`.
+Options follow an @: `polyspec:int8,suffix@block=12,draft=6`, `polyspec:suffix@control=online`.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ OPTIONS = {
     "depth": "polyspec_tree_depth",
     "topk": "polyspec_tree_top_k",
     "verification": "polyspec_verification",
+    "control": "polyspec_control",
 }
 """Short names for the options of a chain."""
+_WORDS = ("verification", "control")
 LONGEST_CHAIN = 3
 _ONE_ROW = "transformers' assisted generation takes one row at a time"
 
@@ -87,7 +89,7 @@ class Method:
         """The options under their names in `generate()`."""
         found: dict[str, Any] = {}
         for key, value in self.options:
-            found[OPTIONS[key]] = value if key == "verification" else int(value)
+            found[OPTIONS[key]] = value if key in _WORDS else int(value)
         return found
 
 
@@ -135,7 +137,7 @@ def _parse_options(tail: str, text: str) -> tuple[tuple[str, str], ...]:
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or key not in OPTIONS:
             raise ValueError(f"--methods names {text!r}; options of a chain are {', '.join(OPTIONS)}, as in block=12.")
-        if key != "verification" and not value.isdecimal():
+        if key not in _WORDS and not value.isdecimal():
             raise ValueError(f"--methods names {text!r}; {key} takes a whole number.")
         found[key] = value
     method = Method(CHAIN, options=tuple(found.items()))

@@ -34,6 +34,9 @@ def test_options_reach_generate_under_their_own_names() -> None:
         "polyspec_tree_tokens": 30,
         "polyspec_verification": "token",
     }
+    steered = parse("polyspec:int8,head@control=online", KNOWN)
+    assert steered.chain_options == {"polyspec_control": "online"}
+    assert steered.name == "polyspec:int8,head@control=online"
     assert method.label(1) == method.name
     assert method.label(4) == "polyspec:int8,head@block=12,tree=30,verification=token,batch=4"
     assert Method("plain").label(8) == "plain@batch=8"
@@ -52,6 +55,7 @@ def test_options_reach_generate_under_their_own_names() -> None:
         ("plain@block=3", "only chains take options"),
         ("polyspec:int8@blocks=3", "options of a chain are block"),
         ("polyspec:int8@block=many", "block takes a whole number"),
+        ("polyspec:int8@control=always", "polyspec_control must be one of"),
         ("polyspec:int8@block=0", "polyspec_block_size must be a whole number of at least 1"),
     ],
 )
