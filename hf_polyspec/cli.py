@@ -95,6 +95,7 @@ NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
 Seed = Annotated[int, typer.Option(help="Of the sampling.")]
+Pack = Annotated[bool, typer.Option("--pack", help="Pack the model for the CPU (see hf_polyspec.pack).")]
 Html = Annotated[Path | None, typer.Option(help="Write the text here, each token coloured by its level.")]
 _CHAIN: dict[str, tuple[str, Any]] = {
     "block_size": (
@@ -185,6 +186,7 @@ def demo(
     seed: Seed = 0,
     *,
     chain: dict[str, Any],
+    pack: Pack = False,
     html: Html = None,
 ) -> None:
     """One prompt, answered by plain generate() and by every chain; ends with a table of speeds.
@@ -195,7 +197,7 @@ def demo(
 
     request = _request(prompt, max_new_tokens, temperature, seed, chain)
     console = _console()
-    target, tokenizer, assistants, names = _load(console, model, assistant, device, dtype, html)
+    target, tokenizer, assistants, names = _load(console, model, assistant, device, dtype, html, pack)
     answers = running.run_demo(target, tokenizer, assistants, names, request, console)
     if html is not None:
         _write_page(html, tokenizer, answers)
@@ -221,6 +223,7 @@ def generate(
     bias_budget: Annotated[
         float | None, typer.Option(help="Lossy: the share of the model's rejections that is waived, 0 to 1.")
     ] = None,
+    pack: Pack = False,
     html: Html = None,
 ) -> None:
     """One prompt, answered by one chain; the text goes to standard output, the table to standard error."""
@@ -229,8 +232,9 @@ def generate(
     options = chain | _chain_options(polyspec_control=control, polyspec_bias_budget=bias_budget)
     if bias_budget and temperature == 0:
         raise ValueError("--bias-budget needs a --temperature above 0: greedy decoding is exact at any budget.")
-    request = _planned(_request(prompt, max_new_tokens, temperature, seed, options), plan)
-    target, tokenizer, assistants, names = _load(Console(stderr=True), model, assistant, device, dtype, html)
+    request, packed = _planned(_request(prompt, max_new_tokens, temperature, seed, options), plan)
+    console = Console(stderr=True)
+    target, tokenizer, assistants, names = _load(console, model, assistant, device, dtype, html, pack or packed)
     streamer = running.ConsoleStreamer(tokenizer, Console())
     answer = running.answer(target, tokenizer, assistants, request, " + ".join(names), streamer)
     if answer.stats is not None:
@@ -278,19 +282,26 @@ def _request(prompt: str | None, tokens: int, temperature: float, seed: int, opt
     return Request(text, tokens, temperature, seed, options)
 
 
-def _planned(request: Any, plan: Path | None) -> Any:
-    """The request with a plan, which is read before a model is loaded."""
+def _planned(request: Any, plan: Path | None) -> tuple[Any, bool]:
+    """The request with a plan, which is read before a model is loaded, and whether it wants the model packed."""
     if plan is None:
-        return request
+        return request, False
     from dataclasses import replace
 
     from .planning.plan import Plan
 
-    return replace(request, options={**(request.options or {}), "polyspec_plan": Plan.load(plan)})
+    found = Plan.load(plan)
+    return replace(request, options={**(request.options or {}), "polyspec_plan": found}), found.packed
 
 
 def _load(
-    console: Console, model: str | None, assistant: list[str] | None, device: str, dtype: str, html: Path | None
+    console: Console,
+    model: str | None,
+    assistant: list[str] | None,
+    device: str,
+    dtype: str,
+    html: Path | None,
+    pack: bool,
 ) -> tuple[Any, Any, list[Any], list[str]]:
     """Target, tokenizer, assistants and what to call them."""
     _quiet()
@@ -299,6 +310,7 @@ def _load(
     from .demo import DEFAULT_MODEL, default_assistants
     from .models import check_device, load_model, load_tokenizer, read_dtype, short_name
     from .packaged import PACKAGE, first_time
+    from .quantization import pack as pack_model
 
     name = model or DEFAULT_MODEL
     words = assistant or default_assistants(name)
@@ -309,6 +321,8 @@ def _load(
         raise ValueError(f"The folder of {html} does not exist.")
     with console.status(f"loading {name}{first_time(name)}"):
         target, tokenizer = load_model(name, dtype, device), load_tokenizer(name)
+        if pack:
+            pack_model(target)
         assistants = [load_assistant(word, target, dtype, device) for word in words]
     check_assistants(target, assistants)
     if name == PACKAGE:

@@ -39,7 +39,7 @@ Methods = Annotated[
 ]
 Sweeps = Annotated[
     list[str] | None,
-    typer.Option(help="Run every chain with each value of an option: block=4,8,12 (draft, tree, depth, topk, control)."),
+    typer.Option(help="Run every chain with each value of an option: block=4,8,12 (draft, tree, depth, topk)."),
 ]
 Tasks = Annotated[str | None, typer.Option(help="Separated by commas; all of the file unless told.")]
 Limit = Annotated[int | None, typer.Option(help="Most questions of a task, drawn by the seed.")]

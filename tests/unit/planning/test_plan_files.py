@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +57,28 @@ def test_a_plan_survives_its_file(make: MakePlan, tmp_path: Path) -> None:
     assert Plan.load(file) == plan
     assert Plan.read(str(file)) == Plan.read(plan.to_dict()) == Plan.read(plan) == plan
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_plan_of_a_packed_target_asks_for_one(
+    make: MakePlan, target: PreTrainedModel, middle: PreTrainedModel
+) -> None:
+    levels = [middle, SuffixDrafter()]
+    plan = replace(make(), packed=True)
+    with pytest.warns(UserWarning, match=r"hf_polyspec.pack\(model\)"):
+        plan.apply(target, levels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make().apply(target, levels)
+        hf_polyspec.pack(target)
+        try:
+            plan.apply(target, levels)
+            make().apply(target, levels)
+        finally:
+            hf_polyspec.unpack(target)
+    # Plans of before packing was recorded stay plans.
+    values = make().to_dict()
+    del values["packed"]
+    assert Plan.from_dict(values) == make()
 
 
 def test_generate_takes_a_path_a_dict_or_a_plan(
