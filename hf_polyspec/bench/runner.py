@@ -24,6 +24,8 @@ from .ties import compare
 
 WARM_UP_TOKENS = 16
 RECORDS, TIES, UNAVAILABLE = "records", "ties", "unavailable"
+REFUSALS = (ValueError, TypeError, NotImplementedError)
+"""How generate() says that it cannot run in some way."""
 FLOAT32 = "float32-"
 """Comes before these names for the run in float32, which is compared and not timed."""
 
@@ -174,15 +176,19 @@ class Runner:
                     ask = Ask(min(WARM_UP_TOKENS, self.work.max_new_tokens), temperature, self.work.seed)
                     for _ in range(self.work.warm_up):
                         self.cast.answer(method, prompts, ask)
-            except (ValueError, TypeError, NotImplementedError) as error:
-                if method.kind in (PLAIN, CHAIN) and batch == 1:
-                    raise
-                reason = " ".join(str(error).split())[:300]
-                self._leave_out(method.label(batch), reason)
-                self.say(f"{method.label(batch)} cannot be run: {reason}")
+            except REFUSALS as error:
+                self._cannot_run(method, batch, error)
             else:
                 found.append(method)
         return found
+
+    def _cannot_run(self, method: Method, batch: int, error: Exception) -> None:
+        """List a method as unavailable for this batch; what the whole run is about ends it instead."""
+        if method.kind in (PLAIN, CHAIN) and batch == 1:
+            raise error
+        reason = " ".join(str(error).split())[:300]
+        self._leave_out(method.label(batch), reason)
+        self.say(f"{method.label(batch)} cannot be run: {reason}")
 
     def _run_batch(self, batch: int, groups: list[Group], methods: list[Method]) -> None:
         temperatures = self.work.temperatures
@@ -201,12 +207,19 @@ class Runner:
                         self._compare(methods, batch, group)
 
     def _answer(self, method: Method, batch: int, temperature: float, group: Group, turn: int) -> None:
-        key = (method.label(batch), temperature, group.name, turn)
-        if key in self._done:
+        label = method.label(batch)
+        if (label, temperature, group.name, turn) in self._done or label in self.unavailable:
             return
         prompts = self._prompts(group, turn, self._answers(method, batch, temperature, group, turn))
         ask = Ask(self.work.max_new_tokens, temperature, sampling_seed(self.work.seed, group, turn))
-        outcome = self.cast.answer(method, prompts, ask)
+        try:
+            outcome = self.cast.answer(method, prompts, ask)
+        except REFUSALS as error:
+            # Without a warm-up the first answer is what finds it out; a method that has answered before can run.
+            if any(done == label for done, *_ in self._done):
+                raise
+            self._cannot_run(method, batch, error)
+            return
         lines = self._lines(method, batch, temperature, group, turn, prompts, outcome)
         self._records.append(lines[: group.own])
         for line in lines:
@@ -277,12 +290,16 @@ class Runner:
         return lines
 
     def _compare(self, methods: list[Method], batch: int, group: Group) -> None:
-        """Compare every greedy answer with plain's to the same prompt, and keep what differs."""
+        """Compare every greedy answer with plain's to the same prompt, and keep what differs.
+
+        Where plain itself cannot be run there is nothing to compare with.
+        """
         if group.name in self._compared:
             return
         differences = []
         plain = Method(PLAIN)
-        for turn in range(group.turns):
+        methods = [method for method in methods if method.label(batch) not in self.unavailable]
+        for turn in range(group.turns) if plain in methods else ():
             theirs = self._done[plain.label(batch), 0.0, group.name, turn]
             prompts = self._prompts(group, turn, self._answers(plain, batch, 0.0, group, turn))
             for method in methods:

@@ -126,6 +126,58 @@ def test_a_killed_run_goes_on_and_repeats_nothing(
     assert calls[0] == 0
 
 
+def refusing(monkeypatch: pytest.MonkeyPatch, kinds: tuple[str, ...], rows: int, after: int = 0) -> None:
+    """Have these kinds of method raise what generate() raises, for this many prompts, after so many answers."""
+    answer, calls = Cast.answer, [0]
+
+    def choosy(self: Cast, method: Any, prompts: Any, ask: Any) -> Any:
+        if method.kind in kinds and len(prompts) == rows:
+            calls[0] += 1
+            if calls[0] > after:
+                raise ValueError(f"{method.kind} needs\nanother model.")
+        return answer(self, method, prompts, ask)
+
+    monkeypatch.setattr(Cast, "answer", choosy)
+
+
+def test_a_peer_that_cannot_run_is_listed_without_a_warm_up(
+    bench_models: dict[str, str], bench_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "choosy"
+    refusing(monkeypatch, ("hf:assisted",), rows=1)
+    for _ in range(2):  # a second start goes on from there, and asks nobody again
+        code, said = bench(*run_arguments(bench_models, folder), *PART)
+        assert code == 0, said
+    refused = [line for line in read_lines(folder, "unavailable") if "batch=2" not in line["method"]]
+    assert refused == [{"method": "hf:assisted:small", "reason": "hf:assisted needs another model."}]
+    others = {key: line for key, line in answers(bench_run).items() if key[0] != "hf:assisted:small"}
+    assert answers(folder) == others
+    assert "hf:assisted needs another model." in (folder / "report.html").read_text()
+
+
+def test_a_batch_that_plain_cannot_run_is_not_compared(
+    bench_models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "rows"
+    refusing(monkeypatch, ("plain",), rows=2)
+    arguments = run_arguments(bench_models, folder)
+    code, said = bench(*arguments, *PART)
+    assert code == 0, said
+    assert "plain@batch=2 cannot be run: plain needs another model." in said
+    assert {line["method"] for line in read_lines(folder, "records") if line["batch_size"] == 2} == {f"{CHAIN},batch=2"}
+
+
+@pytest.mark.parametrize(("kind", "after"), [("polyspec", 0), ("hf:assisted", 1)])
+def test_a_chain_that_cannot_run_or_a_peer_that_fails_later_ends_the_run(
+    bench_models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, after: int
+) -> None:
+    refusing(monkeypatch, (kind,), rows=1, after=after)
+    code, said = bench(*run_arguments(bench_models, tmp_path / "run"), *PART)
+    assert code == 2
+    assert f"{kind} needs another model." in " ".join(said.split())
+    assert not read_lines(tmp_path / "run", "unavailable")
+
+
 def test_a_resumed_run_refuses_other_settings(bench_models: dict[str, str], bench_run: Path) -> None:
     before = {path.name: path.read_bytes() for path in bench_run.iterdir()}
     code, said = bench(*run_arguments(bench_models, bench_run), "--seed", "5")
