@@ -3,12 +3,13 @@
 
 On few rows a linear layer of a small model costs as much in the call as in the work, and seven calls a block become
 four. The first layer of a group to be called computes all of them; the others find their part waiting, as long as
-they ask with the very same tensor object, unchanged.
+they ask in the same thread with the very same tensor object, unchanged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import get_ident
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class JointProduct:
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self._sizes = list(sizes)
-        self._waiting: tuple[Tensor, int, list[Tensor | None]] | None = None
+        self._waiting: dict[int, tuple[Tensor, int, list[Tensor | None]]] = {}  # by thread
         self._misses = 0
         self.dissolved = False
 
@@ -45,15 +46,21 @@ class JointProduct:
         """What multiplies all of the layers' weights as they are now, None where there can be no such thing."""
         raise NotImplementedError
 
+    def unchanged(self, member: int) -> bool:
+        """Whether one layer's weights are still those that the parts which wait were computed with."""
+        return True
+
     def part(self, member: int, x: Tensor) -> Tensor | None:
         """Output `[..., N_member]` of one layer, or None once the layers turned out not to share their input."""
-        waiting = self._waiting  # one read: another thread may replace it
-        if waiting is not None and waiting[0] is x and waiting[1] == _version(x):
+        thread = get_ident()
+        waiting = self._waiting.get(thread)
+        if waiting is not None and waiting[0] is x and waiting[1] == _version(x) and self.unchanged(member):
             found = waiting[2][member]
             if found is not None:
                 waiting[2][member] = None
                 if all(part is None for part in waiting[2]):
-                    self._waiting, self._misses = None, 0
+                    self._waiting.pop(thread, None)
+                    self._misses = 0
                 return found
         if waiting is not None:
             self._misses += 1
@@ -68,12 +75,13 @@ class JointProduct:
         parts: list[Tensor | None] = [part.contiguous() for part in torch.split(kernel(x), self._sizes, -1)]
         own = parts[member]
         parts[member] = None
-        self._waiting = (x, _version(x), parts)
+        self._waiting[thread] = (x, _version(x), parts)
         return own
 
     def dissolve(self) -> None:
         """Compute nothing together any more: the layers do not share their input."""
-        self._waiting, self.dissolved = None, True
+        self.dissolved = True
+        self._waiting.clear()
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_waiting": None}
+        return {**self.__dict__, "_waiting": {}}

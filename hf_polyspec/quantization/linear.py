@@ -114,13 +114,15 @@ class QuantizedLinear(nn.Module):
         Returns:
             `[..., N]` in the dtype of `input`.
         """
-        if self._group is not None:
-            part = self._group.part(self._member, input)
+        group = self._group  # one read each: in another thread the group may fall apart
+        if group is not None:
+            part = group.part(self._member, input)
             if part is not None:
                 return part
-        if self._kernel is None:
-            self._kernel = self.build_kernel(self.quantized_weight, self.bias)
-        return self._kernel(input)
+        kernel = self._kernel
+        if kernel is None:
+            kernel = self._kernel = self.build_kernel(self.quantized_weight, self.bias)
+        return kernel(input)
 
     def state_tensors(self, version: int = 1) -> dict[str, Tensor]:
         """The layer's tensors in a GPTQ checkpoint (`qweight`, `qzeros`, `scales`, `g_idx`, perhaps `bias`)."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from ctypes import string_at
 from typing import TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,17 @@ from hf_polyspec.quantization.joint_product import SIBLINGS, JointProduct
 from hf_polyspec.quantization.kernels import Kernel, multiplies, pack_float, packed_size, packs, room_for
 
 Model = TypeVar("Model", bound=nn.Module)
-Kept = tuple[Kernel, tuple[object, ...]]
+Marks = tuple[object, ...]
+Kept = tuple[Kernel, tuple[Marks, ...]]
 
 # Below this many rows the plain product is memory-bound and wins (measured, docs/quantization.md); 16-bit types that
 # the machine multiplies itself are packed for every number of rows.
-FEW_ROWS = {torch.float32: 4, torch.bfloat16: 3, torch.float16: 3}
+FEW_ROWS = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 3}
+_SAMPLE = 128
+"""Bytes at the beginning, in the middle and at the end of a weight that are compared in every pass."""
+
+# Layers whose siblings have turned out to read other inputs than theirs.
+_APART: WeakSet[nn.Linear] = WeakSet()
 
 
 class PackedProduct(JointProduct):
@@ -35,7 +42,7 @@ class PackedProduct(JointProduct):
         super().__init__([layer.out_features for layer in layers])
         self.layers = list(layers)
         self._packed: Kernel | None = None if kept is None else kept[0]
-        self._stamp: tuple[object, ...] = () if kept is None else kept[1]
+        self._stamp: tuple[Marks, ...] = () if kept is None else kept[1]
 
     def kept(self) -> Kept | None:
         """The packed matrix and what it was packed from, None if it has not been needed yet."""
@@ -43,13 +50,21 @@ class PackedProduct(JointProduct):
 
     def kernel(self) -> Kernel | None:
         """The packed matrix of the weights as they are now, None where memory is short."""
-        stamp = tuple(mark for layer in self.layers for mark in _marks(layer))
+        stamp = tuple(_marks(layer) for layer in self.layers)
         if stamp != self._stamp:  # first pass, or a weight was changed since
             self._packed, self._stamp = None, stamp
             weights = [layer.weight.detach() for layer in self.layers]
             if room_for(weights[0], sum(map(packed_size, weights))):
                 self._packed = pack_float(torch.cat(weights), self._bias())
         return self._packed
+
+    def unchanged(self, member: int) -> bool:
+        return self._stamp[member] == _marks(self.layers[member])
+
+    def dissolve(self) -> None:
+        super().dissolve()
+        self._packed, self._stamp = None, ()
+        _APART.update(self.layers)
 
     def _bias(self) -> Tensor | None:
         if all(layer.bias is None for layer in self.layers):
@@ -64,11 +79,34 @@ class PackedProduct(JointProduct):
         return {**super().__getstate__(), "_packed": None, "_stamp": ()}
 
 
-def _marks(layer: nn.Linear) -> Iterator[object]:
-    yield layer.weight.data_ptr()
-    yield layer.weight.dtype
-    for tensor in (layer.weight, layer.bias):
-        yield -1 if tensor is None or tensor.is_inference() else tensor._version
+def _marks(layer: nn.Linear) -> Marks:
+    """What changes when a layer's numbers do: where they lie, torch's counts of changes, and some of the numbers.
+
+    Writing through `.data`, as PEFT does to merge adapters, is counted by nobody.
+    """
+    weight, bias = _own(layer, "weight"), _own(layer, "bias")
+    assert weight is not None
+    start, size = weight.data_ptr(), weight.nbytes
+    some = min(_SAMPLE, size)
+    middle = start + (size - some) // 2
+    sample = string_at(start, some), string_at(middle, some), string_at(start + size - some, some)
+    if bias is None:
+        return (start, weight.dtype, _count(weight), sample)
+    return (start, weight.dtype, _count(weight), sample, bias.data_ptr(), _count(bias), _beginning(bias))
+
+
+def _own(layer: nn.Linear, name: str) -> Tensor | None:
+    """A parameter without the detour through `nn.Module.__getattr__`: asked for in every pass."""
+    found: Tensor | None = layer._parameters[name] if name in layer._parameters else getattr(layer, name)
+    return found
+
+
+def _count(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _beginning(bias: Tensor) -> bytes:
+    return string_at(bias.data_ptr(), min(_SAMPLE, bias.nbytes)) if bias.is_contiguous() else b""
 
 
 class PackedForward:
@@ -80,25 +118,45 @@ class PackedForward:
     """
 
     def __init__(self, product: PackedProduct, member: int = 0) -> None:
-        self.product, self.member = product, member
+        self._place = product, member  # replaced as one: other threads may be calling
+
+    @property
+    def product(self) -> PackedProduct:
+        """What computes the layer."""
+        return self._place[0]
 
     @property
     def linear(self) -> nn.Linear:
         """The layer."""
-        return self.product.layers[self.member]
+        product, member = self._place
+        return product.layers[member]
 
     def __call__(self, input: Tensor) -> Tensor:
-        linear = self.linear
+        product, member = self._place
+        linear = product.layers[member]
         weight = linear.weight
         trained = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
         few = input.numel() < few_rows(weight.dtype) * input.shape[-1]
-        if not (trained or few or input.dtype is not weight.dtype or not packs(weight)):
-            if self.product.dissolved:
-                self.product, self.member = PackedProduct([linear]), 0
-            part = self.product.part(self.member, input)
+        if not (trained or few or input.dtype is not weight.dtype or not _can_pack(weight) or _autocasts()):
+            if product.dissolved:
+                product, member = self._place = PackedProduct([linear]), 0
+            part = product.part(member, input)
             if part is not None:
                 return part
         return F.linear(input, weight, linear.bias)
+
+
+def _can_pack(weight: Tensor) -> bool:
+    """Whether the numbers of a weight lie in memory one after the other, and packing them pays.
+
+    Subclasses (quantised, distributed) bring products of their own; a weight that is no parameter is made anew by
+    somebody's hook in every pass.
+    """
+    return type(weight) is nn.Parameter and packs(weight) and weight.is_contiguous()
+
+
+def _autocasts() -> bool:
+    return torch.is_autocast_enabled("cpu")
 
 
 def few_rows(dtype: torch.dtype) -> int:
@@ -112,9 +170,10 @@ def pack(model: Model) -> Model:
     The same numbers are multiplied in another order, so outputs agree within the rounding of the dtype; layers that
     read the same input are one product. Types that this CPU has no instructions for (float16; bfloat16 without
     AVX512-BF16) are multiplied in float32 and rounded once at the end. Parameters, `state_dict` and class of every
-    layer stay; a weight that is changed later is packed again. Costs a second copy of the packed matrices, in float32
+    layer stay; a weight that is changed later is packed again (one exception: a few numbers written through `.data`,
+    which torch does not count; `unpack` and `pack` after that). Costs a second copy of the packed matrices, in float32
     for those types; matrices for which less than half of the memory would stay free are left as they are. Does
-    nothing on other devices, and for layers whose `forward` someone else has already replaced.
+    nothing on other devices, under autocast, and for layers whose `forward` someone else has already replaced.
 
     Args:
         model: Any model.
@@ -134,7 +193,8 @@ def _packable(model: nn.Module) -> Iterator[list[nn.Linear]]:
         for names in SIBLINGS:
             layers = [getattr(parent, name, None) for name in names]
             found = [layer for layer in layers if isinstance(layer, nn.Linear) and _is_plain(layer)]
-            if len(found) == len(names) and len({_kind(layer) for layer in found}) == 1:
+            alike = len(found) == len(names) and len({_kind(layer) for layer in found}) == 1
+            if alike and not any(layer in _APART for layer in found):
                 grouped.update(map(id, found))
                 yield found
     for module in model.modules():
@@ -143,7 +203,7 @@ def _packable(model: nn.Module) -> Iterator[list[nn.Linear]]:
 
 
 def _is_plain(layer: nn.Linear) -> bool:
-    return type(layer) is nn.Linear and "forward" not in layer.__dict__ and packs(layer.weight)
+    return type(layer) is nn.Linear and "forward" not in layer.__dict__ and _can_pack(layer.weight)
 
 
 def _kind(layer: nn.Linear) -> tuple[object, ...]:
@@ -179,7 +239,7 @@ def packed_assistants(assistants: Iterable[object], target: nn.Module | None = N
     for assistant in assistants:
         if isinstance(assistant, nn.Module) and not hasattr(assistant, "_orig_mod"):
             groups = list(_packable(assistant))
-            chosen.update((id(layers[0]), layers) for layers in groups if id(layers[0]) not in alone)
+            chosen.update((id(layers[0]), layers) for layers in groups if not any(id(one) in alone for one in layers))
     products = _products(chosen.values(), _KEPT)
     if not _room(products):
         products = []
@@ -190,10 +250,14 @@ def packed_assistants(assistants: Iterable[object], target: nn.Module | None = N
     finally:
         for product in products:
             for layer in product.layers:
-                layer.__dict__.pop("forward", None)
-            kept = product.kept()
-            if kept is not None:
-                _KEPT[product.layers[0]] = kept
+                _keep(layer.__dict__.pop("forward", None))
+
+
+def _keep(forward: object) -> None:
+    """What an assistant's layer was computed with, for the next time."""
+    kept = forward.product.kept() if isinstance(forward, PackedForward) else None
+    if isinstance(forward, PackedForward) and kept is not None:
+        _KEPT[forward.product.layers[0]] = kept
 
 
 def _room(products: Sequence[PackedProduct]) -> bool:

@@ -28,13 +28,15 @@ class SharedInput(JointProduct):
 
     def kernel(self) -> Kernel:
         """The joint matrix, packed when it is first needed."""
-        if self._kernel is None:
-            self._kernel = self._build()
-        return self._kernel
+        kernel = self._kernel  # one read: another thread may reset it
+        if kernel is None:
+            kernel = self._kernel = self._build()
+        return kernel
 
     def reset(self) -> None:
         """Forget the packed weights and any waiting parts: the layers have moved."""
-        self._kernel, self._waiting = None, None
+        self._kernel = None
+        self._waiting.clear()
 
     def dissolve(self) -> None:
         """Let every layer compute alone again."""

@@ -6,9 +6,11 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -60,6 +62,50 @@ def test_a_changed_weight_is_packed_again(model: PreTrainedModel) -> None:
         model.lm_head.weight.mul_(2.0)
     changed = _logits(model)
     torch.testing.assert_close(changed, _logits(unpack(model)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_a_change_that_torch_does_not_count_is_packed_again(kind: str) -> None:
+    """As PEFT merges adapters: through `.data`, in place."""
+    layer = nn.Sequential(nn.Linear(64, 48))
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        pack(layer)(x)
+        parameter = getattr(layer[0], kind)
+        version, place = parameter._version, parameter.data_ptr()
+        parameter.data += 0.5
+        assert (parameter._version, parameter.data_ptr()) == (version, place)
+        changed = layer(x)
+        torch.testing.assert_close(changed, unpack(layer)(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_that_changes_between_siblings_is_not_served_from_before(model: PreTrainedModel) -> None:
+    mlp = pack(model).model.layers[0].mlp
+    x = torch.randn(9, mlp.up_proj.in_features, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        mlp.gate_proj(x)
+        mlp.up_proj.weight.mul_(2.0)
+        changed = mlp.up_proj(x)
+    torch.testing.assert_close(changed, nn.functional.linear(x, mlp.up_proj.weight), rtol=1e-4, atol=1e-4)
+
+
+def test_under_autocast_the_plain_product_is_used(model: PreTrainedModel) -> None:
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = model(IDS).logits
+        packed = pack(model)(IDS).logits
+    assert packed.dtype is plain.dtype
+    assert torch.equal(packed, plain)
+
+
+def test_weights_that_are_no_plain_parameters_are_left_alone() -> None:
+    class Quantised(torch.Tensor):
+        """Stands for the weights of libraries that quantise by subclassing."""
+
+    layers = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    layers[0].weight = nn.Parameter(torch.zeros(8, 8).as_subclass(Quantised), requires_grad=False)
+    torch.nn.utils.prune.random_unstructured(layers[1], "weight", 0.5)  # a hook makes the weight anew in every pass
+    pack(layers)
+    assert ["forward" in layer.__dict__ for layer in layers] == [False, False, True]
 
 
 def test_training_goes_through_the_plain_product(model: PreTrainedModel) -> None:
@@ -143,6 +189,55 @@ def test_siblings_with_inputs_of_their_own_part_ways() -> None:
             torch.testing.assert_close(pair(x), before, rtol=1e-5, atol=1e-5)
     assert joint.dissolved
     assert pair.gate_proj.forward.product is not pair.up_proj.forward.product
+
+
+def test_siblings_that_parted_ways_are_packed_apart_from_then_on() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w1, self.w3 = nn.Linear(32, 8), nn.Linear(32, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([self.w1(x), self.w3(2 * x)], -1)
+
+    pair, kept = Pair(), []
+    x = torch.randn(9, 32, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        for _ in range(3):
+            with packing.packed_assistants([pair]):
+                for _ in range(3):
+                    pair(x)
+                assert pair.w1.forward.product is not pair.w3.forward.product
+                kept.append([layer.forward.product.kept() for layer in (pair.w1, pair.w3)])
+    assert all(one is not None for row in kept for one in row)
+    assert [row[0][0] is row[1][0] for row in kept] == [False] * 3
+    assert [one[0] for one in kept[0]] == [one[0] for one in kept[1]] == [one[0] for one in kept[2]], "packed anew"
+
+
+def test_a_group_that_shares_a_layer_with_the_target_is_left_alone(model: PreTrainedModel) -> None:
+    other = copy.deepcopy(model)
+    other.model.layers[0].mlp.up_proj = model.model.layers[0].mlp.up_proj
+    with packing.packed_assistants([other], model):
+        assert not is_packed(model)
+        assert is_packed(other)
+
+
+def test_threads_share_a_packed_model(model: PreTrainedModel) -> None:
+    """Parts wait for the thread that asked: others neither take them nor make siblings part ways."""
+    mlp = pack(model).model.layers[0].mlp
+    size = mlp.up_proj.in_features
+
+    def ask(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return layer(x)
+
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        for _ in range(3):
+            mine, theirs = torch.randn(9, size), torch.randn(9, size)
+            for layer in (mlp.gate_proj, mlp.up_proj):
+                first.submit(ask, layer, mine).result()
+                second.submit(ask, layer, theirs).result()
+    assert not mlp.gate_proj.forward.product.dissolved
 
 
 def test_without_memory_the_plain_product_stays(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
