@@ -225,7 +225,7 @@ def test_a_group_that_shares_a_layer_with_the_target_is_left_alone(model: PreTra
 def test_threads_share_a_packed_model(model: PreTrainedModel) -> None:
     """Parts wait for the thread that asked: others neither take them nor make siblings part ways."""
     mlp = pack(model).model.layers[0].mlp
-    size = mlp.up_proj.in_features
+    size, joint = mlp.up_proj.in_features, mlp.gate_proj.forward.product
 
     def ask(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -237,7 +237,7 @@ def test_threads_share_a_packed_model(model: PreTrainedModel) -> None:
             for layer in (mlp.gate_proj, mlp.up_proj):
                 first.submit(ask, layer, mine).result()
                 second.submit(ask, layer, theirs).result()
-    assert not mlp.gate_proj.forward.product.dissolved
+    assert not joint.dissolved
 
 
 def test_without_memory_the_plain_product_stays(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
