@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hf_polyspec.quantization.linear import float_weight
 from hf_polyspec.quantization.model import is_linear, output_head, replace_module, sharing_copy
+from hf_polyspec.quantization.packing import PackedForward
 from hf_polyspec.quantization.weights import round_to_nearest
 
 STEPS = 20
@@ -280,8 +281,7 @@ def apply_fold(model: nn.Module, fold: Fold, factors: Tensor) -> bool:
     replace_module(model, fold.before, divided)
     spread = fold.spread(factors)
     for name in fold.after:
-        layer = copy.copy(model.get_submodule(name))
-        layer._parameters = dict(layer._parameters)
+        layer = _own_copy(model.get_submodule(name))
         old: Any = layer.weight
         scale = spread.to(old)
         # nn.Linear holds [N, K], Conv1D [K, N].
@@ -292,8 +292,7 @@ def apply_fold(model: nn.Module, fold: Fold, factors: Tensor) -> bool:
 
 def _divided(module: nn.Module, factors: Tensor) -> nn.Module | None:
     """A copy of a module whose output is divided channel by channel, None if its weight does not work that way."""
-    layer = copy.copy(module)
-    layer._parameters = dict(module._parameters)
+    layer = _own_copy(module)
     weight: Any = module.weight
     scale = factors.to(weight)
     bias = getattr(module, "bias", None)
@@ -309,6 +308,15 @@ def _divided(module: nn.Module, factors: Tensor) -> nn.Module | None:
         if torch.allclose(layer(sample).float(), wanted.float(), rtol=2e-2 if weight.dtype != torch.float32 else 1e-4):
             return layer
     return None
+
+
+def _own_copy(module: nn.Module) -> nn.Module:
+    """A module with the same parameters, to be given others; a packed one multiplies plainly, with its own."""
+    layer = copy.copy(module)
+    layer._parameters = dict(module._parameters)
+    if isinstance(layer.__dict__.get("forward"), PackedForward):
+        del layer.__dict__["forward"]
+    return layer
 
 
 def _like(tensor: Tensor) -> nn.Parameter:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from architectures import ARCHITECTURES
 from transformers import PreTrainedModel
 
-from hf_polyspec.quantization import agreement, fold_scales, input_moments, load_quantized, quantize_model
+from hf_polyspec.quantization import agreement, fold_scales, input_moments, load_quantized, pack, quantize_model
 from hf_polyspec.quantization.awq import Fold, apply_fold, usable_folds
 from hf_polyspec.quantization.checkpoint import save_quantized
 from hf_polyspec.quantization.model import sharing_copy
@@ -49,6 +50,17 @@ def test_folding_changes_nothing_but_the_rounding(outliers, moments) -> None:
     measured = input_moments(folded.model, IDS)
     for name, moment in folded.moments.items():
         torch.testing.assert_close(moment, measured[name], rtol=1e-2, atol=1e-2)
+
+
+def test_a_packed_model_is_folded_like_any_other(outliers, moments) -> None:
+    wanted = fold_scales(outliers, moments, 4, 32)
+    packed = pack(copy.deepcopy(outliers))
+    outliers_logits = packed(HELD_OUT).logits
+    found = fold_scales(packed, moments, 4, 32)
+    assert found.moments.keys() == wanted.moments.keys()
+    for name, tensor in wanted.model.state_dict().items():
+        torch.testing.assert_close(found.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.model(HELD_OUT).logits, outliers_logits, rtol=1e-3, atol=1e-3)
 
 
 def test_scales_are_worth_it(outliers, moments) -> None:
