@@ -233,16 +233,27 @@ def fingerprint(member: Any) -> str:
         config: Any = getattr(member, "config", None)
         told = config.to_dict() if hasattr(config, "to_dict") else {}
         told = {name: value for name, value in told.items() if name not in _VOLATILE}
-        weights = [
-            (name, tuple(w.shape), str(w.dtype)) for name, w in member.state_dict().items() if hasattr(w, "shape")
-        ]
+        weights = _shapes(member)
     else:
         simple = (bool, int, float, str, type(None))
         told = {k: v for k, v in vars(member).items() if isinstance(v, simple) and not k.startswith("_")}
         told = {name: value for name, value in told.items() if name not in ("index", "vocabulary")}
-        weights = []
+        weights = {}
     text = json.dumps([type(member).__name__, told, weights], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _shapes(model: nn.Module) -> dict[str, str]:
+    """Shape and type of every weight by name. Nothing is copied or converted: this is asked in every generation."""
+    from ..quantization.model import quantized_layers
+
+    quantized = quantized_layers(model)
+    # The state of a quantised layer is that of a checkpoint, which takes packing all of its integers.
+    weights = dict(model.named_parameters()) if quantized else model.state_dict()
+    found = {name: f"{tuple(w.shape)} {w.dtype}" for name, w in weights.items() if hasattr(w, "shape")}
+    for name, layer in quantized.items():
+        found[name] = f"{layer.out_features, layer.in_features} {layer.bits} bits by {layer.group_size}"
+    return found
 
 
 def mark_of(member: Any, name: str) -> Mark:

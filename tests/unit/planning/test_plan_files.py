@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 import hf_polyspec
 from hf_polyspec.levels.suffix import SuffixDrafter
 from hf_polyspec.planning import Plan
-from hf_polyspec.planning.plan import mark_of
+from hf_polyspec.planning.plan import fingerprint, mark_of
+from hf_polyspec.quantization import quantize_model
+from hf_polyspec.quantization.linear import QuantizedLinear
 
 MakePlan = Callable[..., Plan]
 
@@ -131,6 +133,17 @@ def test_foreign_models_are_refused_in_one_sentence(
     lower = tiny("llama").to(torch.bfloat16)
     with pytest.raises(ValueError, match="the target was target"):
         plan.apply(lower, [middle, SuffixDrafter()])
+
+
+def test_a_quantised_member_is_recognised_without_writing_its_checkpoint(
+    target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marks = [fingerprint(quantize_model(target, bits, group)) for bits, group in ((8, 128), (4, 32), (4, 16))]
+    assert len(set(marks)) == 3
+    again = quantize_model(target, 4, 32)
+    # Packing all integers takes a second for a small model, and generate() asks every time.
+    monkeypatch.setattr(QuantizedLinear, "state_tensors", None)
+    assert fingerprint(again) == marks[1]
 
 
 @pytest.mark.parametrize(
