@@ -72,10 +72,7 @@ def bits_for_agreement(
     Raises:
         ValueError: `wanted` is not between 0 and 1, or there is no layer.
     """
-    if not 0.0 < wanted < 1.0:
-        raise ValueError(f"The agreement to reach must lie between 0 and 1, got {wanted}.")
-    if not losses:
-        raise ValueError("There is no layer to choose bits for.")
+    _check_wish(losses, wanted)
     texts = list(tokens)
     sizes = {name: float_weight(model.get_submodule(name))[0].numel() for name in losses}
     ranked = sorted(losses, key=lambda name: losses[name] / sizes[name], reverse=True)
@@ -95,6 +92,13 @@ def bits_for_agreement(
     chosen = {name: high if place < count else low for place, name in enumerate(ranked)}
     share = sum(sizes[name] for name in ranked[:count]) / sum(sizes.values())
     return MixedBits(chosen, found, share, found >= wanted)
+
+
+def _check_wish(losses: Mapping[str, float], wanted: float) -> None:
+    if not 0.0 < wanted < 1.0:
+        raise ValueError(f"The agreement to reach must lie between 0 and 1, got {wanted}.")
+    if not losses:
+        raise ValueError("There is no layer to choose bits for.")
 
 
 def _fewest(measure: Callable[[int], float], most: int, wanted: float) -> tuple[int, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -203,25 +204,31 @@ def quantize_model(
     from hf_polyspec.quantization.awq import fold_for
 
     _check_request(model, bits, group_size, method, calibration)
-    source = merged_adapters(model)
-    source, method, calibration = fold_for(method, source, calibration, bits, group_size, symmetric)
+    source, method, calibration = fold_for(method, merged_adapters(model), calibration, bits, group_size, symmetric)
     plan = plan_bits(source, bits, head_bits, layer_bits, modules)
     quantized = sharing_copy(source).eval()
     for name, width in plan.items():
         weight, bias = float_weight(source.get_submodule(name))
-        rounded = None if store is None else store.get(name)
-        if rounded is None:
-            moments = None if calibration is None else calibration.get(name)
-            rounded = round_layer(weight, width, group_size, symmetric, method, moments)
-            if store is not None:
-                store.put(name, rounded)
-        layer = quantized_linear(rounded, bias).to(weight.device).eval()
+        moments = None if calibration is None else calibration.get(name)
+        make = partial(round_layer, weight, width, group_size, symmetric, method, moments)
+        layer = quantized_linear(_kept_or_made(store, name, make), bias).to(weight.device).eval()
         layer.activation_bits = activation_bits if isinstance(layer, Int8Linear) else None
         replace_module(quantized, name, layer)
         if progress is not None:
             progress(name)
     share_inputs(quantized)
     return quantized
+
+
+def _kept_or_made(store: LayerStore | None, name: str, make: Callable[[], QuantizedWeight]) -> QuantizedWeight:
+    """A rounded layer from the store, else made and put there."""
+    if store is None:
+        return make()
+    rounded = store.get(name)
+    if rounded is None:
+        rounded = make()
+        store.put(name, rounded)
+    return rounded
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
