@@ -14,7 +14,7 @@ Options follow an @: `polyspec:int8,suffix@block=12,draft=6`, `polyspec:suffix@c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -39,9 +39,11 @@ OPTIONS = {
     "topk": "polyspec_tree_top_k",
     "verification": "polyspec_verification",
     "control": "polyspec_control",
+    "confidence": "assistant_confidence_threshold",
 }
 """Short names for the options of a chain."""
-_WORDS = ("verification", "control")
+_KINDS: dict[str, Callable[[str], Any]] = {"verification": str, "control": str, "confidence": float}
+"""How values are read; those of other options are whole numbers."""
 LONGEST_CHAIN = 3
 _ONE_ROW = "transformers' assisted generation takes one row at a time"
 
@@ -89,7 +91,7 @@ class Method:
         """The options under their names in `generate()`."""
         found: dict[str, Any] = {}
         for key, value in self.options:
-            found[OPTIONS[key]] = value if key in _WORDS else int(value)
+            found[OPTIONS[key]] = _KINDS.get(key, int)(value)
         return found
 
 
@@ -137,12 +139,21 @@ def _parse_options(tail: str, text: str) -> tuple[tuple[str, str], ...]:
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or key not in OPTIONS:
             raise ValueError(f"--methods names {text!r}; options of a chain are {', '.join(OPTIONS)}, as in block=12.")
-        if key not in _WORDS and not value.isdecimal():
+        if key not in _KINDS and not value.isdecimal():
             raise ValueError(f"--methods names {text!r}; {key} takes a whole number.")
+        if key == "confidence" and not _is_share(value):
+            raise ValueError(f"--methods names {text!r}; {key} takes a number from 0 to 1.")
         found[key] = value
     method = Method(CHAIN, options=tuple(found.items()))
     PolySpecOptions(**method.chain_options)
     return method.options
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 <= float(text) <= 1
+    except ValueError:
+        return False
 
 
 def chains(members: Sequence[str], drafters: Sequence[str]) -> list[Method]:

@@ -37,6 +37,7 @@ def test_options_reach_generate_under_their_own_names() -> None:
     steered = parse("polyspec:int8,head@control=online", KNOWN)
     assert steered.chain_options == {"polyspec_control": "online"}
     assert steered.name == "polyspec:int8,head@control=online"
+    assert parse("polyspec:head@confidence=0.4", KNOWN).chain_options == {"assistant_confidence_threshold": 0.4}
     assert method.label(1) == method.name
     assert method.label(4) == "polyspec:int8,head@block=12,tree=30,verification=token,batch=4"
     assert Method("plain").label(8) == "plain@batch=8"
@@ -56,6 +57,8 @@ def test_options_reach_generate_under_their_own_names() -> None:
         ("polyspec:int8@blocks=3", "options of a chain are block"),
         ("polyspec:int8@block=many", "block takes a whole number"),
         ("polyspec:int8@control=always", "polyspec_control must be one of"),
+        ("polyspec:head@confidence=much", "confidence takes a number from 0 to 1"),
+        ("polyspec:head@confidence=2", "confidence takes a number from 0 to 1"),
         ("polyspec:int8@block=0", "polyspec_block_size must be a whole number of at least 1"),
     ],
 )
