@@ -157,8 +157,9 @@ def reading_of(
     if target is None:
         return Reading(laws, new)
     reference = fit_vocabulary(target.laws, laws.shape[1])
-    keep = laws.gather(1, new[:, None]) / target.own()[:, None]
-    stays = torch.rand(len(new), generator=generator) < keep.squeeze(1)
+    known = new < laws.shape[1]  # an assistant's vocabulary may have fewer rows than the target's
+    keep = laws.gather(1, new.clamp(max=laws.shape[1] - 1)[:, None]).squeeze(1) * known / target.own()
+    stays = torch.rand(len(new), generator=generator) < keep
     residual = (laws - reference.clamp(min=0)).clamp(min=0)
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, laws)
     drawn = torch.multinomial(residual, 1, generator=generator).squeeze(1)

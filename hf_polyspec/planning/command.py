@@ -61,12 +61,7 @@ def plan_command(
     check_assistant_names(assistant)
     check_device(device)
     read_dtype(dtype)
-    for name, path in (("--plot", plot), ("--out", out)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"{name}: the folder of {path} does not exist.")
-    if plot is not None:
-        # Missing, it is to be named before anything is measured.
-        require_matplotlib()
+    _check_files(plot, out)
     given = None if prompts is None else read_prompts(prompts)
     logging.disable_progress_bar()
     target, tokenizer = load_model(model, dtype, device), load_tokenizer(model)
@@ -84,6 +79,19 @@ def plan_command(
         if verify:
             planned = run_best(planned, bar, seed)
     _show(planned, more)
+    _write(planned, plot, out)
+
+
+def _check_files(plot: Path | None, out: Path | None) -> None:
+    """What would be missing at the end is named before anything is measured."""
+    for name, path in (("--plot", plot), ("--out", out)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{name}: the folder of {path} does not exist.")
+    if plot is not None:
+        require_matplotlib()
+
+
+def _write(planned: Planned, plot: Path | None, out: Path | None) -> None:
     if out is not None:
         planned.plan().save(out)
         typer.echo(f"Wrote {out}")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_polyspec.planning.agreement import survival
+from hf_polyspec.planning.agreement import edge, reading_of, survival
+from hf_polyspec.planning.texts import Law, Text
 from hf_polyspec.verification import verify_block, verify_tokens
 
 VALUES, LENGTH = 3, 3
@@ -64,3 +65,14 @@ def test_survival_along_the_text_is_what_the_rule_accepts(block: bool, seed: int
     # The other rule accepts another number: the two are told apart.
     other = survival((q_own.log() - p_own.log()).numpy(), not block)
     assert abs((p_own.prod(1).numpy()[:, None] * other).sum(0)[-1] - real[-1]) > 1e-4
+
+
+def test_a_text_with_ids_that_an_assistant_lacks_is_read_as_one_it_never_offers() -> None:
+    text = Text([1, 2], [0, 4, 1, 4], 0.1, 0.1, 0.4)
+    law = Law((), True, torch.device("cpu"))
+    dice = torch.Generator().manual_seed(0)
+    target = reading_of(torch.randn(1, 5, 5, generator=dice), text, law, None, dice)
+    smaller = reading_of(torch.randn(1, 5, 3, generator=dice), text, law, target, dice)
+    assert smaller.laws.shape == (4, 3)
+    assert (smaller.stream < 3).all()
+    assert np.isneginf(edge(target, smaller)).tolist() == [False, True, False, True]
