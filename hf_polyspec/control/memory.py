@@ -86,10 +86,17 @@ def _subject(level: Drafter) -> Any:
 
 
 def _key(levels: Sequence[Drafter], mode: Hashable) -> Hashable:
-    # A head is a fresh view of the caller's in every generation, with the same weights.
+    # A head is a fresh view of the caller's in every generation, and so may an early exit be, with the same weights.
     parts = []
     for level in levels[1:]:
         subject = _subject(level)
-        first = next(iter(subject.parameters()), None) if isinstance(subject, nn.Module) else None
-        parts.append((level.name, id(subject) if first is None else first.data_ptr()))
+        parts.append((level.name, _place(subject) if isinstance(subject, nn.Module) else id(subject)))
     return (*parts, mode)
+
+
+def _place(module: nn.Module) -> Hashable:
+    """Where weights lie: quantised copies of one model share its name and embedding, and have buffers of their own."""
+    found = [next(iter(tensors), None) for tensors in (module.parameters(), module.buffers())]
+    if all(tensor is None for tensor in found):
+        return id(module)
+    return tuple(None if tensor is None else tensor.data_ptr() for tensor in found)

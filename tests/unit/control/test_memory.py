@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is learnt of one chain is told to that chain only."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+from transformers import PreTrainedModel
+
+from hf_polyspec.control import forget
+from hf_polyspec.control.estimates import Knowledge
+from hf_polyspec.control.memory import recall, remember
+from hf_polyspec.levels.base import Drafter
+from hf_polyspec.levels.causal_lm import CausalLMDrafter
+from hf_polyspec.levels.early_exit import early_exit
+from hf_polyspec.quantization import quantize_model
+from hf_polyspec.runner import ModelRunner
+
+
+@pytest.fixture(autouse=True)
+def nothing_learnt() -> Iterator[None]:
+    forget()
+    yield
+    forget()
+
+
+def chain(target: PreTrainedModel, below: object) -> list[Drafter]:
+    """Two levels with one name, as quantised copies of one model have it."""
+    return [CausalLMDrafter(ModelRunner(model, "it"), name="it") for model in (target, below)]
+
+
+def test_copies_of_one_model_at_other_widths_are_other_chains(target: PreTrainedModel) -> None:
+    eight, four = quantize_model(target, 8), quantize_model(target, 4, 32)
+    remember(chain(target, eight), "greedy", Knowledge(elapsed=8.0))
+    assert recall(chain(target, eight), "greedy").elapsed == 8.0
+    assert recall(chain(target, four), "greedy").elapsed == 0.0
+    assert recall(chain(target, eight), "sampled").elapsed == 0.0
+    assert recall(chain(copy.deepcopy(target), eight), "greedy").elapsed == 0.0
+
+
+def test_a_fresh_view_of_the_same_weights_is_the_same_chain(target: PreTrainedModel) -> None:
+    remember(chain(target, early_exit(target, 1)), "greedy", Knowledge(elapsed=3.0))
+    assert recall(chain(target, early_exit(target, 1)), "greedy").elapsed == 3.0
