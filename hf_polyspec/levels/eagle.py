@@ -24,6 +24,8 @@ from .sequential import SequentialDrafter
 from .tree_size import TreeSize
 
 _CHUNK = 1024
+_UNREAD = 1024
+"""Columns of the level above that are kept as it left them, which takes several times the memory of features."""
 _LATEST = 32
 """Last ids of each row that join the working vocabulary in a round."""
 _LIKELY = 16
@@ -91,6 +93,7 @@ class EagleDrafter(SequentialDrafter):
         self.pairs = PairMemo(head)
         self.working: WorkingVocabulary | None = None
         self._unread: list[tuple[list[list[int]], list[list[int]] | None, int, torch.Tensor]] = []
+        self._columns = 0  # of the passes in `_unread`
         self._sizes: list[TreeSize] = []
         self._shown: Pass | None = None
         self._prompt: Prompt | None = None
@@ -108,9 +111,12 @@ class EagleDrafter(SequentialDrafter):
         self.working = None
 
     def watch(self, passed: Pass) -> None:
-        # Fused when they are needed: while the head is not asked, watching costs next to nothing.
+        # Fused when they are needed, or many: while the head is not asked, watching costs next to nothing.
         states = select_features(passed.output.hidden_states, self.reads_layers)  # [B, F, n H]
         self._unread.append((passed.read, passed.kept, passed.fed, states))
+        self._columns += passed.fed
+        if self._columns >= _UNREAD:
+            self._read()
         self._shown = passed if self.working is not None and self.working.sliced else None
 
     def observe(self, drafted: list[int], accepted: list[int]) -> None:
@@ -126,7 +132,7 @@ class EagleDrafter(SequentialDrafter):
 
     def _read(self) -> None:
         """Store the features of all passes seen since the last time, fused at once."""
-        unread, self._unread = self._unread, []
+        unread, self._unread, self._columns = self._unread, [], 0
         if not unread:
             return
         with self.stats.timed():
@@ -185,7 +191,7 @@ class EagleDrafter(SequentialDrafter):
         self.pairs = PairMemo(self.head)
         self._sizes = [TreeSize(self.tree_depth, max(1, self.tree_tokens)) for _ in range(batch)]
         self._shown, self._prompt, self._padding = None, None, []
-        self._unread = []
+        self._unread, self._columns = [], 0
 
     def _notice(self, columns: list[int]) -> None:
         """Have the likeliest ids of the level above join the working vocabulary, at these columns of its last pass."""

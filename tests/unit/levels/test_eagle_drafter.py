@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,12 @@ from tiny_models import VOCABULARY, head_for, noisy, prompts, tiny
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_polyspec.chain import check_assistants
+from hf_polyspec.context import Context, Prompt
+from hf_polyspec.distributions import LawMaker
 from hf_polyspec.eagle import EagleHead, feature_layers, select_features
 from hf_polyspec.levels.eagle import EagleDrafter
 from hf_polyspec.levels.eagle_memory import FeatureMemo, PairMemo, Pairs
+from hf_polyspec.runner import Pass
 
 pytestmark = pytest.mark.usefixtures("enabled")
 
@@ -141,6 +145,28 @@ def test_drafted_tokens_equal_a_simulation(
         compared += 1
     assert compared > 5
     assert bool(unread) == bool(middles)
+
+
+@torch.no_grad()
+def test_a_head_that_is_not_asked_keeps_features_and_not_the_states_they_are_made_of() -> None:
+    above = tiny()
+    head = head_for(above, "eagle3")
+    layers = feature_layers(head.config, above.config.num_hidden_layers)
+    drafter = EagleDrafter(head, layers, name="head", device=torch.device("cpu"))
+    drafter.begin(1, 1, VOCABULARY)
+    passes = 9
+    for i in range(passes):
+        fed = torch.randn(above.config.num_hidden_layers + 1, 1, 300, above.config.hidden_size)
+        read = [j % VOCABULARY for j in range(300 * (i + 1))]
+        drafter.watch(Pass(torch.zeros(1, 1, VOCABULARY), SimpleNamespace(hidden_states=tuple(fed)), 300, [read]))
+        kept = [piece.shape[1] for *_, piece in drafter._unread]
+        assert sum(kept) <= 1024
+    memo = drafter.features[0]
+    assert len(memo.ids) >= 300 * passes - 1024
+    assert memo.begin == 0
+    row = Context([[*read, 1]], Prompt(5, None, torch.arange(5)[None]))
+    drafter.propose(row, [2], LawMaker([], False, torch.device("cpu")))
+    assert memo.ids == read
 
 
 ARCHITECTURES = {
