@@ -59,7 +59,8 @@ class Drafter(ABC):
     """A level that can be asked to continue a context.
 
     Subclass this to plug in a drafter of your own: `propose` is the only method that must be written. A drafter
-    object given to `assistant_models` is told about the start of every generation through `begin`.
+    object given to `assistant_models` is told about the start of every generation through `begin`, and serves one
+    generation at a time: threads need one each.
 
     Attributes:
         name: shown in telemetry and error messages.

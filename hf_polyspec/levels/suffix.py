@@ -10,6 +10,7 @@ import torch
 
 from ..context import Context, Prompt, common_prefix
 from ..distributions import LawMaker
+from ..errors import LevelError
 from .base import Drafter, Proposal
 from .suffix_automaton import ROOT, SEPARATOR, SuffixAutomaton
 
@@ -67,6 +68,8 @@ class SuffixDrafter(Drafter):
     is an online suffix automaton per row (SAM-Decoding, arXiv 2411.10666). A draft is the longer the longer
     the match, and ends where what followed becomes too varied (SuffixDecoding, arXiv 2411.04975). Nothing is
     drawn, so proposals are one-hot (`q` is None).
+
+    An object serves one generation at a time; `copy.copy` of it serves another thread, with the same index.
 
     Args:
         corpus: texts as lists of token ids, searched as well as the row's own; indexed once, kept across
@@ -147,6 +150,7 @@ class SuffixDrafter(Drafter):
         return Proposal(tokens, None, [[self.index] * len(row) for row in tokens])
 
     def observe(self, drafted: list[int], accepted: list[int]) -> None:
+        self._check_rows(len(drafted) == len(self._rows))
         for row, proposed, kept in zip(self._rows, drafted, accepted, strict=True):
             if not proposed:
                 continue
@@ -159,6 +163,7 @@ class SuffixDrafter(Drafter):
                 row.scale = max(1.0, row.scale)
 
     def keep_rows(self, rows: list[int]) -> None:
+        self._check_rows(max(rows) < len(self._rows))
         # A row that is wanted twice starts over in its second place: two rows never share an automaton.
         self._rows = [_Row() if r in rows[:i] else self._rows[r] for i, r in enumerate(rows)]
         self._prompt = None
@@ -166,6 +171,13 @@ class SuffixDrafter(Drafter):
     def end(self) -> None:
         self._rows = []
         self._prompt = None
+
+    def _check_rows(self, mine: bool) -> None:
+        if not mine:
+            raise LevelError(
+                f"{self.name} is used by two generations at once; give each thread one of its own: "
+                "copy.copy(drafter) shares the index."
+            )
 
     def _continue(self, row: _Row, ids: list[int], limit: int) -> list[int]:
         row.follow(ids, self.corpus)

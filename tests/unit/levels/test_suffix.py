@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from hf_polyspec.context import EMBEDDED, Context, Prompt
 from hf_polyspec.distributions import LawMaker
+from hf_polyspec.errors import LevelError
 from hf_polyspec.levels.suffix import LARGEST, SMALLEST, SuffixDrafter, earned
 
 LAW = LawMaker([], False, torch.device("cpu"))
@@ -232,3 +234,20 @@ def test_bad_input_gets_one_sentence(options: dict[str, object], error: type[Exc
 
 def test_tensors_are_texts_too() -> None:
     assert drafts(begun(corpus=torch.tensor([[1, 2, 3], [4, 5, 6]])), context([9, 4])) == [[5, 6]]
+
+
+def test_two_generations_at_once_are_told_apart_or_refused() -> None:
+    first = begun(corpus=[[7, 8, 9, 10]])
+    second = copy.copy(first)
+    second.begin(2, 2, 1000)
+    assert second.corpus is first.corpus
+    assert drafts(first, context([7, 8])) == [[9, 10]]
+    assert drafts(second, context([1, 2, 1], [8, 9, 8]), limit=2) == [[2, 1], [9, 8]]
+    first.observe([2], [1])
+    second.observe([2, 2], [2, 0])
+    second.keep_rows([1])
+    assert drafts(first, context([7, 8, 9])) == [[10]]
+    first.begin(2, 3, 1000)  # another thread's generation, with the same object
+    for call in (lambda: first.observe([2], [1]), lambda: first.keep_rows([3])):
+        with pytest.raises(LevelError, match=r"used by two generations at once; .* copy\.copy\(drafter\)"):
+            call()
