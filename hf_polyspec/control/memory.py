@@ -80,17 +80,20 @@ def _bytes(level: Drafter) -> int:
 
 
 def _subject(level: Drafter) -> Any:
-    """The model of a level, or the level itself."""
-    runner = getattr(level, "runner", None)
-    return getattr(runner, "model", None) or getattr(level, "head", None) or level
+    """The model of a level (of one of several parts, the head's), or the level itself."""
+    head = getattr(level, "head", None)
+    if isinstance(head, Drafter):
+        return _subject(head)
+    return getattr(getattr(level, "runner", None), "model", None) or head or level
 
 
 def _key(levels: Sequence[Drafter], mode: Hashable) -> Hashable:
-    # A head is a fresh view of the caller's in every generation, and so may an early exit be, with the same weights.
+    # A head is a fresh view of the caller's in every generation, and so may an early exit be, with the same weights;
+    # drafters without any are often made anew for every call.
     parts = []
     for level in levels[1:]:
         subject = _subject(level)
-        parts.append((level.name, _place(subject) if isinstance(subject, nn.Module) else id(subject)))
+        parts.append((level.name, _place(subject) if isinstance(subject, nn.Module) else type(subject).__qualname__))
     return (*parts, mode)
 
 
