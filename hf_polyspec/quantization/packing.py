@@ -59,7 +59,10 @@ class PackedProduct(JointProduct):
         return self._packed
 
     def unchanged(self, member: int) -> bool:
-        return self._stamp[member] == _marks(self.layers[member])
+        # Asked for every layer of every pass; nobody merges adapters between two siblings, so torch's count will do.
+        weight = self.layers[member].weight
+        start, _, count, *_ = self._stamp[member]
+        return start == weight.data_ptr() and count == _count(weight)
 
     def dissolve(self) -> None:
         super().dissolve()
