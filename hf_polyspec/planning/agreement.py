@@ -277,6 +277,7 @@ class _Taker:
             before = below.stats.seconds
             tokens, row = self._take(text, reading, start)
             self.spent.append(below.stats.seconds - before)
+            row = row[: self.longest]  # a tree that holds the text to its last depth is not refused after it
             ratios[start, : len(row)], columns[start], recorded[start] = row, tokens, True
             if start >= judged and tokens and not self.trees:
                 # A drafter that adapts hears what became of the drafts that a run along this text would make.

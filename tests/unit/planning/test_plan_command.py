@@ -17,7 +17,10 @@ from typer.testing import CliRunner, Result
 import hf_polyspec
 from hf_polyspec import demo
 from hf_polyspec.cli import app
+from hf_polyspec.context import Context
 from hf_polyspec.eagle import init_for
+from hf_polyspec.levels.base import TreeProposal
+from hf_polyspec.levels.eagle import EagleDrafter
 from hf_polyspec.levels.suffix import SuffixDrafter
 from hf_polyspec.planning import Plan, Wish, draw_plan, make_plan
 from hf_polyspec.planning.agreement import TREES
@@ -126,6 +129,26 @@ def test_a_replay_counts_the_rounds_that_really_happen() -> None:
         assert predicted.rounds[0] == pytest.approx(rounds[0]), chain
         for middle_rounds, real in zip(predicted.rounds[1:-1], rounds[1:-1], strict=True):
             assert middle_rounds == pytest.approx(real, rel=0.06), chain
+
+
+def test_trees_that_are_right_to_their_last_depth_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tiny("llama")
+    ids = prompts(1)["input_ids"][0].tolist()
+    text = target.generate(torch.tensor([ids]), max_new_tokens=14, do_sample=False, eos_token_id=None)[0].tolist()
+
+    def know_all(drafter: EagleDrafter, context: Context, limits: list[int], law: object) -> TreeProposal | None:
+        start, depth = len(context.ids[0]), min(limits[0], drafter.tree_depth)
+        nodes = text[start : start + depth]
+        return TreeProposal([nodes], [list(range(-1, len(nodes) - 1))], [[1] * len(nodes)]) if nodes else None
+
+    monkeypatch.setattr(EagleDrafter, "propose_tree", know_all)
+    wish = Wish(new_tokens=10, repeats=1, draft_seconds=0.2, batches=False)
+    found = make_plan(target, [init_for(target, "eagle3").eval()], [ids], wish, names=["target", "head"])
+    for tree in TREES:
+        ratios = found.measured.drafts[0, 1, tree].drafts[0].ratios
+        assert ratios.shape == (10, tree.depth)
+        # All of the depth is right, except where the text leaves no room for it.
+        assert [int((row == 0.0).sum()) for row in ratios] == [min(tree.depth, 9 - start) for start in range(10)]
 
 
 def test_heads_are_recorded_as_chains_and_trees_and_sampling_is_planned(tmp_path: Path) -> None:
