@@ -179,6 +179,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--each", type=int, default=400, help="prompts of each kind")
+    parser.add_argument("--max-characters", type=int, help="leave longer prompts out")
     parser.add_argument("--seed", type=int, default=0)
     wanted = parser.parse_args()
     dice = random.Random(wanted.seed)
@@ -188,6 +189,8 @@ def main() -> None:
         lines = [line.strip() for line in wanted.sentences.read_text(encoding="utf-8").splitlines()]
         made += translations(dice, [line for line in lines if 30 <= len(line) <= 220], wanted.each)
     dice.shuffle(made)
+    if wanted.max_characters is not None:
+        made = [prompt for prompt in made if len(prompt) < wanted.max_characters]
     wanted.out.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in made), encoding="utf-8")
     print(f"{len(made)} prompts in {wanted.out}")
 
