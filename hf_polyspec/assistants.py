@@ -14,6 +14,7 @@ from .levels.suffix import SuffixDrafter
 from .levels.synthetic import parse_synthetic
 from .models import load_model, read_dtype, resolve, short_name
 from .quantization import quantize_model
+from .quantization.joint_product import change_count
 
 _BITS = {"int8": 8, "int4": 4}
 _EAGLE_MODEL_TYPE = "polyspec_eagle"
@@ -92,10 +93,7 @@ def _named(target: Any, name: str) -> Any:
 
 def _stamp(model: Any) -> _Stamp:
     """Changes whenever a weight does, or another adapter is made active."""
-    weights = tuple(
-        (parameter.data_ptr(), -1 if parameter.is_inference() else parameter._version)
-        for parameter in model.parameters()
-    )
+    weights = tuple((parameter.data_ptr(), change_count(parameter)) for parameter in model.parameters())
     adapters = {
         (tuple(module.active_adapters), module.disable_adapters)
         for module in model.modules()

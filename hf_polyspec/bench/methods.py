@@ -42,8 +42,21 @@ OPTIONS = {
     "confidence": "assistant_confidence_threshold",
 }
 """Short names for the options of a chain."""
-_KINDS: dict[str, Callable[[str], Any]] = {"verification": str, "control": str, "confidence": float}
-"""How values are read; those of other options are whole numbers."""
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(text)
+    return int(text)
+
+
+_READERS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "verification": (str, "a word"),
+    "control": (str, "a word"),
+    "confidence": (float, "a number"),
+}
+"""How values are read, and what to call them; those of other options are whole numbers."""
+_WHOLE: tuple[Callable[[str], Any], str] = (_whole, "a whole number")
 LONGEST_CHAIN = 3
 _ONE_ROW = "transformers' assisted generation takes one row at a time"
 
@@ -91,7 +104,7 @@ class Method:
         """The options under their names in `generate()`."""
         found: dict[str, Any] = {}
         for key, value in self.options:
-            found[OPTIONS[key]] = _KINDS.get(key, int)(value)
+            found[OPTIONS[key]] = _READERS.get(key, _WHOLE)[0](value)
         return found
 
 
@@ -139,21 +152,15 @@ def _parse_options(tail: str, text: str) -> tuple[tuple[str, str], ...]:
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or key not in OPTIONS:
             raise ValueError(f"--methods names {text!r}; options of a chain are {', '.join(OPTIONS)}, as in block=12.")
-        if key not in _KINDS and not value.isdecimal():
-            raise ValueError(f"--methods names {text!r}; {key} takes a whole number.")
-        if key == "confidence" and not _is_share(value):
-            raise ValueError(f"--methods names {text!r}; {key} takes a number from 0 to 1.")
+        reader, words = _READERS.get(key, _WHOLE)
+        try:
+            reader(value)
+        except ValueError:
+            raise ValueError(f"--methods names {text!r}; {key} takes {words}.") from None
         found[key] = value
     method = Method(CHAIN, options=tuple(found.items()))
     PolySpecOptions(**method.chain_options)
     return method.options
-
-
-def _is_share(text: str) -> bool:
-    try:
-        return 0 <= float(text) <= 1
-    except ValueError:
-        return False
 
 
 def chains(members: Sequence[str], drafters: Sequence[str]) -> list[Method]:

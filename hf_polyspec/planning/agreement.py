@@ -35,6 +35,7 @@ from ..levels.verifier import Verifier
 from ..telemetry import LevelStats
 from ..trees import ROOT
 from .cost_model import SecondsTable
+from .costs import draft_lengths
 from .rig import Offer, rig
 from .texts import Law, Text
 
@@ -318,7 +319,7 @@ class _Taker:
         if not self._has_steps(below):
             return SecondsTable.constant(statistics.fmean(self.spent or [0.0])), None
         text = max(texts, key=lambda one: len(one.new))
-        lengths = [self.longest] if self.trees else sorted({1, 2, 4, self.longest})
+        lengths = [self.longest] if self.trees else draft_lengths(self.longest)
         drafting: dict[int, list[float]] = {length: [] for length in lengths}
         checking = []
         maker = self.law.maker()

@@ -179,7 +179,7 @@ def measure_costs(
             watches[i, shape] = partial(benches[shape.batch, shape.context].seconds, shape.tokens)
         if longest := (drafts or {}).get(i):
             drafter = _DraftBench(model, ids, of_model[0].context, longest, law)
-            for tokens in _lengths(longest):
+            for tokens in draft_lengths(longest):
                 watches[i, tokens] = partial(drafter.seconds, tokens)
     found = _in_turns(watches, repeats, advance)
     costs = []
@@ -195,7 +195,8 @@ def measure_costs(
     return costs
 
 
-def _lengths(longest: int) -> list[int]:
+def draft_lengths(longest: int) -> list[int]:
+    """The lengths at which drafts are timed, up to the longest that is tried."""
     return sorted({*(tokens for tokens in DRAFTS if tokens < longest), longest})
 
 
@@ -223,7 +224,7 @@ def steps(
 ) -> int:
     """How many times `measure_costs` calls `advance`."""
     passes = sum(len(shapes(context, _positions(model), batches=batches)) for model in models)
-    return (repeats + 1) * (passes + sum(len(_lengths(longest)) for longest in (drafts or {}).values()))
+    return (repeats + 1) * (passes + sum(len(draft_lengths(longest)) for longest in (drafts or {}).values()))
 
 
 @dataclass(frozen=True)

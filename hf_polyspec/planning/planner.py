@@ -215,9 +215,8 @@ def _measure_packed(
         for below in models[i + 1 :]
     }
     of_place = dict(zip((m.place for m in models), costs, strict=True))
-    drafting = {place: table for place, cost in of_place.items() if (table := cost.drafting) is not None}
     names = [level.name for level in levels]
-    measured = Measurements(names, texts, of_place, edges, {}, drafting, overheads, law.do_sample, bound)
+    measured = Measurements(names, texts, of_place, edges, {}, overheads, law.do_sample, bound)
     return replace(measured, drafts=_drafters(levels, readings, measured, law, wish, progress))
 
 
@@ -331,8 +330,8 @@ def _costs(measured: Measurements) -> dict[str, Any]:
     for place, costs in measured.costs.items():
         rounds = [[s.tokens, s.batch, s.context, seconds] for s, seconds in costs.shapes]
         found[measured.names[place]] = {"rounds": rounds, "prompt": list(costs.prefill)}
-    for place, table in measured.drafting.items():
-        found[measured.names[place]]["drafts"] = [list(point) for point in table.points]
+        if costs.drafting is not None:
+            found[measured.names[place]]["drafts"] = [list(point) for point in costs.drafting.points]
     for (above, place, tree), record in measured.drafts.items():
         size = "" if tree is None else f", tree {tree.tokens}"
         key = f"{measured.names[place]} under {measured.names[above]}{size}"

@@ -52,7 +52,6 @@ class Measurements:
         costs: of every level that is a causal LM, by place.
         edges: log ratios along each text by (checking, offering) place, for levels that are causal LMs.
         drafts: by (checking, offering) place and tree size, for levels that only draft.
-        drafting: seconds of a draft by its tokens, for causal LMs that draft last.
         overheads: time outside the levels.
         sampled: whether tokens are drawn, so that block verification applies.
         bound: reasons why a level cannot stand under another, by (checking, offering) place.
@@ -63,7 +62,6 @@ class Measurements:
     costs: dict[int, ModelCosts]
     edges: Mapping[tuple[int, int], list[Array]]
     drafts: Mapping[tuple[int, int, TreeSize | None], DraftRecord]
-    drafting: Mapping[int, SecondsTable]
     overheads: Overheads
     sampled: bool
     bound: dict[tuple[int, int], str] = field(default_factory=dict)
@@ -193,7 +191,9 @@ def _lowest(chain: Chain, measured: Measurements, i: int, table: SecondsTable) -
     if record is None:
         kept = survival(windows(measured.edges[above, drafter][i], chain.draft), measured.sampled)
         columns = np.minimum(chain.draft, np.maximum(0, count - 1 - np.arange(count))).astype(float)
-        drafting = measured.drafting[drafter]
+        drafting = measured.costs[drafter].drafting
+        if drafting is None:
+            raise ValueError(f"{measured.names[drafter]} was not timed as a drafter.")
     else:
         kept, columns = _recorded(record, chain, i)
         drafting = record.seconds

@@ -24,8 +24,8 @@ SIBLINGS = (
 )
 
 
-def _version(tensor: Tensor) -> int:
-    # Inference tensors count no versions; nothing of a transformers layer writes into its input between siblings.
+def change_count(tensor: Tensor) -> int:
+    """How often torch has seen a tensor written to in place; always -1 for inference tensors, which count nothing."""
     return -1 if tensor.is_inference() else tensor._version
 
 
@@ -52,9 +52,10 @@ class JointProduct:
 
     def part(self, member: int, x: Tensor) -> Tensor | None:
         """Output `[..., N_member]` of one layer, or None once the layers turned out not to share their input."""
+        # Where inputs count no changes: nothing of a transformers layer writes into its input between siblings.
         thread = get_ident()
         waiting = self._waiting.get(thread)
-        if waiting is not None and waiting[0] is x and waiting[1] == _version(x) and self.unchanged(member):
+        if waiting is not None and waiting[0] is x and waiting[1] == change_count(x) and self.unchanged(member):
             found = waiting[2][member]
             if found is not None:
                 waiting[2][member] = None
@@ -75,7 +76,7 @@ class JointProduct:
         parts: list[Tensor | None] = [part.contiguous() for part in torch.split(kernel(x), self._sizes, -1)]
         own = parts[member]
         parts[member] = None
-        self._waiting[thread] = (x, _version(x), parts)
+        self._waiting[thread] = (x, change_count(x), parts)
         return own
 
     def dissolve(self) -> None:

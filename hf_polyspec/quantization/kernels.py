@@ -12,11 +12,11 @@ import warnings
 from collections.abc import Callable
 from typing import Protocol
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_polyspec.quantization.float_kernels import pack_float, packed_size, packs, room_for
 from hf_polyspec.quantization.weights import QuantizedWeight
 
 _INT4_GROUPS = (256, 128, 64, 32)
@@ -250,40 +250,6 @@ class PackedInt4:
         return y.to(x.dtype).view(*x.shape[:-1], self._outputs)
 
 
-class PackedFloat:
-    """A float matrix in the blocked layout of oneDNN: the same product with better memory access on many rows.
-
-    Args:
-        weight: `[N, K]` on the CPU.
-        bias: `[N]` in the same dtype, or None.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        self._bias = bias
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        return y
-
-
-class WidenedFloat:
-    """A 16-bit matrix multiplied in float32, for CPUs without instructions for its dtype.
-
-    The same numbers as in the plain product, added in float32 and rounded to 16 bits once at the end.
-
-    Args:
-        weight: `[N, K]` bfloat16 or float16 on the CPU.
-        bias: `[N]` in the same dtype, or None.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._product = PackedFloat(weight.float(), None if bias is None else bias.float())
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._product(x.float()).to(x.dtype)
-
-
 class Dequantized:
     """Integer weights expanded to float: for many rows, and for what no integer kernel can run.
 
@@ -311,43 +277,6 @@ class Dequantized:
             else:
                 self._kept[x.dtype] = lambda y: F.linear(y, matrix, bias)
         return F.linear(x, matrix, bias)
-
-
-def packs(matrix: Tensor) -> bool:
-    """Whether `pack_float` makes a matrix faster here: on the CPU, in a float dtype of at most 32 bits."""
-    if matrix.device.type != "cpu" or not torch._C._has_mkldnn:
-        return False
-    # Other CPUs than x86 have 16-bit instructions that torch does not report: theirs are left alone.
-    widens = matrix.dtype in (torch.bfloat16, torch.float16) and "AVX" in torch.backends.cpu.get_cpu_capability()
-    return widens or multiplies(matrix.dtype)
-
-
-def multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions for products of a float dtype."""
-    if dtype is torch.bfloat16:
-        return bool(torch.cpu._is_avx512_bf16_supported())
-    return dtype is torch.float32
-
-
-def pack_float(weight: Tensor, bias: Tensor | None) -> Kernel:
-    """A float matrix `[N, K]` in the fastest layout of this CPU for more than a few rows."""
-    return PackedFloat(weight, bias) if multiplies(weight.dtype) else WidenedFloat(weight, bias)
-
-
-def packed_size(matrix: Tensor) -> int:
-    """Bytes of memory that `pack_float` keeps."""
-    return matrix.numel() * (matrix.element_size() if multiplies(matrix.dtype) else 4)
-
-
-def room_for(matrix: Tensor, size: int | None = None) -> bool:
-    """Whether half of the device's memory stays free after keeping `size` bytes beside `matrix` (None: its own)."""
-    if size is None:
-        size = matrix.numel() * matrix.element_size()
-    if matrix.is_cuda:
-        free, total = torch.cuda.mem_get_info(matrix.device)
-        return bool(free - size > total / 2)
-    memory = psutil.virtual_memory()
-    return bool(memory.available - size > memory.total / 2)
 
 
 def int4_run_group(weight: QuantizedWeight) -> tuple[int | None, Tensor | None]:

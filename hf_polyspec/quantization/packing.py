@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_polyspec.quantization.joint_product import SIBLINGS, JointProduct
-from hf_polyspec.quantization.kernels import Kernel, multiplies, pack_float, packed_size, packs, room_for
+from hf_polyspec.quantization.float_kernels import multiplies, pack_float, packed_size, packs, room_for
+from hf_polyspec.quantization.joint_product import SIBLINGS, JointProduct, change_count
+from hf_polyspec.quantization.kernels import Kernel
 
 Model = TypeVar("Model", bound=nn.Module)
 Marks = tuple[object, ...]
@@ -62,7 +63,7 @@ class PackedProduct(JointProduct):
         # Asked for every layer of every pass; nobody merges adapters between two siblings, so torch's count will do.
         weight = self.layers[member].weight
         start, _, count, *_ = self._stamp[member]
-        return start == weight.data_ptr() and count == _count(weight)
+        return start == weight.data_ptr() and count == change_count(weight)
 
     def dissolve(self) -> None:
         super().dissolve()
@@ -94,18 +95,14 @@ def _marks(layer: nn.Linear) -> Marks:
     middle = start + (size - some) // 2
     sample = string_at(start, some), string_at(middle, some), string_at(start + size - some, some)
     if bias is None:
-        return (start, weight.dtype, _count(weight), sample)
-    return (start, weight.dtype, _count(weight), sample, bias.data_ptr(), _count(bias), _beginning(bias))
+        return (start, weight.dtype, change_count(weight), sample)
+    return (start, weight.dtype, change_count(weight), sample, bias.data_ptr(), change_count(bias), _beginning(bias))
 
 
 def _own(layer: nn.Linear, name: str) -> Tensor | None:
     """A parameter without the detour through `nn.Module.__getattr__`: asked for in every pass."""
     found: Tensor | None = layer._parameters[name] if name in layer._parameters else getattr(layer, name)
     return found
-
-
-def _count(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _beginning(bias: Tensor) -> bytes:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 import hf_polyspec
 from hf_polyspec.assistants import by_name
-from hf_polyspec.quantization import agreement, is_packed, kernels, packing
+from hf_polyspec.quantization import agreement, float_kernels, is_packed, packing
 from hf_polyspec.quantization.kernels import Kernel
 from hf_polyspec.quantization.model import merged_adapters, quantized_layers
 
@@ -160,7 +160,7 @@ def test_no_packing_where_memory_is_short(
 ) -> None:
     from types import SimpleNamespace
 
-    monkeypatch.setattr(kernels.psutil, "virtual_memory", lambda: SimpleNamespace(available=10, total=100))
+    monkeypatch.setattr(float_kernels.psutil, "virtual_memory", lambda: SimpleNamespace(available=10, total=100))
     member = copy.deepcopy(middle)
     seen: list[bool] = []
     member.register_forward_hook(lambda *_: seen.append(is_packed(member)))

@@ -57,8 +57,8 @@ def test_options_reach_generate_under_their_own_names() -> None:
         ("polyspec:int8@blocks=3", "options of a chain are block"),
         ("polyspec:int8@block=many", "block takes a whole number"),
         ("polyspec:int8@control=always", "polyspec_control must be one of"),
-        ("polyspec:head@confidence=much", "confidence takes a number from 0 to 1"),
-        ("polyspec:head@confidence=2", "confidence takes a number from 0 to 1"),
+        ("polyspec:head@confidence=much", "confidence takes a number"),
+        ("polyspec:head@confidence=2", "assistant_confidence_threshold must be a number from 0 to 1"),
         ("polyspec:int8@block=0", "polyspec_block_size must be a whole number of at least 1"),
     ],
 )

@@ -26,12 +26,14 @@ TOKENS = 300
 
 def world(times: list[float], rates: dict[tuple[int, int], float], tokens: int = TOKENS) -> Measurements:
     """Causal LMs only, with passes of any size equally long, and the same rate everywhere."""
-    costs = {i: ModelCosts(((Shape(1, 1, 10), t), (Shape(64, 1, 10), t)), (1, t)) for i, t in enumerate(times)}
+    costs = {
+        i: ModelCosts(((Shape(1, 1, 10), t), (Shape(64, 1, 10), t)), (1, t), SecondsTable.per_token(t) if i else None)
+        for i, t in enumerate(times)
+    }
     edges = {pair: [np.full(tokens, np.log(rate) if rate else NEVER)] for pair, rate in rates.items()}
     text = Text([1], [0] * tokens, times[0], times[0], 1.0)
-    drafting = {i: SecondsTable.per_token(t) for i, t in enumerate(times) if i}
     names = ["target", "middle", "small", "smaller"][: len(times)]
-    return Measurements(names, [text], costs, edges, {}, drafting, Overheads(), sampled=False)
+    return Measurements(names, [text], costs, edges, {}, Overheads(), sampled=False)
 
 
 def levels(count: int) -> list[Level]:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_polyspec.quantization import is_packed, pack, packing, quantize_model, unpack
-from hf_polyspec.quantization.kernels import pack_float, packs
+from hf_polyspec.quantization.float_kernels import pack_float, packs
 from hf_polyspec.quantization.packing import PackedForward
 
 Tiny = Callable[..., PreTrainedModel]
@@ -152,6 +152,25 @@ def test_sixteen_bits_are_summed_in_float32_and_rounded_once(dtype: torch.dtype)
     # Nearest to the exact sum, or its neighbour where the float32 sum fell on the other side of the middle.
     assert (given == nearest).float().mean() > 0.98
     torch.testing.assert_close(given, nearest, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_few_rows_are_multiplied_plainly(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "multiplies", lambda asked: asked is torch.float32)
+    pair = nn.Sequential(nn.Linear(24, 8).to(dtype))
+    pack(pair)
+    packed_rows: list[int] = []
+    part = pair[0].forward.product.part
+
+    def watching(member: int, x: torch.Tensor) -> torch.Tensor | None:
+        packed_rows.append(x.shape[0])
+        return part(member, x)
+
+    monkeypatch.setattr(pair[0].forward.product, "part", watching)
+    with torch.no_grad():
+        for rows in range(1, 7):
+            pair(torch.ones(rows, 24, dtype=dtype))
+    assert packed_rows == list(range({torch.float32: 4, torch.bfloat16: 2, torch.float16: 3}[dtype], 7))
 
 
 def test_siblings_are_one_product(model: PreTrainedModel) -> None:
