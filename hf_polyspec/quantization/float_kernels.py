@@ -9,6 +9,9 @@ import psutil
 import torch
 from torch import Tensor
 
+from hf_polyspec.compiled import compiles
+from hf_polyspec.quantization.by_rows import ByRows, Kernel
+
 
 class PackedFloat:
     """A float matrix in the blocked layout of oneDNN: the same product with better memory access on many rows.
@@ -65,9 +68,14 @@ def multiplies(dtype: torch.dtype) -> bool:
     return dtype is torch.float32
 
 
-def pack_float(weight: Tensor, bias: Tensor | None) -> PackedFloat | WidenedFloat:
-    """A float matrix `[N, K]` in the fastest layout of this CPU for more than a few rows."""
-    return PackedFloat(weight, bias) if multiplies(weight.dtype) else WidenedFloat(weight, bias)
+def pack_float(weight: Tensor, bias: Tensor | None) -> Kernel:
+    """What multiplies a float matrix `[N, K]` fastest on this CPU, for more than a few rows at least."""
+    many = PackedFloat if multiplies(weight.dtype) else WidenedFloat
+    if compiles() and not (many is PackedFloat and weight.dtype is torch.bfloat16):
+        from hf_polyspec.compiled.product import ROWS, CompiledProduct
+
+        return ByRows(CompiledProduct(weight, bias), lambda: many(weight, bias), ROWS)
+    return many(weight, bias)
 
 
 def packed_size(matrix: Tensor) -> int:

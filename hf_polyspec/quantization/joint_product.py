@@ -9,12 +9,17 @@ they ask in the same thread with the very same tensor object, unchanged.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from threading import get_ident
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_polyspec.quantization.kernels import Kernel
+from hf_polyspec.quantization.by_rows import Kernel
+
+if TYPE_CHECKING:
+    from hf_polyspec.quantization.linear import QuantizedLinear
 
 SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -33,11 +38,14 @@ class JointProduct:
     """The outputs of a group of layers from one product; subclasses say what multiplies.
 
     Args:
-        sizes: Outputs of each layer.
+        layers: The layers.
     """
 
-    def __init__(self, sizes: Sequence[int]) -> None:
-        self._sizes = list(sizes)
+    layers: Sequence[nn.Module]
+
+    def __init__(self, layers: Sequence[nn.Linear] | Sequence[QuantizedLinear]) -> None:
+        self.layers = list(layers)
+        self._sizes = [layer.out_features for layer in layers]
         self._waiting: dict[int, tuple[Tensor, int, list[Tensor | None]]] = {}  # by thread
         self._misses = 0
         self.dissolved = False
@@ -48,6 +56,14 @@ class JointProduct:
 
     def unchanged(self, member: int) -> bool:
         """Whether one layer's weights are still those that the parts which wait were computed with."""
+        return True
+
+    def consists_of(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether these are the layers, in this order."""
+        return not self.dissolved and len(layers) == len(self.layers) and all(map(is_, layers, self.layers))
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the joint product is the way to compute with `x`."""
         return True
 
     def part(self, member: int, x: Tensor) -> Tensor | None:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_polyspec.compiled import compiles
+from hf_polyspec.quantization.by_rows import ByRows, Kernel
 from hf_polyspec.quantization.float_kernels import pack_float, packed_size, packs, room_for
 from hf_polyspec.quantization.weights import QuantizedWeight
 
@@ -25,34 +27,7 @@ INT8_FEW_ROWS = 12
 INT4_FEW_ROWS = 16
 
 
-class Kernel(Protocol):
-    """What a quantised layer calls: `[..., K]` in, `[..., N]` out, same dtype."""
-
-    def __call__(self, x: Tensor) -> Tensor: ...
-
-
 Source = Callable[[], QuantizedWeight]
-
-
-class ByRows:
-    """One kernel for few rows, another for many; the second is built when it is first needed.
-
-    Args:
-        few: Kernel for up to `limit` rows.
-        many: Builds the kernel for more.
-        limit: Rows, the product of all leading sizes.
-    """
-
-    def __init__(self, few: Kernel, many: Callable[[], Kernel], limit: int) -> None:
-        self._few, self._build, self._limit = few, many, limit
-        self._many: Kernel | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.numel() <= self._limit * x.shape[-1]:
-            return self._few(x)
-        if self._many is None:
-            self._many = self._build()
-        return self._many(x)
 
 
 class IntegerDot:
@@ -309,6 +284,11 @@ def build_int8_kernel(source: Source, bias: Tensor | None, activation_bits: int 
     if weight.codes.device.type != "cpu" or not per_row:
         return Dequantized(source, bias)
     x86 = torch.backends.quantized.engine in ("x86", "fbgemm")
+    if compiles():
+        from hf_polyspec.compiled.product import ROWS
+
+        digits = 1 if activation_bits == 8 else 2
+        return ByRows(_compiled_int8(weight, bias), lambda: IntegerDot(source(), bias, digits), ROWS)
     if activation_bits == 8 and x86:
         return IntegerDot(weight, bias, digits=1)
     if not weight.symmetric:
@@ -317,6 +297,14 @@ def build_int8_kernel(source: Source, bias: Tensor | None, activation_bits: int 
     if not x86:
         return few
     return ByRows(few, lambda: IntegerDot(source(), bias), INT8_FEW_ROWS)
+
+
+def _compiled_int8(weight: QuantizedWeight, bias: Tensor | None) -> Kernel:
+    from hf_polyspec.compiled.product import CompiledProduct
+
+    signed = (weight.codes.to(torch.int16) - 128).to(torch.int8)
+    zeros = None if weight.symmetric else weight.zeros[:, 0].float() - 128
+    return CompiledProduct(signed, bias, weight.scales[:, 0], zeros)
 
 
 def build_int4_kernel(source: Source, bias: Tensor | None) -> Kernel:

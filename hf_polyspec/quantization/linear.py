@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from hf_polyspec.quantization.by_rows import Kernel
 from hf_polyspec.quantization.gptq_format import (
     GPTQ_TENSORS,
     from_gptq,
@@ -21,7 +22,7 @@ from hf_polyspec.quantization.gptq_format import (
     to_gptq,
     unpack_codes,
 )
-from hf_polyspec.quantization.kernels import Kernel, Source, build_int4_kernel, build_int8_kernel
+from hf_polyspec.quantization.kernels import Source, build_int4_kernel, build_int8_kernel
 from hf_polyspec.quantization.weights import QuantizedWeight, round_to_nearest
 
 
@@ -99,6 +100,11 @@ class QuantizedLinear(nn.Module):
     def build_kernel(self, source: Source, bias: Tensor | None) -> Kernel:
         """The kernel for a matrix of this layer's kind, its own or a joint one."""
         raise NotImplementedError
+
+    @property
+    def product(self) -> Group | None:
+        """The joint product that computes this layer, if there is one."""
+        return self._group
 
     def join(self, group: Group | None, member: int) -> None:
         """Take outputs from a joint product from now on, or (None) compute alone."""

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_polyspec.compiled import compiles
+from hf_polyspec.quantization.by_rows import Kernel
 from hf_polyspec.quantization.float_kernels import multiplies, pack_float, packed_size, packs, room_for
+from hf_polyspec.quantization.fused_block import FusedBlock, fusable
 from hf_polyspec.quantization.joint_product import SIBLINGS, JointProduct, change_count
-from hf_polyspec.quantization.kernels import Kernel
 
 Model = TypeVar("Model", bound=nn.Module)
 Marks = tuple[object, ...]
@@ -39,9 +41,10 @@ class PackedProduct(JointProduct):
         kept: From `kept()` of an earlier one; packed again if a weight has changed since.
     """
 
+    layers: list[nn.Linear]
+
     def __init__(self, layers: Sequence[nn.Linear], kept: Kept | None = None) -> None:
-        super().__init__([layer.out_features for layer in layers])
-        self.layers = list(layers)
+        super().__init__(layers)
         self._packed: Kernel | None = None if kept is None else kept[0]
         self._stamp: tuple[Marks, ...] = () if kept is None else kept[1]
 
@@ -56,8 +59,14 @@ class PackedProduct(JointProduct):
             self._packed, self._stamp = None, stamp
             weights = [layer.weight.detach() for layer in self.layers]
             if room_for(weights[0], sum(map(packed_size, weights))):
-                self._packed = pack_float(torch.cat(weights), self._bias())
+                matrix = weights[0] if len(weights) == 1 else torch.cat(weights)
+                self._packed = pack_float(matrix, self._bias())
         return self._packed
+
+    def takes(self, x: Tensor) -> bool:
+        few = x.numel() < few_rows(x.dtype) * x.shape[-1]
+        plain = all(x.dtype is layer.weight.dtype and _can_pack(layer.weight) for layer in self.layers)
+        return plain and not few and not _autocasts()
 
     def unchanged(self, member: int) -> bool:
         # Asked for every layer of every pass; nobody merges adapters between two siblings, so torch's count will do.
@@ -161,7 +170,9 @@ def _autocasts() -> bool:
 
 def few_rows(dtype: torch.dtype) -> int:
     """The number of rows from which the packed product is used."""
-    return 0 if multiplies(dtype) and dtype is not torch.float32 else FEW_ROWS.get(dtype, 0)
+    if compiles() or (multiplies(dtype) and dtype is not torch.float32):
+        return 0
+    return FEW_ROWS.get(dtype, 0)
 
 
 def pack(model: Model) -> Model:
@@ -181,8 +192,11 @@ def pack(model: Model) -> Model:
     Returns:
         The same model.
     """
+    blocks = list(fusable(model))  # tried out before anything is packed, which is put off until it is needed
     for product in _products(_packable(model), {}):
         _install(product)
+    for block in blocks:
+        block.__dict__["forward"] = FusedBlock(block)
     return model
 
 
@@ -236,18 +250,23 @@ def packed_assistants(assistants: Iterable[object], target: nn.Module | None = N
     """
     alone = set() if target is None else {id(module) for module in target.modules()}
     chosen: dict[int, list[nn.Linear]] = {}
-    for assistant in assistants:
-        if isinstance(assistant, nn.Module) and not hasattr(assistant, "_orig_mod"):
-            groups = list(_packable(assistant))
-            chosen.update((id(layers[0]), layers) for layers in groups if not any(id(one) in alone for one in layers))
+    models = [one for one in assistants if isinstance(one, nn.Module) and not hasattr(one, "_orig_mod")]
+    for assistant in models:
+        groups = list(_packable(assistant))
+        chosen.update((id(layers[0]), layers) for layers in groups if not any(id(one) in alone for one in layers))
     products = _products(chosen.values(), _KEPT)
     if not _room(products):
         products = []
+    blocks = [block for model in models for block in fusable(model) if id(block) not in alone]
     for product in products:
         _install(product)
+    for block in blocks:
+        block.__dict__["forward"] = FusedBlock(block)
     try:
         yield
     finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
         for product in products:
             for layer in product.layers:
                 _keep(layer.__dict__.pop("forward", None))
@@ -275,11 +294,11 @@ def unpack(model: Model) -> Model:
         The same model.
     """
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), PackedForward):
+        if isinstance(module.__dict__.get("forward"), PackedForward | FusedBlock):
             del module.__dict__["forward"]
     return model
 
 
 def is_packed(model: nn.Module) -> bool:
     """Whether any layer of a model is packed."""
-    return any(isinstance(module.__dict__.get("forward"), PackedForward) for module in model.modules())
+    return any(isinstance(module.__dict__.get("forward"), PackedForward | FusedBlock) for module in model.modules())

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from hf_polyspec.quantization.by_rows import Kernel
 from hf_polyspec.quantization.joint_product import SIBLINGS, JointProduct
-from hf_polyspec.quantization.kernels import Kernel
 from hf_polyspec.quantization.linear import QuantizedLinear
 from hf_polyspec.quantization.weights import QuantizedWeight
 
@@ -21,9 +21,10 @@ class SharedInput(JointProduct):
         layers: Quantised layers of one width, bits and grouping, usually called with the same input.
     """
 
+    layers: list[QuantizedLinear]
+
     def __init__(self, layers: Sequence[QuantizedLinear]) -> None:
-        super().__init__([layer.out_features for layer in layers])
-        self._layers = list(layers)
+        super().__init__(layers)
         self._kernel: Kernel | None = None
 
     def kernel(self) -> Kernel:
@@ -42,11 +43,11 @@ class SharedInput(JointProduct):
         """Let every layer compute alone again."""
         super().dissolve()
         self._kernel = None
-        for layer in self._layers:
+        for layer in self.layers:
             layer.join(None, 0)
 
     def _merged_weight(self) -> QuantizedWeight:
-        weights = [layer.quantized_weight() for layer in self._layers]
+        weights = [layer.quantized_weight() for layer in self.layers]
         return QuantizedWeight(
             torch.cat([weight.codes for weight in weights]),
             torch.cat([weight.scales for weight in weights]),
@@ -58,9 +59,9 @@ class SharedInput(JointProduct):
 
     def _build(self) -> Kernel:
         bias: Tensor | None = None
-        if any(layer.bias is not None for layer in self._layers):
-            bias = torch.cat([layer.bias_or_zeros() for layer in self._layers])
-        return self._layers[0].build_kernel(self._merged_weight, bias)
+        if any(layer.bias is not None for layer in self.layers):
+            bias = torch.cat([layer.bias_or_zeros() for layer in self.layers])
+        return self.layers[0].build_kernel(self._merged_weight, bias)
 
     def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "_kernel": None}

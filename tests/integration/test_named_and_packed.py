@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 import hf_polyspec
 from hf_polyspec.assistants import by_name
+from hf_polyspec.compiled import compiles
 from hf_polyspec.quantization import agreement, float_kernels, is_packed, packing
-from hf_polyspec.quantization.kernels import Kernel
+from hf_polyspec.quantization.by_rows import Kernel
 from hf_polyspec.quantization.model import merged_adapters, quantized_layers
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
@@ -121,8 +122,9 @@ def test_assistants_are_packed_while_the_chain_runs(
         assert not any(_forwards(model) for model in members)
     assert set(seen) == {(True, False)}
     # Every product of both members once, not once a generation: query with key and value, gate with up, two more
-    # a layer, and the head; the drafter's head never sees four rows.
-    assert len(watched) == sum(4 * member.config.num_hidden_layers + 1 for member in members) - 1
+    # a layer, and the head; the drafter's head never sees the four rows from which torch's own product loses.
+    unused = 0 if compiles() else 1
+    assert len(watched) == sum(4 * member.config.num_hidden_layers + 1 for member in members) - unused
     seen.clear()
     target.generate(**prompts(3), **OPTIONS, assistant_models=members, polyspec_pack=False)
     assert set(seen) == {(False, False)}
@@ -163,7 +165,7 @@ def test_no_packing_where_memory_is_short(
     monkeypatch.setattr(float_kernels.psutil, "virtual_memory", lambda: SimpleNamespace(available=10, total=100))
     member = copy.deepcopy(middle)
     seen: list[bool] = []
-    member.register_forward_hook(lambda *_: seen.append(is_packed(member)))
+    member.register_forward_hook(lambda *_: seen.append("forward" in member.lm_head.__dict__))
     target.generate(**prompts(3), **OPTIONS, assistant_models=[member])
     assert seen
     assert not any(seen)

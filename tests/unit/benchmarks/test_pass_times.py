@@ -15,6 +15,7 @@ from tiny_checkpoints import save_pair
 from torch import nn
 
 from hf_polyspec.benchmarks import arguments, pass_times
+from hf_polyspec.compiled import compiles
 from hf_polyspec.quantization import Int4Linear, Int8Linear, is_packed
 
 FORMS = ["float32", "bfloat16+pack", "float32+int8", "bfloat16+int8a8", "float32+int4"]
@@ -48,7 +49,7 @@ def test_every_form_is_timed_at_every_size(
     run(monkeypatch, "--model", folder, *words, *sizes, "--json", str(file))
     models, times = seen
     assert [model.dtype for model in models] == [getattr(torch, form.partition("+")[0]) for form in FORMS]
-    assert [is_packed(model) for model in models] == [False, True, False, False, False]
+    assert [is_packed(model) for model in models] == [False, True, *3 * [compiles()]]
     kinds = [type(model.model.layers[0].mlp.up_proj) for model in models]
     assert kinds == [nn.Linear, nn.Linear, Int8Linear, Int8Linear, Int4Linear]
     assert models[3].model.layers[0].mlp.up_proj.activation_bits == 8

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Machine code for small models on a CPU, made by numba when it is first needed and kept on disk (the extra `cpu`).
+
+A pass over a handful of tokens reads every weight once and does little with it, so it should take as long as the
+memory takes to deliver the weights. torch's own products for types that a CPU has no instructions for take two to four
+times that from the second token on.
+
+`support.py` says whether all this can run, `numbers.py` has numbers of 16 bits, `tasks.py` runs a function on torch's
+own threads; `product.py` multiplies. Only they import numba, and only `support.compiles()` tells whether they may be
+imported.
+"""
+
+from .support import compiles
+
+__all__ = ["compiles"]

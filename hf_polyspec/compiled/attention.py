@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of a few positions over a cache, in float32 whatever the cache holds, keys and values read where they lie.
+
+One head of one row of the batch is one part of the task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, njit
+from torch import Tensor
+
+from .numbers import BFLOAT16, FLOAT16, FLOAT32, FLOATS, exponential, narrow, widen
+from .tasks import KINDS, compiled, number, number_bits, pointer, run, take
+from .tiles import LANES, OUTPUTS, four_rows
+from .tiles import ROWS as ROWS_OF_TILE
+
+NO_MASK, ALLOWED, ADDED, CAUSAL = range(4)
+
+
+@njit(fastmath=FLOATS)
+def _scores(queries: Any, keys: Any, scores: Any, like: Any) -> None:
+    """`[F, S]`, from queries `[F', D]` with F' rounded up to whole tiles."""
+    size, seen = queries.shape[1], keys.shape[0]
+    tiled = seen // OUTPUTS * OUTPUTS if size % LANES == 0 else 0
+    pitch = scores.shape[1]
+    for s in range(0, tiled, OUTPUTS):
+        for f in range(0, queries.shape[0], ROWS_OF_TILE):
+            place = scores[f, s:].ctypes.data
+            four_rows(keys[s:].ctypes.data, queries[f:].ctypes.data, place, size, size, pitch, size, like)
+    for s in range(tiled, seen):
+        for f in range(queries.shape[0]):
+            total = np.float32(0)
+            for d in range(size):
+                total += queries[f, d] * widen(keys[s, d])
+            scores[f, s] = total
+
+
+@njit(fastmath=FLOATS)
+def _weigh(scores: Any, values: Any, sums: Any) -> None:
+    """Softmax of one row of scores, and the mean of the values under it; nothing where everything is hidden."""
+    top = np.float32(-np.inf)
+    for s in range(scores.size):
+        top = max(top, scores[s])
+    sums[:] = 0
+    if top == np.float32(-np.inf):
+        return
+    total = np.float32(0)
+    for s in range(scores.size):
+        weight = exponential(scores[s] - top)
+        weight = weight if scores[s] - top > np.float32(-87.0) else np.float32(0)
+        scores[s] = weight
+        total += weight
+    for s in range(scores.size):
+        weight = scores[s]
+        for d in range(sums.size):
+            sums[d] += weight * widen(values[s, d])
+    for d in range(sums.size):
+        sums[d] /= total
+
+
+@njit(fastmath=FLOATS)
+def _attend(task: Any, like: Any) -> None:
+    numbers = carray(pointer(task, np.int64(0)), 18)
+    batch, heads, shared, fed, seen, size = numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6]
+    pitch, kind, mask_rows, mask_pitch = numbers[7], numbers[8], numbers[9], numbers[10]
+    scale = number(task, 11)
+    all_queries = carray(pointer(numbers[12], like), (batch, heads, fed, size))
+    all_keys = carray(pointer(numbers[13], like), (batch, shared, pitch, size))
+    all_values = carray(pointer(numbers[14], like), (batch, shared, pitch, size))
+    allowed = carray(pointer(numbers[15], np.uint8(0)), (mask_rows, fed, mask_pitch))
+    added = carray(pointer(numbers[15], np.float32(0)), (mask_rows, fed, mask_pitch))
+    out = carray(pointer(numbers[16], like), (batch, fed, heads, size))
+    padded = (fed + ROWS_OF_TILE - 1) // ROWS_OF_TILE * ROWS_OF_TILE
+    queries = np.zeros((padded, size), np.float32)
+    scores = np.empty((padded, seen), np.float32)
+    sums = np.empty(size, np.float32)
+    hidden = np.float32(-np.inf)
+    while True:
+        part = take(task)
+        if part >= batch * heads:
+            return
+        b, h = part // heads, part % heads
+        keys, values = all_keys[b, h * shared // heads], all_values[b, h * shared // heads]
+        for f in range(fed):
+            for d in range(size):
+                queries[f, d] = widen(all_queries[b, h, f, d]) * scale
+        _scores(queries, keys[:seen], scores, like)
+        m = b if mask_rows > 1 else 0
+        for f in range(fed):
+            if kind == ALLOWED:
+                for s in range(seen):
+                    scores[f, s] = scores[f, s] if allowed[m, f, s] else hidden
+            elif kind == ADDED:
+                for s in range(seen):
+                    scores[f, s] += added[m, f, s]
+            elif kind == CAUSAL:
+                scores[f, f + 1 :] = hidden
+            _weigh(scores[f], values, sums)
+            for d in range(size):
+                out[b, f, h, d] = narrow(sums[d], like)
+
+
+def _attend_kind(kind: int) -> Callable[[Any], None]:
+    def task(numbers: Any) -> None:
+        if kind == 0:
+            _attend(numbers, BFLOAT16)
+        elif kind == 1:
+            _attend(numbers, FLOAT16)
+        else:
+            _attend(numbers, FLOAT32)
+
+    return task
+
+
+@cache
+def _function(dtype: torch.dtype) -> int:
+    return compiled(_attend_kind(KINDS[dtype]))
+
+
+def readable(states: Tensor) -> bool:
+    """Whether keys or values `[B, H, S, D]` lie in memory as `attend` reads them: a view of a buffer's columns."""
+    row, head, column, number = states.stride()
+    size = states.shape[3]
+    capacity = head // size
+    return number == 1 and column == size and head % size == 0 and row == states.shape[1] * capacity * size
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention as torch's `scaled_dot_product_attention` computes it, causal where there is no mask.
+
+    Args:
+        queries: `[B, heads, F, D]`, contiguous.
+        keys, values: `[B, shared, S, D]`, heads a multiple of shared; `readable`, of one layout.
+        mask: `[B or 1, 1, F, S]`, bool (True: seen) or added to the scores; None for causal, or everything if F is 1.
+        scale: Of the scores.
+
+    Returns:
+        `[B, F, heads D]`; zeros where everything is hidden.
+    """
+    batch, heads, fed, size = queries.shape
+    shared, seen = keys.shape[1], keys.shape[2]
+    kind, mask_rows, mask_pitch = (NO_MASK if fed == 1 else CAUSAL), 1, 0
+    if mask is not None:
+        if mask.dtype is not torch.bool:
+            mask = mask.float()
+        mask = mask.contiguous()
+        kind, mask_rows, mask_pitch = (ALLOWED if mask.dtype is torch.bool else ADDED), mask.shape[0], mask.shape[3]
+    out = queries.new_empty(batch, fed, heads * size)
+    sizes = (batch, heads, shared, fed, seen, size, keys.stride(1) // size, kind, mask_rows, mask_pitch)
+    memory = (queries.data_ptr(), keys.data_ptr(), values.data_ptr(), 0 if mask is None else mask.data_ptr())
+    run(_function(queries.dtype), *sizes, number_bits(scale), *memory, out.data_ptr(), 0)
+    return out

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small steps of a decoder block, each one call instead of five to fifteen: norm, rotation, gate.
+
+Every step rounds where transformers' own operations round, so in 16 bits too the numbers are the same but for the
+order of a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, njit
+from torch import Tensor
+
+from .numbers import BFLOAT16, FLOAT16, FLOAT32, FLOATS, exponential, narrow, widen
+from .tasks import KINDS, alone, call, compiled, number, number_bits, pointer
+
+
+@njit(fastmath=FLOATS)
+def _normalize(task: Any, like: Any) -> None:
+    """`y = weight * (x / rms(x))`; where an update is given, x is the sum of both, written out as well."""
+    numbers = carray(pointer(task, np.int64(0)), 9)
+    rows, width, epsilon = numbers[1], numbers[2], number(task, 3)
+    x = carray(pointer(numbers[4], like), (rows, width))
+    update = carray(pointer(numbers[5], like), (rows if numbers[5] else 0, width))
+    weight = carray(pointer(numbers[6], like), width)
+    y = carray(pointer(numbers[7], like), (rows, width))
+    total = carray(pointer(numbers[8], like), (rows if numbers[5] else 0, width))
+    wide = np.empty(width, np.float32)
+    for r in range(rows):
+        squares = np.float32(0)
+        if update.shape[0]:
+            for k in range(width):
+                total[r, k] = narrow(widen(x[r, k]) + widen(update[r, k]), like)
+                wide[k] = widen(total[r, k])
+        else:
+            for k in range(width):
+                wide[k] = widen(x[r, k])
+        for k in range(width):
+            squares += wide[k] * wide[k]
+        scale = np.float32(1) / np.sqrt(squares / np.float32(width) + epsilon)
+        for k in range(width):
+            y[r, k] = narrow(widen(weight[k]) * widen(narrow(wide[k] * scale, like)), like)
+
+
+@njit(fastmath=FLOATS)
+def _turn(joint: Any, out: Any, cos: Any, sin: Any, like: Any) -> None:
+    """One head at one position."""
+    half = out.size // 2
+    for d in range(half):
+        a, b = widen(joint[d]), widen(joint[d + half])
+        first = widen(narrow(a * widen(cos[d]), like)) + widen(narrow(-b * widen(sin[d]), like))
+        other = widen(narrow(b * widen(cos[d + half]), like)) + widen(narrow(a * widen(sin[d + half]), like))
+        out[d], out[d + half] = narrow(first, like), narrow(other, like)
+
+
+@njit(fastmath=FLOATS)
+def _rotate(task: Any, like: Any) -> None:
+    """Queries and keys turned by their position (RoFormer, Su et al. 2021, with halves), values laid out by head."""
+    numbers = carray(pointer(task, np.int64(0)), 13)
+    batch, fed, heads, shared, size, turns = (numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6])
+    joint = carray(pointer(numbers[7], like), (batch, fed, heads + 2 * shared, size))
+    cos = carray(pointer(numbers[8], like), (turns, fed, size))
+    sin = carray(pointer(numbers[9], like), (turns, fed, size))
+    queries = carray(pointer(numbers[10], like), (batch, heads, fed, size))
+    keys = carray(pointer(numbers[11], like), (batch, shared, fed, size))
+    values = carray(pointer(numbers[12], like), (batch, shared, fed, size))
+    for b in range(batch):
+        t = b if turns > 1 else 0
+        for f in range(fed):
+            for h in range(heads):
+                _turn(joint[b, f, h], queries[b, h, f], cos[t, f], sin[t, f], like)
+            for h in range(shared):
+                _turn(joint[b, f, heads + h], keys[b, h, f], cos[t, f], sin[t, f], like)
+                values[b, h, f] = joint[b, f, heads + shared + h]
+
+
+@njit(fastmath=FLOATS)
+def _gate(task: Any, like: Any) -> None:
+    """`silu(gate) * up` of `[R, 2 I]`."""
+    numbers = carray(pointer(task, np.int64(0)), 5)
+    rows, width = numbers[1], numbers[2]
+    joint = carray(pointer(numbers[3], like), (rows, 2, width))
+    y = carray(pointer(numbers[4], like), (rows, width))
+    for r in range(rows):
+        for k in range(width):
+            g = widen(joint[r, 0, k])
+            opened = narrow(g / (np.float32(1) + exponential(-g)), like)
+            y[r, k] = narrow(widen(opened) * widen(joint[r, 1, k]), like)
+
+
+def _normalize_kind(kind: int) -> Callable[[Any], None]:
+    def task(numbers: Any) -> None:
+        if kind == 0:
+            _normalize(numbers, BFLOAT16)
+        elif kind == 1:
+            _normalize(numbers, FLOAT16)
+        else:
+            _normalize(numbers, FLOAT32)
+
+    return task
+
+
+def _rotate_kind(kind: int) -> Callable[[Any], None]:
+    def task(numbers: Any) -> None:
+        if kind == 0:
+            _rotate(numbers, BFLOAT16)
+        elif kind == 1:
+            _rotate(numbers, FLOAT16)
+        else:
+            _rotate(numbers, FLOAT32)
+
+    return task
+
+
+def _gate_kind(kind: int) -> Callable[[Any], None]:
+    def task(numbers: Any) -> None:
+        if kind == 0:
+            _gate(numbers, BFLOAT16)
+        elif kind == 1:
+            _gate(numbers, FLOAT16)
+        else:
+            _gate(numbers, FLOAT32)
+
+    return task
+
+
+@cache
+def _function(of_kind: Callable[[int], Callable[[Any], None]], dtype: torch.dtype) -> Callable[[int], None]:
+    return alone(compiled(of_kind(KINDS[dtype])))
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A root-mean-square norm, perhaps of a sum.
+
+    Args:
+        x: `[..., K]`, contiguous; weight: `[K]` of the same dtype; epsilon: added to the mean square.
+        update: Added to x before; None for nothing.
+
+    Returns:
+        The normalised rows, and x with the update.
+    """
+    y = torch.empty_like(x)
+    total = x if update is None else torch.empty_like(x)
+    width = x.shape[-1]
+    memory = (x.data_ptr(), 0 if update is None else update.data_ptr(), weight.data_ptr(), y.data_ptr())
+    sizes = (x.numel() // width, width, number_bits(epsilon))
+    call(_function(_normalize_kind, x.dtype), *sizes, *memory, total.data_ptr())
+    return y, total
+
+
+def rotate(joint: Tensor, cos: Tensor, sin: Tensor, heads: int, shared: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of one block.
+
+    Args:
+        joint: `[B, F, (heads + 2 shared) D]`: queries, keys and values side by side, contiguous.
+        cos, sin: `[B or 1, F, D]` of the same dtype, contiguous.
+        heads: Query heads; shared: heads of keys and values.
+
+    Returns:
+        `[B, heads, F, D]`, and keys and values `[B, shared, F, D]`.
+    """
+    batch, fed, _ = joint.shape
+    size = cos.shape[-1]
+    queries = joint.new_empty(batch, heads, fed, size)
+    keys, values = joint.new_empty(2, batch, shared, fed, size).unbind()
+    memory = tuple(part.data_ptr() for part in (joint, cos, sin, queries, keys, values))
+    call(_function(_rotate_kind, joint.dtype), batch, fed, heads, shared, size, cos.shape[0], *memory)
+    return queries, keys, values
+
+
+def gated(joint: Tensor) -> Tensor:
+    """`silu(gate) * up` of `[..., 2 I]` with gate and up side by side, contiguous."""
+    width = joint.shape[-1] // 2
+    y = joint.new_empty(*joint.shape[:-1], width)
+    call(_function(_gate_kind, joint.dtype), y.numel() // width, width, joint.data_ptr(), y.data_ptr())
+    return y

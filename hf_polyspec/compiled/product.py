@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products with few rows at the speed of the memory.
+
+Every weight is read once, widened to float32 in a register and used for four rows; sums are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, njit
+from torch import Tensor
+
+from .numbers import BFLOAT16, FLOAT16, FLOAT32, FLOATS, INT8, narrow, widen
+from .tasks import KINDS, compiled, part_size, pointer, run, take
+from .tiles import LANES, OUTPUTS, four_rows, one_row
+from .tiles import ROWS as ROWS_OF_TILE
+
+ROWS = 16
+"""Up to so many rows these products are the fastest (measured, docs/quantization.md)."""
+
+
+@njit(fastmath=FLOATS)
+def _add(weight: Any, x: Any, sums: Any, done: int) -> None:
+    """The products from input `done` on: what is left of a width that is no multiple of a register's."""
+    for r in range(x.shape[0]):
+        for n in range(weight.shape[0]):
+            total = np.float32(0)
+            for k in range(done, x.shape[1]):
+                total += widen(weight[n, k]) * x[r, k]
+            sums[r, n] += total
+
+
+@njit(fastmath=FLOATS)
+def _multiply(task: Any, stored: Any, active: Any) -> None:
+    """`y = (x @ weight.T - sum(x) * shifts) * scales + bias`; vectors whose address is 0 are left out."""
+    numbers = carray(pointer(task, np.int64(0)), 11)
+    outputs, width, rows, size = numbers[1], numbers[2], numbers[3], numbers[4]
+    weight = carray(pointer(numbers[5], stored), (outputs, width))
+    scales = carray(pointer(numbers[6], np.float32(0)), outputs if numbers[6] else 0)
+    shifts = carray(pointer(numbers[7], np.float32(0)), outputs if numbers[7] else 0)
+    bias = carray(pointer(numbers[8], np.float32(0)), outputs if numbers[8] else 0)
+    x = carray(pointer(numbers[9], active), (rows, width))
+    y = carray(pointer(numbers[10], active), (rows, outputs))
+    padded = 1 if rows == 1 else (rows + ROWS_OF_TILE - 1) // ROWS_OF_TILE * ROWS_OF_TILE
+    wide = np.zeros((padded, width), np.float32)
+    totals = np.zeros(padded, np.float32)
+    for r in range(rows):
+        for k in range(width):
+            wide[r, k] = widen(x[r, k])
+        if shifts.size:
+            totals[r] = wide[r].sum()
+    sums = np.empty((padded, size), np.float32)
+    done = width // LANES * LANES
+    while True:
+        first = take(task) * size
+        if first >= outputs:
+            return
+        last = min(outputs, first + size)
+        tiled = first + (last - first) // OUTPUTS * OUTPUTS
+        for n in range(first, tiled, OUTPUTS):
+            begin = weight[n:].ctypes.data
+            if rows == 1:
+                one_row(begin, wide.ctypes.data, sums[0, n - first :].ctypes.data, width, width, size, done, stored)
+            else:
+                for r in range(0, padded, ROWS_OF_TILE):
+                    place = sums[r, n - first :].ctypes.data
+                    four_rows(begin, wide[r:].ctypes.data, place, width, width, size, done, stored)
+        sums[:, tiled - first : last - first] = 0
+        _add(weight[first:tiled], wide, sums, done)
+        _add(weight[tiled:last], wide, sums[:, tiled - first :], 0)
+        for r in range(rows):
+            for n in range(first, last):
+                total = sums[r, n - first]
+                if shifts.size:
+                    total -= totals[r] * shifts[n]
+                if scales.size:
+                    total *= scales[n]
+                if bias.size:
+                    total += bias[n]
+                y[r, n] = narrow(total, active)
+
+
+def _of_kind(kind: int) -> Callable[[Any], None]:
+    def task(numbers: Any) -> None:
+        if kind == 0:
+            _multiply(numbers, BFLOAT16, BFLOAT16)
+        elif kind == 1:
+            _multiply(numbers, FLOAT16, FLOAT16)
+        else:
+            _multiply(numbers, FLOAT32, FLOAT32)
+
+    return task
+
+
+def _int8_of_kind(kind: int) -> Callable[[Any], None]:
+    def task(numbers: Any) -> None:
+        if kind == 0:
+            _multiply(numbers, INT8, BFLOAT16)
+        elif kind == 1:
+            _multiply(numbers, INT8, FLOAT16)
+        else:
+            _multiply(numbers, INT8, FLOAT32)
+
+    return task
+
+
+@cache
+def _function(weight: torch.dtype, active: torch.dtype) -> int:
+    if weight is torch.int8:
+        return compiled(_int8_of_kind(KINDS[active]))
+    if weight is not active:
+        raise TypeError(f"A {weight} matrix cannot be multiplied with {active} numbers.")
+    return compiled(_of_kind(KINDS[active]))
+
+
+class CompiledProduct:
+    """A matrix multiplied in float32 whatever it is stored as; its memory is read where it lies.
+
+    Args:
+        weight: `[N, K]` on the CPU: int8, or float32, bfloat16 or float16 like the inputs.
+        bias: `[N]` or None.
+        scales: `[N]`, multiplied into the result; None for one.
+        zeros: `[N]`, what counts as zero among the weights; None for zero.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None, zeros: Tensor | None = None
+    ) -> None:
+        self._weight = weight.detach().contiguous()
+        vectors = (None if part is None else part.detach().float().contiguous() for part in (scales, zeros, bias))
+        self._vectors = tuple(vectors)
+        self._addresses = tuple(0 if vector is None else vector.data_ptr() for vector in self._vectors)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        outputs, width = self._weight.shape
+        x = x.contiguous()
+        y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
+        sizes = (outputs, width, x.numel() // width, part_size(outputs, OUTPUTS))
+        memory = (self._weight.data_ptr(), *self._addresses, x.data_ptr(), y.data_ptr())
+        run(_function(self._weight.dtype, x.dtype), *sizes, *memory)
+        return y

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A compiled function on all of torch's threads.
+
+numba's own threads would be a second pool beside torch's, and idle threads of either pool spin for a while on the
+cores that the other wants. So a task goes to the OpenMP that torch has loaded, through the door that GCC's compiled
+code uses (`GOMP_parallel`, which Intel's library has as well).
+
+A task is a row of 64-bit integers in memory: the first counts the parts that threads have taken, the others are sizes
+and addresses. Every thread runs the same function on the same task and takes part after part until none is left, so a
+slow core does less.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
+
+from .support import threads_library
+
+PARTS_A_THREAD = 4
+
+
+@intrinsic
+def take(_typing: Any, task: Any) -> Any:
+    """The number of the next part, which nobody else gets."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        counter = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def pointer(_typing: Any, address: Any, like: Any) -> Any:
+    """A pointer to numbers like `like`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(types.int64, like), generate
+
+
+KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+"""What tasks work on; functions are compiled for one of them."""
+
+
+def compiled(function: Callable[[Any], None]) -> int:
+    """The address of a task's function, compiled now or read from the disk.
+
+    Args:
+        function: Takes the address of a task.
+    """
+    return int(cfunc(types.void(types.intp), cache=True, error_model="numpy")(function).address)
+
+
+def number_bits(value: float) -> int:
+    """A float as one of a task's integers; `number` reads it."""
+    return int(struct.unpack("q", struct.pack("d", value))[0])
+
+
+@njit
+def number(task: Any, index: Any) -> Any:
+    """The float at `index` of a task."""
+    return np.float32(carray(pointer(task + 8 * index, np.float64(0)), 1)[0])
+
+
+class _OpenMp:
+    """torch's threads; opened once."""
+
+    def __init__(self) -> None:
+        path = threads_library()
+        assert path is not None
+        self.parallel = ctypes.CDLL(str(path)).GOMP_parallel
+        self.parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        self.parallel.restype = None
+
+
+_open_mp = _OpenMp()
+_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_int64)
+
+
+def alone(address: int) -> Callable[[int], None]:
+    """A compiled function to be called on this thread, see `call`."""
+    return _FUNCTION(address)
+
+
+def call(function: Callable[[int], None], *numbers: int) -> None:
+    """Do a small task on this thread.
+
+    Args:
+        function: From `alone`.
+        numbers: The task after its counter.
+    """
+    task = (ctypes.c_int64 * (1 + len(numbers)))(0, *numbers)
+    function(ctypes.addressof(task))
+
+
+def run(address: int, *numbers: int) -> None:
+    """Run a task on as many threads as torch uses, and wait for it.
+
+    Args:
+        address: From `compiled`.
+        numbers: The task after its counter.
+    """
+    task = (ctypes.c_int64 * (1 + len(numbers)))(0, *numbers)
+    _open_mp.parallel(address, ctypes.addressof(task), torch.get_num_threads(), 0)
+
+
+def part_size(count: int, multiple: int) -> int:
+    """How many of `count` things a thread takes at once, a multiple of `multiple`."""
+    parts = torch.get_num_threads() * PARTS_A_THREAD
+    return max(1, -(-count // (parts * multiple))) * multiple
