@@ -9,6 +9,7 @@ aligned to the right). Caches the caller handed in are read into one of these an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,12 +36,30 @@ class RollbackLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
-        self._key_buffer = _with_room(self._key_buffer, key_states, start, end)
-        self._value_buffer = _with_room(self._value_buffer, value_states, start, end)
+        self._key_buffer = _with_room(self._key_buffer, key_states.shape, key_states, start)
+        self._value_buffer = _with_room(self._value_buffer, value_states.shape, value_states, start)
         self._key_buffer[:, :, start:end] = key_states
         self._value_buffer[:, :, start:end] = value_states
         self._show(end)
         return self.keys, self.values
+
+    def extend(self, shape: tuple[int, int, int, int], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Room for new columns that the caller writes himself, at once.
+
+        Args:
+            shape: of the new keys and of the new values, `(B, H, F, D)`.
+            like: has their dtype and device.
+
+        Returns:
+            The buffers `[B, H, capacity, D]`, and the column from which to write.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(like, like)
+        start = self.get_seq_length()
+        keys = self._key_buffer = _with_room(self._key_buffer, shape, like, start)
+        values = self._value_buffer = _with_room(self._value_buffer, shape, like, start)
+        self._show(start + shape[2])
+        return keys, values, start
 
     def shrink(self, length: int) -> None:
         """Keep the first `length` columns."""
@@ -73,12 +92,14 @@ class RollbackLayer(DynamicLayer):
         self.values = self._value_buffer[:, :, :length]
 
 
-def _with_room(buffer: torch.Tensor | None, states: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    """The buffer itself if `end` columns fit, else a larger one with the first `start` columns copied."""
+def _with_room(buffer: torch.Tensor | None, shape: Sequence[int], like: torch.Tensor, start: int) -> torch.Tensor:
+    """The buffer itself if keys or values of a shape fit behind `start` columns, else a larger one with those."""
+    batch, heads, fed, size = shape
+    end = start + fed
     if buffer is not None and end <= buffer.shape[2]:
         return buffer
     capacity = max(_FIRST_CAPACITY, end + end // 2)
-    larger = states.new_empty(states.shape[0], states.shape[1], capacity, states.shape[3])
+    larger = like.new_empty(batch, heads, capacity, size)
     if buffer is not None:
         larger[:, :, :start] = buffer[:, :, :start]
     return larger
@@ -99,6 +120,16 @@ class RollbackCache(DynamicCache):
     def __init__(self) -> None:
         super().__init__()
         self.layer_class_to_replicate = RollbackLayer
+
+    def extend(
+        self, index: int, shape: tuple[int, int, int, int], like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """`RollbackLayer.extend` of one layer, which is added if the model has not asked for it before."""
+        while len(self.layers) <= index:
+            self.layers.append(RollbackLayer())
+        layer = self.layers[index]
+        assert isinstance(layer, RollbackLayer)
+        return layer.extend(shape, like)
 
     @property
     def length(self) -> int:

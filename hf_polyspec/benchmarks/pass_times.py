@@ -3,7 +3,8 @@
 
 One model in several forms, all in one process, passes taking turns, so that a machine that slows down slows all of
 them. A form is a dtype, maybe with what is done to it: bfloat16, bfloat16+pack, float32+int8, float32+int8a8 (with
-activations in 8 bits too), bfloat16+int4; those with integers are packed as well, as chains pack their middles. Prints medians in milliseconds.
+activations in 8 bits too), bfloat16+int4; those with integers are packed as well, as chains pack their middles.
+Prints medians in milliseconds.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from .numbers import BFLOAT16, FLOAT16, FLOAT32, FLOATS, exponential, narrow, widen
+from .numbers import BFLOAT16, FLOAT16, FLOAT32, FLOATS, VERSION, exponential, narrow, widen
 from .tasks import KINDS, compiled, number, number_bits, pointer, run, take
 from .tiles import LANES, OUTPUTS, four_rows
 from .tiles import ROWS as ROWS_OF_TILE
@@ -44,16 +44,20 @@ def _scores(queries: Any, keys: Any, scores: Any, like: Any) -> None:
 @njit(fastmath=FLOATS)
 def _weigh(scores: Any, values: Any, sums: Any) -> None:
     """Softmax of one row of scores, and the mean of the values under it; nothing where everything is hidden."""
-    top = np.float32(-np.inf)
+    top, broken = np.float32(-np.inf), 0
     for s in range(scores.size):
         top = max(top, scores[s])
+        broken += scores[s] != scores[s]
     sums[:] = 0
+    if broken or top == np.float32(np.inf):  # as in torch, no number comes of it
+        sums[:] = np.nan
+        return
     if top == np.float32(-np.inf):
         return
     total = np.float32(0)
     for s in range(scores.size):
-        weight = exponential(scores[s] - top)
-        weight = weight if scores[s] - top > np.float32(-87.0) else np.float32(0)
+        below = scores[s] - top
+        weight = exponential(below) if below > np.float32(-87.0) else np.float32(0)
         scores[s] = weight
         total += weight
     for s in range(scores.size):
@@ -65,7 +69,7 @@ def _weigh(scores: Any, values: Any, sums: Any) -> None:
 
 
 @njit(fastmath=FLOATS)
-def _attend(task: Any, like: Any) -> None:
+def attend_task(task: Any, like: Any) -> None:
     numbers = carray(pointer(task, np.int64(0)), 18)
     batch, heads, shared, fed, seen, size = numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6]
     pitch, kind, mask_rows, mask_pitch = numbers[7], numbers[8], numbers[9], numbers[10]
@@ -108,12 +112,14 @@ def _attend(task: Any, like: Any) -> None:
 
 def _attend_kind(kind: int) -> Callable[[Any], None]:
     def task(numbers: Any) -> None:
+        if VERSION < 0:  # never: see VERSION
+            return
         if kind == 0:
-            _attend(numbers, BFLOAT16)
+            attend_task(numbers, BFLOAT16)
         elif kind == 1:
-            _attend(numbers, FLOAT16)
+            attend_task(numbers, FLOAT16)
         else:
-            _attend(numbers, FLOAT32)
+            attend_task(numbers, FLOAT32)
 
     return task
 
@@ -128,7 +134,13 @@ def readable(states: Tensor) -> bool:
     row, head, column, number = states.stride()
     size = states.shape[3]
     capacity = head // size
-    return number == 1 and column == size and head % size == 0 and row == states.shape[1] * capacity * size
+    ordered = number == 1 and column == size and head % size == 0 and row == states.shape[1] * capacity * size
+    return ordered and capacity >= states.shape[2]
+
+
+def plain_mask(mask: Tensor) -> Tensor:
+    """A mask as the compiled functions read it: contiguous, bool or float32."""
+    return (mask if mask.dtype is torch.bool else mask.float()).contiguous()
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -147,9 +159,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, s
     shared, seen = keys.shape[1], keys.shape[2]
     kind, mask_rows, mask_pitch = (NO_MASK if fed == 1 else CAUSAL), 1, 0
     if mask is not None:
-        if mask.dtype is not torch.bool:
-            mask = mask.float()
-        mask = mask.contiguous()
+        mask = plain_mask(mask)
         kind, mask_rows, mask_pitch = (ALLOWED if mask.dtype is torch.bool else ADDED), mask.shape[0], mask.shape[3]
     out = queries.new_empty(batch, fed, heads * size)
     sizes = (batch, heads, shared, fed, seen, size, keys.stride(1) // size, kind, mask_rows, mask_pitch)

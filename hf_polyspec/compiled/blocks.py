@@ -16,12 +16,12 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from .numbers import BFLOAT16, FLOAT16, FLOAT32, FLOATS, exponential, narrow, widen
+from .numbers import BFLOAT16, FLOAT16, FLOAT32, FLOATS, VERSION, exponential, narrow, widen
 from .tasks import KINDS, alone, call, compiled, number, number_bits, pointer
 
 
 @njit(fastmath=FLOATS)
-def _normalize(task: Any, like: Any) -> None:
+def normalize_task(task: Any, like: Any) -> None:
     """`y = weight * (x / rms(x))`; where an update is given, x is the sum of both, written out as well."""
     numbers = carray(pointer(task, np.int64(0)), 9)
     rows, width, epsilon = numbers[1], numbers[2], number(task, 3)
@@ -59,16 +59,17 @@ def _turn(joint: Any, out: Any, cos: Any, sin: Any, like: Any) -> None:
 
 
 @njit(fastmath=FLOATS)
-def _rotate(task: Any, like: Any) -> None:
+def rotate_task(task: Any, like: Any) -> None:
     """Queries and keys turned by their position (RoFormer, Su et al. 2021, with halves), values laid out by head."""
-    numbers = carray(pointer(task, np.int64(0)), 13)
-    batch, fed, heads, shared, size, turns = (numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6])
+    numbers = carray(pointer(task, np.int64(0)), 14)
+    batch, fed, heads, shared, size, turns = numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6]
     joint = carray(pointer(numbers[7], like), (batch, fed, heads + 2 * shared, size))
     cos = carray(pointer(numbers[8], like), (turns, fed, size))
     sin = carray(pointer(numbers[9], like), (turns, fed, size))
     queries = carray(pointer(numbers[10], like), (batch, heads, fed, size))
-    keys = carray(pointer(numbers[11], like), (batch, shared, fed, size))
-    values = carray(pointer(numbers[12], like), (batch, shared, fed, size))
+    # Keys and values go to the first columns of what may be a longer buffer.
+    keys = carray(pointer(numbers[11], like), (batch, shared, numbers[13], size))
+    values = carray(pointer(numbers[12], like), (batch, shared, numbers[13], size))
     for b in range(batch):
         t = b if turns > 1 else 0
         for f in range(fed):
@@ -80,7 +81,7 @@ def _rotate(task: Any, like: Any) -> None:
 
 
 @njit(fastmath=FLOATS)
-def _gate(task: Any, like: Any) -> None:
+def gate_task(task: Any, like: Any) -> None:
     """`silu(gate) * up` of `[R, 2 I]`."""
     numbers = carray(pointer(task, np.int64(0)), 5)
     rows, width = numbers[1], numbers[2]
@@ -89,42 +90,49 @@ def _gate(task: Any, like: Any) -> None:
     for r in range(rows):
         for k in range(width):
             g = widen(joint[r, 0, k])
-            opened = narrow(g / (np.float32(1) + exponential(-g)), like)
+            shut = g < np.float32(-88) and g > np.float32(-np.inf)  # e to the power of 88 is where `exponential` ends
+            opened = narrow(np.float32(0) if shut else g / (np.float32(1) + exponential(-g)), like)
             y[r, k] = narrow(widen(opened) * widen(joint[r, 1, k]), like)
 
 
 def _normalize_kind(kind: int) -> Callable[[Any], None]:
     def task(numbers: Any) -> None:
+        if VERSION < 0:  # never: see VERSION
+            return
         if kind == 0:
-            _normalize(numbers, BFLOAT16)
+            normalize_task(numbers, BFLOAT16)
         elif kind == 1:
-            _normalize(numbers, FLOAT16)
+            normalize_task(numbers, FLOAT16)
         else:
-            _normalize(numbers, FLOAT32)
+            normalize_task(numbers, FLOAT32)
 
     return task
 
 
 def _rotate_kind(kind: int) -> Callable[[Any], None]:
     def task(numbers: Any) -> None:
+        if VERSION < 0:  # never: see VERSION
+            return
         if kind == 0:
-            _rotate(numbers, BFLOAT16)
+            rotate_task(numbers, BFLOAT16)
         elif kind == 1:
-            _rotate(numbers, FLOAT16)
+            rotate_task(numbers, FLOAT16)
         else:
-            _rotate(numbers, FLOAT32)
+            rotate_task(numbers, FLOAT32)
 
     return task
 
 
 def _gate_kind(kind: int) -> Callable[[Any], None]:
     def task(numbers: Any) -> None:
+        if VERSION < 0:  # never: see VERSION
+            return
         if kind == 0:
-            _gate(numbers, BFLOAT16)
+            gate_task(numbers, BFLOAT16)
         elif kind == 1:
-            _gate(numbers, FLOAT16)
+            gate_task(numbers, FLOAT16)
         else:
-            _gate(numbers, FLOAT32)
+            gate_task(numbers, FLOAT32)
 
     return task
 
@@ -169,7 +177,7 @@ def rotate(joint: Tensor, cos: Tensor, sin: Tensor, heads: int, shared: int) -> 
     queries = joint.new_empty(batch, heads, fed, size)
     keys, values = joint.new_empty(2, batch, shared, fed, size).unbind()
     memory = tuple(part.data_ptr() for part in (joint, cos, sin, queries, keys, values))
-    call(_function(_rotate_kind, joint.dtype), batch, fed, heads, shared, size, cos.shape[0], *memory)
+    call(_function(_rotate_kind, joint.dtype), batch, fed, heads, shared, size, cos.shape[0], *memory, fed)
     return queries, keys, values
 
 

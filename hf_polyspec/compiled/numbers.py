@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
+
+# numba keeps what it compiled by the file of the outermost function alone. Every task refers to this number, which
+# changes with every file of the room.
+VERSION = crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
 
 # Sums may be reordered, which vector registers need; infinities and what is not a number keep their meaning.
 FLOATS = {"contract", "reassoc"}
@@ -110,6 +116,7 @@ def exponential(x: Any) -> Any:
     `x = n ln 2 + r`; the power of r is a series, 2 to the power of n is written into the exponent. Below -87 the
     result is the smallest normal number rather than less.
     """
+    given = x
     x = min(max(x, np.float32(-87.0)), np.float32(88.0))
     n = np.rint(x * np.float32(1.4426950408889634))
     r = (x - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
@@ -120,7 +127,8 @@ def exponential(x: Any) -> Any:
     series = series * r + np.float32(0.5)
     series = series * r + np.float32(1)
     series = series * r + np.float32(1)
-    return series * _from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+    power = series * _from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+    return power if given == given else given
 
 
 BFLOAT16, FLOAT16, FLOAT32, INT8 = np.uint16(0), np.int16(0), np.float32(0), np.int8(0)

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from numba import carray, njit
-from torch import Tensor
+from torch import Tensor, nn
 
-from .numbers import BFLOAT16, FLOAT16, FLOAT32, FLOATS, INT8, narrow, widen
+from .numbers import BFLOAT16, FLOAT16, FLOAT32, FLOATS, INT8, VERSION, narrow, widen
 from .tasks import KINDS, compiled, part_size, pointer, run, take
 from .tiles import LANES, OUTPUTS, four_rows, one_row
 from .tiles import ROWS as ROWS_OF_TILE
@@ -36,7 +36,7 @@ def _add(weight: Any, x: Any, sums: Any, done: int) -> None:
 
 
 @njit(fastmath=FLOATS)
-def _multiply(task: Any, stored: Any, active: Any) -> None:
+def multiply_task(task: Any, stored: Any, active: Any) -> None:
     """`y = (x @ weight.T - sum(x) * shifts) * scales + bias`; vectors whose address is 0 are left out."""
     numbers = carray(pointer(task, np.int64(0)), 11)
     outputs, width, rows, size = numbers[1], numbers[2], numbers[3], numbers[4]
@@ -87,24 +87,28 @@ def _multiply(task: Any, stored: Any, active: Any) -> None:
 
 def _of_kind(kind: int) -> Callable[[Any], None]:
     def task(numbers: Any) -> None:
+        if VERSION < 0:  # never: see VERSION
+            return
         if kind == 0:
-            _multiply(numbers, BFLOAT16, BFLOAT16)
+            multiply_task(numbers, BFLOAT16, BFLOAT16)
         elif kind == 1:
-            _multiply(numbers, FLOAT16, FLOAT16)
+            multiply_task(numbers, FLOAT16, FLOAT16)
         else:
-            _multiply(numbers, FLOAT32, FLOAT32)
+            multiply_task(numbers, FLOAT32, FLOAT32)
 
     return task
 
 
 def _int8_of_kind(kind: int) -> Callable[[Any], None]:
     def task(numbers: Any) -> None:
+        if VERSION < 0:  # never: see VERSION
+            return
         if kind == 0:
-            _multiply(numbers, INT8, BFLOAT16)
+            multiply_task(numbers, INT8, BFLOAT16)
         elif kind == 1:
-            _multiply(numbers, INT8, FLOAT16)
+            multiply_task(numbers, INT8, FLOAT16)
         else:
-            _multiply(numbers, INT8, FLOAT32)
+            multiply_task(numbers, INT8, FLOAT32)
 
     return task
 
@@ -132,15 +136,34 @@ class CompiledProduct:
         self, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None, zeros: Tensor | None = None
     ) -> None:
         self._weight = weight.detach().contiguous()
-        vectors = (None if part is None else part.detach().float().contiguous() for part in (scales, zeros, bias))
-        self._vectors = tuple(vectors)
-        self._addresses = tuple(0 if vector is None else vector.data_ptr() for vector in self._vectors)
+        # Copies, since nobody else may move them; the matrix is not copied, it is what fills the memory.
+        parts = (scales, zeros, bias)
+        self._vectors = tuple(None if part is None else part.detach().float().clone() for part in parts)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the matrix is stored as."""
+        return self._weight.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        return self._weight.shape[0], self._weight.shape[1]
+
+    def task(self, rows: int, x: int, y: int) -> tuple[int, ...]:
+        """The numbers of the task that multiplies rows at address `x` into `y`."""
+        outputs, width = self._weight.shape
+        sizes = (outputs, width, rows, part_size(outputs, OUTPUTS))
+        vectors = (0 if vector is None else vector.data_ptr() for vector in self._vectors)
+        return (*sizes, self._weight.data_ptr(), *vectors, x, y)
 
     def __call__(self, x: Tensor) -> Tensor:
         outputs, width = self._weight.shape
+        if x.shape[-1] != width or x.device.type != "cpu" or type(x) not in (Tensor, nn.Parameter):
+            raise RuntimeError(f"A product of {width} inputs on the CPU was given {tuple(x.shape)} on {x.device}.")
+        if x.dtype not in KINDS:
+            return self(x.float()).to(x.dtype)
         x = x.contiguous()
-        y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
-        sizes = (outputs, width, x.numel() // width, part_size(outputs, OUTPUTS))
-        memory = (self._weight.data_ptr(), *self._addresses, x.data_ptr(), y.data_ptr())
-        run(_function(self._weight.dtype, x.dtype), *sizes, *memory)
+        y = x.new_empty(*x.shape[:-1], outputs)
+        run(_function(self._weight.dtype, x.dtype), *self.task(x.numel() // width, x.data_ptr(), y.data_ptr()))
         return y

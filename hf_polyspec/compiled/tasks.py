@@ -53,13 +53,108 @@ KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """What tasks work on; functions are compiled for one of them."""
 
 
+@intrinsic
+def _arrive(_typing: Any, address: Any) -> Any:
+    """Count one more at an address; how many there were before."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        counter = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "acq_rel")
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def _is_open(_typing: Any, address: Any) -> Any:
+    """What stands at an address by now, with everything written before it."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        flag = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(flag, "acquire", 8)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def _open(_typing: Any, address: Any) -> Any:
+    """Write 1, after everything written before."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        flag = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        builder.store_atomic(ir.Constant(ir.IntType(64), 1), flag, "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def _call_by_address(_typing: Any, address: Any) -> Any:
+    """Call a C function `int f(void)`."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [])
+        return builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [])
+
+    return types.int32(types.int64), generate
+
+
+@intrinsic
+def _pause(_typing: Any) -> Any:
+    """Let the core's other half go first for a moment."""
+
+    def generate(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(builder.module.declare_intrinsic("llvm.x86.sse2.pause", (), kind), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+# A task of several stages begins with this many numbers: its counter, the addresses of two C functions, and two
+# numbers for each gate between stages.
+HEADER = 20
+_SPINS = 4000
+
+
+@njit
+def team(task: Any) -> Any:
+    """How many threads run this task."""
+    return np.int64(_call_by_address(carray(pointer(task, np.int64(0)), 3)[1]))
+
+
+@njit
+def enter(task: Any, gate: Any, threads: Any) -> Any:
+    """Wait until all threads are at a gate; True for one of them, on whose `leave` the others wait."""
+    place = task + 8 * (3 + 2 * gate)
+    if _arrive(place) == threads - 1:
+        return True
+    spins = 0
+    while _is_open(place + 8) == 0:
+        _pause()
+        spins += 1
+        if spins % _SPINS == 0:  # more threads than cores: whoever is waited for may need this one
+            _call_by_address(carray(pointer(task, np.int64(0)), 3)[2])
+    return False
+
+
+@njit
+def leave(task: Any, gate: Any) -> None:
+    """Let the others go on."""
+    _open(task + 8 * (3 + 2 * gate) + 8)
+
+
 def compiled(function: Callable[[Any], None]) -> int:
     """The address of a task's function, compiled now or read from the disk.
 
     Args:
         function: Takes the address of a task.
     """
-    return int(cfunc(types.void(types.intp), cache=True, error_model="numpy")(function).address)
+    signature = types.void(types.intp)
+    try:
+        found = cfunc(signature, cache=True, error_model="numpy")(function)
+    except (OSError, RuntimeError):  # nowhere to keep it: a read-only installation without a home folder, a full disk
+        found = cfunc(signature, error_model="numpy")(function)
+    return int(found.address)
 
 
 def number_bits(value: float) -> int:
@@ -82,6 +177,14 @@ class _OpenMp:
         self.parallel = ctypes.CDLL(str(path)).GOMP_parallel
         self.parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         self.parallel.restype = None
+        self.team_size = _address(ctypes.CDLL(str(path)).omp_get_num_threads)
+        self.give_way = _address(ctypes.CDLL(None).sched_yield)
+
+
+def _address(function: Any) -> int:
+    found = ctypes.cast(function, ctypes.c_void_p).value
+    assert found is not None
+    return found
 
 
 _open_mp = _OpenMp()
@@ -112,6 +215,17 @@ def run(address: int, *numbers: int) -> None:
         numbers: The task after its counter.
     """
     task = (ctypes.c_int64 * (1 + len(numbers)))(0, *numbers)
+    _open_mp.parallel(address, ctypes.addressof(task), torch.get_num_threads(), 0)
+
+
+def run_stages(address: int, task: ctypes.Array[ctypes.c_int64]) -> None:
+    """Run a task whose function waits at gates.
+
+    Args:
+        address: From `compiled`.
+        task: Begins with `HEADER` zeros.
+    """
+    task[1], task[2] = _open_mp.team_size, _open_mp.give_way
     _open_mp.parallel(address, ctypes.addressof(task), torch.get_num_threads(), 0)
 
 

@@ -49,7 +49,7 @@ class WidenedFloat:
 
 def packs(matrix: Tensor) -> bool:
     """Whether `pack_float` makes a matrix faster here: on the CPU, in a float dtype of at most 32 bits."""
-    if matrix.device.type != "cpu" or not torch._C._has_mkldnn:
+    if matrix.device.type != "cpu" or not matrix.numel() or not torch._C._has_mkldnn:
         return False
     return multiplies(matrix.dtype) or (matrix.dtype in (torch.bfloat16, torch.float16) and _widens())
 

@@ -9,28 +9,22 @@ then by trying: it is fused only if both ways give the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
-from weakref import WeakKeyDictionary
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_polyspec.cache import RollbackCache
 from hf_polyspec.compiled import compiles
-from hf_polyspec.quantization.by_rows import Kernel
+from hf_polyspec.quantization.block_parts import DTYPES, BlockParts, readable_mask, readable_turns
+from hf_polyspec.quantization.by_rows import ByRows, Kernel
 from hf_polyspec.quantization.joint_product import JointProduct
+from hf_polyspec.quantization.linear import QuantizedLinear
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_PARTS = {
-    "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
-    "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
-    "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
-}
-_HARMLESS = {"cache_position", "input_ids", "position_ids"}
-"""Tensors among a block's further arguments that change nothing."""
-
-# Blocks that turned out to be, or not to be, what they look like; by the place of their weights.
-_TRIED: WeakKeyDictionary[nn.Module, tuple[object, bool]] = WeakKeyDictionary()
+if TYPE_CHECKING:
+    from hf_polyspec.compiled.product import CompiledProduct
+    from hf_polyspec.compiled.whole_block import BlockProducts, BlockShape
 
 
 class FusedBlock:
@@ -42,7 +36,7 @@ class FusedBlock:
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
-        self._inside = [module for module in layer.modules() if module is not layer]
+        self._parts = BlockParts(layer)
 
     def __call__(
         self,
@@ -54,33 +48,18 @@ class FusedBlock:
         **kwargs: Any,
     ) -> Any:
         layer: Any = self.layer
+        x, turns = hidden_states, position_embeddings
         if (
-            args
-            or position_embeddings is None
-            or not self._applies(hidden_states, kwargs)
-            or not _readable_mask(attention_mask, hidden_states)
+            not args
+            and turns is not None
+            and _reads(x)
+            and self._parts.ready(x, kwargs)
+            and readable_mask(attention_mask, x)
+            and readable_turns(turns, x, layer.self_attn.head_dim)
         ):
-            given = {"past_key_values": past_key_values, "position_embeddings": position_embeddings}
-            return type(layer).forward(layer, hidden_states, attention_mask, *args, **given, **kwargs)
-        return self.compute(hidden_states.contiguous(), attention_mask, past_key_values, position_embeddings)
-
-    def _applies(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
-        from hf_polyspec.compiled.product import ROWS
-
-        layer: Any = self.layer
-        few = x.dim() == 3 and x.shape[0] * x.shape[1] <= ROWS
-        return (
-            few
-            and x.device.type == "cpu"
-            and x.dtype in _DTYPES
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and not layer.training
-            and layer.self_attn.config._attn_implementation == "sdpa"
-            and not kwargs.get("output_attentions")
-            and not any(isinstance(value, Tensor) and name not in _HARMLESS for name, value in kwargs.items())
-            and not any(part._forward_hooks or part._forward_pre_hooks for part in self._inside)
-        )
+            return self.compute(x.contiguous(), attention_mask, past_key_values, turns)
+        given = {"past_key_values": past_key_values, "position_embeddings": turns}
+        return type(layer).forward(layer, x, attention_mask, *args, **given, **kwargs)
 
     def compute(self, x: Tensor, mask: Tensor | None, past: Any, turns: tuple[Tensor, Tensor]) -> Tensor:
         """The block's output `[B, F, H]`.
@@ -89,6 +68,56 @@ class FusedBlock:
             x: `[B, F, H]`; mask: as for torch's scaled_dot_product_attention; past: a cache or None.
             turns: cosines and sines `[B or 1, F, D]`.
         """
+        turns = turns[0].to(x.dtype).contiguous(), turns[1].to(x.dtype).contiguous()
+        if type(past) is RollbackCache and self._mask_covers(mask, past, x.shape[1]):
+            products = self._products(x)
+            if products is not None:
+                return self._at_once(x, mask, past, turns, products)
+        return self._in_steps(x, mask, past, turns)
+
+    def _mask_covers(self, mask: Tensor | None, past: RollbackCache, fed: int) -> bool:
+        attention: Any = self.layer.self_attn
+        return mask is None or mask.shape[3] == past.get_seq_length(attention.layer_idx) + fed
+
+    def _products(self, x: Tensor) -> BlockProducts | None:
+        """The block's matrices, where compiled products are what computes all of them."""
+        from hf_polyspec.compiled.whole_block import BlockProducts
+
+        layer: Any = self.layer
+        attention, mlp = layer.self_attn, layer.mlp
+        joint = compiled_product((attention.q_proj, attention.k_proj, attention.v_proj), x.dtype)
+        output = compiled_product((attention.o_proj,), x.dtype)
+        gates = compiled_product((mlp.gate_proj, mlp.up_proj), x.dtype)
+        down = compiled_product((mlp.down_proj,), x.dtype)
+        if joint is None or output is None or gates is None or down is None:
+            return None
+        products = BlockProducts(joint, output, gates, down)
+        return products if products.stored in (torch.int8, x.dtype) else None
+
+    def _at_once(
+        self, x: Tensor, mask: Tensor | None, past: RollbackCache, turns: tuple[Tensor, Tensor], products: BlockProducts
+    ) -> Tensor:
+        from hf_polyspec.compiled.attention import plain_mask
+        from hf_polyspec.compiled.whole_block import whole_block
+
+        attention: Any = self.layer.self_attn
+        shape = self._shape()
+        new = (x.shape[0], shape.shared, x.shape[1], shape.size)
+        room = past.extend(attention.layer_idx, new, x)
+        return whole_block(x, products, shape, turns, None if mask is None else plain_mask(mask), room)
+
+    def _shape(self) -> BlockShape:
+        from hf_polyspec.compiled.whole_block import BlockShape
+
+        layer: Any = self.layer
+        attention = layer.self_attn
+        first, second = layer.input_layernorm, layer.post_attention_layernorm
+        norms = (first.weight, first.variance_epsilon), (second.weight, second.variance_epsilon)
+        shared = attention.k_proj.out_features // attention.head_dim
+        heads = shared * attention.num_key_value_groups
+        return BlockShape(heads, shared, attention.head_dim, attention.scaling, norms)
+
+    def _in_steps(self, x: Tensor, mask: Tensor | None, past: Any, turns: tuple[Tensor, Tensor]) -> Tensor:
         from hf_polyspec.compiled.blocks import gated, rms_norm, rotate
 
         layer: Any = self.layer
@@ -96,10 +125,8 @@ class FusedBlock:
         first, second = layer.input_layernorm, layer.post_attention_layernorm
         y, _ = rms_norm(x, first.weight, first.variance_epsilon)
         joint = joint_output((attention.q_proj, attention.k_proj, attention.v_proj), y)
-        cos, sin = (turn.to(x.dtype).contiguous() for turn in turns)
-        shared = attention.k_proj.out_features // attention.head_dim
-        heads = shared * attention.num_key_value_groups
-        queries, keys, values = rotate(joint, cos, sin, heads, shared)
+        shape = self._shape()
+        queries, keys, values = rotate(joint, *turns, shape.heads, shape.shared)
         if past is not None:
             keys, values = past.update(keys, values, attention.layer_idx)
         update = attention.o_proj(_attention(attention, queries, keys, values, mask))
@@ -112,7 +139,7 @@ class FusedBlock:
 def _attention(module: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     from hf_polyspec.compiled.attention import attend, readable
 
-    alike = keys.dtype is queries.dtype and values.stride() == keys.stride()
+    alike = keys.dtype is queries.dtype and values.stride() == keys.stride() and values.shape == keys.shape
     if alike and readable(keys) and (mask is None or mask.shape[3] == keys.shape[2]):
         return attend(queries, keys, values, mask, module.scaling)
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -122,82 +149,50 @@ def _attention(module: Any, queries: Tensor, keys: Tensor, values: Tensor, mask:
     return out.reshape(out.shape[0], out.shape[1], -1)
 
 
-def _readable_mask(mask: Tensor | None, x: Tensor) -> bool:
-    return mask is None or (
-        isinstance(mask, Tensor)
-        and mask.dim() == 4
-        and mask.shape[0] in (1, x.shape[0])
-        and mask.shape[1] == 1
-        and mask.shape[2] == x.shape[1]
-        and (mask.dtype is torch.bool or mask.dtype.is_floating_point)
-    )
-
-
 def joint_output(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     """The outputs of layers that read `x`, side by side, from one product where they have one."""
-    kernel = _joint_kernel(layers, x)
+    kernel = _joint_kernel(layers, x.dtype)
     return torch.cat([layer(x) for layer in layers], -1) if kernel is None else kernel(x)
 
 
-def _joint_kernel(layers: Sequence[nn.Module], x: Tensor) -> Kernel | None:
-    product = getattr(layers[0].__dict__.get("forward", layers[0]), "product", None)
-    if not isinstance(product, JointProduct) or not product.consists_of(layers) or not product.takes(x):
+def compiled_product(layers: Sequence[nn.Module], dtype: torch.dtype) -> CompiledProduct | None:
+    """The compiled product that gives the outputs of layers, if it is the one that would be used."""
+    from hf_polyspec.compiled.product import CompiledProduct
+
+    kernel = _joint_kernel(layers, dtype)
+    if isinstance(kernel, ByRows):
+        kernel = kernel.few
+    return kernel if isinstance(kernel, CompiledProduct) else None
+
+
+def _joint_kernel(layers: Sequence[nn.Module], dtype: torch.dtype) -> Kernel | None:
+    product = _product_of(layers[0])
+    if product is None and len(layers) == 1 and type(layers[0]).__mro__[1:2] == (QuantizedLinear,):
+        return layers[0].kernel()  # type: ignore[no-any-return, operator]
+    if any(_product_of(layer) is not product for layer in layers):
+        return None
+    if not isinstance(product, JointProduct) or not product.consists_of(layers) or not product.takes(dtype):
         return None
     return product.kernel()
 
 
-def fusable(model: nn.Module) -> Iterator[nn.Module]:
-    """Blocks that can be fused: Llama's parts under Llama's names, and the same numbers when tried."""
-    if not compiles():
-        return
-    for module in model.modules():
-        if _looks_like_llama(module) and "forward" not in module.__dict__ and _computes_alike(module):
-            yield module
+def _product_of(layer: nn.Module) -> object:
+    """What computes a layer together with its siblings, if anything does."""
+    return getattr(layer.__dict__.get("forward", layer), "product", None)
 
 
-def _looks_like_llama(module: nn.Module) -> bool:
-    for name, parts in _PARTS.items():
-        part = getattr(module, name, None) if name else module
-        if not isinstance(part, nn.Module) or {child for child, _ in part.named_children()} != parts:
-            return False
-    block: Any = module
-    attention, norms = block.self_attn, (block.input_layernorm, block.post_attention_layernorm)
-    wanted = ("head_dim", "scaling", "num_key_value_groups", "layer_idx", "config")
+def _reads(x: Tensor) -> bool:
+    """Whether these are few rows of plain numbers that no gradient is wanted for."""
+    if not compiles():  # unpickled on another machine
+        return False
+    from hf_polyspec.compiled.product import ROWS
+
     return (
-        all(hasattr(attention, name) for name in wanted)
-        and getattr(attention, "is_causal", False)
-        and isinstance(getattr(attention.k_proj, "out_features", None), int)
-        and all(hasattr(norm, "variance_epsilon") and isinstance(norm.weight, nn.Parameter) for norm in norms)
-        and all(norm.weight.device.type == "cpu" and norm.weight.dtype in _DTYPES for norm in norms)
+        type(x) is Tensor
+        and x.dim() == 3
+        and 0 < x.shape[0] * x.shape[1] <= ROWS
+        and x.device.type == "cpu"
+        and x.dtype in DTYPES
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
     )
-
-
-@torch.no_grad()
-def _computes_alike(layer: nn.Module) -> bool:
-    """Whether the compiled steps and the layer's own operations agree on three made-up positions, within rounding."""
-    block: Any = layer
-    weight = block.input_layernorm.weight
-    mark = (weight.data_ptr(), weight.dtype, type(block.self_attn.q_proj))
-    known = _TRIED.get(layer)
-    if known is not None and known[0] == mark:
-        return known[1]
-    generator = torch.Generator().manual_seed(0)
-    # Small, so that what the block adds is not lost in the rounding of what it is added to.
-    x = torch.randn(1, 3, weight.shape[0], generator=generator).mul(0.01).to(weight.dtype)
-    angles = torch.randn(1, 3, block.self_attn.head_dim, generator=generator)
-    turns = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    training = layer.training
-    layer.eval()
-    try:
-        plain = type(block).forward(block, x, position_embeddings=turns)
-        fused = FusedBlock(layer).compute(x, None, None, turns)
-        added = (plain - x).double()
-        off = (fused - plain).double().norm() / added.norm()
-        alike = bool(off <= max(8 * torch.finfo(x.dtype).eps, 1e-4))
-    except Exception:
-        # A block that only looks like one of these may fail in any way; it is left as it is.
-        alike = False
-    finally:
-        layer.train(training)
-    _TRIED[layer] = (mark, alike)
-    return alike

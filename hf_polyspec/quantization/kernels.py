@@ -284,11 +284,10 @@ def build_int8_kernel(source: Source, bias: Tensor | None, activation_bits: int 
     if weight.codes.device.type != "cpu" or not per_row:
         return Dequantized(source, bias)
     x86 = torch.backends.quantized.engine in ("x86", "fbgemm")
-    if compiles():
+    if compiles() and activation_bits is None:
         from hf_polyspec.compiled.product import ROWS
 
-        digits = 1 if activation_bits == 8 else 2
-        return ByRows(_compiled_int8(weight, bias), lambda: IntegerDot(source(), bias, digits), ROWS)
+        return ByRows(_compiled_int8(weight, bias), lambda: IntegerDot(source(), bias), ROWS)
     if activation_bits == 8 and x86:
         return IntegerDot(weight, bias, digits=1)
     if not weight.symmetric:

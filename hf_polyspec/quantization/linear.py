@@ -110,6 +110,13 @@ class QuantizedLinear(nn.Module):
         """Take outputs from a joint product from now on, or (None) compute alone."""
         self._group, self._member, self._kernel = group, member, None
 
+    def kernel(self) -> Kernel:
+        """What computes this layer alone, built when it is first needed."""
+        kernel = self._kernel
+        if kernel is None:
+            kernel = self._kernel = self.build_kernel(self.quantized_weight, self.bias)
+        return kernel
+
     @torch.no_grad()
     def forward(self, input: Tensor) -> Tensor:
         """`input @ weight.T + bias`, without gradients.
@@ -125,10 +132,7 @@ class QuantizedLinear(nn.Module):
             part = group.part(self._member, input)
             if part is not None:
                 return part
-        kernel = self._kernel
-        if kernel is None:
-            kernel = self._kernel = self.build_kernel(self.quantized_weight, self.bias)
-        return kernel(input)
+        return self.kernel()(input)
 
     def state_tensors(self, version: int = 1) -> dict[str, Tensor]:
         """The layer's tensors in a GPTQ checkpoint (`qweight`, `qzeros`, `scales`, `g_idx`, perhaps `bias`)."""

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from hf_polyspec.compiled import compiles
 from hf_polyspec.quantization.by_rows import Kernel
 from hf_polyspec.quantization.float_kernels import multiplies, pack_float, packed_size, packs, room_for
-from hf_polyspec.quantization.fused_block import FusedBlock, fusable
+from hf_polyspec.quantization.fusable import fusable
+from hf_polyspec.quantization.fused_block import FusedBlock
 from hf_polyspec.quantization.joint_product import SIBLINGS, JointProduct, change_count
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -63,10 +64,9 @@ class PackedProduct(JointProduct):
                 self._packed = pack_float(matrix, self._bias())
         return self._packed
 
-    def takes(self, x: Tensor) -> bool:
-        few = x.numel() < few_rows(x.dtype) * x.shape[-1]
-        plain = all(x.dtype is layer.weight.dtype and _can_pack(layer.weight) for layer in self.layers)
-        return plain and not few and not _autocasts()
+    def takes(self, dtype: torch.dtype) -> bool:
+        plain = all(dtype is layer.weight.dtype and _can_pack(layer.weight) for layer in self.layers)
+        return plain and few_rows(dtype) == 0 and not _autocasts()
 
     def unchanged(self, member: int) -> bool:
         # Asked for every layer of every pass; nobody merges adapters between two siblings, so torch's count will do.
@@ -115,7 +115,8 @@ def _own(layer: nn.Linear, name: str) -> Tensor | None:
 
 
 def _beginning(bias: Tensor) -> bytes:
-    return string_at(bias.data_ptr(), min(_SAMPLE, bias.nbytes)) if bias.is_contiguous() else b""
+    readable = bias.is_contiguous() and bias.device.type == "cpu"
+    return string_at(bias.data_ptr(), min(_SAMPLE, bias.nbytes)) if readable else b""
 
 
 class PackedForward:
@@ -149,7 +150,7 @@ class PackedForward:
         if not (trained or few or input.dtype is not weight.dtype or not _can_pack(weight) or _autocasts()):
             if product.dissolved:
                 product, member = self._place = PackedProduct([linear]), 0
-            part = product.part(member, input)
+            part = product.part(member, input) if _plain(input, linear.in_features) else None
             if part is not None:
                 return part
         return F.linear(input, weight, linear.bias)
@@ -162,6 +163,11 @@ def _can_pack(weight: Tensor) -> bool:
     somebody's hook in every pass.
     """
     return type(weight) is nn.Parameter and packs(weight) and weight.is_contiguous()
+
+
+def _plain(x: Tensor, width: int) -> bool:
+    """Whether these are numbers in the CPU's memory, as many as wanted; torch's own product has words for the rest."""
+    return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.shape[-1] == width
 
 
 def _autocasts() -> bool:

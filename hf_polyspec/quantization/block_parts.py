@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which decoder layers have Llama's parts, and whether they still are what they were."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_PARTS = {
+    "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
+    "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
+    "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
+}
+_WANTED = ("head_dim", "scaling", "num_key_value_groups", "layer_idx", "config")
+# Arguments of a block that change nothing here, and those that are None or False change nothing either.
+_HARMLESS = {
+    "cache_position",
+    "input_ids",
+    "logits_to_keep",
+    "output_hidden_states",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+}
+_CAPTURING = "transformers.utils.output_capturing"
+"""Where the hooks are from that transformers leaves on attention for good; with sdpa there is nothing they collect."""
+
+
+def looks_like_llama(module: nn.Module) -> bool:
+    """Whether a module has the parts of Llama's decoder layer, under its names and of sizes that fit together."""
+    for name, parts in _PARTS.items():
+        part = getattr(module, name, None) if name else module
+        if not isinstance(part, nn.Module) or {child for child, _ in part.named_children()} != parts:
+            return False
+    block: Any = module
+    attention, norms = block.self_attn, (block.input_layernorm, block.post_attention_layernorm)
+    if not all(hasattr(attention, name) for name in _WANTED) or next(attention.parameters(recurse=False), None):
+        return False
+    return _sizes_fit(block) and all(
+        hasattr(norm, "variance_epsilon") and isinstance(norm.weight, nn.Parameter) and norm.weight.dtype in DTYPES
+        for norm in norms
+    )
+
+
+def _sizes_fit(block: Any) -> bool:
+    attention, mlp = block.self_attn, block.mlp
+    size, groups = attention.head_dim, attention.num_key_value_groups
+    layers = (
+        *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+        *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+    )
+    sizes = [(getattr(layer, "out_features", None), getattr(layer, "in_features", None)) for layer in layers]
+    if not all(isinstance(one, int) for pair in sizes for one in pair):
+        return False
+    (queries, width), keys, values, output, gate, up, down = sizes
+    return (
+        keys == values == (keys[0], width)
+        and keys[0] % size == 0
+        and queries == keys[0] * groups
+        and output == (width, queries)
+        and gate == up == (down[1], width)
+        and down[0] == width
+    )
+
+
+class BlockParts:
+    """The parts of one decoder layer as they were found.
+
+    Args:
+        layer: See `looks_like_llama`.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+        children = [(parent._modules, name) for parent in layer.modules() for name in parent._modules]
+        self._places = [(siblings, name, siblings[name]) for siblings, name in children]
+
+    def ready(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether nobody has put anything into the layer, or asks for anything, that a fused block would pass over."""
+        layer: Any = self._layer
+        attention = layer.self_attn
+        return (
+            not layer.training
+            and attention.is_causal
+            and attention.config._attn_implementation == "sdpa"
+            and all(not _matters(name, value) for name, value in kwargs.items())
+            and self._untouched()
+            and all(_fits(norm.weight, x) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
+        )
+
+    def _untouched(self) -> bool:
+        if _global_hooks():
+            return False
+        for siblings, name, module in self._places:
+            if siblings.get(name) is not module or module is None:
+                return False
+            own = module.__dict__
+            if "forward" in own and not hasattr(own["forward"], "product"):
+                return False
+            for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
+                if hooks and any(getattr(hook, "__module__", "") != _CAPTURING for hook in hooks.values()):
+                    return False
+        return True
+
+
+def hooked(layer: nn.Module) -> bool:
+    """Whether anybody would notice that a layer is tried out."""
+    return _global_hooks() or any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
+
+
+def _global_hooks() -> bool:
+    return bool(nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+def _matters(name: str, value: Any) -> bool:
+    if value is None or name in _HARMLESS:
+        return False
+    return value is not False or name == "is_causal"
+
+
+def _fits(weight: Tensor, x: Tensor) -> bool:
+    alike = type(weight) is nn.Parameter and weight.dtype is x.dtype and weight.device.type == "cpu"
+    return alike and weight.is_contiguous() and weight.numel() == x.shape[-1]
+
+
+def readable_mask(mask: Tensor | None, x: Tensor) -> bool:
+    """Whether a mask is one for all heads, `[B or 1, 1, F, S]`, bool or added."""
+    return mask is None or (
+        isinstance(mask, Tensor)
+        and mask.dim() == 4
+        and mask.shape[0] in (1, x.shape[0])
+        and mask.shape[1] == 1
+        and mask.shape[2] == x.shape[1]
+        and (mask.dtype is torch.bool or mask.dtype.is_floating_point)
+    )
+
+
+def readable_turns(turns: Any, x: Tensor, size: int) -> bool:
+    """Whether cosines and sines are `[B or 1, F, D]`, for whole heads."""
+    return (
+        isinstance(turns, tuple)
+        and len(turns) == 2
+        and all(isinstance(turn, Tensor) and turn.dim() == 3 for turn in turns)
+        and turns[0].shape == turns[1].shape
+        and turns[0].shape[0] in (1, x.shape[0])
+        and turns[0].shape[1:] == (x.shape[1], size)
+    )
