@@ -6,10 +6,10 @@ memory takes to deliver the weights. torch's own products for types that a CPU h
 times that from the second token on.
 
 `support.py` says whether all this can run, `numbers.py` has numbers of 16 bits, `tasks.py` runs a function on torch's
-own threads; `product.py` multiplies. Only they import numba, and only `support.compiles()` tells whether they may be
-imported.
+own threads, `tiles.py` and `product.py` multiply, `blocks.py` and `attention.py` have the steps between, and
+`whole_block.py` puts them together. Only they import numba; `compiles()` and `computes()` tell whether they may be.
 """
 
-from .support import compiles
+from .support import DTYPES, ROWS, compiles, computes
 
-__all__ = ["compiles"]
+__all__ = ["DTYPES", "ROWS", "compiles", "computes"]

@@ -20,9 +20,6 @@ from .tasks import KINDS, compiled, part_size, pointer, run, take
 from .tiles import LANES, OUTPUTS, four_rows, one_row
 from .tiles import ROWS as ROWS_OF_TILE
 
-ROWS = 16
-"""Up to so many rows these products are the fastest (measured, docs/quantization.md)."""
-
 
 @njit(fastmath=FLOATS)
 def _add(weight: Any, x: Any, sums: Any, done: int) -> None:

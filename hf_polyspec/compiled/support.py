@@ -10,6 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+ROWS = 16
+"""Up to so many rows the compiled functions are the fastest (measured, docs/quantization.md)."""
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @cache
@@ -24,6 +30,20 @@ def compiles() -> bool:
         and "AVX" in torch.backends.cpu.get_cpu_capability()
         and find_spec("numba") is not None
         and threads_library() is not None
+    )
+
+
+def computes(x: Tensor) -> bool:
+    """Whether compiled functions take these activations `[B, F, H]`: few rows of plain numbers without gradients."""
+    return (
+        compiles()
+        and type(x) is Tensor
+        and x.dim() == 3
+        and 0 < x.shape[0] * x.shape[1] <= ROWS
+        and x.device.type == "cpu"
+        and x.dtype in DTYPES
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
     )
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
+from hf_polyspec.compiled import computes
 from hf_polyspec.eagle.configuration import EagleHeadConfig
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -33,6 +34,10 @@ class EagleRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.dtype is self.weight.dtype and computes(hidden):
+            from hf_polyspec.compiled.blocks import rms_norm
+
+            return rms_norm(hidden.contiguous(), self.weight.contiguous(), self.eps)[0]
         if hidden.dtype == self.weight.dtype == torch.float32:  # one call instead of six
             return functional.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
         wide = hidden.float()
@@ -279,10 +284,31 @@ def sdpa(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool
 ) -> torch.Tensor:
     """Scaled dot-product attention by torch's fused kernels, grouped heads included."""
+    if computes(query[:, 0]) and not (mask is None and query.shape[2] > 1 and not causal):
+        found = _few(query, key, value, mask)
+        if found is not None:
+            return found
     grouped = query.shape[1] != key.shape[1]
     return functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped
     )
+
+
+def _few(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The same for few positions in compiled code, if keys, values and mask lie as it reads them."""
+    from hf_polyspec.compiled.attention import attend, readable
+
+    batch, heads, fed, size = query.shape
+    alike = key.dtype is value.dtype is query.dtype and key.shape == value.shape and key.stride() == value.stride()
+    if not alike or not readable(key) or (mask is not None and _for_all_heads(mask) != (batch, fed, key.shape[2])):
+        return None
+    out = attend(query.contiguous(), key, value, mask, size**-0.5)
+    return out.view(batch, fed, heads, size).transpose(1, 2)
+
+
+def _for_all_heads(mask: torch.Tensor) -> tuple[int, int, int] | None:
+    """Batch, positions and entries of a mask that is the same for every head, None for another."""
+    return (mask.shape[0], mask.shape[2], mask.shape[3]) if mask.dim() == 4 and mask.shape[1] == 1 else None
 
 
 def eager(

@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from hf_polyspec.compiled import compiles
+from hf_polyspec.compiled import ROWS, compiles
 from hf_polyspec.quantization.by_rows import ByRows, Kernel
 
 
@@ -72,7 +72,7 @@ def pack_float(weight: Tensor, bias: Tensor | None) -> Kernel:
     """What multiplies a float matrix `[N, K]` fastest on this CPU, for more than a few rows at least."""
     many = PackedFloat if multiplies(weight.dtype) else WidenedFloat
     if compiles() and not (many is PackedFloat and weight.dtype is torch.bfloat16):
-        from hf_polyspec.compiled.product import ROWS, CompiledProduct
+        from hf_polyspec.compiled.product import CompiledProduct
 
         return ByRows(CompiledProduct(weight, bias), lambda: many(weight, bias), ROWS)
     return many(weight, bias)

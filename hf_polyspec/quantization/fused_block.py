@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_polyspec.cache import RollbackCache
-from hf_polyspec.compiled import compiles
-from hf_polyspec.quantization.block_parts import DTYPES, BlockParts, readable_mask, readable_turns
+from hf_polyspec.compiled import computes
+from hf_polyspec.quantization.block_parts import BlockParts, readable_mask, readable_turns
 from hf_polyspec.quantization.by_rows import ByRows, Kernel
 from hf_polyspec.quantization.joint_product import JointProduct
 from hf_polyspec.quantization.linear import QuantizedLinear
@@ -52,7 +52,7 @@ class FusedBlock:
         if (
             not args
             and turns is not None
-            and _reads(x)
+            and computes(x)
             and self._parts.ready(x, kwargs)
             and readable_mask(attention_mask, x)
             and readable_turns(turns, x, layer.self_attn.head_dim)
@@ -179,20 +179,3 @@ def _joint_kernel(layers: Sequence[nn.Module], dtype: torch.dtype) -> Kernel | N
 def _product_of(layer: nn.Module) -> object:
     """What computes a layer together with its siblings, if anything does."""
     return getattr(layer.__dict__.get("forward", layer), "product", None)
-
-
-def _reads(x: Tensor) -> bool:
-    """Whether these are few rows of plain numbers that no gradient is wanted for."""
-    if not compiles():  # unpickled on another machine
-        return False
-    from hf_polyspec.compiled.product import ROWS
-
-    return (
-        type(x) is Tensor
-        and x.dim() == 3
-        and 0 < x.shape[0] * x.shape[1] <= ROWS
-        and x.device.type == "cpu"
-        and x.dtype in DTYPES
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-    )

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_polyspec.compiled import compiles
+from hf_polyspec.compiled import ROWS, compiles
 from hf_polyspec.quantization.by_rows import ByRows, Kernel
 from hf_polyspec.quantization.float_kernels import pack_float, packed_size, packs, room_for
 from hf_polyspec.quantization.weights import QuantizedWeight
@@ -285,8 +285,6 @@ def build_int8_kernel(source: Source, bias: Tensor | None, activation_bits: int 
         return Dequantized(source, bias)
     x86 = torch.backends.quantized.engine in ("x86", "fbgemm")
     if compiles() and activation_bits is None:
-        from hf_polyspec.compiled.product import ROWS
-
         return ByRows(_compiled_int8(weight, bias), lambda: IntegerDot(source(), bias), ROWS)
     if activation_bits == 8 and x86:
         return IntegerDot(weight, bias, digits=1)

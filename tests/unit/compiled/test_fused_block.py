@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from hf_polyspec.compiled import compiles
+from hf_polyspec.compiled import compiles, support
 
 if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)
 
-from hf_polyspec.quantization import fusable, fused_block, is_packed, pack, packing, quantize_model, unpack
+from hf_polyspec.quantization import fusable, is_packed, pack, packing, quantize_model, unpack
 from hf_polyspec.quantization.fused_block import FusedBlock
 from hf_polyspec.quantization.packing import packed_assistants
 
@@ -245,7 +245,7 @@ def test_threads_share_fused_blocks(tiny: Tiny) -> None:
 
 
 def test_without_compiled_functions_nothing_is_fused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (fused_block, fusable, packing):
+    for module in (support, fusable, packing):
         monkeypatch.setattr(module, "compiles", lambda: False)
     monkeypatch.setattr("hf_polyspec.quantization.float_kernels.compiles", lambda: False)
     plain, packed = _pair(tiny)
@@ -264,6 +264,7 @@ def test_a_packed_model_from_elsewhere_runs_without_compiled_functions(
     for name in [name for name in sys.modules if name.startswith("hf_polyspec.compiled.")]:
         if not name.endswith("support"):
             monkeypatch.setitem(sys.modules, name, None)
-    for module in ("fused_block", "packing", "float_kernels"):
+    monkeypatch.setattr(support, "compiles", lambda: False)
+    for module in ("packing", "float_kernels"):
         monkeypatch.setattr(f"hf_polyspec.quantization.{module}.compiles", lambda: False)
     torch.testing.assert_close(_logits(pickle.loads(pickle.dumps(packed))), _logits(plain), **CLOSE)
