@@ -15,8 +15,8 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from .numbers import BFLOAT16, FLOAT16, FLOAT32, FLOATS, VERSION, exponential, narrow, widen
-from .tasks import KINDS, compiled, number, number_bits, pointer, run, take
+from .numbers import FLOATS, LIKE, VERSION, exponential, narrow, widen
+from .tasks import compiled, number, number_bits, pointer, run, take
 from .tiles import LANES, OUTPUTS, four_rows
 from .tiles import ROWS as ROWS_OF_TILE
 
@@ -110,23 +110,17 @@ def attend_task(task: Any, like: Any) -> None:
                 out[b, f, h, d] = narrow(sums[d], like)
 
 
-def _attend_kind(kind: int) -> Callable[[Any], None]:
+def _task(like: Any) -> Callable[[Any], None]:
     def task(numbers: Any) -> None:
-        if VERSION < 0:  # never: see VERSION
-            return
-        if kind == 0:
-            attend_task(numbers, BFLOAT16)
-        elif kind == 1:
-            attend_task(numbers, FLOAT16)
-        else:
-            attend_task(numbers, FLOAT32)
+        if VERSION >= 0:  # always, see there
+            attend_task(numbers, like)
 
     return task
 
 
 @cache
 def _function(dtype: torch.dtype) -> int:
-    return compiled(_attend_kind(KINDS[dtype]))
+    return compiled(_task(LIKE[dtype]))
 
 
 def readable(states: Tensor) -> bool:

@@ -16,8 +16,8 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from .numbers import BFLOAT16, FLOAT16, FLOAT32, FLOATS, VERSION, exponential, narrow, widen
-from .tasks import KINDS, alone, call, compiled, number, number_bits, pointer
+from .numbers import FLOATS, LIKE, VERSION, exponential, narrow, widen
+from .tasks import alone, call, compiled, number, number_bits, pointer
 
 
 @njit(fastmath=FLOATS)
@@ -95,51 +95,33 @@ def gate_task(task: Any, like: Any) -> None:
             y[r, k] = narrow(widen(opened) * widen(joint[r, 1, k]), like)
 
 
-def _normalize_kind(kind: int) -> Callable[[Any], None]:
+def _normalizing(like: Any) -> Callable[[Any], None]:
     def task(numbers: Any) -> None:
-        if VERSION < 0:  # never: see VERSION
-            return
-        if kind == 0:
-            normalize_task(numbers, BFLOAT16)
-        elif kind == 1:
-            normalize_task(numbers, FLOAT16)
-        else:
-            normalize_task(numbers, FLOAT32)
+        if VERSION >= 0:  # always, see there
+            normalize_task(numbers, like)
 
     return task
 
 
-def _rotate_kind(kind: int) -> Callable[[Any], None]:
+def _rotating(like: Any) -> Callable[[Any], None]:
     def task(numbers: Any) -> None:
-        if VERSION < 0:  # never: see VERSION
-            return
-        if kind == 0:
-            rotate_task(numbers, BFLOAT16)
-        elif kind == 1:
-            rotate_task(numbers, FLOAT16)
-        else:
-            rotate_task(numbers, FLOAT32)
+        if VERSION >= 0:
+            rotate_task(numbers, like)
 
     return task
 
 
-def _gate_kind(kind: int) -> Callable[[Any], None]:
+def _gating(like: Any) -> Callable[[Any], None]:
     def task(numbers: Any) -> None:
-        if VERSION < 0:  # never: see VERSION
-            return
-        if kind == 0:
-            gate_task(numbers, BFLOAT16)
-        elif kind == 1:
-            gate_task(numbers, FLOAT16)
-        else:
-            gate_task(numbers, FLOAT32)
+        if VERSION >= 0:
+            gate_task(numbers, like)
 
     return task
 
 
 @cache
-def _function(of_kind: Callable[[int], Callable[[Any], None]], dtype: torch.dtype) -> Callable[[int], None]:
-    return alone(compiled(of_kind(KINDS[dtype])))
+def _function(step: Callable[[Any], Callable[[Any], None]], dtype: torch.dtype) -> Callable[[int], None]:
+    return alone(compiled(step(LIKE[dtype])))
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -157,7 +139,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, update: Tensor | None = 
     width = x.shape[-1]
     memory = (x.data_ptr(), 0 if update is None else update.data_ptr(), weight.data_ptr(), y.data_ptr())
     sizes = (x.numel() // width, width, number_bits(epsilon))
-    call(_function(_normalize_kind, x.dtype), *sizes, *memory, total.data_ptr())
+    call(_function(_normalizing, x.dtype), *sizes, *memory, total.data_ptr())
     return y, total
 
 
@@ -177,7 +159,7 @@ def rotate(joint: Tensor, cos: Tensor, sin: Tensor, heads: int, shared: int) -> 
     queries = joint.new_empty(batch, heads, fed, size)
     keys, values = joint.new_empty(2, batch, shared, fed, size).unbind()
     memory = tuple(part.data_ptr() for part in (joint, cos, sin, queries, keys, values))
-    call(_function(_rotate_kind, joint.dtype), batch, fed, heads, shared, size, cos.shape[0], *memory, fed)
+    call(_function(_rotating, joint.dtype), batch, fed, heads, shared, size, cos.shape[0], *memory, fed)
     return queries, keys, values
 
 
@@ -185,5 +167,5 @@ def gated(joint: Tensor) -> Tensor:
     """`silu(gate) * up` of `[..., 2 I]` with gate and up side by side, contiguous."""
     width = joint.shape[-1] // 2
     y = joint.new_empty(*joint.shape[:-1], width)
-    call(_function(_gate_kind, joint.dtype), y.numel() // width, width, joint.data_ptr(), y.data_ptr())
+    call(_function(_gating, joint.dtype), y.numel() // width, width, joint.data_ptr(), y.data_ptr())
     return y

@@ -8,6 +8,7 @@ from typing import Any
 from zlib import crc32
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
@@ -131,5 +132,10 @@ def exponential(x: Any) -> Any:
     return power if given == given else given
 
 
-BFLOAT16, FLOAT16, FLOAT32, INT8 = np.uint16(0), np.int16(0), np.float32(0), np.int8(0)
-"""One number of each kind, by whose type functions are compiled."""
+LIKE: dict[torch.dtype, Any] = {
+    torch.bfloat16: np.uint16(0),
+    torch.float16: np.int16(0),
+    torch.float32: np.float32(0),
+    torch.int8: np.int8(0),
+}
+"""One number of each kind that memory holds, by whose type functions are compiled."""

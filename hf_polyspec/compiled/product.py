@@ -15,8 +15,9 @@ import torch
 from numba import carray, njit
 from torch import Tensor, nn
 
-from .numbers import BFLOAT16, FLOAT16, FLOAT32, FLOATS, INT8, VERSION, narrow, widen
-from .tasks import KINDS, compiled, part_size, pointer, run, take
+from .numbers import FLOATS, LIKE, VERSION, narrow, widen
+from .support import DTYPES
+from .tasks import compiled, part_size, pointer, run, take
 from .tiles import LANES, OUTPUTS, four_rows, one_row
 from .tiles import ROWS as ROWS_OF_TILE
 
@@ -82,41 +83,19 @@ def multiply_task(task: Any, stored: Any, active: Any) -> None:
                 y[r, n] = narrow(total, active)
 
 
-def _of_kind(kind: int) -> Callable[[Any], None]:
+def _task(stored: Any, active: Any) -> Callable[[Any], None]:
     def task(numbers: Any) -> None:
-        if VERSION < 0:  # never: see VERSION
-            return
-        if kind == 0:
-            multiply_task(numbers, BFLOAT16, BFLOAT16)
-        elif kind == 1:
-            multiply_task(numbers, FLOAT16, FLOAT16)
-        else:
-            multiply_task(numbers, FLOAT32, FLOAT32)
-
-    return task
-
-
-def _int8_of_kind(kind: int) -> Callable[[Any], None]:
-    def task(numbers: Any) -> None:
-        if VERSION < 0:  # never: see VERSION
-            return
-        if kind == 0:
-            multiply_task(numbers, INT8, BFLOAT16)
-        elif kind == 1:
-            multiply_task(numbers, INT8, FLOAT16)
-        else:
-            multiply_task(numbers, INT8, FLOAT32)
+        if VERSION >= 0:  # always, see there
+            multiply_task(numbers, stored, active)
 
     return task
 
 
 @cache
 def _function(weight: torch.dtype, active: torch.dtype) -> int:
-    if weight is torch.int8:
-        return compiled(_int8_of_kind(KINDS[active]))
-    if weight is not active:
+    if weight not in (torch.int8, active):
         raise TypeError(f"A {weight} matrix cannot be multiplied with {active} numbers.")
-    return compiled(_of_kind(KINDS[active]))
+    return compiled(_task(LIKE[weight], LIKE[active]))
 
 
 class CompiledProduct:
@@ -158,7 +137,7 @@ class CompiledProduct:
         outputs, width = self._weight.shape
         if x.shape[-1] != width or x.device.type != "cpu" or type(x) not in (Tensor, nn.Parameter):
             raise RuntimeError(f"A product of {width} inputs on the CPU was given {tuple(x.shape)} on {x.device}.")
-        if x.dtype not in KINDS:
+        if x.dtype not in DTYPES:
             return self(x.float()).to(x.dtype)
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], outputs)

@@ -29,17 +29,6 @@ PARTS_A_THREAD = 4
 
 
 @intrinsic
-def take(_typing: Any, task: Any) -> Any:
-    """The number of the next part, which nobody else gets."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        counter = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return types.int64(types.int64), generate
-
-
-@intrinsic
 def pointer(_typing: Any, address: Any, like: Any) -> Any:
     """A pointer to numbers like `like`."""
 
@@ -49,12 +38,8 @@ def pointer(_typing: Any, address: Any, like: Any) -> Any:
     return types.CPointer(like)(types.int64, like), generate
 
 
-KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-"""What tasks work on; functions are compiled for one of them."""
-
-
 @intrinsic
-def _arrive(_typing: Any, address: Any) -> Any:
+def _count(_typing: Any, address: Any) -> Any:
     """Count one more at an address; how many there were before."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
@@ -62,6 +47,12 @@ def _arrive(_typing: Any, address: Any) -> Any:
         return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "acq_rel")
 
     return types.int64(types.int64), generate
+
+
+@njit
+def take(task: Any) -> Any:
+    """The number of the next part, which nobody else gets."""
+    return _count(task)
 
 
 @intrinsic
@@ -126,7 +117,7 @@ def team(task: Any) -> Any:
 def enter(task: Any, gate: Any, threads: Any) -> Any:
     """Wait until all threads are at a gate; True for one of them, on whose `leave` the others wait."""
     place = task + 8 * (3 + 2 * gate)
-    if _arrive(place) == threads - 1:
+    if _count(place) == threads - 1:
         return True
     spins = 0
     while _is_open(place + 8) == 0:

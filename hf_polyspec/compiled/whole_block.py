@@ -20,9 +20,9 @@ from torch import Tensor
 
 from .attention import ADDED, ALLOWED, CAUSAL, NO_MASK, attend_task
 from .blocks import gate_task, normalize_task, rotate_task
-from .numbers import BFLOAT16, FLOAT16, FLOAT32, FLOATS, INT8, VERSION, narrow, widen
+from .numbers import FLOATS, LIKE, VERSION, narrow, widen
 from .product import CompiledProduct, multiply_task
-from .tasks import HEADER, KINDS, compiled, enter, leave, number_bits, pointer, run_stages, team
+from .tasks import HEADER, compiled, enter, leave, number_bits, pointer, run_stages, team
 
 _SLOT = 18
 """Numbers of a stage."""
@@ -69,37 +69,17 @@ def _block(task: Any, stored: Any, like: Any) -> None:
         leave(task, 5)
 
 
-def _of_kind(kind: int) -> Callable[[Any], None]:
+def _task(stored: Any, active: Any) -> Callable[[Any], None]:
     def task(numbers: Any) -> None:
-        if VERSION < 0:  # never: see VERSION
-            return
-        if kind == 0:
-            _block(numbers, BFLOAT16, BFLOAT16)
-        elif kind == 1:
-            _block(numbers, FLOAT16, FLOAT16)
-        else:
-            _block(numbers, FLOAT32, FLOAT32)
-
-    return task
-
-
-def _int8_of_kind(kind: int) -> Callable[[Any], None]:
-    def task(numbers: Any) -> None:
-        if VERSION < 0:  # never: see VERSION
-            return
-        if kind == 0:
-            _block(numbers, INT8, BFLOAT16)
-        elif kind == 1:
-            _block(numbers, INT8, FLOAT16)
-        else:
-            _block(numbers, INT8, FLOAT32)
+        if VERSION >= 0:  # always, see there
+            _block(numbers, stored, active)
 
     return task
 
 
 @cache
 def _function(stored: torch.dtype, active: torch.dtype) -> int:
-    return compiled((_int8_of_kind if stored is torch.int8 else _of_kind)(KINDS[active]))
+    return compiled(_task(LIKE[stored], LIKE[active]))
 
 
 @dataclass(frozen=True)

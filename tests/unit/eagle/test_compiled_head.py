@@ -36,10 +36,11 @@ def test_attention(dtype: torch.dtype, fed: int, masked: bool, monkeypatch: pyte
     monkeypatch.setattr(attention, "_few", watched)
     with torch.no_grad():
         found = sdpa(query, key, value, mask, not masked and fed > 1)
-    wanted = sdpa(query.float(), key.float(), value.float(), mask, not masked and fed > 1)  # gradients on: torch's own
+    wanted = sdpa(query.double(), key.double(), value.double(), mask, not masked and fed > 1)  # never compiled
     assert seen == [1]
     assert found.shape == wanted.shape
-    torch.testing.assert_close(found.float(), wanted, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    bound = 4 * torch.finfo(dtype).eps * float(value.abs().max())
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=bound)
 
 
 @torch.no_grad()
