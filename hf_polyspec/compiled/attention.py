@@ -158,5 +158,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, s
     out = queries.new_empty(batch, fed, heads * size)
     sizes = (batch, heads, shared, fed, seen, size, keys.stride(1) // size, kind, mask_rows, mask_pitch)
     memory = (queries.data_ptr(), keys.data_ptr(), values.data_ptr(), 0 if mask is None else mask.data_ptr())
-    run(_function(queries.dtype), *sizes, number_bits(scale), *memory, out.data_ptr(), 0)
+    run(
+        "compiled::scaled_dot_product", _function(queries.dtype), *sizes, number_bits(scale), *memory, out.data_ptr(), 0
+    )
     return out

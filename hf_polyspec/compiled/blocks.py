@@ -139,7 +139,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, update: Tensor | None = 
     width = x.shape[-1]
     memory = (x.data_ptr(), 0 if update is None else update.data_ptr(), weight.data_ptr(), y.data_ptr())
     sizes = (x.numel() // width, width, number_bits(epsilon))
-    call(_function(_normalizing, x.dtype), *sizes, *memory, total.data_ptr())
+    call("compiled::rms_norm", _function(_normalizing, x.dtype), *sizes, *memory, total.data_ptr())
     return y, total
 
 
@@ -159,7 +159,18 @@ def rotate(joint: Tensor, cos: Tensor, sin: Tensor, heads: int, shared: int) -> 
     queries = joint.new_empty(batch, heads, fed, size)
     keys, values = joint.new_empty(2, batch, shared, fed, size).unbind()
     memory = tuple(part.data_ptr() for part in (joint, cos, sin, queries, keys, values))
-    call(_function(_rotating, joint.dtype), batch, fed, heads, shared, size, cos.shape[0], *memory, fed)
+    call(
+        "compiled::rotate",
+        _function(_rotating, joint.dtype),
+        batch,
+        fed,
+        heads,
+        shared,
+        size,
+        cos.shape[0],
+        *memory,
+        fed,
+    )
     return queries, keys, values
 
 
@@ -167,5 +178,5 @@ def gated(joint: Tensor) -> Tensor:
     """`silu(gate) * up` of `[..., 2 I]` with gate and up side by side, contiguous."""
     width = joint.shape[-1] // 2
     y = joint.new_empty(*joint.shape[:-1], width)
-    call(_function(_gating, joint.dtype), y.numel() // width, width, joint.data_ptr(), y.data_ptr())
+    call("compiled::gate", _function(_gating, joint.dtype), y.numel() // width, width, joint.data_ptr(), y.data_ptr())
     return y

@@ -141,5 +141,9 @@ class CompiledProduct:
             return self(x.float()).to(x.dtype)
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], outputs)
-        run(_function(self._weight.dtype, x.dtype), *self.task(x.numel() // width, x.data_ptr(), y.data_ptr()))
+        run(
+            "compiled::linear",
+            _function(self._weight.dtype, x.dtype),
+            *self.task(x.numel() // width, x.data_ptr(), y.data_ptr()),
+        )
         return y

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
+from torch.profiler import record_function
 
 from .support import threads_library
 
@@ -179,6 +181,7 @@ def _address(function: Any) -> int:
 
 
 _open_mp = _OpenMp()
+_NOTHING = nullcontext()
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_int64)
 
 
@@ -187,26 +190,39 @@ def alone(address: int) -> Callable[[int], None]:
     return _FUNCTION(address)
 
 
-def call(function: Callable[[int], None], *numbers: int) -> None:
+def call(name: str, function: Callable[[int], None], *numbers: int) -> None:
     """Do a small task on this thread.
 
     Args:
+        name: What torch's profiler calls it.
         function: From `alone`.
         numbers: The task after its counter.
     """
     task = (ctypes.c_int64 * (1 + len(numbers)))(0, *numbers)
-    function(ctypes.addressof(task))
+    with _shown(name):
+        function(ctypes.addressof(task))
 
 
-def run(address: int, *numbers: int) -> None:
+def run(name: str, address: int, *numbers: int) -> None:
     """Run a task on as many threads as torch uses, and wait for it.
 
     Args:
+        name: What torch's profiler calls it.
         address: From `compiled`.
         numbers: The task after its counter.
     """
     task = (ctypes.c_int64 * (1 + len(numbers)))(0, *numbers)
-    _open_mp.parallel(address, ctypes.addressof(task), torch.get_num_threads(), 0)
+    with _shown(name):
+        _open_mp.parallel(address, ctypes.addressof(task), torch.get_num_threads(), 0)
+
+
+def profiling() -> bool:
+    """Whether torch's profiler is watching."""
+    return bool(torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
+
+
+def _shown(name: str) -> AbstractContextManager[Any]:
+    return record_function(name) if profiling() else _NOTHING
 
 
 def run_stages(address: int, task: ctypes.Array[ctypes.c_int64]) -> None:

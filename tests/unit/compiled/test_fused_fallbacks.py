@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from hf_polyspec.bench.breakdown import kind_of
+from hf_polyspec.cache import RollbackCache
 from hf_polyspec.compiled import compiles, computes
 
 if not compiles():
@@ -289,3 +291,16 @@ def test_the_hooks_that_transformers_leaves_do_not_switch_fusion_off(tiny: Tiny,
     assert len(computed) == 2
     _logits(model)
     assert len(computed) == 4
+
+
+def test_a_profile_shows_the_steps(tiny: Tiny, computed: list[FusedBlock]) -> None:
+    model = _packed(tiny, computed)
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        model(IDS, past_key_values=RollbackCache())
+    names = {event.name for event in found.events()}
+    steps = ("linear", "scaled_dot_product", "rms_norm", "rotate", "gate")
+    assert {f"compiled::{step}" for step in steps} <= names
+    kinds = {name: kind_of(name) for name in names if name.startswith("compiled::")}
+    assert kinds.pop("compiled::linear") == "matrix products"
+    assert kinds.pop("compiled::scaled_dot_product") == "attention"
+    assert set(kinds.values()) == {"small operations"}
