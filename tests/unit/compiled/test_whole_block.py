@@ -20,7 +20,7 @@ if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)
 
 from hf_polyspec.compiled import whole_block
-from hf_polyspec.quantization import pack, quantize_model
+from hf_polyspec.quantization import is_packed, pack, quantize_model
 from hf_polyspec.runner import ModelRunner
 
 Tiny = Callable[..., PreTrainedModel]
@@ -133,6 +133,17 @@ def test_eight_bits(tiny: Tiny, blocks: list[int]) -> None:
     wanted, _ = _passes(model, 3)
     assert not blocks
     found, _ = _passes(pack(model), 3)
+    assert len(blocks) == 6
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_eight_bits_of_a_packed_model(tiny: Tiny, blocks: list[int]) -> None:
+    plain, packed = _pair(tiny)
+    wanted, _ = _passes(quantize_model(plain, 8), 1)
+    middle = quantize_model(packed, 8)
+    assert not is_packed(middle)
+    assert is_packed(packed)
+    found, _ = _passes(pack(middle), 1)
     assert len(blocks) == 6
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
