@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hf_polyspec.cache import RollbackCache
+
 
 @dataclass(frozen=True)
 class Comparison:

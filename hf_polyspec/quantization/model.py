@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_polyspec.quantization.gptq_format import storable
 from hf_polyspec.quantization.linear import Int8Linear, QuantizedLinear, float_weight, quantized_linear
-from hf_polyspec.quantization.packing import unpack
+from hf_polyspec.quantization.packing import unfuse
 from hf_polyspec.quantization.shared_input import share_inputs
 from hf_polyspec.quantization.store import LayerStore
 from hf_polyspec.quantization.weights import QuantizedWeight, check_bits, round_to_nearest, search_scales
@@ -207,7 +207,7 @@ def quantize_model(
     _check_request(model, bits, group_size, method, calibration)
     source, method, calibration = fold_for(method, merged_adapters(model), calibration, bits, group_size, symmetric)
     plan = plan_bits(source, bits, head_bits, layer_bits, modules)
-    quantized = unpack(sharing_copy(source).eval())  # what a packed model computes with are the float layers
+    quantized = unfuse(sharing_copy(source).eval())  # fused blocks would go on computing with the float layers
     for name, width in plan.items():
         weight, bias = float_weight(source.get_submodule(name))
         moments = None if calibration is None else calibration.get(name)

@@ -290,6 +290,21 @@ def _room(products: Sequence[PackedProduct]) -> bool:
     return not fresh or room_for(fresh[0], sum(map(packed_size, fresh)))
 
 
+def unfuse(model: Model) -> Model:
+    """Let decoder layers compute by their own operations again; their linear layers stay packed.
+
+    Args:
+        model: A model, packed or not.
+
+    Returns:
+        The same model.
+    """
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), FusedBlock):
+            del module.__dict__["forward"]
+    return model
+
+
 def unpack(model: Model) -> Model:
     """Undo `pack` exactly; models that are not packed are left alone.
 
@@ -299,8 +314,8 @@ def unpack(model: Model) -> Model:
     Returns:
         The same model.
     """
-    for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), PackedForward | FusedBlock):
+    for module in unfuse(model).modules():
+        if isinstance(module.__dict__.get("forward"), PackedForward):
             del module.__dict__["forward"]
     return model
 
