@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROWS = 16
+ROWS = 32
 """Up to so many rows the compiled functions are the fastest (measured, docs/quantization.md)."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_polyspec.bench.breakdown import kind_of
 from hf_polyspec.cache import RollbackCache
-from hf_polyspec.compiled import compiles, computes
+from hf_polyspec.compiled import ROWS, compiles, computes
 
 if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)
@@ -178,7 +178,7 @@ def test_rows_that_are_read() -> None:
     assert not computes(x)  # gradients are on
     with torch.no_grad():
         assert computes(x)
-        for other in (torch.zeros(1, 17, 32), x.double(), x.to("meta"), x[0], x[:0]):
+        for other in (torch.zeros(1, ROWS + 1, 32), x.double(), x.to("meta"), x[0], x[:0]):
             assert not computes(other)
 
 
@@ -201,12 +201,14 @@ def test_eager_attention(tiny: Tiny, computed: list[FusedBlock]) -> None:
     assert not computed
 
 
-@pytest.mark.parametrize(("shape", "fused"), [((1, 16), True), ((1, 17), False), ((2, 8), True), ((4, 5), False)])
+@pytest.mark.parametrize(
+    ("shape", "fused"), [((1, ROWS), True), ((1, ROWS + 1), False), ((2, ROWS // 2), True), ((4, ROWS // 4 + 1), False)]
+)
 def test_rows(tiny: Tiny, computed: list[FusedBlock], shape: tuple[int, int], fused: bool) -> None:
     model = _packed(tiny, computed)
     ids = torch.randint(3, 48, shape, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(_logits(model, ids), _logits(tiny("llama", initializer_range=0.1), ids), **CLOSE)
-    assert bool(computed) is fused
+    assert bool(computed) is (shape[0] * shape[1] <= ROWS)
 
 
 def test_training(tiny: Tiny, computed: list[FusedBlock]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_polyspec.cache import RollbackCache
-from hf_polyspec.compiled import compiles
+from hf_polyspec.compiled import ROWS, compiles
 
 if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)
@@ -24,9 +24,9 @@ from hf_polyspec.quantization import is_packed, pack, quantize_model
 from hf_polyspec.runner import ModelRunner
 
 Tiny = Callable[..., PreTrainedModel]
-IDS = torch.randint(3, 48, (3, 40), generator=torch.Generator().manual_seed(5))
+IDS = torch.randint(3, 48, (3, ROWS + 20), generator=torch.Generator().manual_seed(5))
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-CUTS = [(0, 20), (20, 21), (21, 24), (24, 29)]
+CUTS = [(0, ROWS + 1), (ROWS + 1, ROWS + 2), (ROWS + 2, ROWS + 5), (ROWS + 5, ROWS + 10)]
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_the_same_numbers_and_the_same_cache(tiny: Tiny, family: str, rows: int,
     found, cache = _passes(packed, rows)
     torch.testing.assert_close(found, wanted, **CLOSE)
     assert blocks == [rows * (end - start) for start, end in CUTS[1:] for _ in range(2)]
-    assert cache.length == kept.length == 29
+    assert cache.length == kept.length == ROWS + 10
     for one, other in zip(cache.layers, kept.layers, strict=True):
         torch.testing.assert_close(one.keys, other.keys, **CLOSE)
         torch.testing.assert_close(one.values, other.values, **CLOSE)
@@ -83,7 +83,7 @@ def test_the_same_numbers_and_the_same_cache(tiny: Tiny, family: str, rows: int,
 
 def test_hidden_columns_stay_hidden(tiny: Tiny, blocks: list[int]) -> None:
     plain, packed = _pair(tiny)
-    mask = torch.ones(3, 40, dtype=torch.long)
+    mask = torch.ones(3, ROWS + 20, dtype=torch.long)
     mask[1, :7], mask[2, 3:22] = 0, 0
     wanted, _ = _passes(plain, 3, mask)
     found, _ = _passes(packed, 3, mask)
@@ -97,15 +97,18 @@ def test_hidden_columns_stay_hidden(tiny: Tiny, blocks: list[int]) -> None:
 def test_masks_that_are_added(tiny: Tiny, blocks: list[int]) -> None:
     """As passes over trees have them."""
     plain, packed = _pair(tiny)
-    added = torch.zeros(1, 1, 4, 24).masked_fill(torch.rand(1, 1, 4, 24) > 0.6, torch.finfo(torch.float32).min)
+    first = ROWS + 1
+    added = torch.zeros(1, 1, 4, first + 4).masked_fill(
+        torch.rand(1, 1, 4, first + 4) > 0.6, torch.finfo(torch.float32).min
+    )
     added[..., :5] = 0
     found = []
     for model in (packed, plain):
         cache = RollbackCache()
-        model(IDS[:1, :20], past_key_values=cache)
-        places = torch.tensor([[20, 21, 21, 22]])
+        model(IDS[:1, :first], past_key_values=cache)
+        places = first + torch.tensor([[0, 1, 1, 2]])
         given = {"attention_mask": added, "position_ids": places, "past_key_values": cache}
-        found.append(model(IDS[:1, 20:24], **given).logits)
+        found.append(model(IDS[:1, first : first + 4], **given).logits)
     assert len(blocks) == 2
     torch.testing.assert_close(*found, **CLOSE)
 
