@@ -25,6 +25,7 @@ from ..bench.questions import read_questions, select
 from ..demo import encode
 from ..integration import generate
 from ..models import load_model, load_tokenizer
+from ..quantization import pack
 from . import arguments
 from .environment import describe
 
@@ -150,7 +151,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     wanted = parser.parse_args(words)
     settings, questions = chosen_settings(wanted.setting), first_prompts(wanted.questions, wanted.limit)
-    target, tokenizer = load_model(wanted.model), load_tokenizer(wanted.model)
+    target, tokenizer = pack(load_model(wanted.model)), load_tokenizer(wanted.model)
     assistants = [load_assistant(name, target, "float32", "cpu") for name in wanted.assistant]
     prompts = {
         task: [encode(tokenizer, text, target.device)["input_ids"] for text in texts]
