@@ -68,19 +68,25 @@ class FusedBlock:
             x: `[B, F, H]`; mask: as for torch's scaled_dot_product_attention; past: a cache or None.
             turns: cosines and sines `[B or 1, F, D]`.
         """
-        turns = turns[0].to(x.dtype).contiguous(), turns[1].to(x.dtype).contiguous()
         from hf_polyspec.compiled.tasks import profiling
 
+        turns = turns[0].to(x.dtype).contiguous(), turns[1].to(x.dtype).contiguous()
         # One task would be one bar in a profile; the steps show what the time goes to.
-        if type(past) is RollbackCache and self._mask_covers(mask, past, x.shape[1]) and not profiling():
+        if type(past) is RollbackCache and self._writes_into(past, x, mask) and not profiling():
             products = self._products(x)
             if products is not None:
                 return self._at_once(x, mask, past, turns, products)
         return self._in_steps(x, mask, past, turns)
 
-    def _mask_covers(self, mask: Tensor | None, past: RollbackCache, fed: int) -> bool:
+    def _writes_into(self, past: RollbackCache, x: Tensor, mask: Tensor | None) -> bool:
+        """Whether the cache holds what this block would write, and the mask covers all of it."""
         attention: Any = self.layer.self_attn
-        return mask is None or mask.shape[3] == past.get_seq_length(attention.layer_idx) + fed
+        seen = past.get_seq_length(attention.layer_idx)
+        if seen:
+            keys: Any = past.layers[attention.layer_idx].keys
+            if keys.dtype is not x.dtype or keys.device != x.device or keys.shape[0] != x.shape[0]:
+                return False
+        return mask is None or mask.shape[3] == seen + x.shape[1]
 
     def _products(self, x: Tensor) -> BlockProducts | None:
         """The block's matrices, where compiled products are what computes all of them."""

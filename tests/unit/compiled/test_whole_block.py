@@ -174,6 +174,17 @@ def test_matrices_of_two_kinds_are_computed_in_steps(tiny: Tiny, blocks: list[in
     assert not torch.equal(found, wanted)
 
 
+@torch.no_grad()
+def test_a_cache_in_another_dtype_is_not_written_into(tiny: Tiny, blocks: list[int]) -> None:
+    _, packed = _pair(tiny)
+    cache = RollbackCache()
+    for layer in range(2):
+        cache.update(*torch.zeros(2, 1, 2, 3, 8, dtype=torch.float64), layer)
+    with pytest.raises(RuntimeError):  # as torch's own attention says
+        packed(IDS[:1, :2], past_key_values=cache)
+    assert not blocks
+
+
 def test_a_runner_rolls_back_what_was_written(tiny: Tiny) -> None:
     """Columns dropped after a pass do not come back."""
     plain, packed = _pair(tiny)
