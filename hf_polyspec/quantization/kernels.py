@@ -251,6 +251,7 @@ class Dequantized:
                 self._kept[x.dtype] = pack_float(matrix, bias)
             else:
                 self._kept[x.dtype] = lambda y: F.linear(y, matrix, bias)
+            return self._kept[x.dtype](x)  # the first pass too, so that all passes give the same numbers
         return F.linear(x, matrix, bias)
 
 
