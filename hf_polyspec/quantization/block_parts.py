@@ -101,15 +101,24 @@ class BlockParts:
             own = module.__dict__
             if "forward" in own and not hasattr(own["forward"], "product"):
                 return False
-            for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
-                if hooks and any(getattr(hook, "__module__", "") != _CAPTURING for hook in hooks.values()):
-                    return False
+            if _has_hooks(module):
+                return False
         return True
 
 
 def hooked(layer: nn.Module) -> bool:
     """Whether anybody would notice that a layer is tried out."""
-    return _global_hooks() or any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
+    return _global_hooks() or any(map(_has_hooks, layer.modules()))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks of somebody's, transformers' own apart."""
+    own = module.__dict__  # asked for in every pass: without the detour through `nn.Module.__getattr__`
+    return any(
+        getattr(hook, "__module__", "") != _CAPTURING
+        for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"])
+        for hook in hooks.values()
+    )
 
 
 def _global_hooks() -> bool:

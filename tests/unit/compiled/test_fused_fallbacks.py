@@ -19,8 +19,10 @@ from hf_polyspec.compiled import ROWS, compiles, computes
 if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)
 
-from hf_polyspec.quantization import fusable, pack
+from hf_polyspec.integration import generate
+from hf_polyspec.quantization import fusable, pack, quantize_model
 from hf_polyspec.quantization.fused_block import FusedBlock
+from tiny_models import head_for
 
 Tiny = Callable[..., PreTrainedModel]
 IDS = torch.randint(3, 48, (1, 12), generator=torch.Generator().manual_seed(5))
@@ -293,6 +295,27 @@ def test_the_hooks_that_transformers_leaves_do_not_switch_fusion_off(tiny: Tiny,
     assert len(computed) == 2
     _logits(model)
     assert len(computed) == 4
+
+
+def test_nor_do_they_keep_blocks_from_being_fused_later(tiny: Tiny) -> None:
+    model = copy.deepcopy(tiny("llama"))
+    _logits(model, output_hidden_states=True)
+    assert any(module._forward_hooks for module in model.model.layers.modules()), "transformers left none"
+    assert len(list(fusable.fusable(model))) == 2
+
+
+def test_a_middle_above_a_head_is_fused_in_every_generation(tiny: Tiny, computed: list[FusedBlock]) -> None:
+    """The head asks its verifier for hidden states, and transformers leaves hooks on a model that was asked once."""
+    target = copy.deepcopy(tiny("llama", initializer_range=0.1))
+    middle = quantize_model(copy.deepcopy(target), 8)
+    chain = [middle, head_for(target)]
+    passes = []
+    for _ in range(2):
+        computed.clear()
+        generate(target, IDS, assistant_models=chain, max_new_tokens=8, do_sample=False)
+        passes.append(len(computed))
+    assert passes[0] == passes[1] + 2, "its two layers are tried out the first time"
+    assert passes[1] >= 4
 
 
 def test_a_profile_shows_the_steps(tiny: Tiny, computed: list[FusedBlock]) -> None:

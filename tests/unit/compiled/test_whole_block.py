@@ -81,6 +81,20 @@ def test_the_same_numbers_and_the_same_cache(tiny: Tiny, family: str, rows: int,
         torch.testing.assert_close(one.values, other.values, **CLOSE)
 
 
+@torch.no_grad()
+def test_a_cache_that_grows_past_its_room(tiny: Tiny, blocks: list[int]) -> None:
+    """Its first buffer has 64 columns."""
+    plain, packed = _pair(tiny)
+    ids = torch.randint(3, 48, (2, 80), generator=torch.Generator().manual_seed(6))
+    caches, rooms = (RollbackCache(), RollbackCache()), set()
+    for part in ids.split([5] * 16, 1):
+        found = packed(part, past_key_values=caches[0]).logits
+        rooms.add(caches[0].layers[0].keys.stride(1))
+        torch.testing.assert_close(found, plain(part, past_key_values=caches[1]).logits, **CLOSE)
+    assert len(rooms) > 1
+    assert len(blocks) == 32
+
+
 def test_hidden_columns_stay_hidden(tiny: Tiny, blocks: list[int]) -> None:
     plain, packed = _pair(tiny)
     mask = torch.ones(3, ROWS + 20, dtype=torch.long)
