@@ -19,10 +19,11 @@ from hf_polyspec.compiled import ROWS, compiles, computes
 if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)
 
+from tiny_models import head_for
+
 from hf_polyspec.integration import generate
 from hf_polyspec.quantization import fusable, pack, quantize_model
 from hf_polyspec.quantization.fused_block import FusedBlock
-from tiny_models import head_for
 
 Tiny = Callable[..., PreTrainedModel]
 IDS = torch.randint(3, 48, (1, 12), generator=torch.Generator().manual_seed(5))
