@@ -15,15 +15,16 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from .numbers import FLOATS, LIKE, VERSION, exponential, narrow, widen
-from .tasks import compiled, number, number_bits, pointer, run, take
-from .tiles import LANES, OUTPUTS, four_rows
+from .numbers import LIKE, REORDERED, VERSION, exponential, narrow, widen
+from .tasks import Launch, compiled, number, number_bits, pointer, run, take, together
+from .tiles import OUTPUTS, four_means, four_rows, one_mean
 from .tiles import ROWS as ROWS_OF_TILE
+from .vectors import LANES
 
 NO_MASK, ALLOWED, ADDED, CAUSAL = range(4)
 
 
-@njit(fastmath=FLOATS)
+@njit(fastmath=REORDERED)
 def _scores(queries: Any, keys: Any, scores: Any, like: Any) -> None:
     """`[F, S]`, from queries `[F', D]` with F' rounded up to whole tiles."""
     size, seen = queries.shape[1], keys.shape[0]
@@ -41,18 +42,18 @@ def _scores(queries: Any, keys: Any, scores: Any, like: Any) -> None:
             scores[f, s] = total
 
 
-@njit(fastmath=FLOATS)
-def _weigh(scores: Any, values: Any, sums: Any) -> None:
-    """Softmax of one row of scores, and the mean of the values under it; nothing where everything is hidden."""
+@njit(fastmath=REORDERED)
+def _softmax(scores: Any) -> None:
+    """One row of scores as weights; nothing where everything is hidden."""
     top, broken = np.float32(-np.inf), 0
     for s in range(scores.size):
         top = max(top, scores[s])
         broken += scores[s] != scores[s]
-    sums[:] = 0
     if broken or top == np.float32(np.inf):  # as in torch, no number comes of it
-        sums[:] = np.nan
+        scores[:] = np.nan
         return
     if top == np.float32(-np.inf):
+        scores[:] = 0
         return
     total = np.float32(0)
     for s in range(scores.size):
@@ -61,16 +62,32 @@ def _weigh(scores: Any, values: Any, sums: Any) -> None:
         scores[s] = weight
         total += weight
     for s in range(scores.size):
-        weight = scores[s]
-        for d in range(sums.size):
-            sums[d] += weight * widen(values[s, d])
-    for d in range(sums.size):
-        sums[d] /= total
+        scores[s] /= total
 
 
-@njit(fastmath=FLOATS)
+@njit(fastmath=REORDERED)
+def _means(weights: Any, values: Any, sums: Any, like: Any) -> None:
+    """The mean of the values `[S, D]` under each row of weights `[F', S]`, with F' of whole tiles."""
+    (seen, size), pitch = values.shape, weights.shape[1]
+    wide = size // (4 * LANES) * 4 * LANES
+    tiled = size // LANES * LANES
+    for f in range(0, weights.shape[0], ROWS_OF_TILE):
+        row = weights[f:].ctypes.data
+        for d in range(0, wide, 4 * LANES):
+            four_means(values[0, d:].ctypes.data, row, sums[f, d:].ctypes.data, size, pitch, seen, like)
+        for d in range(wide, tiled, LANES):
+            one_mean(values[0, d:].ctypes.data, row, sums[f, d:].ctypes.data, size, pitch, seen, like)
+    for f in range(weights.shape[0]):
+        for d in range(tiled, size):
+            total = np.float32(0)
+            for s in range(seen):
+                total += weights[f, s] * widen(values[s, d])
+            sums[f, d] = total
+
+
+@njit(fastmath=REORDERED)
 def attend_task(task: Any, like: Any) -> None:
-    numbers = carray(pointer(task, np.int64(0)), 18)
+    numbers = carray(pointer(task, np.int64(0)), 17)
     batch, heads, shared, fed, seen, size = numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6]
     pitch, kind, mask_rows, mask_pitch = numbers[7], numbers[8], numbers[9], numbers[10]
     scale = number(task, 11)
@@ -83,7 +100,7 @@ def attend_task(task: Any, like: Any) -> None:
     padded = (fed + ROWS_OF_TILE - 1) // ROWS_OF_TILE * ROWS_OF_TILE
     queries = np.zeros((padded, size), np.float32)
     scores = np.empty((padded, seen), np.float32)
-    sums = np.empty(size, np.float32)
+    sums = np.empty((padded, size), np.float32)
     hidden = np.float32(-np.inf)
     while True:
         part = take(task)
@@ -105,22 +122,26 @@ def attend_task(task: Any, like: Any) -> None:
                     scores[f, s] += added[m, f, s]
             elif kind == CAUSAL:
                 scores[f, f + 1 :] = hidden
-            _weigh(scores[f], values, sums)
+            _softmax(scores[f])
+        _means(scores, values[:seen], sums, like)
+        for f in range(fed):
             for d in range(size):
-                out[b, f, h, d] = narrow(sums[d], like)
+                out[b, f, h, d] = narrow(sums[f, d], like)
 
 
 def _task(like: Any) -> Callable[[Any], None]:
+    version = VERSION
+
     def task(numbers: Any) -> None:
-        if VERSION >= 0:  # always, see there
+        if version >= 0:  # always, see there
             attend_task(numbers, like)
 
     return task
 
 
 @cache
-def _function(dtype: torch.dtype) -> int:
-    return compiled(_task(LIKE[dtype]))
+def _function(dtype: torch.dtype) -> Launch:
+    return together(compiled(_task(LIKE[dtype])))
 
 
 def readable(states: Tensor) -> bool:
@@ -137,6 +158,26 @@ def plain_mask(mask: Tensor) -> Tensor:
     return (mask if mask.dtype is torch.bool else mask.float()).contiguous()
 
 
+def attend_numbers(
+    sizes: tuple[int, int, int, int, int, int], pitch: int, mask: Tensor | None, scale: float, places: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The task of `attend_task`.
+
+    Args:
+        sizes: Rows of the batch, heads, heads of keys and values, positions, columns, numbers of a head.
+        pitch: Columns from one head's keys to the next head's.
+        mask: A `plain_mask` `[B or 1, 1, F, S]`, or None for causal, or everything if there is one position.
+        scale: Of the scores.
+        places: Addresses of queries, keys, values and output.
+    """
+    kind, rows, mask_pitch, address = (NO_MASK if sizes[3] == 1 else CAUSAL), 1, 0, 0
+    if mask is not None:
+        kind = ALLOWED if mask.dtype is torch.bool else ADDED
+        rows, mask_pitch, address = mask.shape[0], mask.shape[3], mask.data_ptr()
+    *inputs, out = places
+    return (*sizes, pitch, kind, rows, mask_pitch, number_bits(scale), *inputs, address, out)
+
+
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Attention as torch's `scaled_dot_product_attention` computes it, causal where there is no mask.
 
@@ -151,14 +192,9 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, s
     """
     batch, heads, fed, size = queries.shape
     shared, seen = keys.shape[1], keys.shape[2]
-    kind, mask_rows, mask_pitch = (NO_MASK if fed == 1 else CAUSAL), 1, 0
-    if mask is not None:
-        mask = plain_mask(mask)
-        kind, mask_rows, mask_pitch = (ALLOWED if mask.dtype is torch.bool else ADDED), mask.shape[0], mask.shape[3]
+    mask = None if mask is None else plain_mask(mask)
     out = queries.new_empty(batch, fed, heads * size)
-    sizes = (batch, heads, shared, fed, seen, size, keys.stride(1) // size, kind, mask_rows, mask_pitch)
-    memory = (queries.data_ptr(), keys.data_ptr(), values.data_ptr(), 0 if mask is None else mask.data_ptr())
-    run(
-        "compiled::scaled_dot_product", _function(queries.dtype), *sizes, number_bits(scale), *memory, out.data_ptr(), 0
-    )
+    places = (queries.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr())
+    numbers = attend_numbers((batch, heads, shared, fed, seen, size), keys.stride(1) // size, mask, scale, places)
+    run("compiled::scaled_dot_product", _function(queries.dtype), *numbers)
     return out

@@ -16,11 +16,11 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from .numbers import FLOATS, LIKE, VERSION, exponential, narrow, widen
-from .tasks import alone, call, compiled, number, number_bits, pointer
+from .numbers import LIKE, REORDERED, VERSION, exponential, narrow, widen
+from .tasks import Launch, alone, compiled, number, number_bits, pointer, run
 
 
-@njit(fastmath=FLOATS)
+@njit(fastmath=REORDERED)
 def normalize_task(task: Any, like: Any) -> None:
     """`y = weight * (x / rms(x))`; where an update is given, x is the sum of both, written out as well."""
     numbers = carray(pointer(task, np.int64(0)), 9)
@@ -47,7 +47,7 @@ def normalize_task(task: Any, like: Any) -> None:
             y[r, k] = narrow(widen(weight[k]) * widen(narrow(wide[k] * scale, like)), like)
 
 
-@njit(fastmath=FLOATS)
+@njit(fastmath=REORDERED)
 def _turn(joint: Any, out: Any, cos: Any, sin: Any, like: Any) -> None:
     """One head at one position."""
     half = out.size // 2
@@ -58,7 +58,7 @@ def _turn(joint: Any, out: Any, cos: Any, sin: Any, like: Any) -> None:
         out[d], out[d + half] = narrow(first, like), narrow(other, like)
 
 
-@njit(fastmath=FLOATS)
+@njit(fastmath=REORDERED)
 def rotate_task(task: Any, like: Any) -> None:
     """Queries and keys turned by their position (RoFormer, Su et al. 2021, with halves), values laid out by head."""
     numbers = carray(pointer(task, np.int64(0)), 14)
@@ -80,7 +80,7 @@ def rotate_task(task: Any, like: Any) -> None:
                 values[b, h, f] = joint[b, f, heads + shared + h]
 
 
-@njit(fastmath=FLOATS)
+@njit(fastmath=REORDERED)
 def gate_task(task: Any, like: Any) -> None:
     """`silu(gate) * up` of `[R, 2 I]`."""
     numbers = carray(pointer(task, np.int64(0)), 5)
@@ -96,32 +96,60 @@ def gate_task(task: Any, like: Any) -> None:
 
 
 def _normalizing(like: Any) -> Callable[[Any], None]:
+    version = VERSION
+
     def task(numbers: Any) -> None:
-        if VERSION >= 0:  # always, see there
+        if version >= 0:  # always, see there
             normalize_task(numbers, like)
 
     return task
 
 
 def _rotating(like: Any) -> Callable[[Any], None]:
+    version = VERSION
+
     def task(numbers: Any) -> None:
-        if VERSION >= 0:
+        if version >= 0:
             rotate_task(numbers, like)
 
     return task
 
 
 def _gating(like: Any) -> Callable[[Any], None]:
+    version = VERSION
+
     def task(numbers: Any) -> None:
-        if VERSION >= 0:
+        if version >= 0:
             gate_task(numbers, like)
 
     return task
 
 
 @cache
-def _function(step: Callable[[Any], Callable[[Any], None]], dtype: torch.dtype) -> Callable[[int], None]:
+def _function(step: Callable[[Any], Callable[[Any], None]], dtype: torch.dtype) -> Launch:
     return alone(compiled(step(LIKE[dtype])))
+
+
+def norm_numbers(
+    rows: int, weight: Tensor, epsilon: float, x: int, y: int, update: int = 0, total: int = 0
+) -> tuple[int, ...]:
+    """The task of `normalize_task`; addresses of rows in and out, and of an update and the sum, 0 for none."""
+    return (rows, weight.shape[0], number_bits(epsilon), x, update, weight.data_ptr(), y, total)
+
+
+def rotate_numbers(
+    sizes: tuple[int, int, int, int], turns: tuple[Tensor, Tensor], joint: int, out: tuple[int, int, int], pitch: int
+) -> tuple[int, ...]:
+    """The task of `rotate_task`.
+
+    Args:
+        sizes: Rows of the batch, positions, heads, heads of keys and values.
+        turns: Cosines and sines `[B or 1, F, D]`.
+        joint: Address of queries, keys and values side by side; out: of the three apart.
+        pitch: Columns from one head's keys to the next head's.
+    """
+    cos, sin = turns
+    return (*sizes, cos.shape[2], cos.shape[0], joint, cos.data_ptr(), sin.data_ptr(), *out, pitch)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -136,10 +164,9 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, update: Tensor | None = 
     """
     y = torch.empty_like(x)
     total = x if update is None else torch.empty_like(x)
-    width = x.shape[-1]
-    memory = (x.data_ptr(), 0 if update is None else update.data_ptr(), weight.data_ptr(), y.data_ptr())
-    sizes = (x.numel() // width, width, number_bits(epsilon))
-    call("compiled::rms_norm", _function(_normalizing, x.dtype), *sizes, *memory, total.data_ptr())
+    added = (0, 0) if update is None else (update.data_ptr(), total.data_ptr())
+    numbers = norm_numbers(x.numel() // x.shape[-1], weight, epsilon, x.data_ptr(), y.data_ptr(), *added)
+    run("compiled::rms_norm", _function(_normalizing, x.dtype), *numbers)
     return y, total
 
 
@@ -158,19 +185,9 @@ def rotate(joint: Tensor, cos: Tensor, sin: Tensor, heads: int, shared: int) -> 
     size = cos.shape[-1]
     queries = joint.new_empty(batch, heads, fed, size)
     keys, values = joint.new_empty(2, batch, shared, fed, size).unbind()
-    memory = tuple(part.data_ptr() for part in (joint, cos, sin, queries, keys, values))
-    call(
-        "compiled::rotate",
-        _function(_rotating, joint.dtype),
-        batch,
-        fed,
-        heads,
-        shared,
-        size,
-        cos.shape[0],
-        *memory,
-        fed,
-    )
+    out = (queries.data_ptr(), keys.data_ptr(), values.data_ptr())
+    numbers = rotate_numbers((batch, fed, heads, shared), (cos, sin), joint.data_ptr(), out, fed)
+    run("compiled::rotate", _function(_rotating, joint.dtype), *numbers)
     return queries, keys, values
 
 
@@ -178,5 +195,5 @@ def gated(joint: Tensor) -> Tensor:
     """`silu(gate) * up` of `[..., 2 I]` with gate and up side by side, contiguous."""
     width = joint.shape[-1] // 2
     y = joint.new_empty(*joint.shape[:-1], width)
-    call("compiled::gate", _function(_gating, joint.dtype), y.numel() // width, width, joint.data_ptr(), y.data_ptr())
+    run("compiled::gate", _function(_gating, joint.dtype), y.numel() // width, width, joint.data_ptr(), y.data_ptr())
     return y

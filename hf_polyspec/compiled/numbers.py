@@ -13,12 +13,14 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
-# numba keeps what it compiled by the file of the outermost function alone. Every task refers to this number, which
-# changes with every file of the room.
-VERSION = crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+from .vectors import LANES
+
+# numba keeps what it compiled by the file, the instructions and the enclosed variables of the outermost function
+# alone. Every task encloses this number, which changes with every file of the room and with the width of registers.
+VERSION = crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))), LANES)
 
 # Sums may be reordered, which vector registers need; infinities and what is not a number keep their meaning.
-FLOATS = {"contract", "reassoc"}
+REORDERED = {"contract", "reassoc"}
 
 
 @intrinsic
@@ -54,7 +56,7 @@ def _to_float16(_typing: Any, value: Any) -> Any:
 
 
 @intrinsic
-def _bits(_typing: Any, value: Any) -> Any:
+def bits(_typing: Any, value: Any) -> Any:
     """The bits of a float32."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
@@ -66,10 +68,10 @@ def _bits(_typing: Any, value: Any) -> Any:
 @njit
 def _to_bfloat16(value: Any) -> Any:
     """The bits of the nearest bfloat16, of the even one of two."""
-    bits = _bits(value)
-    if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):  # not a number: rounding could make it infinite
+    word = bits(value)
+    if (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):  # not a number: rounding could make it infinite
         return np.uint16(0x7FC0)
-    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+    return np.uint16((word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
 def widen(value: Any) -> Any:
@@ -101,7 +103,7 @@ def _narrow(value: Any, like: Any) -> Any:
 
 
 @intrinsic
-def _from_bits(_typing: Any, bits: Any) -> Any:
+def from_bits(_typing: Any, bits: Any) -> Any:
     """The float32 with these bits."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
@@ -110,7 +112,7 @@ def _from_bits(_typing: Any, bits: Any) -> Any:
     return types.float32(types.int32), generate
 
 
-@njit(fastmath=FLOATS)
+@njit(fastmath=REORDERED)
 def exponential(x: Any) -> Any:
     """e to the power of `x` within two units of the last place, in steps that vector registers can take.
 
@@ -128,7 +130,7 @@ def exponential(x: Any) -> Any:
     series = series * r + np.float32(0.5)
     series = series * r + np.float32(1)
     series = series * r + np.float32(1)
-    power = series * _from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+    power = series * from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
     return power if given == given else given
 
 
@@ -137,5 +139,6 @@ LIKE: dict[torch.dtype, Any] = {
     torch.float16: np.int16(0),
     torch.float32: np.float32(0),
     torch.int8: np.int8(0),
+    torch.uint8: np.uint8(0),
 }
 """One number of each kind that memory holds, by whose type functions are compiled."""

@@ -7,22 +7,23 @@ Every weight is read once, widened to float32 in a register and used for four ro
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numba import carray, njit
 from torch import Tensor, nn
 
-from .numbers import FLOATS, LIKE, VERSION, narrow, widen
+from .numbers import LIKE, REORDERED, VERSION, narrow, widen
 from .support import DTYPES
-from .tasks import compiled, part_size, pointer, run, take
-from .tiles import LANES, OUTPUTS, four_rows, one_row
+from .tasks import Launch, compiled, part_size, pointer, run, take, together
+from .tiles import OUTPUTS, four_rows, one_row
 from .tiles import ROWS as ROWS_OF_TILE
+from .vectors import LANES, round_into
 
 
-@njit(fastmath=FLOATS)
+@njit(fastmath=REORDERED)
 def _add(weight: Any, x: Any, sums: Any, done: int) -> None:
     """The products from input `done` on: what is left of a width that is no multiple of a register's."""
     for r in range(x.shape[0]):
@@ -33,7 +34,27 @@ def _add(weight: Any, x: Any, sums: Any, done: int) -> None:
             sums[r, n] += total
 
 
-@njit(fastmath=FLOATS)
+@njit(fastmath=REORDERED)
+def _finish(sums: Any, shifts: Any, total: Any, scales: Any, bias: Any) -> None:
+    """What one row's sums stand for; each loop by itself, so that it runs in registers."""
+    for n in range(shifts.size):
+        sums[n] -= total * shifts[n]
+    for n in range(scales.size):
+        sums[n] *= scales[n]
+    for n in range(bias.size):
+        sums[n] += bias[n]
+
+
+@njit
+def _put(sums: Any, y: Any, like: Any) -> None:
+    """Round sums of one row into `y`."""
+    done = y.size // LANES * LANES
+    round_into(sums.ctypes.data, y.ctypes.data, done, like)
+    for n in range(done, y.size):
+        y[n] = narrow(sums[n], like)
+
+
+@njit(fastmath=REORDERED)
 def multiply_task(task: Any, stored: Any, active: Any) -> None:
     """`y = (x @ weight.T - sum(x) * shifts) * scales + bias`; vectors whose address is 0 are left out."""
     numbers = carray(pointer(task, np.int64(0)), 11)
@@ -72,30 +93,26 @@ def multiply_task(task: Any, stored: Any, active: Any) -> None:
         _add(weight[first:tiled], wide, sums, done)
         _add(weight[tiled:last], wide, sums[:, tiled - first :], 0)
         for r in range(rows):
-            for n in range(first, last):
-                total = sums[r, n - first]
-                if shifts.size:
-                    total -= totals[r] * shifts[n]
-                if scales.size:
-                    total *= scales[n]
-                if bias.size:
-                    total += bias[n]
-                y[r, n] = narrow(total, active)
+            row = sums[r, : last - first]
+            _finish(row, shifts[first:last], totals[r], scales[first:last], bias[first:last])
+            _put(row, y[r, first:last], active)
 
 
 def _task(stored: Any, active: Any) -> Callable[[Any], None]:
+    version = VERSION
+
     def task(numbers: Any) -> None:
-        if VERSION >= 0:  # always, see there
+        if version >= 0:  # always, see there
             multiply_task(numbers, stored, active)
 
     return task
 
 
 @cache
-def _function(weight: torch.dtype, active: torch.dtype) -> int:
+def _function(weight: torch.dtype, active: torch.dtype) -> Launch:
     if weight not in (torch.int8, active):
         raise TypeError(f"A {weight} matrix cannot be multiplied with {active} numbers.")
-    return compiled(_task(LIKE[weight], LIKE[active]))
+    return together(compiled(_task(LIKE[weight], LIKE[active])))
 
 
 class CompiledProduct:
@@ -134,16 +151,41 @@ class CompiledProduct:
         return (*sizes, self._weight.data_ptr(), *vectors, x, y)
 
     def __call__(self, x: Tensor) -> Tensor:
-        outputs, width = self._weight.shape
-        if x.shape[-1] != width or x.device.type != "cpu" or type(x) not in (Tensor, nn.Parameter):
-            raise RuntimeError(f"A product of {width} inputs on the CPU was given {tuple(x.shape)} on {x.device}.")
-        if x.dtype not in DTYPES:
-            return self(x.float()).to(x.dtype)
-        x = x.contiguous()
-        y = x.new_empty(*x.shape[:-1], outputs)
-        run(
-            "compiled::linear",
-            _function(self._weight.dtype, x.dtype),
-            *self.task(x.numel() // width, x.data_ptr(), y.data_ptr()),
-        )
-        return y
+        return multiplied(self, x, partial(_function, self._weight.dtype))
+
+
+class Product(Protocol):
+    """A matrix that a compiled function multiplies."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def task(self, rows: int, x: int, y: int) -> tuple[int, ...]: ...
+
+
+def multiplied(product: Product, x: Tensor, function: Callable[[torch.dtype], Launch]) -> Tensor:
+    """Rows times a matrix.
+
+    Args:
+        product: The matrix.
+        x: `[..., K]` on the CPU.
+        function: Gives the compiled function for inputs of a dtype.
+
+    Returns:
+        `[..., N]` in x's dtype.
+
+    Raises:
+        RuntimeError: x has another width, is elsewhere, or is no plain tensor.
+    """
+    outputs, width = product.shape
+    if x.shape[-1] != width or x.device.type != "cpu" or type(x) not in (Tensor, nn.Parameter):
+        raise RuntimeError(f"A product of {width} inputs on the CPU was given {tuple(x.shape)} on {x.device}.")
+    if x.dtype not in DTYPES:
+        return multiplied(product, x.float(), function).to(x.dtype)
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], outputs)
+    run("compiled::linear", function(x.dtype), *product.task(x.numel() // width, x.data_ptr(), y.data_ptr()))
+    return y

@@ -185,35 +185,35 @@ _NOTHING = nullcontext()
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_int64)
 
 
-def alone(address: int) -> Callable[[int], None]:
-    """A compiled function to be called on this thread, see `call`."""
+Launch = Callable[[int], None]
+"""Does the task at an address and returns when it is done."""
+
+
+def alone(address: int) -> Launch:
+    """A compiled function on this thread: for small tasks."""
     return _FUNCTION(address)
 
 
-def call(name: str, function: Callable[[int], None], *numbers: int) -> None:
-    """Do a small task on this thread.
+def together(address: int) -> Launch:
+    """A compiled function on as many threads as torch uses."""
+
+    def launch(task: int) -> None:
+        _open_mp.parallel(address, task, torch.get_num_threads(), 0)
+
+    return launch
+
+
+def run(name: str, launch: Launch, *numbers: int) -> None:
+    """Do a task.
 
     Args:
         name: What torch's profiler calls it.
-        function: From `alone`.
+        launch: From `alone` or `together`.
         numbers: The task after its counter.
     """
     task = (ctypes.c_int64 * (1 + len(numbers)))(0, *numbers)
     with _shown(name):
-        function(ctypes.addressof(task))
-
-
-def run(name: str, address: int, *numbers: int) -> None:
-    """Run a task on as many threads as torch uses, and wait for it.
-
-    Args:
-        name: What torch's profiler calls it.
-        address: From `compiled`.
-        numbers: The task after its counter.
-    """
-    task = (ctypes.c_int64 * (1 + len(numbers)))(0, *numbers)
-    with _shown(name):
-        _open_mp.parallel(address, ctypes.addressof(task), torch.get_num_threads(), 0)
+        launch(ctypes.addressof(task))
 
 
 def profiling() -> bool:
@@ -225,15 +225,15 @@ def _shown(name: str) -> AbstractContextManager[Any]:
     return record_function(name) if profiling() else _NOTHING
 
 
-def run_stages(address: int, task: ctypes.Array[ctypes.c_int64]) -> None:
-    """Run a task whose function waits at gates.
+def run_stages(launch: Launch, task: ctypes.Array[ctypes.c_int64]) -> None:
+    """Do a task whose function waits at gates.
 
     Args:
-        address: From `compiled`.
+        launch: From `together`.
         task: Begins with `HEADER` zeros.
     """
     task[1], task[2] = _open_mp.team_size, _open_mp.give_way
-    _open_mp.parallel(address, ctypes.addressof(task), torch.get_num_threads(), 0)
+    launch(ctypes.addressof(task))
 
 
 def part_size(count: int, multiple: int) -> int:

@@ -9,37 +9,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
-"""float32 numbers in a register."""
+from .vectors import FLOATS, LANES, load, place, spread, store_some, totals
+
 OUTPUTS = 4 if LANES == 16 else 2
 """Outputs of a tile: with half as many registers, half as many."""
 ROWS = 4
 """Rows of a tile."""
-
-_FLOATS = ir.VectorType(ir.FloatType(), LANES)
-_WORDS = ir.VectorType(ir.IntType(32), LANES)
-
-
-def _load(builder: Any, stored: Any, base: Any, index: Any) -> Any:
-    """`LANES` numbers of memory as float32."""
-    item = {types.float32: ir.FloatType(), types.int8: ir.IntType(8)}.get(stored, ir.IntType(16))
-    address = builder.gep(builder.inttoptr(base, item.as_pointer()), [index])
-    numbers = builder.load(builder.bitcast(address, ir.VectorType(item, LANES).as_pointer()))
-    numbers.align = stored.bitwidth // 8
-    if stored == types.float32:
-        return numbers
-    if stored == types.int8:
-        return builder.sitofp(builder.sext(numbers, _WORDS), _FLOATS)
-    if stored == types.uint16:
-        shift = ir.Constant(_WORDS, [16] * LANES)
-        return builder.bitcast(builder.shl(builder.zext(numbers, _WORDS), shift), _FLOATS)
-    return builder.fpext(builder.bitcast(numbers, ir.VectorType(ir.HalfType(), LANES)), _FLOATS)
 
 
 def _prefetch(builder: Any, address: Any) -> None:
@@ -49,16 +29,6 @@ def _prefetch(builder: Any, address: Any) -> None:
     prefetch = builder.module.declare_intrinsic("llvm.prefetch", (line,), kind)
     read, keep, data = ir.Constant(word, 0), ir.Constant(word, 3), ir.Constant(word, 1)
     builder.call(prefetch, [builder.inttoptr(address, line), read, keep, data])
-
-
-def _total(builder: Any, numbers: Any) -> Any:
-    """The sum over a register, by halves."""
-    lanes = LANES
-    while lanes > 1:
-        lanes //= 2
-        order = ir.Constant(_WORDS, [(lane + lanes) % LANES for lane in range(LANES)])
-        numbers = builder.fadd(numbers, builder.shuffle_vector(numbers, ir.Constant(_FLOATS, ir.Undefined), order))
-    return builder.extract_element(numbers, ir.Constant(ir.IntType(32), 0))
 
 
 def _tile(rows: int) -> Any:
@@ -84,26 +54,25 @@ def _tile(rows: int) -> Any:
 
             inputs = [row(weight, n, width, size) for n in range(OUTPUTS)]
             active = [row(x, r, pitch, four) for r in range(rows)]
-            zero = ir.Constant(_FLOATS, [0.0] * LANES)
-            totals = [[cgutils.alloca_once_value(builder, zero) for _ in inputs] for _ in active]
+            zero = ir.Constant(FLOATS, [0.0] * LANES)
+            sums_of = [[cgutils.alloca_once_value(builder, zero) for _ in inputs] for _ in active]
             start = context.get_constant(types.int64, 0)
             with cgutils.for_range_slice(builder, start, count, step, intp=ir.IntType(64)) as (index, _):
-                weights = [_load(builder, stored, base, index) for base in inputs]
+                weights = [load(builder, stored, builder.add(base, builder.mul(index, size))) for base in inputs]
                 for base in inputs:  # the memory brings the next tile while this one is computed
                     ahead = builder.add(row(base, OUTPUTS, width, size), builder.mul(index, size))
                     _prefetch(builder, ahead)
                 for r, base in enumerate(active):
-                    numbers = _load(builder, types.float32, base, index)
+                    numbers = load(builder, types.float32, builder.add(base, builder.mul(index, four)))
                     for n, factors in enumerate(weights):
                         # "contract" lets both become one instruction.
                         added = builder.fmul(factors, numbers, flags=("contract",))
-                        added = builder.fadd(builder.load(totals[r][n]), added, flags=("contract",))
-                        builder.store(added, totals[r][n])
+                        added = builder.fadd(builder.load(sums_of[r][n]), added, flags=("contract",))
+                        builder.store(added, sums_of[r][n])
+            all_, apart = totals(builder, [builder.load(total) for of_row in sums_of for total in of_row])
             for r in range(rows):
-                place = builder.inttoptr(row(sums, r, sums_pitch, four), ir.FloatType().as_pointer())
-                for n in range(OUTPUTS):
-                    sum_ = _total(builder, builder.load(totals[r][n]))
-                    builder.store(sum_, builder.gep(place, [context.get_constant(types.int64, n)]))
+                lanes = [(r * OUTPUTS + n) * apart for n in range(OUTPUTS)]
+                store_some(builder, all_, lanes, row(sums, r, sums_pitch, four))
             return context.get_dummy_value()
 
         words = (types.int64,) * 7
@@ -114,3 +83,50 @@ def _tile(rows: int) -> Any:
 
 one_row = _tile(1)
 four_rows = _tile(ROWS)
+
+
+def _means(registers: int) -> Any:
+    @intrinsic
+    def means(
+        _typing: Any, values: Any, weights: Any, sums: Any, width: Any, pitch: Any, count: Any, stored: Any
+    ) -> Any:
+        """`sums[r, d] = sum over s < count of weights[r, s] * values[s, d]` for `ROWS` rows, `registers * LANES` d.
+
+        Addresses of the first value, weight and sum; numbers from one row of values (and of sums) to the next, and of
+        weights; a number like the values.
+        """
+
+        def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            values, weights, sums, width, pitch, count, _ = arguments
+
+            def number(value: int) -> Any:
+                return context.get_constant(types.int64, value)
+
+            size, four = number(stored.bitwidth // 8), number(4)
+            rows = [builder.add(weights, builder.mul(builder.mul(number(r), pitch), four)) for r in range(ROWS)]
+            zero = ir.Constant(FLOATS, [0.0] * LANES)
+            found = [[cgutils.alloca_once_value(builder, zero) for _ in range(registers)] for _ in rows]
+            with cgutils.for_range_slice(builder, number(0), count, number(1), intp=ir.IntType(64)) as (index, _):
+                begin = builder.add(values, builder.mul(builder.mul(index, width), size))
+                steps = [builder.mul(number(part * LANES), size) for part in range(registers)]
+                parts = [load(builder, stored, builder.add(begin, step)) for step in steps]
+                for base, of_row in zip(rows, found, strict=True):
+                    address = builder.add(base, builder.mul(index, four))
+                    weight = builder.load(place(builder, address, ir.FloatType()), align=4)
+                    weight = spread(builder, weight, FLOATS)
+                    for total, part in zip(of_row, parts, strict=True):
+                        added = builder.fmul(weight, part, flags=("contract",))
+                        builder.store(builder.fadd(builder.load(total), added, flags=("contract",)), total)
+            for r, of_row in enumerate(found):
+                for part, total in enumerate(of_row):
+                    offset = builder.add(builder.mul(number(r), width), number(part * LANES))
+                    address = builder.add(sums, builder.mul(offset, four))
+                    builder.store(builder.load(total), place(builder, address, FLOATS), align=4)
+            return context.get_dummy_value()
+
+        return types.void(*(types.int64,) * 6, stored), generate
+
+    return means
+
+
+one_mean, four_means = _means(1), _means(4)

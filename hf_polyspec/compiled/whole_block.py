@@ -11,30 +11,45 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import carray, njit, types
+from numba.extending import overload
 from torch import Tensor
 
-from .attention import ADDED, ALLOWED, CAUSAL, NO_MASK, attend_task
-from .blocks import gate_task, normalize_task, rotate_task
-from .numbers import FLOATS, LIKE, VERSION, narrow, widen
-from .product import CompiledProduct, multiply_task
-from .tasks import HEADER, compiled, enter, leave, number_bits, pointer, run_stages, team
+from .attention import attend_numbers, attend_task
+from .blocks import gate_task, norm_numbers, normalize_task, rotate_numbers, rotate_task
+from .digits import multiply_digits_task
+from .numbers import LIKE, REORDERED, VERSION, narrow, widen
+from .product import Product, multiply_task
+from .tasks import HEADER, Launch, compiled, enter, leave, pointer, run_stages, team, together
 
 _SLOT = 18
 """Numbers of a stage."""
 
 
-@njit(fastmath=FLOATS)
+@njit(fastmath=REORDERED)
 def _add_task(task: Any, like: Any) -> None:
     numbers = carray(pointer(task, np.int64(0)), 5)
     x, update = carray(pointer(numbers[2], like), numbers[1]), carray(pointer(numbers[3], like), numbers[1])
     y = carray(pointer(numbers[4], like), numbers[1])
     for k in range(numbers[1]):
         y[k] = narrow(widen(x[k]) + widen(update[k]), like)
+
+
+def _multiply(task: Any, stored: Any, like: Any) -> None:
+    """The product for what the matrices are stored as."""
+    raise NotImplementedError
+
+
+@overload(_multiply, strict=False)
+def _multiply_stored(task: Any, stored: Any, like: Any) -> Any:
+    if stored == types.uint8:
+        return lambda task, stored, like: multiply_digits_task(task, like)
+    return lambda task, stored, like: multiply_task(task, stored, like)
 
 
 @njit
@@ -48,48 +63,50 @@ def _block(task: Any, stored: Any, like: Any) -> None:
     if enter(task, 0, threads):
         normalize_task(_stage(task, 0), like)
         leave(task, 0)
-    multiply_task(_stage(task, 1), stored, like)
+    _multiply(_stage(task, 1), stored, like)
     if enter(task, 1, threads):
         rotate_task(_stage(task, 2), like)
         leave(task, 1)
     attend_task(_stage(task, 3), like)
     if enter(task, 2, threads):
         leave(task, 2)
-    multiply_task(_stage(task, 4), stored, like)
+    _multiply(_stage(task, 4), stored, like)
     if enter(task, 3, threads):
         normalize_task(_stage(task, 5), like)
         leave(task, 3)
-    multiply_task(_stage(task, 6), stored, like)
+    _multiply(_stage(task, 6), stored, like)
     if enter(task, 4, threads):
         gate_task(_stage(task, 7), like)
         leave(task, 4)
-    multiply_task(_stage(task, 8), stored, like)
+    _multiply(_stage(task, 8), stored, like)
     if enter(task, 5, threads):
         _add_task(_stage(task, 9), like)
         leave(task, 5)
 
 
 def _task(stored: Any, active: Any) -> Callable[[Any], None]:
+    version = VERSION
+
     def task(numbers: Any) -> None:
-        if VERSION >= 0:  # always, see there
+        if version >= 0:  # always, see there
             _block(numbers, stored, active)
 
     return task
 
 
 @cache
-def _function(stored: torch.dtype, active: torch.dtype) -> int:
-    return compiled(_task(LIKE[stored], LIKE[active]))
+def _function(stored: torch.dtype, active: torch.dtype) -> Launch:
+    return together(compiled(_task(LIKE[stored], LIKE[active])))
 
 
 @dataclass(frozen=True)
 class BlockProducts:
     """The matrices of one block: query, key and value side by side, output, gate beside up, down."""
 
-    joint: CompiledProduct
-    output: CompiledProduct
-    gates: CompiledProduct
-    down: CompiledProduct
+    joint: Product
+    output: Product
+    gates: Product
+    down: Product
 
     @property
     def stored(self) -> torch.dtype | None:
@@ -127,9 +144,9 @@ def whole_block(
 
     Args:
         x: `[B, F, H]`, contiguous.
-        products: of one stored dtype, which is int8 or x's.
+        products: of one stored dtype, which is an 8-bit one or x's.
         turns: cosines and sines `[B or 1, F, D]`, contiguous, in x's dtype.
-        mask: `[B or 1, 1, F, S]`, contiguous, bool or float32; None for causal, or everything if F is 1.
+        mask: `[B or 1, 1, F, S]`, see `plain_mask`; None for causal, or everything if F is 1.
         cache: buffers of keys and values `[B, shared, capacity, D]`, contiguous, and the columns filled already;
             the new ones are written there.
 
@@ -144,33 +161,24 @@ def whole_block(
     # One piece of memory for everything in between; of the norms' outputs and the updates one lives at a time.
     widths = (width, joint_width, queries_width, queries_width, width, width, gates_width, gates_width // 2)
     scratch = x.new_empty(rows * sum(widths))
-    places, place = [], scratch.data_ptr()
-    for one in widths:
-        places.append(place)
-        place += rows * one * each
-    normed, joint, queries, seen, update, total, gates, opened = places
+    ends = list(accumulate(widths, initial=0))
+    normed, joint, queries, seen, update, total, gates, opened = (
+        scratch.data_ptr() + rows * end * each for end in ends[:-1]
+    )
     out = torch.empty_like(x)
-    (first, first_epsilon), (second, second_epsilon) = shape.norms
-    capacity, columns = keys.shape[2], start + fed
+    first, second = shape.norms
+    capacity, heads = keys.shape[2], (shape.heads, shape.shared)
     offset = start * shape.size * each
-    cos, sin = turns
-    kind, mask_rows, mask_pitch = (NO_MASK if fed == 1 else CAUSAL), 1, 0
-    if mask is not None:
-        kind, mask_rows, mask_pitch = (ALLOWED if mask.dtype is torch.bool else ADDED), mask.shape[0], mask.shape[3]
-    heads = (shape.heads, shape.shared)
+    written = (queries, keys.data_ptr() + offset, values.data_ptr() + offset)
+    read = (queries, keys.data_ptr(), values.data_ptr(), seen)
+    sizes = (batch, *heads, fed, start + fed, shape.size)
     stages: Sequence[tuple[int, ...]] = (
-        (rows, width, number_bits(first_epsilon), x.data_ptr(), 0, first.data_ptr(), normed, 0),
+        norm_numbers(rows, *first, x.data_ptr(), normed),
         products.joint.task(rows, normed, joint),
-        (
-            *(batch, fed, *heads, shape.size, cos.shape[0], joint, cos.data_ptr(), sin.data_ptr(), queries),
-            *(keys.data_ptr() + offset, values.data_ptr() + offset, capacity),
-        ),
-        (
-            *(batch, *heads, fed, columns, shape.size, capacity, kind, mask_rows, mask_pitch, number_bits(shape.scale)),
-            *(queries, keys.data_ptr(), values.data_ptr(), 0 if mask is None else mask.data_ptr(), seen),
-        ),
+        rotate_numbers((batch, fed, *heads), turns, joint, written, capacity),
+        attend_numbers(sizes, capacity, mask, shape.scale, read),
         products.output.task(rows, seen, update),
-        (rows, width, number_bits(second_epsilon), x.data_ptr(), update, second.data_ptr(), normed, total),
+        norm_numbers(rows, *second, x.data_ptr(), normed, update, total),
         products.gates.task(rows, normed, gates),
         (rows, gates_width // 2, gates, opened),
         products.down.task(rows, opened, update),

@@ -23,7 +23,7 @@ from hf_polyspec.quantization.joint_product import JointProduct
 from hf_polyspec.quantization.linear import QuantizedLinear
 
 if TYPE_CHECKING:
-    from hf_polyspec.compiled.product import CompiledProduct
+    from hf_polyspec.compiled.product import Product
     from hf_polyspec.compiled.whole_block import BlockProducts, BlockShape
 
 
@@ -101,7 +101,7 @@ class FusedBlock:
         if joint is None or output is None or gates is None or down is None:
             return None
         products = BlockProducts(joint, output, gates, down)
-        return products if products.stored in (torch.int8, x.dtype) else None
+        return products if products.stored in (torch.int8, torch.uint8, x.dtype) else None
 
     def _at_once(
         self, x: Tensor, mask: Tensor | None, past: RollbackCache, turns: tuple[Tensor, Tensor], products: BlockProducts
@@ -164,14 +164,15 @@ def joint_output(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     return torch.cat([layer(x) for layer in layers], -1) if kernel is None else kernel(x)
 
 
-def compiled_product(layers: Sequence[nn.Module], dtype: torch.dtype) -> CompiledProduct | None:
+def compiled_product(layers: Sequence[nn.Module], dtype: torch.dtype) -> Product | None:
     """The compiled product that gives the outputs of layers, if it is the one that would be used."""
+    from hf_polyspec.compiled.digits import DigitProduct
     from hf_polyspec.compiled.product import CompiledProduct
 
     kernel = _joint_kernel(layers, dtype)
     if isinstance(kernel, ByRows):
         kernel = kernel.few
-    return kernel if isinstance(kernel, CompiledProduct) else None
+    return kernel if isinstance(kernel, CompiledProduct | DigitProduct) else None
 
 
 def _joint_kernel(layers: Sequence[nn.Module], dtype: torch.dtype) -> Kernel | None:

@@ -285,8 +285,12 @@ def build_int8_kernel(source: Source, bias: Tensor | None, activation_bits: int 
     if weight.codes.device.type != "cpu" or not per_row:
         return Dequantized(source, bias)
     x86 = torch.backends.quantized.engine in ("x86", "fbgemm")
-    if compiles() and activation_bits is None:
-        return ByRows(_compiled_int8(weight, bias), lambda: IntegerDot(source(), bias), ROWS)
+    if compiles():
+        compiled = _compiled_int8(weight, bias, 1 if activation_bits == 8 else 2)
+        if compiled is not None:
+            return compiled
+        if activation_bits is None:
+            return ByRows(_widened_int8(weight, bias), lambda: IntegerDot(source(), bias), ROWS)
     if activation_bits == 8 and x86:
         return IntegerDot(weight, bias, digits=1)
     if not weight.symmetric:
@@ -297,7 +301,17 @@ def build_int8_kernel(source: Source, bias: Tensor | None, activation_bits: int 
     return ByRows(few, lambda: IntegerDot(source(), bias), INT8_FEW_ROWS)
 
 
-def _compiled_int8(weight: QuantizedWeight, bias: Tensor | None) -> Kernel:
+def _compiled_int8(weight: QuantizedWeight, bias: Tensor | None, digits: int) -> Kernel | None:
+    """The product for any number of rows, on CPUs with dot products of bytes."""
+    from hf_polyspec.compiled.digits import WIDEST, DigitProduct
+    from hf_polyspec.compiled.dots import has_dots
+
+    if not has_dots() or weight.codes.shape[1] > WIDEST:
+        return None
+    return DigitProduct(weight.codes, weight.zeros[:, 0], weight.scales[:, 0], bias, digits)
+
+
+def _widened_int8(weight: QuantizedWeight, bias: Tensor | None) -> Kernel:
     from hf_polyspec.compiled.product import CompiledProduct
 
     signed = (weight.codes.to(torch.int16) - 128).to(torch.int8)

@@ -145,7 +145,11 @@ def test_several_callers_at_once(tiny: Tiny) -> None:
             assert torch.equal(found, wanted)
 
 
-def test_eight_bits(tiny: Tiny, blocks: list[int]) -> None:
+@pytest.mark.parametrize("dots", [True, False])
+def test_eight_bits(tiny: Tiny, blocks: list[int], dots: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dot products of bytes, and with weights widened in registers."""
+    if not dots:
+        monkeypatch.setattr("hf_polyspec.compiled.dots.has_dots", lambda: False)
     model = quantize_model(copy.deepcopy(tiny("llama", initializer_range=0.1)), 8)
     wanted, _ = _passes(model, 3)
     assert not blocks

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activations into digits, and sums of digits into activations, a register at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from .dots import BLOCK
+from .vectors import FLOATS, LANES, WORDS, load, narrowed, place, spread, words
+
+_BYTES = ir.VectorType(ir.IntType(8), LANES)
+
+
+def _writer(each: int) -> Any:
+    @intrinsic
+    def write(_typing: Any, x: Any, digits: Any, sums: Any, pitch: Any, count: Any, steps: Any, like: Any) -> Any:
+        """Numbers of one row times `steps`, rounded, as `each` digits to the base 256.
+
+        Addresses of the numbers, of the first digit and of int32 `[each, LANES]`, whose sums are the sums of each
+        digit; bytes between digits of one number; how many numbers, a multiple of `LANES`; a number like those of x.
+        """
+
+        def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            x, digits, sums, pitch, count, steps, _ = arguments
+            rint = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(FLOATS, [FLOATS]), f"llvm.rint.v{LANES}f32"
+            )
+
+            def number(value: int) -> Any:
+                return context.get_constant(types.int64, value)
+
+            factor = spread(builder, steps, FLOATS)
+            totals = [cgutils.alloca_once_value(builder, words(0)) for _ in range(each)]
+            with cgutils.for_range_slice(builder, number(0), count, number(LANES), intp=ir.IntType(64)) as (index, _):
+                address = builder.add(x, builder.mul(index, number(like.bitwidth // 8)))
+                scaled = builder.call(rint, [builder.fmul(load(builder, like, address), factor)])
+                low = builder.fptosi(scaled, WORDS)
+                found = [low]
+                if each == 2:
+                    high = builder.ashr(builder.add(low, words(128)), words(8))
+                    found = [high, builder.sub(low, builder.shl(high, words(8)))]
+                for digit, (total, values) in enumerate(zip(totals, found, strict=True)):
+                    builder.store(builder.add(builder.load(total), values), total)
+                    begin = builder.add(builder.add(digits, builder.mul(number(digit), pitch)), index)
+                    builder.store(builder.trunc(values, _BYTES), place(builder, begin, _BYTES), align=1)
+            for digit, total in enumerate(totals):
+                begin = builder.add(sums, number(digit * LANES * 4))
+                builder.store(builder.load(total), place(builder, begin, WORDS), align=4)
+            return context.get_dummy_value()
+
+        return types.void(*(types.int64,) * 5, types.float32, like), generate
+
+    return write
+
+
+write_one, write_two = _writer(1), _writer(2)
+
+
+def _finisher(each: int) -> Any:
+    @intrinsic
+    def finish(_typing: Any, sums: Any, shifts: Any, vectors: Any, pitch: Any, scale: Any, y: Any, like: Any) -> Any:
+        """`y = (the digits' sums - zeros * the row's) * scale * scales + bias` for a row of one block.
+
+        Addresses of the sums (int32 `[each, BLOCK]`) and of the row's sums (int32 `[each]`), of the block's zeros
+        (int32), scales and biases (float32), `pitch` bytes from one to the next; the row's scale; the address of y
+        and a number like its.
+        """
+
+        def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            sums, shifts, vectors, pitch, scale, y, _ = arguments
+
+            def number(value: int) -> Any:
+                return context.get_constant(types.int64, value)
+
+            def register(base: Any, offset: int, kind: Any) -> Any:
+                return builder.load(place(builder, builder.add(base, number(offset)), kind), align=4)
+
+            def whole(digit: int, half: int) -> Any:
+                one = builder.load(place(builder, builder.add(shifts, number(4 * digit)), ir.IntType(32)), align=4)
+                shift = builder.mul(register(vectors, half * LANES * 4, WORDS), spread(builder, one, WORDS))
+                found = register(sums, (digit * BLOCK + half * LANES) * 4, WORDS)
+                return builder.sitofp(builder.sub(found, shift), FLOATS)
+
+            scales = builder.add(vectors, pitch)
+            biases = builder.add(scales, pitch)
+            for half in range(2):
+                total = whole(0, half)
+                if each == 2:
+                    base = ir.Constant(FLOATS, [256.0] * LANES)
+                    total = builder.fadd(builder.fmul(total, base), whole(1, half))
+                factor = builder.fmul(register(scales, half * LANES * 4, FLOATS), spread(builder, scale, FLOATS))
+                total = builder.fadd(builder.fmul(total, factor), register(biases, half * LANES * 4, FLOATS))
+                address = builder.add(y, number(half * LANES * (like.bitwidth // 8)))
+                out = narrowed(builder, total, like)
+                builder.store(out, place(builder, address, out.type), align=like.bitwidth // 8)
+            return context.get_dummy_value()
+
+        return types.void(*(types.int64,) * 4, types.float32, types.int64, like), generate
+
+    return finish
+
+
+finish_one, finish_two = _finisher(1), _finisher(2)
