@@ -16,6 +16,7 @@ from transformers.utils import output_capturing
 from .compatibility import check_model, check_vocabularies, inner_model, vocabulary_size
 from .eagle.features import bind, feature_layers, target_parts
 from .eagle.modeling import EagleHead
+from .lending import is_copy
 from .levels.base import Drafter
 from .levels.candidate_generator import CandidateGeneratorDrafter
 from .levels.causal_lm import CausalLMDrafter
@@ -124,7 +125,20 @@ def build_chain(target: Any, assistants: Sequence[Any], setting: Setting, runner
         note=note,
     )
     chain.begin(0, setting.batch, vocabulary_size(target))
+    _lend(chain)
     return chain
+
+
+def _lend(chain: Verifier) -> None:
+    """Let levels that are copies of the target take its keys and values."""
+    target = chain.runner
+    if not target.use_cache or target.record:  # somebody wants to see how the prompt is read
+        return
+    for level in levels_of(chain)[1:]:
+        if isinstance(level, (Verifier, CausalLMDrafter)) and is_copy(level.runner.model, target.model):
+            level.runner.lender = target
+            chain.borrowers.append(level)
+            level.stats.notes.append(f"{level.name} takes the keys and values of the prompt from the target")
 
 
 def build_below(assistants: Sequence[Any], setting: Setting, target: Any = None) -> Drafter:

@@ -13,6 +13,7 @@ import torch
 from .cache import RollbackCache
 from .context import EMBEDDED, Context, Prompt, common_prefix
 from .errors import LevelError, RollbackError
+from .lending import borrow
 from .telemetry import LevelStats
 from .trees import additive, depths, tree_mask
 
@@ -84,6 +85,8 @@ class ModelRunner:
         self._rows: int | None = rows if replace_unknown_ids else None
         self.cache = RollbackCache()
         self.memo: list[list[int]] = []
+        self.lender: ModelRunner | None = None
+        """The runner of a model that this one is a copy of, see `lending`."""
 
     def adopt(self, cache: RollbackCache, memo: list[list[int]]) -> None:
         """Start from a cache that already holds the keys and values of `memo`."""
@@ -110,6 +113,8 @@ class ModelRunner:
             drafts = [draft + [0] * (longest - len(draft)) for draft in drafts]
         sequences = [ids + draft for ids, draft in zip(context.ids, drafts, strict=True)]
         wanted = 1 + max(len(draft) for draft in drafts)
+        if self.lender is not None and not context.prompt.hidden:
+            borrow(self, self.lender, sequences)
         keep, fed = self._plan(sequences, wanted)
         past = self._roll_back(keep)
         inputs = self._inputs(context, sequences, keep, past, fed)
@@ -134,6 +139,8 @@ class ModelRunner:
         """
         sequences = context.extended(tree.tokens).ids
         wanted = 1 + max(len(nodes) for nodes in tree.tokens)
+        if self.lender is not None:
+            borrow(self, self.lender, context.ids)
         keep, fed = self._plan(sequences, wanted)
         past = self._roll_back(keep)
         inputs = self._inputs(context, sequences, keep, past, fed)
@@ -215,21 +222,31 @@ class ModelRunner:
         return Context(ids, Prompt(0, None, torch.full((len(ids), 1), -1, dtype=torch.long)))
 
     def prefill(
-        self, context: Context, chunk: int, stats: LevelStats, watch: Callable[[Pass], None] | None = None
+        self,
+        context: Context,
+        chunk: int,
+        stats: LevelStats,
+        watch: Callable[[Pass], None] | None = None,
+        record: dict[str, Any] | None = None,
     ) -> None:
         """Feed all but the last token of an even-length context in pieces of `chunk` columns (prefill_chunk_size).
 
-        `watch`, if given, is shown every pass.
+        `watch`, if given, is shown every pass; `record` are forward arguments for these passes alone.
         """
         length = len(context.ids[0])
         start = len(self.memo[0]) if self.memo else 0
-        for end in range(start + chunk, length, chunk):
-            piece = Context([ids[:end] for ids in context.ids], context.prompt)
-            if not self.can_read(piece):
-                continue
-            passed = self.run(piece, [[] for _ in context.ids], stats)
-            if watch is not None:
-                watch(passed)
+        usual = self.record
+        self.record = {**(record or {}), **usual}
+        try:
+            for end in range(start + chunk, length, chunk):
+                piece = Context([ids[:end] for ids in context.ids], context.prompt)
+                if not self.can_read(piece):
+                    continue
+                passed = self.run(piece, [[] for _ in context.ids], stats)
+                if watch is not None:
+                    watch(passed)
+        finally:
+            self.record = usual
 
     def settle(self, context: Context, stats: LevelStats) -> None:
         """Make the cache hold exactly these rows, all of one length; a forward pass only if something is missing."""

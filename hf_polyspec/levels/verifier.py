@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from ..context import Context
 from ..distributions import LawMaker, fit_vocabulary
+from ..lending import WORTH
 from ..runner import ModelRunner, Pass
 from ..telemetry import Check
 from ..trees import depths
@@ -67,6 +69,7 @@ class Verifier(Drafter):
         source: the level that is asked for proposals: `below`, one further down, or `NoDraft`. A control may change
             it, as it may change `block_size` and `draft_limit`, between two rounds.
         observer: told of every check, or None.
+        borrowers: levels below that take this model's keys and values instead of reading a prompt (see `lending`).
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class Verifier(Drafter):
         self.bias_budget = bias_budget
         self.source: Drafter = below
         self.observer: Callable[[Check], None] | None = None
+        self.borrowers: list[Drafter] = []
         self.vocabulary = 0
 
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
@@ -215,10 +219,28 @@ class Verifier(Drafter):
         return Proposal(tokens, self._stack(laws, law.do_sample), origins)
 
     def prefill(self, context: Context, chunk: int) -> None:
-        """Read a long prompt in pieces of `chunk` columns, on every level with a model."""
-        if self.runner.can_read(context):
-            self.runner.prefill(context, chunk, self.stats, self.below.watch)
+        """Read a long prompt in pieces of `chunk` columns, on every level with a model that has to read it."""
+        if self.runner.can_read(context) and self.runner.lender is None:
+            self._read(context, chunk)
         self.below.prefill(context, chunk)
+
+    def read_for_others(self, context: Context) -> None:
+        """Read a prompt before anything is drafted, if a level below would otherwise read it for itself."""
+        columns = len(context.ids[0]) - 1
+        if self.borrowers and columns >= WORTH and not context.prompt.hidden:
+            self._read(context, columns)
+
+    def _read(self, context: Context, chunk: int) -> None:
+        """All but the last token; what drafters see of a borrower's passes, they see of these."""
+        watching = [self.below, *(level.below for level in self.borrowers if isinstance(level, Verifier))]
+        record = {name: value for level in self.borrowers for name, value in _runner_of(level).record.items()}
+
+        def watch(passed: Pass) -> None:
+            for level in watching:
+                level.watch(passed)
+
+        with self.stats.timed():
+            self.runner.prefill(context, chunk, self.stats, watch, record)
 
     def keep_rows(self, rows: list[int]) -> None:
         self.runner.keep_rows(rows)
@@ -264,6 +286,11 @@ class Verifier(Drafter):
             if row is not None:
                 stacked[b, : row.shape[0]] = row
         return stacked
+
+
+def _runner_of(level: Any) -> ModelRunner:
+    runner: ModelRunner = level.runner
+    return runner
 
 
 class NoDraft(Drafter):

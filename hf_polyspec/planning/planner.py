@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from ..chain import check_assistants
 from ..compatibility import inner_model
+from ..lending import is_copy
 from ..quantization.packing import is_packed, packed_assistants
 from .agreement import TREES, DraftRecord, Reading, TreeSize, edge, read_model, record_drafts, survival, windows
 from .candidates import Level, describe_chain, describe_sizes, kind_of, options_of
@@ -216,7 +217,8 @@ def _measure_packed(
     }
     of_place = dict(zip((m.place for m in models), costs, strict=True))
     names = [level.name for level in levels]
-    measured = Measurements(names, texts, of_place, edges, {}, overheads, law.do_sample, bound)
+    copies = frozenset(m.place for m in models[1:] if is_copy(m.member, levels[0].member))
+    measured = Measurements(names, texts, of_place, edges, {}, overheads, law.do_sample, bound, copies)
     return replace(measured, drafts=_drafters(levels, readings, measured, law, wish, progress))
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..lending import WORTH
 from .agreement import Array, DraftRecord, TreeSize, survival, windows
 from .cost_model import SecondsTable
 from .costs import ModelCosts, Overheads
@@ -55,6 +56,7 @@ class Measurements:
         overheads: time outside the levels.
         sampled: whether tokens are drawn, so that block verification applies.
         bound: reasons why a level cannot stand under another, by (checking, offering) place.
+        copies: places of models that take the prompt's keys and values from the target (see `lending`).
     """
 
     names: list[str]
@@ -65,6 +67,7 @@ class Measurements:
     overheads: Overheads
     sampled: bool
     bound: dict[tuple[int, int], str] = field(default_factory=dict)
+    copies: frozenset[int] = frozenset()
     _tables: dict[tuple[int, float], SecondsTable] = field(default_factory=dict, repr=False)
 
     def table(self, place: int, context: float) -> SecondsTable:
@@ -175,12 +178,18 @@ def _plain(measured: Measurements) -> Replayed:
 
 
 def _reading(chain: Chain, measured: Measurements, text: Text, tables: Sequence[SecondsTable]) -> float:
-    """What the first pass of every model takes more than a later one, since it reads the prompt."""
+    """What the first pass of every model that reads the prompt takes more than a later one.
+
+    A target that reads it for others does so in a pass of its own.
+    """
     models = [place for place in chain.levels if place in measured.costs]
-    return sum(
-        max(0.0, measured.costs[place].reading(len(text.prompt)) - table.seconds(1))
-        for place, table in zip(models, tables, strict=False)
-    )
+    lent = measured.copies.intersection(models) if len(text.prompt) > WORTH else set()
+    total = 0.0
+    for place, table in zip(models, tables, strict=False):
+        if place not in lent:
+            reading = measured.costs[place].reading(len(text.prompt))
+            total += reading if lent and place == 0 else max(0.0, reading - table.seconds(1))
+    return total
 
 
 def _lowest(chain: Chain, measured: Measurements, i: int, table: SecondsTable) -> _Rounds:

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A copy of the target in fewer bits need not read the prompt: it takes the target's keys and values.
+
+They are what its own would be without its rounding, so it agrees with the target a little better and every prompt is
+read once. That changes which law the copy has at a position, not that it hands up the law it drew from, so the chain
+stays exact (law 1). Keys and values of many tokens are taken; a few are computed as quickly.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .compatibility import inner_model
+from .context import common_prefix
+
+if TYPE_CHECKING:
+    from .runner import ModelRunner
+
+WORTH = 32
+"""Fewer tokens than this are read rather than taken."""
+_ROWS = 64
+"""Rows at the beginning and at the end of the embeddings that are compared."""
+# What may differ between a model and its copy in fewer bits.
+_OWN = {"_name_or_path", "architectures", "dtype", "quantization_config", "torch_dtype", "transformers_version"}
+
+
+def is_copy(model: Any, target: Any) -> bool:
+    """Whether a model is the target with other numbers in its matrices: same architecture, embeddings and norms.
+
+    Args:
+        model: an assistant; target: the model it may be a copy of.
+    """
+    one, other = inner_model(model), inner_model(target)
+    if not (isinstance(one, nn.Module) and isinstance(other, nn.Module)) or one is other or model is not one:
+        return False
+    if type(one).__name__ != type(other).__name__ or _settings(one) != _settings(other):
+        return False
+    return _same(_edges(one), _edges(other)) and _same(_vectors(one), _vectors(other))
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    found: dict[str, Any] = model.config.get_text_config(decoder=True).to_dict()
+    return {name: value for name, value in found.items() if name not in _OWN}
+
+
+def _edges(model: Any) -> dict[str, Tensor]:
+    weight = model.get_input_embeddings().weight
+    return {"first": weight[:_ROWS], "last": weight[-_ROWS:]}
+
+
+def _vectors(model: nn.Module) -> dict[str, Tensor]:
+    """Norms, and other parameters with one number a channel, but for biases, which layers with integers hold apart."""
+    return {name: p for name, p in model.named_parameters() if p.dim() == 1 and not name.endswith("bias")}
+
+
+def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        a.dtype is b.dtype and a.device == b.device and a.device.type != "meta" and torch.equal(a, b)
+        for a, b in ((one[name], other[name]) for name in one)
+    )
+
+
+def borrow(borrower: ModelRunner, lender: ModelRunner, sequences: list[list[int]]) -> None:
+    """Fill a cache with what another model has read of these rows and this one has not.
+
+    Args:
+        borrower: whose cache is filled; lender: of the same shapes.
+        sequences: the ids that are about to be read.
+    """
+    if not (borrower.use_cache and lender.use_cache) or len(lender.memo) != len(sequences):
+        return
+    own = borrower.memo or [[] for _ in sequences]
+    held = [common_prefix(ids, row) for ids, row in zip(own, sequences, strict=True)]
+    lent = [common_prefix(ids, row) for ids, row in zip(lender.memo, sequences, strict=True)]
+    count = min(there - here for here, there in zip(held, lent, strict=True))
+    if count < WORTH:
+        return
+    borrower.cache.realign([len(ids) for ids in own], held)
+    width = lender.cache.length
+    # Rows end at the right edge, so row b's token i stands in column width - len(memo[b]) + i.
+    first = torch.tensor([width - len(ids) + here for ids, here in zip(lender.memo, held, strict=True)])
+    columns = first[:, None] + torch.arange(count)  # [B, count]
+    for index, layer in enumerate(lender.cache.layers):
+        if layer.is_initialized:
+            keys, values = (_at(states, columns) for states in (layer.keys, layer.values))
+            borrower.cache.update(keys, values, index)
+    borrower.memo = [row[: here + count] for row, here in zip(sequences, held, strict=True)]
+
+
+def _at(states: Any, columns: Tensor) -> Tensor:
+    """Columns of keys or values `[B, H, S, D]`, row by row."""
+    if bool((columns[0] == columns).all()):
+        start = int(columns[0, 0])
+        found: Tensor = states[:, :, start : start + columns.shape[1]]
+        return found
+    index = columns.to(states.device)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+    picked: Tensor = states.gather(2, index)
+    return picked
