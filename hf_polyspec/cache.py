@@ -25,9 +25,33 @@ class RollbackLayer(DynamicLayer):
     """Keys and values `[B, H, S, D]` as views of a larger buffer; shrinking is a change of length."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
         self._key_buffer: torch.Tensor | None = None
         self._value_buffer: torch.Tensor | None = None
+        self._length = 0
+        super().__init__()
+
+    # Views are made when somebody looks: compiled blocks write into the buffers, and a pass has dozens of layers.
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """What the cache holds, None before the first pass."""
+        return None if self._key_buffer is None else self._key_buffer[:, :, : self._length]
+
+    @keys.setter
+    def keys(self, states: torch.Tensor | None) -> None:
+        self._key_buffer = _whole(states)
+        self._length = 0 if self._key_buffer is None else self._key_buffer.shape[2]
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """As many as keys."""
+        return None if self._value_buffer is None else self._value_buffer[:, :, : self._length]
+
+    @values.setter
+    def values(self, states: torch.Tensor | None) -> None:
+        self._value_buffer = _whole(states)
+
+    def get_seq_length(self) -> int:
+        return self._length
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -40,8 +64,8 @@ class RollbackLayer(DynamicLayer):
         self._value_buffer = _with_room(self._value_buffer, value_states.shape, value_states, start)
         self._key_buffer[:, :, start:end] = key_states
         self._value_buffer[:, :, start:end] = value_states
-        self._show(end)
-        return self.keys, self.values
+        self._length = end
+        return self._key_buffer[:, :, :end], self._value_buffer[:, :, :end]
 
     def extend(self, shape: tuple[int, int, int, int], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Room for new columns that the caller writes himself, at once.
@@ -58,38 +82,37 @@ class RollbackLayer(DynamicLayer):
         start = self.get_seq_length()
         keys = self._key_buffer = _with_room(self._key_buffer, shape, like, start)
         values = self._value_buffer = _with_room(self._value_buffer, shape, like, start)
-        self._show(start + shape[2])
+        self._length = start + shape[2]
         return keys, values, start
 
     def shrink(self, length: int) -> None:
         """Keep the first `length` columns."""
-        if self._key_buffer is not None and length < self.get_seq_length():
-            self._show(length)
+        self._length = min(self._length, length)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.shrink(self._length - abs(tokens_to_remove))
 
     def gather(self, columns: torch.Tensor, start: int = 0) -> None:
         """Keep `start` columns and go on with those at `columns[b]` in row b; `columns` is `[B, S']`."""
         if self._key_buffer is None or self._value_buffer is None:
             return
         end = start + columns.shape[1]
-        for buffer, current in ((self._key_buffer, self.keys), (self._value_buffer, self.values)):
+        for buffer in (self._key_buffer, self._value_buffer):
             index = columns.to(buffer.device)[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
-            buffer[:, :, start:end] = current.gather(2, index)
-        self._show(end)
+            buffer[:, :, start:end] = buffer.gather(2, index)
+        self._length = end
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         """Keep the given rows of the batch."""
         if self._key_buffer is None or self._value_buffer is None:
             return
-        length = self.get_seq_length()
         self._key_buffer = self._key_buffer[rows.to(self._key_buffer.device)]
         self._value_buffer = self._value_buffer[rows.to(self._value_buffer.device)]
-        self._show(length)
 
-    def _show(self, length: int) -> None:
-        assert self._key_buffer is not None
-        assert self._value_buffer is not None
-        self.keys = self._key_buffer[:, :, :length]
-        self.values = self._value_buffer[:, :, :length]
+
+def _whole(states: torch.Tensor | None) -> torch.Tensor | None:
+    """What others set as a buffer; transformers begins with a tensor of no shape."""
+    return states.contiguous() if states is not None and states.dim() == 4 else None
 
 
 def _with_room(buffer: torch.Tensor | None, shape: Sequence[int], like: torch.Tensor, start: int) -> torch.Tensor:

@@ -138,7 +138,7 @@ def _lend(chain: Verifier) -> None:
         if isinstance(level, (Verifier, CausalLMDrafter)) and is_copy(level.runner.model, target.model):
             level.runner.lender = target
             chain.borrowers.append(level)
-            level.stats.notes.append(f"{level.name} takes the keys and values of the prompt from the target")
+            level.stats.notes.append(f"{level.name} takes keys and values of the prompt from the target")
 
 
 def build_below(assistants: Sequence[Any], setting: Setting, target: Any = None) -> Drafter:

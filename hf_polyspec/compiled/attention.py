@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
@@ -153,9 +154,22 @@ def readable(states: Tensor) -> bool:
     return ordered and capacity >= states.shape[2]
 
 
+# The last mask that had to be converted, by its object and torch's count of changes: all layers of a pass are given
+# the same one.
+_converted: tuple[ref[Tensor], int, Tensor] | None = None
+
+
 def plain_mask(mask: Tensor) -> Tensor:
     """A mask as the compiled functions read it: contiguous, bool or float32."""
-    return (mask if mask.dtype is torch.bool else mask.float()).contiguous()
+    global _converted
+    if mask.dtype in (torch.bool, torch.float32) and mask.is_contiguous():
+        return mask
+    last, count = _converted, -1 if mask.is_inference() else mask._version
+    if last is not None and last[0]() is mask and last[1] == count >= 0:
+        return last[2]
+    found = (mask if mask.dtype is torch.bool else mask.float()).contiguous()
+    _converted = ref(mask), count, found
+    return found
 
 
 def attend_numbers(

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -211,9 +212,9 @@ def run(name: str, launch: Launch, *numbers: int) -> None:
         launch: From `alone` or `together`.
         numbers: The task after its counter.
     """
-    task = (ctypes.c_int64 * (1 + len(numbers)))(0, *numbers)
+    task = array("q", (0, *numbers))
     with _shown(name):
-        launch(ctypes.addressof(task))
+        launch(task.buffer_info()[0])
 
 
 def profiling() -> bool:
@@ -225,15 +226,21 @@ def _shown(name: str) -> AbstractContextManager[Any]:
     return record_function(name) if profiling() else _NOTHING
 
 
-def run_stages(launch: Launch, task: ctypes.Array[ctypes.c_int64]) -> None:
-    """Do a task whose function waits at gates.
+def run_stages(launch: Launch, stages: Sequence[tuple[int, ...]], slot: int) -> None:
+    """Do a task whose function waits at gates between its stages.
 
     Args:
         launch: From `together`.
-        task: Begins with `HEADER` zeros.
+        stages: The numbers of each stage after its counter.
+        slot: Numbers from one stage's counter to the next one's.
     """
-    task[1], task[2] = _open_mp.team_size, _open_mp.give_way
-    launch(ctypes.addressof(task))
+    task = array("q", (0, _open_mp.team_size, _open_mp.give_way))
+    task.extend((0,) * (HEADER - 3))
+    for numbers in stages:
+        task.append(0)
+        task.extend(numbers)
+        task.extend((0,) * (slot - 1 - len(numbers)))
+    launch(task.buffer_info()[0])
 
 
 def part_size(count: int, multiple: int) -> int:

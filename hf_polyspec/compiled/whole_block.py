@@ -7,7 +7,6 @@ Python for each step takes tens of them.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -184,9 +183,5 @@ def whole_block(
         products.down.task(rows, opened, update),
         (rows * width, total, update, out.data_ptr()),
     )
-    task = (ctypes.c_int64 * (HEADER + _SLOT * len(stages)))()
-    for index, numbers in enumerate(stages):
-        begin = HEADER + _SLOT * index + 1
-        task[begin : begin + len(numbers)] = list(numbers)
-    run_stages(_function(products.joint.dtype, x.dtype), task)
+    run_stages(_function(products.joint.dtype, x.dtype), stages, _SLOT)
     return out

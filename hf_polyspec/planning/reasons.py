@@ -97,8 +97,8 @@ def _middle(level: Level, using: Candidate, without: Candidate, measured: Measur
     if exact.holds:
         whole = Inequality(with_it.seconds / with_it.tokens, without_it.seconds / without_it.tokens)
         sentence += (
-            f"; but reading the prompts with one model more brings a token of the whole call to {1e3 * whole.left:.2f} "
-            f"ms from {1e3 * whole.right:.2f} ms"
+            f"; but with what one model more costs besides its rounds (prompts to be read, bookkeeping) a token of the "
+            f"whole call takes {1e3 * whole.left:.2f} ms instead of {1e3 * whole.right:.2f} ms"
         )
         return Dropped(level.name, "time per token of whole calls", whole.left, whole.right, f"{sentence}{printed}.")
     if own >= target:

@@ -76,20 +76,22 @@ class BlockParts:
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
+        block: Any = layer
+        self._attention: Any = block.self_attn
+        self._norms = (block.input_layernorm, block.post_attention_layernorm)
         children = [(parent._modules, name) for parent in layer.modules() for name in parent._modules]
         self._places = [(siblings, name, siblings[name]) for siblings, name in children]
 
     def ready(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether nobody has put anything into the layer, or asks for anything, that a fused block would pass over."""
-        layer: Any = self._layer
-        attention = layer.self_attn
+        attention = self._attention
         return (
-            not layer.training
+            not self._layer.training
+            and self._untouched()
             and attention.is_causal
             and attention.config._attn_implementation == "sdpa"
             and all(not _matters(name, value) for name, value in kwargs.items())
-            and self._untouched()
-            and all(_fits(norm.weight, x) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
+            and all(_fits(norm.weight, x) for norm in self._norms)
         )
 
     def _untouched(self) -> bool:

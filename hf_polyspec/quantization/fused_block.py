@@ -37,6 +37,15 @@ class FusedBlock:
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
         self._parts = BlockParts(layer)
+        block: Any = layer
+        attention, mlp = block.self_attn, block.mlp
+        # Looked up once: `ready` makes sure that they are still there, and torch takes its time to find a module.
+        self._attention: Any = attention
+        self._norms = (block.input_layernorm, block.post_attention_layernorm)
+        self._joint = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self._output = (attention.o_proj,)
+        self._gates = (mlp.gate_proj, mlp.up_proj)
+        self._down = (mlp.down_proj,)
 
     def __call__(
         self,
@@ -55,7 +64,7 @@ class FusedBlock:
             and computes(x)
             and self._parts.ready(x, kwargs)
             and readable_mask(attention_mask, x)
-            and readable_turns(turns, x, layer.self_attn.head_dim)
+            and readable_turns(turns, x, self._attention.head_dim)
         ):
             return self.compute(x.contiguous(), attention_mask, past_key_values, turns)
         given = {"past_key_values": past_key_values, "position_embeddings": turns}
@@ -80,10 +89,10 @@ class FusedBlock:
 
     def _writes_into(self, past: RollbackCache, x: Tensor, mask: Tensor | None) -> bool:
         """Whether the cache holds what this block would write, and the mask covers all of it."""
-        attention: Any = self.layer.self_attn
-        seen = past.get_seq_length(attention.layer_idx)
+        index = self._attention.layer_idx
+        seen = past.get_seq_length(index)
         if seen:
-            keys: Any = past.layers[attention.layer_idx].keys
+            keys: Any = past.layers[index].keys
             if keys.dtype is not x.dtype or keys.device != x.device or keys.shape[0] != x.shape[0]:
                 return False
         return mask is None or mask.shape[3] == seen + x.shape[1]
@@ -92,12 +101,10 @@ class FusedBlock:
         """The block's matrices, where compiled products are what computes all of them."""
         from hf_polyspec.compiled.whole_block import BlockProducts
 
-        layer: Any = self.layer
-        attention, mlp = layer.self_attn, layer.mlp
-        joint = compiled_product((attention.q_proj, attention.k_proj, attention.v_proj), x.dtype)
-        output = compiled_product((attention.o_proj,), x.dtype)
-        gates = compiled_product((mlp.gate_proj, mlp.up_proj), x.dtype)
-        down = compiled_product((mlp.down_proj,), x.dtype)
+        joint = compiled_product(self._joint, x.dtype)
+        output = compiled_product(self._output, x.dtype)
+        gates = compiled_product(self._gates, x.dtype)
+        down = compiled_product(self._down, x.dtype)
         if joint is None or output is None or gates is None or down is None:
             return None
         products = BlockProducts(joint, output, gates, down)
@@ -109,38 +116,33 @@ class FusedBlock:
         from hf_polyspec.compiled.attention import plain_mask
         from hf_polyspec.compiled.whole_block import whole_block
 
-        attention: Any = self.layer.self_attn
         shape = self._shape()
         new = (x.shape[0], shape.shared, x.shape[1], shape.size)
-        room = past.extend(attention.layer_idx, new, x)
+        room = past.extend(self._attention.layer_idx, new, x)
         return whole_block(x, products, shape, turns, None if mask is None else plain_mask(mask), room)
 
     def _shape(self) -> BlockShape:
         from hf_polyspec.compiled.whole_block import BlockShape
 
-        layer: Any = self.layer
-        attention = layer.self_attn
-        first, second = layer.input_layernorm, layer.post_attention_layernorm
+        attention, (first, second) = self._attention, self._norms
         norms = (first.weight, first.variance_epsilon), (second.weight, second.variance_epsilon)
-        shared = attention.k_proj.out_features // attention.head_dim
+        shared = self._joint[1].out_features // attention.head_dim
         heads = shared * attention.num_key_value_groups
         return BlockShape(heads, shared, attention.head_dim, attention.scaling, norms)
 
     def _in_steps(self, x: Tensor, mask: Tensor | None, past: Any, turns: tuple[Tensor, Tensor]) -> Tensor:
         from hf_polyspec.compiled.blocks import gated, rms_norm, rotate
 
-        layer: Any = self.layer
-        attention, mlp = layer.self_attn, layer.mlp
-        first, second = layer.input_layernorm, layer.post_attention_layernorm
+        attention, (first, second) = self._attention, self._norms
         y, _ = rms_norm(x, first.weight, first.variance_epsilon)
-        joint = joint_output((attention.q_proj, attention.k_proj, attention.v_proj), y)
+        joint = joint_output(self._joint, y)
         shape = self._shape()
         queries, keys, values = rotate(joint, *turns, shape.heads, shape.shared)
         if past is not None:
             keys, values = past.update(keys, values, attention.layer_idx)
-        update = attention.o_proj(_attention(attention, queries, keys, values, mask))
+        update = self._output[0](_attention(attention, queries, keys, values, mask))
         y, x = rms_norm(x, second.weight, second.variance_epsilon, update)
-        update = mlp.down_proj(gated(joint_output((mlp.gate_proj, mlp.up_proj), y)))
+        update = self._down[0](gated(joint_output(self._gates, y)))
         total: Tensor = x + update
         return total
 

@@ -247,7 +247,7 @@ class Dequantized:
         matrix = self._source().dequantize(x.dtype)
         bias = None if self._bias is None else self._bias.to(x.dtype)
         if room_for(matrix):
-            if packs(matrix) and room_for(matrix, packed_size(matrix)):
+            if packs(matrix) and room_for(matrix, packed_size(matrix, made=True)):
                 self._kept[x.dtype] = pack_float(matrix, bias)
             else:
                 self._kept[x.dtype] = lambda y: F.linear(y, matrix, bias)

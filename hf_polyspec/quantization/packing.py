@@ -59,7 +59,7 @@ class PackedProduct(JointProduct):
         if stamp != self._stamp:  # first pass, or a weight was changed since
             self._packed, self._stamp = None, stamp
             weights = [layer.weight.detach() for layer in self.layers]
-            if room_for(weights[0], sum(map(packed_size, weights))):
+            if room_for(weights[0], _size(weights)):
                 matrix = weights[0] if len(weights) == 1 else torch.cat(weights)
                 self._packed = pack_float(matrix, self._bias())
         return self._packed
@@ -188,8 +188,9 @@ def pack(model: Model) -> Model:
     read the same input are one product. Types that this CPU has no instructions for (float16; bfloat16 without
     AVX512-BF16) are multiplied in float32 and rounded once at the end. Parameters, `state_dict` and class of every
     layer stay; a weight that is changed later is packed again (one exception: a few numbers written through `.data`,
-    which torch does not count; `unpack` and `pack` after that). Costs a second copy of the packed matrices, in float32
-    for those types; matrices for which less than half of the memory would stay free are left as they are. Does
+    which torch does not count; `unpack` and `pack` after that). Costs a second copy of the matrices, in float32 for
+    those types, and with numba one more of those that are multiplied together, in their own type; matrices for which
+    less than half of the memory would stay free are left as they are. Does
     nothing on other devices, under autocast, and for layers whose `forward` someone else has already replaced.
 
     Args:
@@ -286,8 +287,13 @@ def _keep(forward: object) -> None:
 
 
 def _room(products: Sequence[PackedProduct]) -> bool:
-    fresh = [layer.weight for product in products if product.kept() is None for layer in product.layers]
-    return not fresh or room_for(fresh[0], sum(map(packed_size, fresh)))
+    fresh = [[layer.weight for layer in product.layers] for product in products if product.kept() is None]
+    return not fresh or room_for(fresh[0][0], sum(map(_size, fresh)))
+
+
+def _size(weights: Sequence[Tensor]) -> int:
+    """Bytes that one product of these matrices keeps."""
+    return sum(packed_size(weight, len(weights) > 1) for weight in weights)
 
 
 def unfuse(model: Model) -> Model:

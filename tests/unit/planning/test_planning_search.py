@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +54,17 @@ def test_a_replay_is_the_theory_where_tokens_are_independent(block: int, draft: 
     assert 1 / replay(Chain((0, 2), 0, draft), measured).tokens_per_second == pytest.approx(
         two.time_per_token, rel=0.01
     )
+
+
+@pytest.mark.parametrize(("prompt", "read"), [(10, 3), (100, 2)])
+def test_a_copy_reads_no_long_prompt(prompt: int, read: int) -> None:
+    """Reading takes a second an id here; the target's pass over a long prompt is one of its own."""
+    measured = world([1.0, 1.0, 1.0], {(0, 1): 0.9, (1, 2): 0.75, (0, 2): 0.7})
+    measured = replace(measured, texts=[replace(measured.texts[0], prompt=[1] * prompt)], copies=frozenset({1}))
+    chain = Chain((0, 1, 2), 8, 4)
+    without = replace(measured, texts=[replace(measured.texts[0], prompt=[1])])
+    found = replay(chain, measured).seconds - replay(chain, without).seconds
+    assert found == pytest.approx(read * prompt - (3 if read == 3 else 1))
 
 
 def test_the_search_finds_the_chain_that_the_theory_finds() -> None:
