@@ -90,7 +90,8 @@ class RollbackLayer(DynamicLayer):
         self._length = min(self._length, length)
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.shrink(self._length - abs(tokens_to_remove))
+        # Older transformers releases mean the length that is to stay when they give a positive number.
+        self.shrink(tokens_to_remove if tokens_to_remove > 0 else self._length + tokens_to_remove)
 
     def gather(self, columns: torch.Tensor, start: int = 0) -> None:
         """Keep `start` columns and go on with those at `columns[b]` in row b; `columns` is `[B, S']`."""

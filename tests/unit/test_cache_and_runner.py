@@ -186,3 +186,26 @@ def test_positions_without_ids_are_not_shown() -> None:
     assert context.visible(0) == [5]
     assert context.extended([[6]]).visible(0) == [5, 6]
     assert context.ids == [[EMBEDDED, EMBEDDED, 5]]
+
+
+def test_transformers_own_operations_on_a_layer() -> None:
+    """They set keys and values from outside; what comes after goes on from there."""
+    cache = RollbackCache()
+    states = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(1))
+    cache.update(states, -states, 0)
+    layer = cache.layers[0]
+    layer.crop(-2)
+    assert torch.equal(layer.keys, states[:, :, :3])
+    assert torch.equal(layer.values, -states[:, :, :3])
+    layer.reorder_cache(torch.tensor([1, 0]))
+    layer.batch_repeat_interleave(2)
+    wanted = states[[1, 1, 0, 0], :, :3]
+    assert torch.equal(layer.keys, wanted)
+    layer.batch_select_indices(torch.tensor([0, 2]))
+    keys, values = cache.update(states[:, :, 3:4], -states[:, :, 3:4], 0)
+    assert torch.equal(keys, torch.cat([states[[1, 0], :, :3], states[:, :, 3:4]], 2))
+    assert torch.equal(values, -keys)
+    assert cache.length == 4
+    layer.reset()
+    assert cache.length == 0
+    assert layer.keys is None
