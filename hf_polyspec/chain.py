@@ -137,8 +137,9 @@ def _lend(chain: Verifier) -> None:
     for level in levels_of(chain)[1:]:
         if isinstance(level, (Verifier, CausalLMDrafter)) and is_copy(level.runner.model, target.model):
             level.runner.lender = target
-            chain.borrowers.append(level)
-            level.stats.notes.append(f"{level.name} takes keys and values of the prompt from the target")
+            chain.borrowers.append(level.runner)
+            if isinstance(level, Verifier):
+                chain.watchers.append(level.below)
 
 
 def build_below(assistants: Sequence[Any], setting: Setting, target: Any = None) -> Drafter:

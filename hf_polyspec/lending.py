@@ -63,21 +63,27 @@ def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     )
 
 
-def borrow(borrower: ModelRunner, lender: ModelRunner, sequences: list[list[int]]) -> None:
+def borrow(borrower: ModelRunner, lender: ModelRunner, sequences: list[list[int]]) -> int:
     """Fill a cache with what another model has read of these rows and this one has not.
 
     Args:
         borrower: whose cache is filled; lender: of the same shapes.
         sequences: the ids that are about to be read.
+
+    Returns:
+        Tokens taken, of every row alike.
     """
     if not (borrower.use_cache and lender.use_cache) or len(lender.memo) != len(sequences):
-        return
+        return 0
     own = borrower.memo or [[] for _ in sequences]
+    # Asked before every pass; ids are compared only where there is enough that could be taken.
+    if min(len(theirs) - len(ours) for theirs, ours in zip(lender.memo, own, strict=True)) < WORTH:
+        return 0
     held = [common_prefix(ids, row) for ids, row in zip(own, sequences, strict=True)]
     lent = [common_prefix(ids, row) for ids, row in zip(lender.memo, sequences, strict=True)]
     count = min(there - here for here, there in zip(held, lent, strict=True))
     if count < WORTH:
-        return
+        return 0
     borrower.cache.realign([len(ids) for ids in own], held)
     width = lender.cache.length
     # Rows end at the right edge, so row b's token i stands in column width - len(memo[b]) + i.
@@ -88,6 +94,7 @@ def borrow(borrower: ModelRunner, lender: ModelRunner, sequences: list[list[int]
             keys, values = (_at(states, columns) for states in (layer.keys, layer.values))
             borrower.cache.update(keys, values, index)
     borrower.memo = [row[: here + count] for row, here in zip(sequences, held, strict=True)]
+    return count
 
 
 def _at(states: Any, columns: Tensor) -> Tensor:

@@ -113,8 +113,7 @@ class ModelRunner:
             drafts = [draft + [0] * (longest - len(draft)) for draft in drafts]
         sequences = [ids + draft for ids, draft in zip(context.ids, drafts, strict=True)]
         wanted = 1 + max(len(draft) for draft in drafts)
-        if self.lender is not None and not context.prompt.hidden:
-            borrow(self, self.lender, sequences)
+        self._borrow(context, sequences, stats)
         keep, fed = self._plan(sequences, wanted)
         past = self._roll_back(keep)
         inputs = self._inputs(context, sequences, keep, past, fed)
@@ -139,8 +138,7 @@ class ModelRunner:
         """
         sequences = context.extended(tree.tokens).ids
         wanted = 1 + max(len(nodes) for nodes in tree.tokens)
-        if self.lender is not None:
-            borrow(self, self.lender, context.ids)
+        self._borrow(context, context.ids, stats)
         keep, fed = self._plan(sequences, wanted)
         past = self._roll_back(keep)
         inputs = self._inputs(context, sequences, keep, past, fed)
@@ -170,6 +168,12 @@ class ModelRunner:
         self.cache.pick(columns)
         self._remember(read, new_width)
         return replace(passed, read=read, kept=kept)
+
+    def _borrow(self, context: Context, sequences: list[list[int]], stats: LevelStats) -> None:
+        if self.lender is not None and not context.prompt.hidden:
+            taken = borrow(self, self.lender, sequences)
+            if taken:
+                stats.notes.append(f"takes keys and values of {taken} tokens from {self.lender.name}")
 
     def _call(self, inputs: dict[str, Any], logits: int, past: int, stats: LevelStats) -> Any:
         if self._slices_logits:

@@ -32,8 +32,8 @@ _NAME = f"llvm.x86.avx512.vpdpbusd.{LANES * 32}"
 def has_dots() -> bool:
     """Whether this CPU has the instruction for registers of the width that is used here."""
     features = binding.get_host_cpu_features()
-    wide = bool(features.get("avx512vnni", False))
-    return wide if LANES == 16 else bool(features.get("avxvnni", False)) or (wide and bool(features["avx512vl"]))
+    wide, narrow, both = (bool(features.get(name, False)) for name in ("avx512vnni", "avxvnni", "avx512vl"))
+    return wide if LANES == 16 else narrow or (wide and both)
 
 
 def in_blocks(codes: Tensor) -> Tensor:

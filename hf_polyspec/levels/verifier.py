@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -69,7 +68,8 @@ class Verifier(Drafter):
         source: the level that is asked for proposals: `below`, one further down, or `NoDraft`. A control may change
             it, as it may change `block_size` and `draft_limit`, between two rounds.
         observer: told of every check, or None.
-        borrowers: levels below that take this model's keys and values instead of reading a prompt (see `lending`).
+        borrowers: models below that take this one's keys and values instead of reading a prompt (see `lending`).
+        watchers: levels that are shown this model's reading of a prompt, since the model above them does not read it.
     """
 
     def __init__(
@@ -101,7 +101,8 @@ class Verifier(Drafter):
         self.bias_budget = bias_budget
         self.source: Drafter = below
         self.observer: Callable[[Check], None] | None = None
-        self.borrowers: list[Drafter] = []
+        self.borrowers: list[ModelRunner] = []
+        self.watchers: list[Drafter] = []
         self.vocabulary = 0
 
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
@@ -231,12 +232,11 @@ class Verifier(Drafter):
             self._read(context, columns)
 
     def _read(self, context: Context, chunk: int) -> None:
-        """All but the last token; what drafters see of a borrower's passes, they see of these."""
-        watching = [self.below, *(level.below for level in self.borrowers if isinstance(level, Verifier))]
-        record = {name: value for level in self.borrowers for name, value in _runner_of(level).record.items()}
+        """All but the last token, with what a borrower's own passes would show to the level below it."""
+        record = {name: value for borrower in self.borrowers for name, value in borrower.record.items()}
 
         def watch(passed: Pass) -> None:
-            for level in watching:
+            for level in (self.below, *self.watchers):
                 level.watch(passed)
 
         with self.stats.timed():
@@ -286,11 +286,6 @@ class Verifier(Drafter):
             if row is not None:
                 stacked[b, : row.shape[0]] = row
         return stacked
-
-
-def _runner_of(level: Any) -> ModelRunner:
-    runner: ModelRunner = level.runner
-    return runner
 
 
 class NoDraft(Drafter):

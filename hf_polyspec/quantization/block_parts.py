@@ -70,28 +70,37 @@ def _sizes_fit(block: Any) -> bool:
 class BlockParts:
     """The parts of one decoder layer as they were found.
 
+    Looked up once: `ready` makes sure that they are still there, and torch takes its time to find a module.
+
     Args:
         layer: See `looks_like_llama`.
+
+    Attributes:
+        attention: The module; norms: before attention and before the gates.
+        joint, output, gates, down: Layers that read the same input.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
         block: Any = layer
-        self._attention: Any = block.self_attn
-        self._norms = (block.input_layernorm, block.post_attention_layernorm)
+        attention, mlp = block.self_attn, block.mlp
+        self.attention: Any = attention
+        self.norms = (block.input_layernorm, block.post_attention_layernorm)
+        self.joint = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output, self.gates, self.down = (attention.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
         children = [(parent._modules, name) for parent in layer.modules() for name in parent._modules]
         self._places = [(siblings, name, siblings[name]) for siblings, name in children]
 
     def ready(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether nobody has put anything into the layer, or asks for anything, that a fused block would pass over."""
-        attention = self._attention
+        attention = self.attention
         return (
             not self._layer.training
             and self._untouched()
             and attention.is_causal
             and attention.config._attn_implementation == "sdpa"
             and all(not _matters(name, value) for name, value in kwargs.items())
-            and all(_fits(norm.weight, x) for norm in self._norms)
+            and all(_fits(norm.weight, x) for norm in self.norms)
         )
 
     def _untouched(self) -> bool:

@@ -37,15 +37,6 @@ class FusedBlock:
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
         self._parts = BlockParts(layer)
-        block: Any = layer
-        attention, mlp = block.self_attn, block.mlp
-        # Looked up once: `ready` makes sure that they are still there, and torch takes its time to find a module.
-        self._attention: Any = attention
-        self._norms = (block.input_layernorm, block.post_attention_layernorm)
-        self._joint = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self._output = (attention.o_proj,)
-        self._gates = (mlp.gate_proj, mlp.up_proj)
-        self._down = (mlp.down_proj,)
 
     def __call__(
         self,
@@ -64,7 +55,7 @@ class FusedBlock:
             and computes(x)
             and self._parts.ready(x, kwargs)
             and readable_mask(attention_mask, x)
-            and readable_turns(turns, x, self._attention.head_dim)
+            and readable_turns(turns, x, self._parts.attention.head_dim)
         ):
             return self.compute(x.contiguous(), attention_mask, past_key_values, turns)
         given = {"past_key_values": past_key_values, "position_embeddings": turns}
@@ -89,7 +80,7 @@ class FusedBlock:
 
     def _writes_into(self, past: RollbackCache, x: Tensor, mask: Tensor | None) -> bool:
         """Whether the cache holds what this block would write, and the mask covers all of it."""
-        index = self._attention.layer_idx
+        index = self._parts.attention.layer_idx
         seen = past.get_seq_length(index)
         if seen:
             keys: Any = past.layers[index].keys
@@ -101,10 +92,10 @@ class FusedBlock:
         """The block's matrices, where compiled products are what computes all of them."""
         from hf_polyspec.compiled.whole_block import BlockProducts
 
-        joint = compiled_product(self._joint, x.dtype)
-        output = compiled_product(self._output, x.dtype)
-        gates = compiled_product(self._gates, x.dtype)
-        down = compiled_product(self._down, x.dtype)
+        joint = compiled_product(self._parts.joint, x.dtype)
+        output = compiled_product(self._parts.output, x.dtype)
+        gates = compiled_product(self._parts.gates, x.dtype)
+        down = compiled_product(self._parts.down, x.dtype)
         if joint is None or output is None or gates is None or down is None:
             return None
         products = BlockProducts(joint, output, gates, down)
@@ -118,31 +109,31 @@ class FusedBlock:
 
         shape = self._shape()
         new = (x.shape[0], shape.shared, x.shape[1], shape.size)
-        room = past.extend(self._attention.layer_idx, new, x)
+        room = past.extend(self._parts.attention.layer_idx, new, x)
         return whole_block(x, products, shape, turns, None if mask is None else plain_mask(mask), room)
 
     def _shape(self) -> BlockShape:
         from hf_polyspec.compiled.whole_block import BlockShape
 
-        attention, (first, second) = self._attention, self._norms
+        attention, (first, second) = self._parts.attention, self._parts.norms
         norms = (first.weight, first.variance_epsilon), (second.weight, second.variance_epsilon)
-        shared = self._joint[1].out_features // attention.head_dim
+        shared = self._parts.joint[1].out_features // attention.head_dim
         heads = shared * attention.num_key_value_groups
         return BlockShape(heads, shared, attention.head_dim, attention.scaling, norms)
 
     def _in_steps(self, x: Tensor, mask: Tensor | None, past: Any, turns: tuple[Tensor, Tensor]) -> Tensor:
         from hf_polyspec.compiled.blocks import gated, rms_norm, rotate
 
-        attention, (first, second) = self._attention, self._norms
+        attention, (first, second) = self._parts.attention, self._parts.norms
         y, _ = rms_norm(x, first.weight, first.variance_epsilon)
-        joint = joint_output(self._joint, y)
+        joint = joint_output(self._parts.joint, y)
         shape = self._shape()
         queries, keys, values = rotate(joint, *turns, shape.heads, shape.shared)
         if past is not None:
             keys, values = past.update(keys, values, attention.layer_idx)
-        update = self._output[0](_attention(attention, queries, keys, values, mask))
+        update = self._parts.output[0](_attention(attention, queries, keys, values, mask))
         y, x = rms_norm(x, second.weight, second.variance_epsilon, update)
-        update = self._down[0](gated(joint_output(self._gates, y)))
+        update = self._parts.down[0](gated(joint_output(self._parts.gates, y)))
         total: Tensor = x + update
         return total
 

@@ -113,8 +113,10 @@ def test_columns_are_those_of_the_lender(pair: tuple[PreTrainedModel, PreTrained
 def test_the_copy_reads_no_prompt(pair: tuple[PreTrainedModel, PreTrainedModel], given: dict[str, Tensor]) -> None:
     target, middle = pair
     with fed(middle) as below, fed(target) as above:
-        found = text(target, given, [middle, SuffixDrafter()])
-    assert torch.equal(found, text(target, given))
+        found = text(target, given, [middle, SuffixDrafter()], return_dict_in_generate=True)
+    assert torch.equal(found.sequences, text(target, given))
+    said = f"takes keys and values of {WORTH + 7} tokens from the target"
+    assert [note for note in found.polyspec.levels[1].notes if note.startswith("takes")] == [said]
     assert below
     assert max(below) < WORTH
     assert [columns for columns in above if columns >= WORTH] == [WORTH + 7]

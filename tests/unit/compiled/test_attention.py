@@ -15,7 +15,7 @@ from hf_polyspec.compiled import compiles
 if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)
 
-from hf_polyspec.compiled.attention import attend, readable
+from hf_polyspec.compiled.attention import attend, plain_mask, readable
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALLOWED = {torch.float32: 4e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -202,3 +202,17 @@ def test_calls_from_several_threads_at_once() -> None:
     with ThreadPoolExecutor(6) as pool:
         for found in pool.map(lambda _: attend(q, k, v, mask, 0.3), range(60)):
             assert torch.equal(found, wanted)
+
+
+def test_a_converted_mask_is_kept_until_it_changes() -> None:
+    """All layers of a pass are given the same one; another one, or one written into, is converted anew."""
+    mask = torch.zeros(1, 1, 2, 5, dtype=torch.bfloat16)
+    first = plain_mask(mask)
+    assert first.dtype is torch.float32
+    assert plain_mask(mask) is first
+    mask[..., 3] = float("-inf")
+    assert torch.equal(plain_mask(mask), mask.float())
+    other = torch.ones_like(mask)
+    assert torch.equal(plain_mask(other), other.float())
+    plain = torch.zeros(1, 1, 2, 5)
+    assert plain_mask(plain) is plain
