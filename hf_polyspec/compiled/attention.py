@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of a few positions over a cache, in float32 whatever the cache holds, keys and values read where they lie.
+"""Attention over a cache, in float32 whatever the cache holds, keys and values read where they lie.
 
-One head of one row of the batch is one part of the task.
+Some positions of one head of one row of the batch are one part of the task. What a position gets does not depend on
+the other positions of the pass, to the last bit: sums run in an order that further columns do not change, and hidden
+columns add zeros.
 """
 
 from __future__ import annotations
@@ -18,61 +20,97 @@ from torch import Tensor
 
 from .numbers import LIKE, REORDERED, VERSION, exponential, narrow, widen
 from .tasks import Launch, compiled, number, number_bits, pointer, run, take, together
-from .tiles import OUTPUTS, four_means, four_rows, one_mean
-from .tiles import ROWS as ROWS_OF_TILE
+from .tiles import OUTPUTS, ROWS, four_means, four_rows, one_mean
 from .vectors import LANES
 
 NO_MASK, ALLOWED, ADDED, CAUSAL = range(4)
+POSITIONS = 32
+"""Positions of a part."""
+_SUMS = 64
+"""Sums that a row's weights are added up in: whole registers of any width."""
+
+
+@njit
+def _tile_of_scores(queries: Any, keys: Any, scores: Any, first: Any, like: Any) -> None:
+    """The scores of `OUTPUTS` columns, with whole registers of numbers a head."""
+    size, pitch = queries.shape[1], scores.shape[1]
+    for f in range(0, queries.shape[0], ROWS):
+        place = scores[f, first:].ctypes.data
+        four_rows(keys.ctypes.data, queries[f:].ctypes.data, place, size, size, pitch, size, like)
 
 
 @njit(fastmath=REORDERED)
-def _scores(queries: Any, keys: Any, scores: Any, like: Any) -> None:
-    """`[F, S]`, from queries `[F', D]` with F' rounded up to whole tiles."""
-    size, seen = queries.shape[1], keys.shape[0]
-    tiled = seen // OUTPUTS * OUTPUTS if size % LANES == 0 else 0
-    pitch = scores.shape[1]
-    for s in range(0, tiled, OUTPUTS):
-        for f in range(0, queries.shape[0], ROWS_OF_TILE):
-            place = scores[f, s:].ctypes.data
-            four_rows(keys[s:].ctypes.data, queries[f:].ctypes.data, place, size, size, pitch, size, like)
-    for s in range(tiled, seen):
+def _one_by_one(queries: Any, keys: Any, scores: Any) -> None:
+    for s in range(keys.shape[0]):
         for f in range(queries.shape[0]):
             total = np.float32(0)
-            for d in range(size):
+            for d in range(queries.shape[1]):
                 total += queries[f, d] * widen(keys[s, d])
             scores[f, s] = total
 
 
+@njit
+def _scores(queries: Any, keys: Any, scores: Any, like: Any) -> None:
+    """`[F, S]`, from queries `[F', D]` with F' rounded up to whole tiles."""
+    seen, size = keys.shape
+    if size % LANES:
+        _one_by_one(queries, keys, scores)
+        return
+    for s in range(0, seen // OUTPUTS * OUTPUTS, OUTPUTS):
+        _tile_of_scores(queries, keys[s:], scores, s, like)
+    if seen >= OUTPUTS:  # the last tile overlaps the one before rather than being computed in another way
+        _tile_of_scores(queries, keys[seen - OUTPUTS :], scores, seen - OUTPUTS, like)
+    else:
+        few = np.zeros((OUTPUTS, size), keys.dtype)
+        few[:seen] = keys
+        _tile_of_scores(queries, few, scores, 0, like)
+
+
 @njit(fastmath=REORDERED)
-def _softmax(scores: Any) -> None:
-    """One row of scores as weights; nothing where everything is hidden."""
+def _largest(scores: Any) -> Any:
+    """The largest score, infinite if one of them is no number: then no number comes of it, as in torch."""
     top, broken = np.float32(-np.inf), 0
     for s in range(scores.size):
         top = max(top, scores[s])
         broken += scores[s] != scores[s]
-    if broken or top == np.float32(np.inf):  # as in torch, no number comes of it
-        scores[:] = np.nan
+    return np.float32(np.inf) if broken else top
+
+
+@njit(fastmath={"contract"})
+def _softmax(scores: Any, seen: Any, sums: Any) -> None:
+    """One row of scores as weights; nothing where everything is hidden.
+
+    `scores` is as long as a multiple of `sums`; behind the first `seen` there may be anything.
+    """
+    top = _largest(scores[:seen])
+    if top == np.float32(np.inf):
+        scores[:seen] = np.nan
         return
     if top == np.float32(-np.inf):
         scores[:] = 0
         return
-    total = np.float32(0)
+    scores[seen:] = -np.inf
     for s in range(scores.size):
         below = scores[s] - top
-        weight = exponential(below) if below > np.float32(-87.0) else np.float32(0)
-        scores[s] = weight
-        total += weight
+        scores[s] = exponential(below) if below > np.float32(-87.0) else np.float32(0)
+    sums[:] = 0
+    for s in range(0, scores.size, _SUMS):
+        for lane in range(_SUMS):
+            sums[lane] += scores[s + lane]
+    total = np.float32(0)
+    for lane in range(_SUMS):
+        total += sums[lane]
     for s in range(scores.size):
         scores[s] /= total
 
 
-@njit(fastmath=REORDERED)
+@njit
 def _means(weights: Any, values: Any, sums: Any, like: Any) -> None:
-    """The mean of the values `[S, D]` under each row of weights `[F', S]`, with F' of whole tiles."""
+    """The mean of the values `[S, D]` under each row of weights `[F', S']`, with F' of whole tiles."""
     (seen, size), pitch = values.shape, weights.shape[1]
     wide = size // (4 * LANES) * 4 * LANES
     tiled = size // LANES * LANES
-    for f in range(0, weights.shape[0], ROWS_OF_TILE):
+    for f in range(0, weights.shape[0], ROWS):
         row = weights[f:].ctypes.data
         for d in range(0, wide, 4 * LANES):
             four_means(values[0, d:].ctypes.data, row, sums[f, d:].ctypes.data, size, pitch, seen, like)
@@ -86,7 +124,22 @@ def _means(weights: Any, values: Any, sums: Any, like: Any) -> None:
             sums[f, d] = total
 
 
-@njit(fastmath=REORDERED)
+@njit(fastmath={"contract"})
+def _hide(scores: Any, kind: Any, allowed: Any, added: Any, first: Any) -> None:
+    """Apply the mask of some positions, the first of which is position `first` of the pass."""
+    hidden = np.float32(-np.inf)
+    for f in range(scores.shape[0]):
+        if kind == ALLOWED:
+            for s in range(allowed.shape[1]):
+                scores[f, s] = scores[f, s] if allowed[first + f, s] else hidden
+        elif kind == ADDED:
+            for s in range(added.shape[1]):
+                scores[f, s] += added[first + f, s]
+        elif kind == CAUSAL:
+            scores[f, first + f + 1 :] = hidden
+
+
+@njit(fastmath={"contract"})
 def attend_task(task: Any, like: Any) -> None:
     numbers = carray(pointer(task, np.int64(0)), 17)
     batch, heads, shared, fed, seen, size = numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6]
@@ -98,36 +151,34 @@ def attend_task(task: Any, like: Any) -> None:
     allowed = carray(pointer(numbers[15], np.uint8(0)), (mask_rows, fed, mask_pitch))
     added = carray(pointer(numbers[15], np.float32(0)), (mask_rows, fed, mask_pitch))
     out = carray(pointer(numbers[16], like), (batch, fed, heads, size))
-    padded = (fed + ROWS_OF_TILE - 1) // ROWS_OF_TILE * ROWS_OF_TILE
+    padded = (min(fed, POSITIONS) + ROWS - 1) // ROWS * ROWS
     queries = np.zeros((padded, size), np.float32)
-    scores = np.empty((padded, seen), np.float32)
-    sums = np.empty((padded, size), np.float32)
-    hidden = np.float32(-np.inf)
+    scores = np.empty((padded, (seen + _SUMS - 1) // _SUMS * _SUMS), np.float32)
+    sums, lanes = np.empty((padded, size), np.float32), np.empty(_SUMS, np.float32)
+    blocks = (fed + POSITIONS - 1) // POSITIONS
     while True:
         part = take(task)
-        if part >= batch * heads:
+        if part >= batch * heads * blocks:
             return
-        b, h = part // heads, part % heads
+        b, h, block = part // heads % batch, part % heads, blocks - 1 - part // (batch * heads)
         keys, values = all_keys[b, h * shared // heads], all_values[b, h * shared // heads]
-        for f in range(fed):
+        first = block * POSITIONS
+        count = min(fed - first, POSITIONS)
+        columns = first + count if kind == CAUSAL else seen  # the last of these positions sees no further
+        for f in range(count):
             for d in range(size):
-                queries[f, d] = widen(all_queries[b, h, f, d]) * scale
-        _scores(queries, keys[:seen], scores, like)
+                queries[f, d] = widen(all_queries[b, h, first + f, d]) * scale
+        tiles = (count + ROWS - 1) // ROWS * ROWS
+        _scores(queries[:tiles], keys[:columns], scores, like)
         m = b if mask_rows > 1 else 0
-        for f in range(fed):
-            if kind == ALLOWED:
-                for s in range(seen):
-                    scores[f, s] = scores[f, s] if allowed[m, f, s] else hidden
-            elif kind == ADDED:
-                for s in range(seen):
-                    scores[f, s] += added[m, f, s]
-            elif kind == CAUSAL:
-                scores[f, f + 1 :] = hidden
-            _softmax(scores[f])
-        _means(scores, values[:seen], sums, like)
-        for f in range(fed):
+        _hide(scores[:count, :columns], kind, allowed[m, :, :columns], added[m, :, :columns], first)
+        wide = (columns + _SUMS - 1) // _SUMS * _SUMS
+        for f in range(count):
+            _softmax(scores[f, :wide], columns, lanes)
+        _means(scores[:tiles], values[:columns], sums, like)
+        for f in range(count):
             for d in range(size):
-                out[b, f, h, d] = narrow(sums[f, d], like)
+                out[b, first + f, h, d] = narrow(sums[f, d], like)
 
 
 def _task(like: Any) -> Callable[[Any], None]:

@@ -17,7 +17,12 @@ from numba import carray, njit
 from torch import Tensor
 
 from .numbers import LIKE, REORDERED, VERSION, exponential, narrow, widen
-from .tasks import Launch, alone, compiled, number, number_bits, pointer, run
+from .tasks import Launch, alone, compiled, number, number_bits, pointer, run, take, together
+
+PART = 16
+"""Rows that a thread takes at once where several do one step."""
+FEW = 32
+"""Up to so many rows one thread is done before others could have been called."""
 
 
 @njit(fastmath=REORDERED)
@@ -31,20 +36,24 @@ def normalize_task(task: Any, like: Any) -> None:
     y = carray(pointer(numbers[7], like), (rows, width))
     total = carray(pointer(numbers[8], like), (rows if numbers[5] else 0, width))
     wide = np.empty(width, np.float32)
-    for r in range(rows):
-        squares = np.float32(0)
-        if update.shape[0]:
+    while True:
+        begin = take(task) * PART
+        if begin >= rows:
+            return
+        for r in range(begin, min(rows, begin + PART)):
+            squares = np.float32(0)
+            if update.shape[0]:
+                for k in range(width):
+                    total[r, k] = narrow(widen(x[r, k]) + widen(update[r, k]), like)
+                    wide[k] = widen(total[r, k])
+            else:
+                for k in range(width):
+                    wide[k] = widen(x[r, k])
             for k in range(width):
-                total[r, k] = narrow(widen(x[r, k]) + widen(update[r, k]), like)
-                wide[k] = widen(total[r, k])
-        else:
+                squares += wide[k] * wide[k]
+            scale = np.float32(1) / np.sqrt(squares / np.float32(width) + epsilon)
             for k in range(width):
-                wide[k] = widen(x[r, k])
-        for k in range(width):
-            squares += wide[k] * wide[k]
-        scale = np.float32(1) / np.sqrt(squares / np.float32(width) + epsilon)
-        for k in range(width):
-            y[r, k] = narrow(widen(weight[k]) * widen(narrow(wide[k] * scale, like)), like)
+                y[r, k] = narrow(widen(weight[k]) * widen(narrow(wide[k] * scale, like)), like)
 
 
 @njit(fastmath=REORDERED)
@@ -70,9 +79,13 @@ def rotate_task(task: Any, like: Any) -> None:
     # Keys and values go to the first columns of what may be a longer buffer.
     keys = carray(pointer(numbers[11], like), (batch, shared, numbers[13], size))
     values = carray(pointer(numbers[12], like), (batch, shared, numbers[13], size))
-    for b in range(batch):
-        t = b if turns > 1 else 0
-        for f in range(fed):
+    while True:
+        begin = take(task) * PART
+        if begin >= batch * fed:
+            return
+        for r in range(begin, min(batch * fed, begin + PART)):
+            b, f = r // fed, r % fed
+            t = b if turns > 1 else 0
             for h in range(heads):
                 _turn(joint[b, f, h], queries[b, h, f], cos[t, f], sin[t, f], like)
             for h in range(shared):
@@ -87,12 +100,32 @@ def gate_task(task: Any, like: Any) -> None:
     rows, width = numbers[1], numbers[2]
     joint = carray(pointer(numbers[3], like), (rows, 2, width))
     y = carray(pointer(numbers[4], like), (rows, width))
-    for r in range(rows):
-        for k in range(width):
-            g = widen(joint[r, 0, k])
-            shut = g < np.float32(-88) and g > np.float32(-np.inf)  # e to the power of 88 is where `exponential` ends
-            opened = narrow(np.float32(0) if shut else g / (np.float32(1) + exponential(-g)), like)
-            y[r, k] = narrow(widen(opened) * widen(joint[r, 1, k]), like)
+    while True:
+        begin = take(task) * PART
+        if begin >= rows:
+            return
+        for r in range(begin, min(rows, begin + PART)):
+            for k in range(width):
+                g = widen(joint[r, 0, k])
+                shut = g < np.float32(-88) and g > np.float32(-np.inf)  # `exponential` ends at 88
+                opened = narrow(np.float32(0) if shut else g / (np.float32(1) + exponential(-g)), like)
+                y[r, k] = narrow(widen(opened) * widen(joint[r, 1, k]), like)
+
+
+@njit(fastmath=REORDERED)
+def add_task(task: Any, like: Any) -> None:
+    """`y = x + update`, row by row."""
+    numbers = carray(pointer(task, np.int64(0)), 6)
+    rows, width = numbers[1], numbers[2]
+    x, update = carray(pointer(numbers[3], like), (rows, width)), carray(pointer(numbers[4], like), (rows, width))
+    y = carray(pointer(numbers[5], like), (rows, width))
+    while True:
+        begin = take(task) * PART
+        if begin >= rows:
+            return
+        for r in range(begin, min(rows, begin + PART)):
+            for k in range(width):
+                y[r, k] = narrow(widen(x[r, k]) + widen(update[r, k]), like)
 
 
 def _normalizing(like: Any) -> Callable[[Any], None]:
@@ -126,8 +159,8 @@ def _gating(like: Any) -> Callable[[Any], None]:
 
 
 @cache
-def _function(step: Callable[[Any], Callable[[Any], None]], dtype: torch.dtype) -> Launch:
-    return alone(compiled(step(LIKE[dtype])))
+def _function(step: Callable[[Any], Callable[[Any], None]], dtype: torch.dtype, many: bool) -> Launch:
+    return (together if many else alone)(compiled(step(LIKE[dtype])))
 
 
 def norm_numbers(
@@ -165,8 +198,9 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, update: Tensor | None = 
     y = torch.empty_like(x)
     total = x if update is None else torch.empty_like(x)
     added = (0, 0) if update is None else (update.data_ptr(), total.data_ptr())
-    numbers = norm_numbers(x.numel() // x.shape[-1], weight, epsilon, x.data_ptr(), y.data_ptr(), *added)
-    run("compiled::rms_norm", _function(_normalizing, x.dtype), *numbers)
+    rows = x.numel() // x.shape[-1]
+    numbers = norm_numbers(rows, weight, epsilon, x.data_ptr(), y.data_ptr(), *added)
+    run("compiled::rms_norm", _function(_normalizing, x.dtype, rows > FEW), *numbers)
     return y, total
 
 
@@ -187,7 +221,7 @@ def rotate(joint: Tensor, cos: Tensor, sin: Tensor, heads: int, shared: int) -> 
     keys, values = joint.new_empty(2, batch, shared, fed, size).unbind()
     out = (queries.data_ptr(), keys.data_ptr(), values.data_ptr())
     numbers = rotate_numbers((batch, fed, heads, shared), (cos, sin), joint.data_ptr(), out, fed)
-    run("compiled::rotate", _function(_rotating, joint.dtype), *numbers)
+    run("compiled::rotate", _function(_rotating, joint.dtype, batch * fed > FEW), *numbers)
     return queries, keys, values
 
 
@@ -195,5 +229,6 @@ def gated(joint: Tensor) -> Tensor:
     """`silu(gate) * up` of `[..., 2 I]` with gate and up side by side, contiguous."""
     width = joint.shape[-1] // 2
     y = joint.new_empty(*joint.shape[:-1], width)
-    run("compiled::gate", _function(_gating, joint.dtype), y.numel() // width, width, joint.data_ptr(), y.data_ptr())
+    rows = y.numel() // width
+    run("compiled::gate", _function(_gating, joint.dtype, rows > FEW), rows, width, joint.data_ptr(), y.data_ptr())
     return y

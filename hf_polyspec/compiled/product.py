@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products with few rows at the speed of the memory.
+"""Products at the speed of the memory for few rows, at that of the arithmetic for many.
 
-Every weight is read once, widened to float32 in a register and used for four rows; sums are float32.
+Every weight is widened to float32 in a register and used for up to twelve rows; sums are float32.
 """
 
 from __future__ import annotations
@@ -15,87 +15,90 @@ import torch
 from numba import carray, njit
 from torch import Tensor, nn
 
-from .numbers import LIKE, REORDERED, VERSION, narrow, widen
+from .numbers import LIKE, VERSION, widen
+from .panels import (
+    MOST,
+    WIDTH,
+    eight_rows,
+    finish,
+    four_rows,
+    in_panels,
+    one_row,
+    six_rows,
+    ten_rows,
+    twelve_rows,
+    two_rows,
+)
 from .support import DTYPES
 from .tasks import Launch, compiled, part_size, pointer, run, take, together
-from .tiles import OUTPUTS, four_rows, one_row
-from .tiles import ROWS as ROWS_OF_TILE
-from .vectors import LANES, round_into
 
-
-@njit(fastmath=REORDERED)
-def _add(weight: Any, x: Any, sums: Any, done: int) -> None:
-    """The products from input `done` on: what is left of a width that is no multiple of a register's."""
-    for r in range(x.shape[0]):
-        for n in range(weight.shape[0]):
-            total = np.float32(0)
-            for k in range(done, x.shape[1]):
-                total += widen(weight[n, k]) * x[r, k]
-            sums[r, n] += total
-
-
-@njit(fastmath=REORDERED)
-def _finish(sums: Any, shifts: Any, total: Any, scales: Any, bias: Any) -> None:
-    """What one row's sums stand for; each loop by itself, so that it runs in registers."""
-    for n in range(shifts.size):
-        sums[n] -= total * shifts[n]
-    for n in range(scales.size):
-        sums[n] *= scales[n]
-    for n in range(bias.size):
-        sums[n] += bias[n]
+CHUNK = 96
+"""Rows that a thread holds in float32 at a time."""
 
 
 @njit
-def _put(sums: Any, y: Any, like: Any) -> None:
-    """Round sums of one row into `y`."""
-    done = y.size // LANES * LANES
-    round_into(sums.ctypes.data, y.ctypes.data, done, like)
-    for n in range(done, y.size):
-        y[n] = narrow(sums[n], like)
+def _multiply(rows: Any, panel: Any, x: Any, sums: Any, inputs: Any, pitch: Any, stored: Any) -> None:
+    """The sums of one panel for at least so many rows of float32, at most `MOST`."""
+    if rows == 1:
+        one_row(panel, x, sums, inputs, pitch, stored)
+    elif rows == 2:
+        two_rows(panel, x, sums, inputs, pitch, stored)
+    elif rows <= 4:
+        four_rows(panel, x, sums, inputs, pitch, stored)
+    elif rows <= 6:
+        six_rows(panel, x, sums, inputs, pitch, stored)
+    elif rows <= 8:
+        eight_rows(panel, x, sums, inputs, pitch, stored)
+    elif rows <= 10:
+        ten_rows(panel, x, sums, inputs, pitch, stored)
+    else:
+        twelve_rows(panel, x, sums, inputs, pitch, stored)
 
 
-@njit(fastmath=REORDERED)
+@njit
 def multiply_task(task: Any, stored: Any, active: Any) -> None:
-    """`y = (x @ weight.T - sum(x) * shifts) * scales + bias`; vectors whose address is 0 are left out."""
-    numbers = carray(pointer(task, np.int64(0)), 11)
-    outputs, width, rows, size = numbers[1], numbers[2], numbers[3], numbers[4]
-    weight = carray(pointer(numbers[5], stored), (outputs, width))
-    scales = carray(pointer(numbers[6], np.float32(0)), outputs if numbers[6] else 0)
-    shifts = carray(pointer(numbers[7], np.float32(0)), outputs if numbers[7] else 0)
-    bias = carray(pointer(numbers[8], np.float32(0)), outputs if numbers[8] else 0)
-    x = carray(pointer(numbers[9], active), (rows, width))
-    y = carray(pointer(numbers[10], active), (rows, outputs))
-    padded = 1 if rows == 1 else (rows + ROWS_OF_TILE - 1) // ROWS_OF_TILE * ROWS_OF_TILE
-    wide = np.zeros((padded, width), np.float32)
-    totals = np.zeros(padded, np.float32)
-    for r in range(rows):
-        for k in range(width):
-            wide[r, k] = widen(x[r, k])
-        if shifts.size:
-            totals[r] = wide[r].sum()
-    sums = np.empty((padded, size), np.float32)
-    done = width // LANES * LANES
+    """`y = (x @ weight.T - sum(x) * zeros) * scales + bias`."""
+    numbers = carray(pointer(task, np.int64(0)), 10)
+    outputs, inputs, rows, size = numbers[1], numbers[2], numbers[3], numbers[4]
+    all_panels, all_vectors, shifted = numbers[5], numbers[6], numbers[7]
+    x = carray(pointer(numbers[8], active), (rows, inputs))
+    y = carray(pointer(numbers[9], active), (rows, outputs))
+    bytes_each = carray(pointer(0, stored), 1).itemsize
+    pitch = (outputs + WIDTH - 1) // WIDTH * WIDTH * 4
+    most = min(rows, CHUNK)
+    wide = np.zeros((most + MOST, inputs), np.float32)  # reads may go beyond the last row
+    totals = np.zeros(most, np.float32)
+    sums, part_of_panel = np.empty((MOST, WIDTH), np.float32), np.zeros(WIDTH, y.dtype)
+    parts = (outputs + size - 1) // size
+    held = -1
     while True:
-        first = take(task) * size
-        if first >= outputs:
+        part = take(task)
+        chunk, first = part // parts, part % parts * size
+        start = chunk * CHUNK
+        if start >= rows:
             return
-        last = min(outputs, first + size)
-        tiled = first + (last - first) // OUTPUTS * OUTPUTS
-        for n in range(first, tiled, OUTPUTS):
-            begin = weight[n:].ctypes.data
-            if rows == 1:
-                one_row(begin, wide.ctypes.data, sums[0, n - first :].ctypes.data, width, width, size, done, stored)
-            else:
-                for r in range(0, padded, ROWS_OF_TILE):
-                    place = sums[r, n - first :].ctypes.data
-                    four_rows(begin, wide[r:].ctypes.data, place, width, width, size, done, stored)
-        sums[:, tiled - first : last - first] = 0
-        _add(weight[first:tiled], wide, sums, done)
-        _add(weight[tiled:last], wide, sums[:, tiled - first :], 0)
-        for r in range(rows):
-            row = sums[r, : last - first]
-            _finish(row, shifts[first:last], totals[r], scales[first:last], bias[first:last])
-            _put(row, y[r, first:last], active)
+        count = min(rows - start, CHUNK)
+        if chunk != held:
+            for r in range(count):
+                for k in range(inputs):
+                    wide[r, k] = widen(x[start + r, k])
+                if shifted:
+                    totals[r] = wide[r].sum()
+            held = chunk
+        groups = (count + MOST - 1) // MOST
+        each = (count + groups - 1) // groups
+        for begin in range(first, min(outputs, first + size), WIDTH):
+            panel = all_panels + begin * inputs * bytes_each
+            vectors, whole = all_vectors + begin * 4, outputs - begin >= WIDTH
+            for top in range(0, count, each):
+                some = min(each, count - top)
+                _multiply(some, panel, wide[top:].ctypes.data, sums.ctypes.data, inputs, inputs * 4, stored)
+                for r in range(some):
+                    found, total = sums[r:].ctypes.data, totals[top + r]
+                    place = y[start + top + r, begin:].ctypes.data if whole else part_of_panel.ctypes.data
+                    finish(found, vectors, pitch, total, place, active)
+                    if not whole:
+                        y[start + top + r, begin:] = part_of_panel[: outputs - begin]
 
 
 def _task(stored: Any, active: Any) -> Callable[[Any], None]:
@@ -116,10 +119,12 @@ def _function(weight: torch.dtype, active: torch.dtype) -> Launch:
 
 
 class CompiledProduct:
-    """A matrix multiplied in float32 whatever it is stored as; its memory is read where it lies.
+    """A matrix multiplied in float32 whatever it is stored as, for any number of rows.
+
+    A row's result is the same to the last bit whatever other rows there are.
 
     Args:
-        weight: `[N, K]` on the CPU: int8, or float32, bfloat16 or float16 like the inputs.
+        weight: `[N, K]` on the CPU: int8, or float32, bfloat16 or float16 like the inputs; kept in an order of its own.
         bias: `[N]` or None.
         scales: `[N]`, multiplied into the result; None for one.
         zeros: `[N]`, what counts as zero among the weights; None for zero.
@@ -128,30 +133,29 @@ class CompiledProduct:
     def __init__(
         self, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None, zeros: Tensor | None = None
     ) -> None:
-        self._weight = weight.detach().contiguous()
-        # Copies, since nobody else may move them; the matrix is not copied, it is what fills the memory.
-        parts = (scales, zeros, bias)
-        self._vectors = tuple(None if part is None else part.detach().float().clone() for part in parts)
+        self.shape = (weight.shape[0], weight.shape[1])
+        """Outputs and inputs."""
+        self._panels = in_panels(weight.detach())
+        vectors = torch.zeros(3, self._panels.shape[0] * WIDTH, device="cpu")
+        vectors[1] = 1
+        for vector, given in zip(vectors, (zeros, scales, bias), strict=True):
+            if given is not None:
+                vector[: self.shape[0]] = given.detach()
+        self._vectors, self._shifted = vectors, zeros is not None
 
     @property
     def dtype(self) -> torch.dtype:
         """What the matrix is stored as."""
-        return self._weight.dtype
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Outputs and inputs."""
-        return self._weight.shape[0], self._weight.shape[1]
+        return self._panels.dtype
 
     def task(self, rows: int, x: int, y: int) -> tuple[int, ...]:
         """The numbers of the task that multiplies rows at address `x` into `y`."""
-        outputs, width = self._weight.shape
-        sizes = (outputs, width, rows, part_size(outputs, OUTPUTS))
-        vectors = (0 if vector is None else vector.data_ptr() for vector in self._vectors)
-        return (*sizes, self._weight.data_ptr(), *vectors, x, y)
+        outputs, inputs = self.shape
+        sizes = (outputs, inputs, rows, part_size(outputs, WIDTH))
+        return (*sizes, self._panels.data_ptr(), self._vectors.data_ptr(), int(self._shifted), x, y)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return multiplied(self, x, partial(_function, self._weight.dtype))
+        return multiplied(self, x, partial(_function, self.dtype))
 
 
 class Product(Protocol):

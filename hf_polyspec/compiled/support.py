@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 ROWS = 32
-"""Up to so many rows the compiled functions are the fastest (measured, docs/quantization.md)."""
+"""Rows of numbers that the CPU multiplies itself up to which compiled functions are worth it."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -34,17 +34,25 @@ def compiles() -> bool:
 
 
 def computes(x: Tensor) -> bool:
-    """Whether compiled functions take these activations `[B, F, H]`: few rows of plain numbers without gradients."""
+    """Whether compiled functions take these activations `[B, F, H]`: plain numbers without gradients, few if the CPU
+    has instructions for their products, which many rows are better left to.
+    """
     return (
         compiles()
         and type(x) is Tensor
         and x.dim() == 3
-        and 0 < x.shape[0] * x.shape[1] <= ROWS
+        and x.numel() > 0
+        and (x.dtype is not torch.bfloat16 or x.shape[0] * x.shape[1] <= ROWS or not _multiplies_bfloat16())
         and x.device.type == "cpu"
         and x.dtype in DTYPES
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 @cache

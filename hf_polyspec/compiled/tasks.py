@@ -106,7 +106,7 @@ def _pause(_typing: Any) -> Any:
 
 # A task of several stages begins with this many numbers: its counter, the addresses of two C functions, and two
 # numbers for each gate between stages.
-HEADER = 20
+HEADER = 26
 _SPINS = 4000
 
 

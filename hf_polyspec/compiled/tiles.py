@@ -81,7 +81,6 @@ def _tile(rows: int) -> Any:
     return tile
 
 
-one_row = _tile(1)
 four_rows = _tile(ROWS)
 
 

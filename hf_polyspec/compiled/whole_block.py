@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A whole decoder block as one task: ten stages, with gates where every thread must have finished the one before.
 
-Between the products one thread does the small steps while the others wait; that takes microseconds, where a call from
-Python for each step takes tens of them.
+Between the products one thread does the small steps while the others wait, or all do with many rows; that takes
+microseconds, where a call from Python for each step takes tens of them.
 """
 
 from __future__ import annotations
@@ -20,23 +20,14 @@ from numba.extending import overload
 from torch import Tensor
 
 from .attention import attend_numbers, attend_task
-from .blocks import gate_task, norm_numbers, normalize_task, rotate_numbers, rotate_task
+from .blocks import FEW, add_task, gate_task, norm_numbers, normalize_task, rotate_numbers, rotate_task
 from .digits import multiply_digits_task
-from .numbers import LIKE, REORDERED, VERSION, narrow, widen
+from .numbers import LIKE, VERSION
 from .product import Product, multiply_task
 from .tasks import HEADER, Launch, compiled, enter, leave, pointer, run_stages, team, together
 
 _SLOT = 18
 """Numbers of a stage."""
-
-
-@njit(fastmath=REORDERED)
-def _add_task(task: Any, like: Any) -> None:
-    numbers = carray(pointer(task, np.int64(0)), 5)
-    x, update = carray(pointer(numbers[2], like), numbers[1]), carray(pointer(numbers[3], like), numbers[1])
-    y = carray(pointer(numbers[4], like), numbers[1])
-    for k in range(numbers[1]):
-        y[k] = narrow(widen(x[k]) + widen(update[k]), like)
 
 
 def _multiply(task: Any, stored: Any, like: Any) -> None:
@@ -57,30 +48,49 @@ def _stage(task: Any, index: Any) -> Any:
 
 
 @njit
+def _begin(task: Any, gate: Any, threads: Any, many: Any) -> Any:
+    """Wait until all threads are here; whether this one is to do the small step that follows, or part of it."""
+    first = enter(task, gate, threads)
+    if first and many:
+        leave(task, gate)
+    return first or many
+
+
+@njit
+def _end(task: Any, gate: Any, threads: Any, many: Any) -> None:
+    """After a small step: let the others go on, or wait until they have done their parts of it."""
+    if not many:
+        leave(task, gate)
+    elif enter(task, gate + 1, threads):
+        leave(task, gate + 1)
+
+
+@njit
 def _block(task: Any, stored: Any, like: Any) -> None:
     threads = team(task)
-    if enter(task, 0, threads):
+    many = carray(pointer(_stage(task, 0), np.int64(0)), 2)[1] > FEW
+    if _begin(task, 0, threads, many):
         normalize_task(_stage(task, 0), like)
-        leave(task, 0)
+        _end(task, 0, threads, many)
     _multiply(_stage(task, 1), stored, like)
-    if enter(task, 1, threads):
+    if _begin(task, 2, threads, many):
         rotate_task(_stage(task, 2), like)
-        leave(task, 1)
+        _end(task, 2, threads, many)
     attend_task(_stage(task, 3), like)
-    if enter(task, 2, threads):
-        leave(task, 2)
-    _multiply(_stage(task, 4), stored, like)
-    if enter(task, 3, threads):
-        normalize_task(_stage(task, 5), like)
-        leave(task, 3)
-    _multiply(_stage(task, 6), stored, like)
     if enter(task, 4, threads):
-        gate_task(_stage(task, 7), like)
         leave(task, 4)
+    _multiply(_stage(task, 4), stored, like)
+    if _begin(task, 5, threads, many):
+        normalize_task(_stage(task, 5), like)
+        _end(task, 5, threads, many)
+    _multiply(_stage(task, 6), stored, like)
+    if _begin(task, 7, threads, many):
+        gate_task(_stage(task, 7), like)
+        _end(task, 7, threads, many)
     _multiply(_stage(task, 8), stored, like)
-    if enter(task, 5, threads):
-        _add_task(_stage(task, 9), like)
-        leave(task, 5)
+    if _begin(task, 9, threads, many):
+        add_task(_stage(task, 9), like)
+        _end(task, 9, threads, many)
 
 
 def _task(stored: Any, active: Any) -> Callable[[Any], None]:
@@ -181,7 +191,7 @@ def whole_block(
         products.gates.task(rows, normed, gates),
         (rows, gates_width // 2, gates, opened),
         products.down.task(rows, opened, update),
-        (rows * width, total, update, out.data_ptr()),
+        (rows, width, total, update, out.data_ptr()),
     )
     run_stages(_function(products.joint.dtype, x.dtype), stages, _SLOT)
     return out

@@ -9,8 +9,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from hf_polyspec.compiled import ROWS, compiles
-from hf_polyspec.quantization.by_rows import ByRows, Kernel
+from hf_polyspec.compiled import compiles
+from hf_polyspec.quantization.by_rows import Kernel
 
 
 class PackedFloat:
@@ -70,29 +70,22 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 def pack_float(weight: Tensor, bias: Tensor | None) -> Kernel:
     """What multiplies a float matrix `[N, K]` fastest on this CPU, for more than a few rows at least."""
-    many = PackedFloat if multiplies(weight.dtype) else WidenedFloat
-    if _reads_in_place(weight.dtype):
+    if _compiled(weight.dtype):
         from hf_polyspec.compiled.product import CompiledProduct
 
-        return ByRows(CompiledProduct(weight, bias), lambda: many(weight, bias), ROWS)
-    return many(weight, bias)
+        return CompiledProduct(weight, bias)
+    return PackedFloat(weight, bias) if multiplies(weight.dtype) else WidenedFloat(weight, bias)
 
 
-def _reads_in_place(dtype: torch.dtype) -> bool:
-    """Whether few rows are multiplied by compiled functions, which read a matrix where it lies."""
+def _compiled(dtype: torch.dtype) -> bool:
+    """Whether compiled functions multiply a dtype: wherever they run, but for bfloat16 on CPUs that multiply it."""
     return compiles() and not (multiplies(dtype) and dtype is torch.bfloat16)
 
 
-def packed_size(matrix: Tensor, made: bool = False) -> int:
-    """Bytes of memory that `pack_float` keeps, once it has met many rows.
-
-    Args:
-        matrix: what is packed.
-        made: whether it is a matrix made for this alone, such as several side by side, rather than a parameter.
-    """
-    packed = matrix.element_size() if multiplies(matrix.dtype) else 4
-    own = matrix.element_size() if made and _reads_in_place(matrix.dtype) else 0
-    return matrix.numel() * (packed + own)
+def packed_size(matrix: Tensor) -> int:
+    """Bytes of memory that `pack_float` keeps."""
+    own = multiplies(matrix.dtype) or _compiled(matrix.dtype)
+    return matrix.numel() * (matrix.element_size() if own else 4)
 
 
 def room_for(matrix: Tensor, size: int | None = None) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoder blocks of few rows in a dozen calls instead of a hundred.
+"""Decoder blocks in one call or a dozen instead of a hundred.
 
 On a small model a pass over a handful of tokens spends more time between its matrix products than in them. Blocks of
 the kind that Llama, Mistral, Qwen2 and their kin have are computed here by compiled steps (see `compiled.blocks` and

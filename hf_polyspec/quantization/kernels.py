@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_polyspec.compiled import ROWS, compiles
+from hf_polyspec.compiled import compiles
 from hf_polyspec.quantization.by_rows import ByRows, Kernel
 from hf_polyspec.quantization.float_kernels import pack_float, packed_size, packs, room_for
 from hf_polyspec.quantization.weights import QuantizedWeight
@@ -247,7 +247,7 @@ class Dequantized:
         matrix = self._source().dequantize(x.dtype)
         bias = None if self._bias is None else self._bias.to(x.dtype)
         if room_for(matrix):
-            if packs(matrix) and room_for(matrix, packed_size(matrix, made=True)):
+            if packs(matrix) and room_for(matrix, packed_size(matrix)):
                 self._kept[x.dtype] = pack_float(matrix, bias)
             else:
                 self._kept[x.dtype] = lambda y: F.linear(y, matrix, bias)
@@ -290,7 +290,7 @@ def build_int8_kernel(source: Source, bias: Tensor | None, activation_bits: int 
         if compiled is not None:
             return compiled
         if activation_bits is None:
-            return ByRows(_widened_int8(weight, bias), lambda: IntegerDot(source(), bias), ROWS)
+            return _widened_int8(weight, bias)
     if activation_bits == 8 and x86:
         return IntegerDot(weight, bias, digits=1)
     if not weight.symmetric:

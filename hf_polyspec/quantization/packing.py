@@ -189,9 +189,9 @@ def pack(model: Model) -> Model:
     AVX512-BF16) are multiplied in float32 and rounded once at the end. Parameters, `state_dict` and class of every
     layer stay; a weight that is changed later is packed again (one exception: a few numbers written through `.data`,
     which torch does not count; `unpack` and `pack` after that). Costs a second copy of the matrices, in float32 for
-    those types, and with numba one more of those that are multiplied together, in their own type; matrices for which
-    less than half of the memory would stay free are left as they are. Does
-    nothing on other devices, under autocast, and for layers whose `forward` someone else has already replaced.
+    those types unless numba is installed; matrices for which less than half of the memory would stay free are left as
+    they are. Does nothing on other devices, under autocast, and for layers whose `forward` someone else has already
+    replaced.
 
     Args:
         model: Any model.
@@ -293,7 +293,7 @@ def _room(products: Sequence[PackedProduct]) -> bool:
 
 def _size(weights: Sequence[Tensor]) -> int:
     """Bytes that one product of these matrices keeps."""
-    return sum(packed_size(weight, len(weights) > 1) for weight in weights)
+    return sum(map(packed_size, weights))
 
 
 def unfuse(model: Model) -> Model:

@@ -216,3 +216,21 @@ def test_a_converted_mask_is_kept_until_it_changes() -> None:
     assert torch.equal(plain_mask(other), other.float())
     plain = torch.zeros(1, 1, 2, 5)
     assert plain_mask(plain) is plain
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", [16, 80, 20])
+def test_a_position_is_the_same_whatever_is_fed_with_it(dtype: torch.dtype, size: int) -> None:
+    """To the last bit, with and without a mask that hides what comes after."""
+    q, k, v = _given(1, 2, 1, 70, 70, size, dtype)
+    whole = attend(q, k, v, None, 0.3)
+    mask = torch.ones(70, 70, dtype=torch.bool).tril()[None, None]
+    assert torch.equal(attend(q, k, v, mask, 0.3), whole)
+    for position in (0, 1, 2, 3, 4, 30, 31, 32, 63, 64, 69):
+        end = position + 1
+        alone = attend(q[:, :, position:end].contiguous(), k[:, :, :end], v[:, :, :end], None, 0.3)
+        assert torch.equal(alone[:, 0], whole[:, position])
+        given = mask[:, :, position - 1 : end, :end]
+        if position:
+            pair = attend(q[:, :, position - 1 : end].contiguous(), k[:, :, :end], v[:, :, :end], given, 0.3)
+            assert torch.equal(pair, whole[:, position - 1 : end])

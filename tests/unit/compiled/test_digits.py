@@ -21,7 +21,6 @@ from hf_polyspec.compiled.digits import CHUNK, WIDEST, DigitProduct
 from hf_polyspec.compiled.dots import BLOCK, has_dots, in_blocks
 from hf_polyspec.compiled.vectors import LANES
 from hf_polyspec.quantization import kernels
-from hf_polyspec.quantization.by_rows import ByRows
 from hf_polyspec.quantization.weights import round_to_nearest
 
 needs_dots = pytest.mark.skipif(not has_dots(), reason="this CPU has no dot products of bytes")
@@ -147,7 +146,7 @@ def test_the_kernel_of_the_machine(bits: int | None, here: bool, monkeypatch: py
     weight = round_to_nearest(torch.randn(48, 64, generator=torch.Generator().manual_seed(0)), 8, -1, True)
     kernel = kernels.build_int8_kernel(lambda: weight, None, bits)
     assert isinstance(kernel, DigitProduct) is here
-    assert isinstance(kernel, ByRows) is (not here and bits is None)
+    assert isinstance(kernel, product.CompiledProduct) is (not here and bits is None)
     x = _x(40, 64)
     torch.testing.assert_close(kernel(x), x @ weight.dequantize().T, rtol=0, atol=0.2 if bits else 2e-3)
 

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums of products with outputs in the lanes of registers: a weight is widened once and used for up to twelve rows.
+
+Weights lie as they are read: for a panel of `WIDTH` outputs, input after input. So sums need no adding up at the end,
+and every row's sum runs over the inputs in their order: its result is the same to the last bit whatever stands beside
+it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from torch import Tensor
+
+from .vectors import FLOATS, LANES, WORDS, load, narrowed, place, spread, words
+
+WIDTH = 2 * LANES
+"""Outputs of a panel: two registers of sums a row."""
+MOST = 12 if LANES == 16 else 6
+"""Rows that are multiplied at once; more sums than that do not fit into the registers."""
+
+
+def in_panels(weight: Tensor) -> Tensor:
+    """A matrix `[N, K]` as `[N / WIDTH, K, WIDTH]`, filled up with zeros.
+
+    A panel's bfloat16 numbers lie in pairs, the first of one half beside the first of the other: as words of 32 bits
+    their upper and lower halves become float32 in one instruction each.
+    """
+    outputs, inputs = weight.shape
+    filled = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % WIDTH))
+    panels = filled.view(-1, WIDTH, inputs).transpose(1, 2)
+    if weight.dtype is torch.bfloat16:
+        panels = panels.unflatten(2, (2, LANES)).transpose(2, 3)
+    return panels.contiguous().view(-1, inputs, WIDTH)
+
+
+def _halves(builder: Any, stored: Any, address: Any) -> list[Any]:
+    """One input's weights as two registers of float32."""
+    if stored != types.uint16:
+        size = ir.Constant(ir.IntType(64), LANES * (stored.bitwidth // 8))
+        return [load(builder, stored, address), load(builder, stored, builder.add(address, size))]
+    pairs = builder.load(place(builder, address, WORDS), align=4)
+    low, high = builder.shl(pairs, words(16)), builder.and_(pairs, words(0xFFFF0000))
+    return [builder.bitcast(low, FLOATS), builder.bitcast(high, FLOATS)]
+
+
+def _multiplier(rows: int) -> Any:
+    @intrinsic
+    def multiply(_typing: Any, panel: Any, x: Any, sums: Any, inputs: Any, pitch: Any, stored: Any) -> Any:
+        """`sums[r, n] = sum over k of panel[k, n] * x[r, k]`.
+
+        Addresses of the panel, of float32 rows and of float32 sums `[rows, WIDTH]`; inputs; bytes from one row of x
+        to the next; a number like the weights.
+        """
+
+        def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            panel, x, sums, inputs, pitch, _ = arguments
+
+            def number(value: int) -> Any:
+                return context.get_constant(types.int64, value)
+
+            size, zero = number(WIDTH * (stored.bitwidth // 8)), ir.Constant(FLOATS, [0.0] * LANES)
+            bases = [builder.add(x, builder.mul(number(row), pitch)) for row in range(rows)]
+            totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(2)] for _ in bases]
+            with cgutils.for_range_slice(builder, number(0), inputs, number(1), intp=ir.IntType(64)) as (index, _):
+                factors = _halves(builder, stored, builder.add(panel, builder.mul(index, size)))
+                offset = builder.mul(index, number(4))
+                for base, row in zip(bases, totals, strict=True):
+                    one = builder.load(place(builder, builder.add(base, offset), ir.FloatType()), align=4)
+                    active = spread(builder, one, FLOATS)
+                    for total, factor in zip(row, factors, strict=True):
+                        # "contract" lets both become one instruction.
+                        added = builder.fmul(factor, active, flags=("contract",))
+                        builder.store(builder.fadd(builder.load(total), added, flags=("contract",)), total)
+            for index, total in enumerate(total for row in totals for total in row):
+                address = builder.add(sums, number(index * LANES * 4))
+                builder.store(builder.load(total), place(builder, address, FLOATS), align=4)
+            return context.get_dummy_value()
+
+        return types.void(*(types.int64,) * 5, stored), generate
+
+    return multiply
+
+
+one_row, two_rows, four_rows, six_rows, eight_rows, ten_rows, twelve_rows = (
+    _multiplier(rows) for rows in (1, 2, 4, 6, 8, 10, 12)
+)
+
+
+@intrinsic
+def finish(_typing: Any, sums: Any, vectors: Any, pitch: Any, total: Any, y: Any, like: Any) -> Any:
+    """`y = (sums - total * zeros) * scales + bias` for a row of one panel.
+
+    Addresses of the sums `[WIDTH]` and of the panel's zeros, scales and biases, all float32, `pitch` bytes from one to
+    the next; the sum of the row's inputs; the address of y and a number like its.
+    """
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        sums, vectors, pitch, total, y, _ = arguments
+        total = spread(builder, total, FLOATS)
+        for half in range(2):
+            offset = context.get_constant(types.int64, half * LANES * 4)
+            places = [sums, vectors, builder.add(vectors, pitch), builder.add(vectors, builder.add(pitch, pitch))]
+            found, zeros, scales, bias = (
+                builder.load(place(builder, builder.add(base, offset), FLOATS), align=4) for base in places
+            )
+            found = builder.fsub(found, builder.fmul(total, zeros))
+            found = builder.fadd(builder.fmul(found, scales), bias)
+            out = narrowed(builder, found, like)
+            step = context.get_constant(types.int64, half * LANES * (like.bitwidth // 8))
+            builder.store(out, place(builder, builder.add(y, step), out.type), align=like.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(*(types.int64,) * 3, types.float32, types.int64, like), generate
