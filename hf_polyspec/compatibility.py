@@ -172,12 +172,11 @@ def check_vocabularies(target: Any, assistant: Any, role: str) -> None:
 def vocabulary_size(model: Any) -> int:
     """Rows of the model's output embedding: the V of its logits."""
     head = inner_model(model).get_output_embeddings()
-    weight = getattr(head, "weight", None)
-    if weight is not None and weight.ndim == 2:
-        features = getattr(head, "out_features", None)
-        return int(features if isinstance(features, int) else weight.shape[0])
     features = getattr(head, "out_features", None)
-    return int(features if features is not None else model.config.get_text_config().vocab_size)
+    if features is not None:  # asked first: a quantised layer makes its weight when it is looked at
+        return int(features)
+    weight = getattr(head, "weight", None)
+    return int(weight.shape[0] if weight is not None and weight.ndim == 2 else model.config.get_text_config().vocab_size)
 
 
 def _special_ids_differ(target: Any, assistant: Any) -> bool:

@@ -212,7 +212,7 @@ def _packable(model: nn.Module) -> Iterator[list[nn.Linear]]:
     grouped: set[int] = set()
     for parent in model.modules():
         for names in SIBLINGS:
-            layers = [getattr(parent, name, None) for name in names]
+            layers = [parent._modules.get(name) for name in names]  # what is missing costs getattr an exception
             found = [layer for layer in layers if isinstance(layer, nn.Linear) and _is_plain(layer)]
             alike = len(found) == len(names) and len({_kind(layer) for layer in found}) == 1
             if alike and not any(layer in _APART for layer in found):
