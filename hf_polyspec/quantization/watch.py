@@ -31,8 +31,8 @@ class Watch:
 
     def __init__(self, blocks: Sequence[BlockParts], dtype: torch.dtype) -> None:
         self._dtype = dtype
-        places = [place for parts in blocks for place in parts.places]
-        self._modules = [
+        places: list[tuple[dict[str, Any], str, Any]] = [place for parts in blocks for place in parts.places]
+        self._modules: list[tuple[dict[str, Any], str, Any, dict[str, Any], Any]] = [
             (siblings, name, module, module.__dict__, module.__dict__.get("forward"))
             for siblings, name, module in places
         ]
