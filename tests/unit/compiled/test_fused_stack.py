@@ -329,7 +329,7 @@ def test_an_early_exit(tiny: Tiny, tasks: list[int]) -> None:
 
 
 def _double(model: Any) -> None:
-    model.model.layers[3].mlp.down_proj.weight.data.mul_(2)
+    model.model.layers[3].mlp.gate_proj.weight.data.mul_(2)  # counted by nobody, and multiplied as a copy
 
 
 def _replace(model: Any) -> None:
