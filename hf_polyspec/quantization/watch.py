@@ -91,7 +91,7 @@ class Watch:
 
     def _same_modules(self) -> bool:
         for siblings, name, module, own, forward in self._modules:
-            if module is None or siblings.get(name) is not module or own.get("forward") is not forward:
+            if siblings.get(name, self) is not module or own.get("forward") is not forward:
                 return False
             if (own["_forward_hooks"] or own["_forward_pre_hooks"]) and has_hooks(module):
                 return False
