@@ -28,6 +28,7 @@ class RollbackLayer(DynamicLayer):
         self._key_buffer: torch.Tensor | None = None
         self._value_buffer: torch.Tensor | None = None
         self._length = 0
+        self._reserved: tuple[torch.Tensor, torch.Tensor, int] | None = None
         super().__init__()
 
     # Views are made when somebody looks: compiled blocks write into the buffers, and a pass has dozens of layers.
@@ -77,13 +78,37 @@ class RollbackLayer(DynamicLayer):
         Returns:
             The buffers `[B, H, capacity, D]`, and the column from which to write.
         """
+        room = self.reserve(shape, like)
+        self.claim(shape[2])
+        return room
+
+    def reserve(self, shape: tuple[int, int, int, int], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """As `extend`, but the new columns count only once they are claimed."""
         if not self.is_initialized:
             self.lazy_initialization(like, like)
         start = self.get_seq_length()
         keys = self._key_buffer = _with_room(self._key_buffer, shape, like, start)
         values = self._value_buffer = _with_room(self._value_buffer, shape, like, start)
-        self._length = start + shape[2]
-        return keys, values, start
+        self._reserved = keys, values, start
+        return self._reserved
+
+    def claim(self, fed: int) -> bool:
+        """Count `fed` columns that were reserved last; False if the layer has changed since."""
+        reserved, self._reserved = self._reserved, None
+        if reserved is None:
+            return False
+        keys, values, start = reserved
+        if self._key_buffer is not keys or self._value_buffer is not values or self._length != start:
+            return False
+        self._length = start + fed
+        return True
+
+    def holds(self, shape: tuple[int, int, int, int], like: torch.Tensor) -> bool:
+        """Whether there are buffers already for keys and values of a shape `(B, H, F, D)` and like a tensor."""
+        return all(
+            buffer is not None and buffer.dtype is like.dtype and buffer.device == like.device and _alike(buffer, shape)
+            for buffer in (self._key_buffer, self._value_buffer)
+        )
 
     def shrink(self, length: int) -> None:
         """Keep the first `length` columns."""
@@ -107,6 +132,7 @@ class RollbackLayer(DynamicLayer):
         """Keep the given rows of the batch."""
         if self._key_buffer is None or self._value_buffer is None:
             return
+        self._reserved = None
         self._key_buffer = self._key_buffer[rows.to(self._key_buffer.device)]
         self._value_buffer = self._value_buffer[rows.to(self._value_buffer.device)]
 
@@ -116,10 +142,18 @@ def _whole(states: torch.Tensor | None) -> torch.Tensor | None:
     return states.contiguous() if states is not None and states.dim() == 4 else None
 
 
+def _alike(buffer: torch.Tensor, shape: Sequence[int]) -> bool:
+    """Whether a buffer differs from keys of a shape `(B, H, F, D)` only in the number of columns."""
+    batch, heads, _, size = buffer.shape
+    return (batch, heads, size) == (shape[0], shape[1], shape[3])
+
+
 def _with_room(buffer: torch.Tensor | None, shape: Sequence[int], like: torch.Tensor, start: int) -> torch.Tensor:
     """The buffer itself if keys or values of a shape fit behind `start` columns, else a larger one with those."""
     batch, heads, fed, size = shape
     end = start + fed
+    if buffer is not None and not start and (buffer.dtype is not like.dtype or not _alike(buffer, shape)):
+        buffer = None  # of an earlier batch, and empty by now
     if buffer is not None and end <= buffer.shape[2]:
         return buffer
     capacity = max(_FIRST_CAPACITY, end + end // 2)

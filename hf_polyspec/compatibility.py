@@ -176,7 +176,9 @@ def vocabulary_size(model: Any) -> int:
     if features is not None:  # asked first: a quantised layer makes its weight when it is looked at
         return int(features)
     weight = getattr(head, "weight", None)
-    return int(weight.shape[0] if weight is not None and weight.ndim == 2 else model.config.get_text_config().vocab_size)
+    return int(
+        weight.shape[0] if weight is not None and weight.ndim == 2 else model.config.get_text_config().vocab_size
+    )
 
 
 def _special_ids_differ(target: Any, assistant: Any) -> bool:

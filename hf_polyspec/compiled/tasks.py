@@ -226,11 +226,10 @@ def _shown(name: str) -> AbstractContextManager[Any]:
     return record_function(name) if profiling() else _NOTHING
 
 
-def run_stages(launch: Launch, stages: Sequence[tuple[int, ...]], slot: int) -> None:
-    """Do a task whose function waits at gates between its stages.
+def staged(stages: Sequence[tuple[int, ...]], slot: int) -> array[int]:
+    """The task of a function that waits at gates between its stages.
 
     Args:
-        launch: From `together`.
         stages: The numbers of each stage after its counter.
         slot: Numbers from one stage's counter to the next one's.
     """
@@ -240,7 +239,7 @@ def run_stages(launch: Launch, stages: Sequence[tuple[int, ...]], slot: int) -> 
         task.append(0)
         task.extend(numbers)
         task.extend((0,) * (slot - 1 - len(numbers)))
-    launch(task.buffer_info()[0])
+    return task
 
 
 def part_size(count: int, multiple: int) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole decoder block as one task: ten stages, with gates where every thread must have finished the one before.
+"""Whole decoder blocks as one task: ten stages each, with gates where every thread must have finished the one before.
 
 Between the products one thread does the small steps while the others wait, or all do with many rows; that takes
 microseconds, where a call from Python for each step takes tens of them.
@@ -7,6 +7,7 @@ microseconds, where a call from Python for each step takes tens of them.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -24,9 +25,9 @@ from .blocks import FEW, add_task, gate_task, norm_numbers, normalize_task, rota
 from .digits import multiply_digits_task
 from .numbers import LIKE, VERSION
 from .product import Product, multiply_task
-from .tasks import HEADER, Launch, compiled, enter, leave, pointer, run_stages, team, together
+from .tasks import HEADER, Launch, compiled, enter, leave, pointer, staged, team, together
 
-_SLOT = 18
+SLOT = 18
 """Numbers of a stage."""
 
 
@@ -44,7 +45,7 @@ def _multiply_stored(task: Any, stored: Any, like: Any) -> Any:
 
 @njit
 def _stage(task: Any, index: Any) -> Any:
-    return task + 8 * (HEADER + _SLOT * index)
+    return task + 8 * (HEADER + SLOT * index)
 
 
 @njit
@@ -96,9 +97,11 @@ def _block(task: Any, stored: Any, like: Any) -> None:
 def _task(stored: Any, active: Any) -> Callable[[Any], None]:
     version = VERSION
 
-    def task(numbers: Any) -> None:
+    def task(place: Any) -> None:
         if version >= 0:  # always, see there
-            _block(numbers, stored, active)
+            numbers = carray(pointer(place, np.int64(0)), 3)
+            for block in range(numbers[0]):  # nobody is past a block's last gate before everybody is there
+                _block(numbers[2] + numbers[1] * block, stored, active)
 
     return task
 
@@ -106,6 +109,17 @@ def _task(stored: Any, active: Any) -> Callable[[Any], None]:
 @cache
 def _function(stored: torch.dtype, active: torch.dtype) -> Launch:
     return together(compiled(_task(LIKE[stored], LIKE[active])))
+
+
+def run_blocks(stored: torch.dtype, active: torch.dtype, count: int, pitch: int, first: int) -> None:
+    """Do the tasks of blocks one after another, as one task.
+
+    Args:
+        stored: What the matrices are stored as; active: dtype of the activations.
+        count: Of blocks; pitch: bytes from one block's task to the next one's; first: address of the first.
+    """
+    task = array("q", (count, pitch, first))
+    _function(stored, active)(task.buffer_info()[0])
 
 
 @dataclass(frozen=True)
@@ -162,26 +176,54 @@ def whole_block(
     Returns:
         `[B, F, H]`.
     """
+    scratch = x.new_empty(scratch_size(x, products, shape))
+    out = torch.empty_like(x)
+    task = staged(block_stages(x, out, scratch, products, shape, turns, mask, cache), SLOT)
+    run_blocks(products.joint.dtype, x.dtype, 1, 8 * len(task), task.buffer_info()[0])
+    return out
+
+
+def _widths(products: BlockProducts, shape: BlockShape, width: int) -> tuple[int, ...]:
+    """Numbers a row of everything in between; of the norms' outputs and the updates one lives at a time."""
+    queries, joint, gates = shape.heads * shape.size, products.joint.shape[0], products.gates.shape[0]
+    return (width, joint, queries, queries, width, width, gates, gates // 2)
+
+
+def scratch_size(x: Tensor, products: BlockProducts, shape: BlockShape) -> int:
+    """Numbers like those of `x` `[B, F, H]` that a block needs between its input and its output."""
+    return x.shape[0] * x.shape[1] * sum(_widths(products, shape, x.shape[2]))
+
+
+def block_stages(
+    x: Tensor,
+    out: Tensor,
+    scratch: Tensor,
+    products: BlockProducts,
+    shape: BlockShape,
+    turns: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    cache: tuple[Tensor, Tensor, int],
+) -> Sequence[tuple[int, ...]]:
+    """The numbers of a block's stages, for `staged`.
+
+    Args:
+        x: `[B, F, H]`; out: of its shape; scratch: `scratch_size` of its numbers, whatever they are.
+        products, shape, turns, mask, cache: As for `whole_block`.
+    """
     batch, fed, width = x.shape
     rows, each = batch * fed, x.element_size()
     keys, values, start = cache
-    queries_width, joint_width = shape.heads * shape.size, products.joint.shape[0]
-    gates_width = products.gates.shape[0]
-    # One piece of memory for everything in between; of the norms' outputs and the updates one lives at a time.
-    widths = (width, joint_width, queries_width, queries_width, width, width, gates_width, gates_width // 2)
-    scratch = x.new_empty(rows * sum(widths))
-    ends = list(accumulate(widths, initial=0))
-    normed, joint, queries, seen, update, total, gates, opened = (
-        scratch.data_ptr() + rows * end * each for end in ends[:-1]
+    ends = accumulate(_widths(products, shape, width), initial=0)
+    normed, joint, queries, seen, update, total, gates, opened, _ = (
+        scratch.data_ptr() + rows * end * each for end in ends
     )
-    out = torch.empty_like(x)
     first, second = shape.norms
     capacity, heads = keys.shape[2], (shape.heads, shape.shared)
     offset = start * shape.size * each
     written = (queries, keys.data_ptr() + offset, values.data_ptr() + offset)
     read = (queries, keys.data_ptr(), values.data_ptr(), seen)
     sizes = (batch, *heads, fed, start + fed, shape.size)
-    stages: Sequence[tuple[int, ...]] = (
+    return (
         norm_numbers(rows, *first, x.data_ptr(), normed),
         products.joint.task(rows, normed, joint),
         rotate_numbers((batch, fed, *heads), turns, joint, written, capacity),
@@ -189,9 +231,7 @@ def whole_block(
         products.output.task(rows, seen, update),
         norm_numbers(rows, *second, x.data_ptr(), normed, update, total),
         products.gates.task(rows, normed, gates),
-        (rows, gates_width // 2, gates, opened),
+        (rows, products.gates.shape[0] // 2, gates, opened),
         products.down.task(rows, opened, update),
         (rows, width, total, update, out.data_ptr()),
     )
-    run_stages(_function(products.joint.dtype, x.dtype), stages, _SLOT)
-    return out

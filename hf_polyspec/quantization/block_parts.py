@@ -76,53 +76,57 @@ class BlockParts:
         layer: See `looks_like_llama`.
 
     Attributes:
+        layer: The layer itself.
         attention: The module; norms: before attention and before the gates.
         joint, output, gates, down: Layers that read the same input.
+        places: Every module inside, with its parent's modules and its name among them.
     """
 
     def __init__(self, layer: nn.Module) -> None:
-        self._layer = layer
+        self.layer = layer
         block: Any = layer
         attention, mlp = block.self_attn, block.mlp
         self.attention: Any = attention
         self.norms = (block.input_layernorm, block.post_attention_layernorm)
         self.joint = (attention.q_proj, attention.k_proj, attention.v_proj)
         self.output, self.gates, self.down = (attention.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
-        children = [(parent._modules, name) for parent in layer.modules() for name in parent._modules]
-        self._places = [(siblings, name, siblings[name]) for siblings, name in children]
+        # A place that stands empty counts as changed: nobody would notice when it is filled.
+        self.places: list[tuple[dict[str, Any], str, Any]] = [
+            (parent._modules, name, child) for parent in layer.modules() for name, child in parent._modules.items()
+        ]
 
     def ready(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether nobody has put anything into the layer, or asks for anything, that a fused block would pass over."""
         attention = self.attention
         return (
-            not self._layer.training
+            not self.layer.training
             and self._untouched()
             and attention.is_causal
             and attention.config._attn_implementation == "sdpa"
-            and all(not _matters(name, value) for name, value in kwargs.items())
-            and all(_fits(norm.weight, x) for norm in self.norms)
+            and all(not matters(name, value) for name, value in kwargs.items())
+            and all(fits(norm.weight, x) for norm in self.norms)
         )
 
     def _untouched(self) -> bool:
-        if _global_hooks():
+        if global_hooks():
             return False
-        for siblings, name, module in self._places:
+        for siblings, name, module in self.places:
             if siblings.get(name) is not module or module is None:
                 return False
             own = module.__dict__
             if "forward" in own and not hasattr(own["forward"], "product"):
                 return False
-            if _has_hooks(module):
+            if has_hooks(module):
                 return False
         return True
 
 
 def hooked(layer: nn.Module) -> bool:
     """Whether anybody would notice that a layer is tried out."""
-    return _global_hooks() or any(map(_has_hooks, layer.modules()))
+    return global_hooks() or any(map(has_hooks, layer.modules()))
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks of somebody's, transformers' own apart."""
     own = module.__dict__  # asked for in every pass: without the detour through `nn.Module.__getattr__`
     return any(
@@ -132,17 +136,20 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _global_hooks() -> bool:
+def global_hooks() -> bool:
+    """Whether there are hooks that torch calls for every module."""
     return bool(nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
-def _matters(name: str, value: Any) -> bool:
+def matters(name: str, value: Any) -> bool:
+    """Whether an argument of a block asks for something that the fused way does not know."""
     if value is None or name in _HARMLESS:
         return False
     return value is not False or name == "is_causal"
 
 
-def _fits(weight: Tensor, x: Tensor) -> bool:
+def fits(weight: Tensor, x: Tensor) -> bool:
+    """Whether the weight of a norm is read as numbers of x's dtype and width."""
     alike = type(weight) is nn.Parameter and weight.dtype is x.dtype and weight.device.type == "cpu"
     return alike and weight.is_contiguous() and weight.numel() == x.shape[-1]
 

@@ -9,22 +9,25 @@ then by trying: it is fused only if both ways give the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_polyspec.cache import RollbackCache
 from hf_polyspec.compiled import computes
-from hf_polyspec.quantization.block_parts import BlockParts, readable_mask, readable_turns
-from hf_polyspec.quantization.by_rows import ByRows, Kernel
-from hf_polyspec.quantization.joint_product import JointProduct
-from hf_polyspec.quantization.linear import QuantizedLinear
+from hf_polyspec.quantization.block_parts import BlockParts, matters, readable_mask, readable_turns
+from hf_polyspec.quantization.block_products import block_products, block_shape, joint_output
+from hf_polyspec.quantization.fused_stack import (
+    Link,
+    Plan,
+    follow_trail,
+    leave_trail,
+    stack_output,
+    waiting_output,
+)
 
 if TYPE_CHECKING:
-    from hf_polyspec.compiled.product import Product
-    from hf_polyspec.compiled.whole_block import BlockProducts, BlockShape
+    from hf_polyspec.compiled.whole_block import BlockProducts
 
 
 class FusedBlock:
@@ -36,7 +39,9 @@ class FusedBlock:
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
-        self._parts = BlockParts(layer)
+        self.parts = BlockParts(layer)
+        self.link = Link()
+        self.plans: dict[int, Plan] = {}
 
     def __call__(
         self,
@@ -49,13 +54,17 @@ class FusedBlock:
     ) -> Any:
         layer: Any = self.layer
         x, turns = hidden_states, position_embeddings
+        if not args and not any(matters(name, value) for name, value in kwargs.items()):
+            found = waiting_output(self, x, attention_mask, past_key_values, turns)
+            if found is not None:
+                return found
         if (
             not args
             and turns is not None
             and computes(x)
-            and self._parts.ready(x, kwargs)
+            and self.parts.ready(x, kwargs)
             and readable_mask(attention_mask, x)
-            and readable_turns(turns, x, self._parts.attention.head_dim)
+            and readable_turns(turns, x, self.parts.attention.head_dim)
         ):
             return self.compute(x.contiguous(), attention_mask, past_key_values, turns)
         given = {"past_key_values": past_key_values, "position_embeddings": turns}
@@ -70,17 +79,23 @@ class FusedBlock:
         """
         from hf_polyspec.compiled.tasks import profiling
 
-        turns = turns[0].to(x.dtype).contiguous(), turns[1].to(x.dtype).contiguous()
+        plain = turns[0].to(x.dtype).contiguous(), turns[1].to(x.dtype).contiguous()
         # One task would be one bar in a profile; the steps show what the time goes to.
         if type(past) is RollbackCache and self._writes_into(past, x, mask) and not profiling():
-            products = self._products(x)
+            follow_trail(self, x, mask, past, turns)
+            found = stack_output(self, x, mask, past, turns)
+            if found is not None:
+                return found
+            products = block_products(self.parts, x.dtype)
             if products is not None:
-                return self._at_once(x, mask, past, turns, products)
-        return self._in_steps(x, mask, past, turns)
+                found = self._at_once(x, mask, past, plain, products)
+                leave_trail(self, found, mask, past, turns)
+                return found
+        return self._in_steps(x, mask, past, plain)
 
     def _writes_into(self, past: RollbackCache, x: Tensor, mask: Tensor | None) -> bool:
         """Whether the cache holds what this block would write, and the mask covers all of it."""
-        index = self._parts.attention.layer_idx
+        index = self.parts.attention.layer_idx
         seen = past.get_seq_length(index)
         if seen:
             keys: Any = past.layers[index].keys
@@ -88,54 +103,36 @@ class FusedBlock:
                 return False
         return mask is None or mask.shape[3] == seen + x.shape[1]
 
-    def _products(self, x: Tensor) -> BlockProducts | None:
-        """The block's matrices, where compiled products are what computes all of them."""
-        from hf_polyspec.compiled.whole_block import BlockProducts
-
-        joint = compiled_product(self._parts.joint, x.dtype)
-        output = compiled_product(self._parts.output, x.dtype)
-        gates = compiled_product(self._parts.gates, x.dtype)
-        down = compiled_product(self._parts.down, x.dtype)
-        if joint is None or output is None or gates is None or down is None:
-            return None
-        products = BlockProducts(joint, output, gates, down)
-        return products if products.stored in (torch.int8, torch.uint8, x.dtype) else None
-
     def _at_once(
         self, x: Tensor, mask: Tensor | None, past: RollbackCache, turns: tuple[Tensor, Tensor], products: BlockProducts
     ) -> Tensor:
         from hf_polyspec.compiled.attention import plain_mask
         from hf_polyspec.compiled.whole_block import whole_block
 
-        shape = self._shape()
+        shape = block_shape(self.parts)
         new = (x.shape[0], shape.shared, x.shape[1], shape.size)
-        room = past.extend(self._parts.attention.layer_idx, new, x)
+        room = past.extend(self.parts.attention.layer_idx, new, x)
         return whole_block(x, products, shape, turns, None if mask is None else plain_mask(mask), room)
-
-    def _shape(self) -> BlockShape:
-        from hf_polyspec.compiled.whole_block import BlockShape
-
-        attention, (first, second) = self._parts.attention, self._parts.norms
-        norms = (first.weight, first.variance_epsilon), (second.weight, second.variance_epsilon)
-        shared = self._parts.joint[1].out_features // attention.head_dim
-        heads = shared * attention.num_key_value_groups
-        return BlockShape(heads, shared, attention.head_dim, attention.scaling, norms)
 
     def _in_steps(self, x: Tensor, mask: Tensor | None, past: Any, turns: tuple[Tensor, Tensor]) -> Tensor:
         from hf_polyspec.compiled.blocks import gated, rms_norm, rotate
 
-        attention, (first, second) = self._parts.attention, self._parts.norms
+        attention, (first, second) = self.parts.attention, self.parts.norms
         y, _ = rms_norm(x, first.weight, first.variance_epsilon)
-        joint = joint_output(self._parts.joint, y)
-        shape = self._shape()
+        joint = joint_output(self.parts.joint, y)
+        shape = block_shape(self.parts)
         queries, keys, values = rotate(joint, *turns, shape.heads, shape.shared)
         if past is not None:
             keys, values = past.update(keys, values, attention.layer_idx)
-        update = self._parts.output[0](_attention(attention, queries, keys, values, mask))
+        update = self.parts.output[0](_attention(attention, queries, keys, values, mask))
         y, x = rms_norm(x, second.weight, second.variance_epsilon, update)
-        update = self._parts.down[0](gated(joint_output(self._parts.gates, y)))
+        update = self.parts.down[0](gated(joint_output(self.parts.gates, y)))
         total: Tensor = x + update
         return total
+
+    def __getstate__(self) -> dict[str, object]:
+        # Copies find out by themselves who follows, and what is kept for that is the threads' own.
+        return {**self.__dict__, "link": Link(), "plans": {}}
 
 
 def _attention(module: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -149,36 +146,3 @@ def _attention(module: Any, queries: Tensor, keys: Tensor, values: Tensor, mask:
     plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
     out: Tensor = plain(module, queries, keys, values, mask, scaling=module.scaling)[0]
     return out.reshape(out.shape[0], out.shape[1], -1)
-
-
-def joint_output(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """The outputs of layers that read `x`, side by side, from one product where they have one."""
-    kernel = _joint_kernel(layers, x.dtype)
-    return torch.cat([layer(x) for layer in layers], -1) if kernel is None else kernel(x)
-
-
-def compiled_product(layers: Sequence[nn.Module], dtype: torch.dtype) -> Product | None:
-    """The compiled product that gives the outputs of layers, if it is the one that would be used."""
-    from hf_polyspec.compiled.digits import DigitProduct
-    from hf_polyspec.compiled.product import CompiledProduct
-
-    kernel = _joint_kernel(layers, dtype)
-    if isinstance(kernel, ByRows):
-        kernel = kernel.few
-    return kernel if isinstance(kernel, CompiledProduct | DigitProduct) else None
-
-
-def _joint_kernel(layers: Sequence[nn.Module], dtype: torch.dtype) -> Kernel | None:
-    product = _product_of(layers[0])
-    if product is None and len(layers) == 1 and type(layers[0]).__mro__[1:2] == (QuantizedLinear,):
-        return layers[0].kernel()  # type: ignore[no-any-return, operator]
-    if any(_product_of(layer) is not product for layer in layers):
-        return None
-    if not isinstance(product, JointProduct) or not product.consists_of(layers) or not product.takes(dtype):
-        return None
-    return product.kernel()
-
-
-def _product_of(layer: nn.Module) -> object:
-    """What computes a layer together with its siblings, if anything does."""
-    return getattr(layer.__dict__.get("forward", layer), "product", None)

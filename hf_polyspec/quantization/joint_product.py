@@ -34,6 +34,19 @@ def change_count(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+_SAMPLE = 128
+"""Bytes at the beginning, in the middle and at the end of a weight that are compared in every pass."""
+
+
+def sampled(tensor: Tensor, whole: bool = True) -> tuple[tuple[int, int], ...]:
+    """Addresses and sizes of what is compared of a contiguous tensor; only its beginning if not `whole`."""
+    start, size = tensor.data_ptr(), tensor.nbytes
+    some = min(_SAMPLE, size)
+    if not whole:
+        return ((start, some),)
+    return (start, some), (start + (size - some) // 2, some), (start + size - some, some)
+
+
 class JointProduct:
     """The outputs of a group of layers from one product; subclasses say what multiplies.
 
@@ -42,6 +55,8 @@ class JointProduct:
     """
 
     layers: Sequence[nn.Module]
+    looks_at_weights = False
+    """Whether `kernel` compares the layers' weights with those it was made from."""
 
     def __init__(self, layers: Sequence[nn.Linear] | Sequence[QuantizedLinear]) -> None:
         self.layers = list(layers)

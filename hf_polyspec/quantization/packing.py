@@ -18,7 +18,7 @@ from hf_polyspec.quantization.by_rows import Kernel
 from hf_polyspec.quantization.float_kernels import multiplies, pack_float, packed_size, packs, room_for
 from hf_polyspec.quantization.fusable import fusable
 from hf_polyspec.quantization.fused_block import FusedBlock
-from hf_polyspec.quantization.joint_product import SIBLINGS, JointProduct, change_count
+from hf_polyspec.quantization.joint_product import SIBLINGS, JointProduct, change_count, sampled
 
 Model = TypeVar("Model", bound=nn.Module)
 Marks = tuple[object, ...]
@@ -27,8 +27,6 @@ Kept = tuple[Kernel, tuple[Marks, ...]]
 # Below this many rows the plain product is memory-bound and wins (measured, docs/quantization.md); 16-bit types that
 # the machine multiplies itself are packed for every number of rows.
 FEW_ROWS = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 3}
-_SAMPLE = 128
-"""Bytes at the beginning, in the middle and at the end of a weight that are compared in every pass."""
 
 # Layers whose siblings have turned out to read other inputs than theirs.
 _APART: WeakSet[nn.Linear] = WeakSet()
@@ -43,6 +41,7 @@ class PackedProduct(JointProduct):
     """
 
     layers: list[nn.Linear]
+    looks_at_weights = True
 
     def __init__(self, layers: Sequence[nn.Linear], kept: Kept | None = None) -> None:
         super().__init__(layers)
@@ -99,10 +98,8 @@ def _marks(layer: nn.Linear) -> Marks:
     """
     weight, bias = _own(layer, "weight"), _own(layer, "bias")
     assert weight is not None
-    start, size = weight.data_ptr(), weight.nbytes
-    some = min(_SAMPLE, size)
-    middle = start + (size - some) // 2
-    sample = string_at(start, some), string_at(middle, some), string_at(start + size - some, some)
+    start = weight.data_ptr()
+    sample = tuple(string_at(*place) for place in sampled(weight))
     if bias is None:
         return (start, weight.dtype, change_count(weight), sample)
     return (start, weight.dtype, change_count(weight), sample, bias.data_ptr(), change_count(bias), _beginning(bias))
@@ -116,7 +113,7 @@ def _own(layer: nn.Linear, name: str) -> Tensor | None:
 
 def _beginning(bias: Tensor) -> bytes:
     readable = bias.is_contiguous() and bias.device.type == "cpu"
-    return string_at(bias.data_ptr(), min(_SAMPLE, bias.nbytes)) if readable else b""
+    return string_at(*sampled(bias, whole=False)[0]) if readable else b""
 
 
 class PackedForward:

@@ -205,7 +205,7 @@ def test_copies_stand_alone(tiny: Tiny, copied: Callable[[nn.Module], nn.Module]
     assert len(blocks(other)) == 2
     assert not {id(block.layer) for block in blocks(other)} & {id(block.layer) for block in blocks(packed)}
     inside = {id(module) for module in other.modules()}
-    assert all(id(part) in inside for block in blocks(other) for _, _, part in block._parts._places)
+    assert all(id(part) in inside for block in blocks(other) for _, _, part in block.parts.places)
     computed.clear()
     assert torch.equal(_logits(other), wanted)
     assert len(computed) == 2

@@ -167,7 +167,7 @@ def test_attentions_are_given(tiny: Tiny, computed: list[FusedBlock]) -> None:
 
 
 def test_an_argument_that_asks_for_attentions(tiny: Tiny, computed: list[FusedBlock]) -> None:
-    parts = _packed(tiny, computed).model.layers[0].forward._parts
+    parts = _packed(tiny, computed).model.layers[0].forward.parts
     x = torch.zeros(1, 2, 32)
     assert parts.ready(x, {"output_attentions": False, "position_bias": None, "use_cache": True})
     assert not parts.ready(x, {"output_attentions": True})

@@ -21,6 +21,7 @@ if not compiles():
 
 from hf_polyspec.compiled import whole_block
 from hf_polyspec.compiled.dots import has_dots
+from hf_polyspec.compiled.whole_stack import StackTask
 from hf_polyspec.quantization import is_packed, pack, quantize_model
 from hf_polyspec.runner import ModelRunner
 
@@ -34,15 +35,20 @@ CUTS = [(0, PROMPT), (PROMPT, PROMPT + 1), (PROMPT + 1, PROMPT + 4), (PROMPT + 4
 
 @pytest.fixture
 def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for every block that is computed at once."""
+    """One entry for every block that is computed at once, by itself or together with others."""
     seen: list[int] = []
-    plain = whole_block.whole_block
+    plain, together = whole_block.whole_block, StackTask.run
 
     def counted(x: Tensor, *rest: Any) -> Tensor:
         seen.append(x.shape[0] * x.shape[1])
         return plain(x, *rest)
 
+    def counted_together(self: StackTask, x: Tensor, *rest: Any) -> None:
+        seen.extend(x.shape[0] * x.shape[1] for _ in self.outputs)
+        together(self, x, *rest)
+
     monkeypatch.setattr(whole_block, "whole_block", counted)
+    monkeypatch.setattr(StackTask, "run", counted_together)
     return seen
 
 

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoder blocks one after another as one task, whose numbers are kept from pass to pass.
+
+Most of what a block's task says is the same in every pass of so many positions: sizes, the weights' addresses, the
+memory in between. Only a few columns of the table of all blocks change, and those are written for all blocks at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .attention import attend_numbers
+from .tasks import HEADER, staged
+from .whole_block import SLOT, BlockProducts, BlockShape, block_stages, run_blocks, scratch_size
+
+Room = tuple[Tensor, Tensor, int]
+"""Buffers of keys and values `[B, shared, capacity, D]`, contiguous, and the columns filled already."""
+
+
+def _column(stage: int, number: int) -> int:
+    return HEADER + SLOT * stage + number
+
+
+# Where in a block's task stands what changes from pass to pass, see the tasks of the stages.
+_INPUT = [_column(0, 4), _column(5, 4)]
+_TURNS = [_column(2, 6), _column(2, 8), _column(2, 9)]
+_NEW = [_column(2, 11), _column(2, 12)]
+_HELD = [_column(3, 13), _column(3, 14)]
+_PITCH = [_column(2, 13), _column(3, 7)]
+_SEEN = _column(3, 5)
+_MASK = [_column(3, 8), _column(3, 9), _column(3, 10), _column(3, 15)]
+
+
+class StackTask:
+    """The blocks of a stack for inputs of one shape.
+
+    It holds the memory that the blocks write to, so it is one thread's own, and what it gives lasts until it is run
+    again.
+
+    Args:
+        x: `[B, F, H]`, contiguous.
+        blocks: Matrices, and what else each block is.
+        turns, mask: As for `whole_block`.
+        rooms: Each block's keys and values.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        blocks: Sequence[tuple[BlockProducts, BlockShape]],
+        turns: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        rooms: Sequence[Room],
+    ) -> None:
+        scratch = x.new_empty(max(scratch_size(x, *block) for block in blocks))
+        self.outputs = [torch.empty_like(x) for _ in blocks]
+        inputs = [x, *self.outputs]
+        tasks = [
+            staged(block_stages(given, out, scratch, *block, turns, mask, room), SLOT)
+            for given, out, block, room in zip(inputs, self.outputs, blocks, rooms, strict=False)
+        ]
+        self._kept = scratch, blocks
+        self._kinds = blocks[0][0].joint.dtype, x.dtype
+        self._shape, self._column_size = blocks[0][1], blocks[0][1].size * x.element_size()
+        self._table = np.array(tasks, np.int64)  # counters and gates are 0 in this one
+        self._task = np.empty_like(self._table)
+        self._places = np.empty((2, len(blocks)), np.int64)
+        self._capacities = np.empty(len(blocks), np.int64)
+
+    def run(self, x: Tensor, turns: tuple[Tensor, Tensor], mask: Tensor | None, rooms: Sequence[Room]) -> None:
+        """Compute all blocks; the arguments are of the shapes that the task was made for, but for masks and rooms."""
+        task, start, fed = self._task, rooms[0][2], x.shape[1]
+        cos, sin = turns
+        task[:] = self._table
+        task[0, _INPUT] = x.data_ptr()
+        task[:, _TURNS] = cos.shape[0], cos.data_ptr(), sin.data_ptr()
+        self._places[0] = [room[0].data_ptr() for room in rooms]
+        self._places[1] = [room[1].data_ptr() for room in rooms]
+        self._capacities[:] = [room[0].shape[2] for room in rooms]
+        task[:, _HELD] = self._places.T
+        task[:, _NEW] = self._places.T + start * self._column_size
+        task[:, _PITCH] = self._capacities[:, None]
+        task[:, _SEEN] = start + fed
+        task[:, _MASK] = self._mask(x, mask, start + fed)
+        run_blocks(*self._kinds, len(task), task.strides[0], task.ctypes.data)
+
+    def _mask(self, x: Tensor, mask: Tensor | None, seen: int) -> tuple[int, ...]:
+        """The numbers of attention's task that tell of the mask."""
+        shape = self._shape
+        sizes = (x.shape[0], shape.heads, shape.shared, x.shape[1], seen, shape.size)
+        numbers = (0, *attend_numbers(sizes, 0, mask, shape.scale, (0, 0, 0, 0)))
+        return tuple(numbers[column - _column(3, 0)] for column in _MASK)

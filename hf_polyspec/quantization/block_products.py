@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What multiplies the matrices of a decoder layer: one product for layers that read the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hf_polyspec.quantization.block_parts import BlockParts
+from hf_polyspec.quantization.by_rows import ByRows, Kernel
+from hf_polyspec.quantization.joint_product import JointProduct
+from hf_polyspec.quantization.linear import QuantizedLinear
+
+if TYPE_CHECKING:
+    from hf_polyspec.compiled.product import Product
+    from hf_polyspec.compiled.whole_block import BlockProducts, BlockShape
+
+
+def block_products(parts: BlockParts, dtype: torch.dtype) -> BlockProducts | None:
+    """The matrices of a layer, where compiled products are what computes all of them with inputs of a dtype."""
+    from hf_polyspec.compiled.whole_block import BlockProducts
+
+    joint = compiled_product(parts.joint, dtype)
+    output = compiled_product(parts.output, dtype)
+    gates = compiled_product(parts.gates, dtype)
+    down = compiled_product(parts.down, dtype)
+    if joint is None or output is None or gates is None or down is None:
+        return None
+    products = BlockProducts(joint, output, gates, down)
+    return products if products.stored in (torch.int8, torch.uint8, dtype) else None
+
+
+def block_shape(parts: BlockParts) -> BlockShape:
+    """What a layer is besides its matrices."""
+    from hf_polyspec.compiled.whole_block import BlockShape
+
+    attention, (first, second) = parts.attention, parts.norms
+    norms = (first.weight, first.variance_epsilon), (second.weight, second.variance_epsilon)
+    shared = parts.joint[1].out_features // attention.head_dim
+    heads = shared * attention.num_key_value_groups
+    return BlockShape(heads, shared, attention.head_dim, attention.scaling, norms)
+
+
+def joint_output(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """The outputs of layers that read `x`, side by side, from one product where they have one."""
+    kernel = joint_kernel(layers, x.dtype)
+    return torch.cat([layer(x) for layer in layers], -1) if kernel is None else kernel(x)
+
+
+def compiled_product(layers: Sequence[nn.Module], dtype: torch.dtype) -> Product | None:
+    """The compiled product that gives the outputs of layers, if it is the one that would be used."""
+    from hf_polyspec.compiled.digits import DigitProduct
+    from hf_polyspec.compiled.product import CompiledProduct
+
+    kernel = joint_kernel(layers, dtype)
+    if isinstance(kernel, ByRows):
+        kernel = kernel.few
+    return kernel if isinstance(kernel, CompiledProduct | DigitProduct) else None
+
+
+def joint_kernel(layers: Sequence[nn.Module], dtype: torch.dtype) -> Kernel | None:
+    """What computes layers together with inputs of a dtype, None where each goes its own way."""
+    product = product_of(layers[0])
+    if product is None and len(layers) == 1 and type(layers[0]).__mro__[1:2] == (QuantizedLinear,):
+        return layers[0].kernel()  # type: ignore[no-any-return, operator]
+    if any(product_of(layer) is not product for layer in layers):
+        return None
+    if not isinstance(product, JointProduct) or not product.consists_of(layers) or not product.takes(dtype):
+        return None
+    return product.kernel()
+
+
+def product_of(layer: nn.Module) -> object:
+    """What computes a layer together with its siblings, if anything does."""
+    return getattr(layer.__dict__.get("forward", layer), "product", None)

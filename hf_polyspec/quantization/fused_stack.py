@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused blocks that are called one after another, computed together when the first of them is called.
+
+Nobody tells which blocks follow each other: each notices which one was called next with what it gave. When the first
+of such a chain is called, all of them are computed in one task, and what the others give waits for them. A block that
+is then called exactly as expected (with the very tensor that the block before gave, unchanged to the last bit, the
+same mask, cache and positions) gives what waits; one that is called otherwise drops what waits, is no longer computed
+together with the block before, and computes by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from threading import local
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from hf_polyspec.cache import RollbackCache, RollbackLayer
+from hf_polyspec.quantization.block_products import block_products, block_shape
+from hf_polyspec.quantization.joint_product import change_count
+
+if TYPE_CHECKING:
+    from hf_polyspec.compiled.whole_block import BlockProducts, BlockShape
+    from hf_polyspec.compiled.whole_stack import Room, StackTask
+    from hf_polyspec.quantization.fused_block import FusedBlock
+
+Turns = tuple[Tensor, Tensor]
+_PATIENCE = 64
+_TASKS = 12
+"""Shapes of inputs for which a thread keeps a task."""
+
+
+class Link:
+    """Which block follows another one.
+
+    After each time that what waited was not asked for, it takes twice as many passes to believe it again.
+    """
+
+    def __init__(self) -> None:
+        self._next: Callable[[], FusedBlock | None] | None = None
+        self._patience, self._seen = 1, 0
+
+    def next(self) -> FusedBlock | None:
+        """The block that follows, None if there is none, or it is not known yet."""
+        return None if self._next is None else self._next()
+
+    def meet(self, block: FusedBlock) -> None:
+        """A block was called with what this link's block gave."""
+        if self.next() is not block:
+            self._seen += 1
+            if self._seen >= self._patience:
+                self._next, self._seen = ref(block), 0
+
+    def cut(self, wasted: bool) -> None:
+        """The block that follows cannot be computed together with this one, or has been and nobody asked for it."""
+        self._next, self._seen = None, 0
+        if wasted:
+            self._patience = min(2 * self._patience, _PATIENCE)
+
+
+class Plan:
+    """What is kept from pass to pass of blocks that are computed together.
+
+    Args:
+        blocks: At least two, all ready.
+        products: Their matrices.
+        watch: Whether all of it still is what it was, for inputs like a tensor.
+    """
+
+    def __init__(
+        self, blocks: Sequence[FusedBlock], products: Sequence[BlockProducts], watch: Callable[[Tensor], bool]
+    ) -> None:
+        self.blocks = list(blocks)
+        self.same = watch
+        self._matrices: list[tuple[BlockProducts, BlockShape]] = [
+            (product, block_shape(block.parts)) for product, block in zip(products, blocks, strict=True)
+        ]
+        self._own = local()  # a task and its memory belong to one thread
+
+    def run(self, x: Tensor, turns: Turns, mask: Tensor | None, rooms: Sequence[Room]) -> StackTask:
+        """Compute the blocks, see `StackTask`."""
+        from hf_polyspec.compiled.whole_stack import StackTask
+
+        tasks: dict[str, StackTask] = self._own.__dict__
+        key = f"{tuple(x.shape)} {torch.get_num_threads()}"
+        task = tasks.get(key)
+        if task is None:
+            if len(tasks) >= _TASKS:
+                tasks.clear()
+            task = tasks[key] = StackTask(x, self._matrices, turns, mask, rooms)
+        task.run(x, turns, mask, rooms)
+        return task
+
+
+class _Waiting:
+    """Outputs of blocks that have been computed and not been asked for, and how they will be asked for."""
+
+    def __init__(self, plan: Plan, task: StackTask, past: RollbackCache, mask: Tensor | None, turns: Turns) -> None:
+        self._plan, self._outputs = plan, task.outputs
+        self._past, self._mask, self._turns = ref(past), mask, turns
+        self._counts = _counts(mask, turns)
+        self._fed, self._next, self._size = task.outputs[0].shape[1], 0, task.outputs[0].nbytes
+        self._given: Tensor | None = None
+
+    def expects(self, block: FusedBlock, x: Tensor, mask: Tensor | None, past: Any, turns: object) -> bool:
+        """Whether this is how the next block should be called."""
+        from hf_polyspec.compiled.samples import same_bytes
+
+        before = self._outputs[self._next - 1]
+        return (
+            x is self._given
+            and block is self._plan.blocks[self._next]
+            and mask is self._mask
+            and turns is self._turns
+            and past is self._past()
+            and not torch.is_grad_enabled()
+            and x.shape == before.shape
+            and x.dtype is before.dtype
+            and x.is_contiguous()
+            # torch's count of changes is not enough: tensors of inference mode have none.
+            and same_bytes(x.data_ptr(), before.data_ptr(), self._size)
+            and self._counts == _counts(mask, self._turns)
+        )
+
+    def give(self, past: RollbackCache) -> Tensor | None:
+        """The next block's output `[B, F, H]`; None if its part of the cache has changed since it was computed."""
+        layer: Any = past.layers[self._plan.blocks[self._next].parts.attention.layer_idx]
+        if not layer.claim(self._fed):
+            return None
+        self._given = given = self._outputs[self._next].clone()
+        self._next += 1
+        return given
+
+    @property
+    def done(self) -> bool:
+        """Whether all have been asked for."""
+        return self._next == len(self._outputs)
+
+    def drop(self) -> None:
+        """The next block was not called as expected."""
+        self._plan.blocks[self._next - 1].link.cut(wasted=True)
+
+
+class _Trail:
+    """What the block computed last gave, and how it was called."""
+
+    def __init__(
+        self, block: FusedBlock, given: Tensor, mask: Tensor | None, past: RollbackCache, turns: Turns
+    ) -> None:
+        self._block, self._given, self._past = ref(block), ref(given), ref(past)
+        self._mask, self._turns = mask, turns
+
+    def meet(self, block: FusedBlock, x: Tensor, mask: Tensor | None, past: object, turns: object) -> None:
+        """Tell the block computed last which one follows, if it is this one."""
+        before = self._block()
+        if (
+            before is not None
+            and x is self._given()
+            and mask is self._mask
+            and turns is self._turns
+            and past is self._past()
+            and block.parts.attention.layer_idx == before.parts.attention.layer_idx + 1
+        ):
+            before.link.meet(block)
+
+
+class _Own(local):
+    """What one thread knows."""
+
+    waiting: _Waiting | None = None
+    trail: _Trail | None = None
+
+
+_own = _Own()
+
+
+def waiting_output(block: FusedBlock, x: Tensor, mask: Tensor | None, past: Any, turns: Any) -> Tensor | None:
+    """The output of a block if it has been computed already with this input; arguments as for the block.
+
+    If others wait, they are dropped.
+    """
+    waiting = _own.waiting
+    if waiting is None:
+        return None
+    found = waiting.give(past) if waiting.expects(block, x, mask, past, turns) else None
+    if found is None:
+        _own.waiting = None
+        waiting.drop()
+    elif waiting.done:
+        _own.waiting = None
+        leave_trail(block, found, mask, past, turns)
+    return found
+
+
+def leave_trail(block: FusedBlock, given: Tensor, mask: Tensor | None, past: RollbackCache, turns: Turns) -> None:
+    """Remember how a block was called that computed by itself, so that the next one is recognised."""
+    _own.trail = _Trail(block, given, mask, past, turns)
+
+
+def follow_trail(block: FusedBlock, x: Tensor, mask: Tensor | None, past: RollbackCache, turns: Turns) -> None:
+    """Let the block computed last know that this one follows, if it does."""
+    trail, _own.trail = _own.trail, None
+    if trail is not None:
+        trail.meet(block, x, mask, past, turns)
+
+
+def stack_output(block: FusedBlock, x: Tensor, mask: Tensor | None, past: RollbackCache, turns: Turns) -> Tensor | None:
+    """The output of a block, computed together with those of the blocks that follow, which wait from now on.
+
+    Args:
+        block: It would be computed as one task, and nothing waits.
+        x: `[B, F, H]`, contiguous; mask, turns: as the block was given them; past: the cache.
+
+    Returns:
+        `[B, F, H]`, None if there is nothing to compute together.
+    """
+    from hf_polyspec.compiled.attention import plain_mask
+
+    if block.link.next() is None:
+        return None
+    shape = block_shape(block.parts)
+    new = (x.shape[0], shape.shared, x.shape[1], shape.size)
+    chain = list(_chain(block, past, new, x))
+    plan = _plan(chain, x) if len(chain) > 1 else None
+    if plan is None:
+        return None
+    layers: list[Any] = [past.layers[member.parts.attention.layer_idx] for member in plan.blocks]
+    rooms = [layer.reserve(new, x) for layer in layers]
+    plain = tuple(turn.to(x.dtype).contiguous() for turn in turns)
+    task = plan.run(x, (plain[0], plain[1]), None if mask is None else plain_mask(mask), rooms)
+    waiting = _Waiting(plan, task, past, mask, turns)
+    found = waiting.give(past)
+    _own.waiting = waiting
+    return found
+
+
+def _chain(block: FusedBlock, past: RollbackCache, new: tuple[int, int, int, int], x: Tensor) -> Iterator[FusedBlock]:
+    """A block and those that follow, as far as the cache holds as much for them as for the first.
+
+    A cache knows how deep its model is, when two models share layers.
+    """
+    held, first = len(past.layers), -1
+    following: FusedBlock | None = block
+    while following is not None:
+        index = following.parts.attention.layer_idx
+        layer = past.layers[index] if index < held else None
+        if type(layer) is not RollbackLayer or not layer.holds(new, x):
+            return
+        first = layer.get_seq_length() if first < 0 else first
+        if layer.get_seq_length() != first:
+            return
+        yield following
+        following = following.link.next()
+
+
+def _plan(chain: Sequence[FusedBlock], x: Tensor) -> Plan | None:
+    """What is kept for a chain, made anew if anything has changed; None if nothing of it can go together."""
+    plans = chain[0].plans
+    plan = plans.get(len(chain))
+    if plan is not None and plan.blocks == chain and plan.same(x):
+        return plan
+    plans.pop(len(chain), None)
+    plan = _made(chain, x)
+    if plan is not None:
+        if len(plans) > 1:
+            plans.clear()
+        plans[len(plan.blocks)] = plan
+    return plan
+
+
+def _made(chain: Sequence[FusedBlock], x: Tensor) -> Plan | None:
+    from hf_polyspec.quantization.watch import Watch
+
+    blocks: list[FusedBlock] = []
+    kind = None
+    for block in chain:
+        products = block_products(block.parts, x.dtype) if block.parts.ready(x, {}) else None
+        if products is None or (blocks and products.stored is not kind):
+            if blocks:
+                blocks[-1].link.cut(wasted=False)
+            break
+        kind = products.stored
+        blocks.append(block)
+    if len(blocks) < 2:
+        return None
+    watch = Watch([block.parts for block in blocks], x.dtype)
+    # Asked again: whatever changes from here on is noticed.
+    found = [block_products(block.parts, x.dtype) if block.parts.ready(x, {}) else None for block in blocks]
+    products_now = [one for one in found if one is not None and one.stored is kind]
+    return Plan(blocks, products_now, watch.same) if len(products_now) == len(blocks) else None
+
+
+def _counts(mask: Tensor | None, turns: Turns) -> tuple[int, int, int]:
+    cos, sin = turns
+    return 0 if mask is None else change_count(mask), change_count(cos), change_count(sin)
