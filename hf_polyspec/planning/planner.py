@@ -17,7 +17,8 @@ from ..lending import is_copy
 from ..quantization.packing import is_packed, packed_assistants
 from .agreement import TREES, DraftRecord, Reading, TreeSize, edge, read_model, record_drafts, survival, windows
 from .candidates import Level, describe_chain, describe_sizes, kind_of, options_of
-from .costs import measure_costs, measure_overheads, steps
+from .costs import measure_costs, steps
+from .overheads import Overheads, measure_overheads
 from .plan import Plan, mark_of
 from .reasons import Dropped, reasons
 from .replay import Measurements
@@ -182,20 +183,28 @@ def _name(member: Any, place: int) -> str:
 
 def _measure(levels: Sequence[Level], texts: list[Text], law: Law, wish: Wish, progress: Progress) -> Measurements:
     models = [level for level in levels if level.kind == "model"]
-    with packed_assistants([level.member for level in levels[1:]], levels[0].member):  # as generate() runs them
-        return _measure_packed(levels, models, texts, law, wish, progress)
-
-
-def _measure_packed(
-    levels: Sequence[Level], models: list[Level], texts: list[Text], law: Law, wish: Wish, progress: Progress
-) -> Measurements:
     bound = _misfits(levels)
     middle = next((m for m in models[1:] if (0, m.place) not in bound), None)
     overheads = measure_overheads(levels[0].member, middle.member if middle else None, texts[0].prompt)
+    with packed_assistants([level.member for level in levels[1:]], levels[0].member):  # as generate() runs them
+        return _measure_packed(levels, models, texts, law, wish, progress, bound, overheads)
+
+
+def _measure_packed(
+    levels: Sequence[Level],
+    models: list[Level],
+    texts: list[Text],
+    law: Law,
+    wish: Wish,
+    progress: Progress,
+    bound: dict[tuple[int, int], str],
+    overheads: Overheads,
+) -> Measurements:
     context = round(sum(len(text.prompt) + len(text.new) / 2 for text in texts) / len(texts))
     members = [m.member for m in models]
     drafts = {i: m.longest for i, m in enumerate(models) if m.place}
-    total = steps(members, context, wish.repeats, wish.batches, drafts)
+    prompts = [len(text.prompt) for text in texts]
+    total = steps(members, context, wish.repeats, wish.batches, drafts, prompts)
     count = _counter(progress, "passes are timed", total)
     costs = measure_costs(
         members,
@@ -205,6 +214,7 @@ def _measure_packed(
         repeats=wish.repeats,
         batches=wish.batches,
         drafts=drafts,
+        prompts=prompts,
         advance=lambda n: count(),
     )
     readings = _readings(models, texts, law, wish, progress)
@@ -323,6 +333,7 @@ def _row(candidate: Candidate, names: Sequence[str]) -> dict[str, Any]:
         "levels": [place - 1 for place in candidate.chain.levels[1:]],
         "options": options_of(candidate.chain),
         "predicted": candidate.predicted.tokens_per_second,
+        "predicted_anew": None if candidate.anew is None else candidate.anew.tokens_per_second,
         "measured": candidate.measured,
     }
 
@@ -331,7 +342,7 @@ def _costs(measured: Measurements) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for place, costs in measured.costs.items():
         rounds = [[s.tokens, s.batch, s.context, seconds] for s, seconds in costs.shapes]
-        found[measured.names[place]] = {"rounds": rounds, "prompt": list(costs.prefill)}
+        found[measured.names[place]] = {"rounds": rounds, "prompts": [list(point) for point in costs.prefill.points]}
         if costs.drafting is not None:
             found[measured.names[place]]["drafts"] = [list(point) for point in costs.drafting.points]
     for (above, place, tree), record in measured.drafts.items():
