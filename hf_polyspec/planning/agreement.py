@@ -37,7 +37,7 @@ from ..trees import ROOT
 from .cost_model import SecondsTable
 from .costs import draft_lengths
 from .rig import Offer, rig
-from .texts import Law, Text
+from .texts import Law, Text, context_of
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 NEVER = -math.inf
@@ -132,15 +132,21 @@ def windows(along: Array, width: int) -> Array:
 
 
 @torch.no_grad()
-def read_model(model: Any, text: Text, law: Law, target: Reading | None, generator: torch.Generator) -> Reading:
+def read_model(
+    model: Any, text: Text, law: Law, target: Reading | None, generator: torch.Generator, lender: Any = None
+) -> Reading:
     """A model's laws along a text, and its stream coupled to the target's.
 
     Args:
         model: causal LM; text: of the target; law: what its logits become.
-        target: the target's own reading, None if this is it.
-        generator: of the coupling.
+        target: the target's own reading, None if this is it; generator: of the coupling.
+        lender: the model that lends this one its reading of the prompt in a chain (see `lending`), or None.
     """
     chain = rig(model, [Offer()])
+    if lender is not None and len(text.prompt) > 1:
+        lends = rig(lender, [Offer()]).runner
+        lends.run(context_of([text.prompt[:-1]], len(text.prompt) - 1), [[]], LevelStats("reading", 0))
+        chain.runner.lender = lends
     return reading_of(_pass(chain, text), text, law, target, generator)
 
 
@@ -230,14 +236,11 @@ def record_drafts(
 def time_drafts(
     model: Any, drafter: Any, text: Text, law: Law, *, longest: int, tree: TreeSize | None = None, turns: int = 2
 ) -> tuple[SecondsTable, float | None]:
-    """What a drafter's drafts take below this model, nothing else recorded.
+    """Only the `seconds` and `checking` of a `DraftRecord`.
 
     Args:
         model: the verifier; drafter, law, longest, tree: as for `record_drafts`.
         text: of the target; turns: rounds of each length.
-
-    Returns:
-        As `DraftRecord.seconds` and `DraftRecord.checking`.
     """
     chain = _chain(model, drafter, longest, tree)
     assert chain is not None, "trees were recorded under this model"
@@ -252,11 +255,8 @@ def _chain(model: Any, drafter: Any, longest: int, tree: TreeSize | None) -> Ver
     """A drafter below a model; None if trees are wanted and there are none."""
     sizes = {"num_assistant_tokens": longest}
     if tree is not None:
-        sizes |= {
-            "polyspec_tree_tokens": tree.tokens,
-            "polyspec_tree_depth": tree.depth,
-            "polyspec_tree_top_k": tree.top_k,
-        }
+        sizes |= {"polyspec_tree_tokens": tree.tokens, "polyspec_tree_depth": tree.depth}
+        sizes["polyspec_tree_top_k"] = tree.top_k
     chain = rig(model, [drafter], **sizes)
     return None if tree is not None and not chain.trees else chain
 

@@ -217,7 +217,8 @@ def _measure_packed(
         prompts=prompts,
         advance=lambda n: count(),
     )
-    readings = _readings(models, texts, law, wish, progress)
+    copies = frozenset(m.place for m in models[1:] if is_copy(m.member, levels[0].member))
+    readings = _readings(models, copies, texts, law, wish, progress)
     edges = {
         (above.place, below.place): [
             edge(a, b) for a, b in zip(readings[above.place], readings[below.place], strict=True)
@@ -227,13 +228,12 @@ def _measure_packed(
     }
     of_place = dict(zip((m.place for m in models), costs, strict=True))
     names = [level.name for level in levels]
-    copies = frozenset(m.place for m in models[1:] if is_copy(m.member, levels[0].member))
     measured = Measurements(names, texts, of_place, edges, {}, overheads, law.do_sample, bound, copies)
     return replace(measured, drafts=_drafters(levels, readings, measured, law, wish, progress))
 
 
 def _readings(
-    models: Sequence[Level], texts: list[Text], law: Law, wish: Wish, progress: Progress
+    models: Sequence[Level], copies: frozenset[int], texts: list[Text], law: Law, wish: Wish, progress: Progress
 ) -> dict[int, list[Reading]]:
     count = _counter(progress, "models read the texts", len(models) * len(texts))
     generator = torch.Generator().manual_seed(wish.seed + 1)
@@ -242,7 +242,8 @@ def _readings(
         found = []
         for i, text in enumerate(texts):
             target = readings[0][i] if model.place else None
-            found.append(read_model(model.member, text, law, target, generator))
+            lender = models[0].member if model.place in copies else None
+            found.append(read_model(model.member, text, law, target, generator, lender))
             count()
         readings[model.place] = found
     return readings

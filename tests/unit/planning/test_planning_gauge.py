@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 import hf_polyspec
 from hf_polyspec.levels.suffix import SuffixDrafter
 from hf_polyspec.planning import Planned, Wish, make_plan
+from hf_polyspec.planning.agreement import read_model
 from hf_polyspec.planning.gauge import TakenAgain
 from hf_polyspec.planning.overheads import measure_overheads
 from hf_polyspec.planning.search import Candidate, spread
-from hf_polyspec.planning.texts import law_of
+from hf_polyspec.planning.texts import generation_config, law_of, write_texts
 from hf_polyspec.planning.turns import over_turns, settled
 from hf_polyspec.planning.verify import verify
-from hf_polyspec.quantization import packing
+from hf_polyspec.quantization import packing, quantize_model
 from hf_polyspec.telemetry import LevelStats
 
 PACKING = 0.05
@@ -231,3 +232,17 @@ def test_passes_add_up_to_what_a_turn_of_them_takes() -> None:
 
 def test_a_disturbed_repeat_does_not_count() -> None:
     assert over_turns({(0, 0): 1.0, (1, 0): 50.0, (2, 0): 1.0, (0, 1): 3.0, (1, 1): 3.0, (2, 1): 3.0}) == 2.0
+
+
+def test_a_copy_is_recorded_over_the_prompt_that_it_is_lent() -> None:
+    """Its laws are those it has in a chain: after the target's keys and values, not after its own."""
+    target = tiny("llama")
+    copy = quantize_model(target, 4, 16)
+    ids = prompts(1, length=40)["input_ids"][0].tolist()
+    config = generation_config(target, 8, 1.0)
+    law = law_of(target, ids, config)
+    (text,) = write_texts(target, [ids], config, lambda: None)
+    readings = [read_model(copy, text, law, None, torch.Generator(), lender).laws for lender in (None, copy, target)]
+    own, again, lent = readings
+    assert (own - lent).abs().max() > 1e-4
+    assert (own - again).abs().max() < 0.1 * (own - lent).abs().max()
