@@ -37,7 +37,7 @@ from ..trees import ROOT
 from .cost_model import SecondsTable
 from .costs import draft_lengths
 from .rig import Offer, rig
-from .texts import Law, Text
+from .texts import Law, Text, context_of
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 NEVER = -math.inf
@@ -132,15 +132,21 @@ def windows(along: Array, width: int) -> Array:
 
 
 @torch.no_grad()
-def read_model(model: Any, text: Text, law: Law, target: Reading | None, generator: torch.Generator) -> Reading:
+def read_model(
+    model: Any, text: Text, law: Law, target: Reading | None, generator: torch.Generator, lender: Any = None
+) -> Reading:
     """A model's laws along a text, and its stream coupled to the target's.
 
     Args:
         model: causal LM; text: of the target; law: what its logits become.
-        target: the target's own reading, None if this is it.
-        generator: of the coupling.
+        target: the target's own reading, None if this is it; generator: of the coupling.
+        lender: the model that lends this one its reading of the prompt in a chain (see `lending`), or None.
     """
     chain = rig(model, [Offer()])
+    if lender is not None and len(text.prompt) > 1:
+        lends = rig(lender, [Offer()]).runner
+        lends.run(context_of([text.prompt[:-1]], len(text.prompt) - 1), [[]], LevelStats("reading", 0))
+        chain.runner.lender = lends
     return reading_of(_pass(chain, text), text, law, target, generator)
 
 
@@ -213,15 +219,8 @@ def record_drafts(
     Returns:
         The record; None if trees were asked for and there are none.
     """
-    sizes = {"num_assistant_tokens": longest}
-    if tree is not None:
-        sizes |= {
-            "polyspec_tree_tokens": tree.tokens,
-            "polyspec_tree_depth": tree.depth,
-            "polyspec_tree_top_k": tree.top_k,
-        }
-    chain = rig(model, [drafter], **sizes)
-    if tree is not None and not chain.trees:
+    chain = _chain(model, drafter, longest, tree)
+    if chain is None:
         return None
     taker = _Taker(chain, law, tree.depth if tree else longest, tree is not None, budget / len(texts))
     drafts = []
@@ -231,6 +230,35 @@ def record_drafts(
     times, checking = taker.times(texts)
     chain.end()
     return DraftRecord(drafts, times, checking, taker.drawn, blind_first)
+
+
+@torch.no_grad()
+def time_drafts(
+    model: Any, drafter: Any, text: Text, law: Law, *, longest: int, tree: TreeSize | None = None, turns: int = 2
+) -> tuple[SecondsTable, float | None]:
+    """Only the `seconds` and `checking` of a `DraftRecord`.
+
+    Args:
+        model: the verifier; drafter, law, longest, tree: as for `record_drafts`.
+        text: of the target; turns: rounds of each length.
+    """
+    chain = _chain(model, drafter, longest, tree)
+    assert chain is not None, "trees were recorded under this model"
+    taker = _Taker(chain, law, tree.depth if tree else longest, tree is not None, 1.0)
+    taker.some(text)
+    found = taker.times([text], turns)
+    chain.end()
+    return found
+
+
+def _chain(model: Any, drafter: Any, longest: int, tree: TreeSize | None) -> Verifier | None:
+    """A drafter below a model; None if trees are wanted and there are none."""
+    sizes = {"num_assistant_tokens": longest}
+    if tree is not None:
+        sizes |= {"polyspec_tree_tokens": tree.tokens, "polyspec_tree_depth": tree.depth}
+        sizes["polyspec_tree_top_k"] = tree.top_k
+    chain = rig(model, [drafter], **sizes)
+    return None if tree is not None and not chain.trees else chain
 
 
 def _pass(chain: Verifier, text: Text) -> torch.Tensor:
@@ -313,7 +341,17 @@ class _Taker:
         ratio = at - reading.own()[start : start + len(tokens)].double().log()
         return len(tokens), np.asarray(ratio.numpy(), dtype=np.float64)
 
-    def times(self, texts: Sequence[Text]) -> tuple[SecondsTable, float | None]:
+    def some(self, text: Text, count: int = 8) -> None:
+        """A few drafts one after another, as a call makes them, whose results nobody looks at."""
+        below, maker = self.chain.below, self.law.maker()
+        self._start(text)
+        for start in range(min(count + 1, len(text.new) - 1)):
+            before = below.stats.seconds
+            (below.propose_tree if self.trees else below.propose)(text.context(start), [self.longest], maker)
+            if start:  # the first takes in the whole prompt
+                self.spent.append(below.stats.seconds - before)
+
+    def times(self, texts: Sequence[Text], turns: int = 6) -> tuple[SecondsTable, float | None]:
         """Seconds of a draft by its tokens, from real rounds; for trees also those of the verifier's round."""
         chain, below = self.chain, self.chain.below
         if not self._has_steps(below):
@@ -325,7 +363,7 @@ class _Taker:
         maker = self.law.maker()
         self._start(text)
         chain.round(text.context(1), [2], maker)
-        for turn in range(6):
+        for turn in range(turns):
             start = min(len(text.new) - 1, 2 + 3 * turn)
             for length in lengths:
                 before, own = below.stats.seconds, chain.stats.seconds

@@ -16,11 +16,12 @@ from ..assistants import check_assistant_names, load_assistant
 from ..eagle.prompts import prompt_ids, read_prompts
 from ..models import check_device, load_model, load_tokenizer, read_dtype, short_name
 from ..quantization.packing import pack as pack_model
+from .gauge import TakenAgain
 from .planner import Planned, Wish, make_plan
 from .plot import draw_plan, require_matplotlib
 from .report import candidates_table, sentences
 from .search import spread
-from .texts import PROMPTS
+from .texts import PROMPTS, law_of
 from .verify import calls, verify
 
 VERIFIED = 5
@@ -111,6 +112,9 @@ def run_best(planned: Planned, bar: Progress, seed: int, count: int = VERIFIED, 
     import torch
 
     chosen = spread(planned.candidates, count)
+    law = law_of(planned.levels[0].member, planned.measured.texts[0].prompt, planned.config)
+    chains = [candidate.chain for candidate in chosen]
+    gauge = TakenAgain(planned.levels, chains, planned.measured, law, planned.wish.temperature)
     task = bar.add_task("the best are run", total=calls(len(chosen), len(planned.measured.texts), repeats))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -121,6 +125,7 @@ def run_best(planned: Planned, bar: Progress, seed: int, count: int = VERIFIED, 
             planned.config,
             repeats=repeats,
             advance=lambda: bar.advance(task),
+            gauge=gauge,
         )
     return planned.with_measured(run)
 

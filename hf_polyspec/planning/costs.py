@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a round of every model costs here: measured through the engine itself, models taking turns, medians kept."""
+"""What a round of every model costs here: measured through the engine itself, models taking turns."""
 
 from __future__ import annotations
 
 import random
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +14,8 @@ import torch
 from ..levels.verifier import Verifier
 from .cost_model import SecondsTable
 from .rig import Offer, rig
-from .texts import Law, context_of, generation_config
+from .texts import Law, context_of
+from .turns import Turn, settled
 
 TOKENS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 FEW_TOKENS = (1, 8, 32)
@@ -25,6 +24,8 @@ BATCH_TOKENS = (1, 4, 8)
 LARGEST_PASS = 64
 LONG = 4
 DRAFTS = (1, 2, 4)
+READINGS = 4
+"""Most lengths of prompts whose reading is timed."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,34 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Drafted:
+    """A draft of `tokens` tokens."""
+
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Read:
+    """The first pass over a prompt of `ids` ids."""
+
+    ids: int
+
+
+What = Shape | Drafted | Read
+
+
+@dataclass(frozen=True)
 class ModelCosts:
     """Seconds of one round of a model of its own: its pass, the judging of what was proposed, the bookkeeping.
 
     Attributes:
-        shapes: what was measured, with the median seconds of each.
-        prefill: (ids, seconds) of reading a prompt.
+        shapes: what was measured, with the seconds of each.
+        prefill: seconds of reading a prompt by its ids.
         drafting: seconds of a draft by its tokens, None for a model that never drafts.
     """
 
     shapes: tuple[tuple[Shape, float], ...]
-    prefill: tuple[int, float]
+    prefill: SecondsTable
     drafting: SecondsTable | None = None
 
     def table(self, context: float, batch: int = 1) -> SecondsTable:
@@ -74,7 +92,35 @@ class ModelCosts:
 
     def reading(self, ids: float) -> float:
         """Seconds of reading a prompt."""
-        return self.prefill[1] * ids / self.prefill[0]
+        return self.prefill.seconds(ids)
+
+    def renewed(
+        self, rounds: Mapping[int, float], drafts: Mapping[int, float], readings: Mapping[int, float]
+    ) -> ModelCosts:
+        """The same model on a machine whose speed has changed, where only some sizes of one row were timed again.
+
+        The sizes that were not are left out, and what a longer context costs more grows as its pass at the short one.
+
+        Args:
+            rounds: seconds by tokens, at the short context; drafts: by tokens; readings: by ids.
+                Any that is empty stays as it was.
+        """
+        kept = self.shapes
+        if rounds:
+            short = min(shape.context for shape, _ in self.shapes)
+            before, now = self._curve(short, 1), SecondsTable(tuple(sorted(rounds.items())))
+            again = [(Shape(tokens, 1, short), seconds) for tokens, seconds in sorted(rounds.items())]
+            grown = [
+                (shape, seconds * now.seconds(shape.tokens) / max(1e-12, before.seconds(shape.tokens)))
+                for shape, seconds in self.shapes
+                if shape.context != short and shape.batch == 1
+            ]
+            kept = (*again, *grown)
+        return ModelCosts(
+            kept,
+            SecondsTable(tuple(sorted(readings.items()))) if readings else self.prefill,
+            SecondsTable(tuple(sorted(drafts.items()))) if drafts else self.drafting,
+        )
 
     def _curve(self, context: int, batch: int) -> SecondsTable:
         points = sorted((s.tokens, t) for s, t in self.shapes if s.context == context and s.batch == batch)
@@ -147,6 +193,7 @@ def measure_costs(
     repeats: int = 5,
     batches: bool = True,
     drafts: Mapping[int, int] | None = None,
+    prompts: Sequence[int] = (),
     advance: Callable[[int], None] = lambda steps: None,
 ) -> list[ModelCosts]:
     """Measure every model at every shape, in turns, so that a slow minute of the machine falls on all of them.
@@ -156,43 +203,73 @@ def measure_costs(
         ids: any text of the target.
         context: cached ids of the short context.
         law: of the plan.
-        repeats: rounds of each shape; the median counts, after one that is thrown away.
+        repeats: rounds of each shape (see `turns` for what counts), after one that is thrown away.
         batches: whether batches of 2 to 8 rows are measured too.
         drafts: the longest draft of each model that may draft, by its place in `models`.
+        prompts: lengths of the prompts, whose reading is timed; without any, that of the short context is.
         advance: told how many of `steps(...)` are done.
 
     Returns:
         One entry a model.
     """
-    wanted = [shapes(context, _positions(model), batches=batches) for model in models]
-    readings = [
-        [_Bench(model, ids, 1, of_model[0].context, law).first_seconds for _ in range(3)]
-        for model, of_model in zip(models, wanted, strict=True)
-    ]
-    watches: dict[tuple[int, Shape | int], Callable[[], float]] = {}
-    for i, (model, of_model) in enumerate(zip(models, wanted, strict=True)):
-        benches = {
-            (batch, length): _Bench(model, ids, batch, length, law)
-            for batch, length in dict.fromkeys((s.batch, s.context) for s in of_model)
-        }
-        for shape in of_model:
-            watches[i, shape] = partial(benches[shape.batch, shape.context].seconds, shape.tokens)
-        if longest := (drafts or {}).get(i):
-            drafter = _DraftBench(model, ids, of_model[0].context, longest, law)
-            for tokens in draft_lengths(longest):
-                watches[i, tokens] = partial(drafter.seconds, tokens)
-    found = _in_turns(watches, repeats, advance)
+    wanted = [_wanted(model, context, batches, (drafts or {}).get(i), prompts) for i, model in enumerate(models)]
+    watches = {
+        (i, what): watch
+        for i, model in enumerate(models)
+        for what, watch in stopwatches(model, ids, wanted[i], law).items()
+    }
+    found = settled(_in_turns(watches, repeats, advance), kind)
     costs = []
     for i, of_model in enumerate(wanted):
-        points = tuple(sorted((key, t) for (place, key), t in found.items() if place == i and isinstance(key, int)))
+        drafted = tuple((w.tokens, found[i, w]) for w in of_model if isinstance(w, Drafted))
         costs.append(
             ModelCosts(
-                tuple((shape, found[i, shape]) for shape in of_model),
-                (of_model[0].context, min(readings[i])),
-                SecondsTable(points) if points else None,
+                tuple((w, found[i, w]) for w in of_model if isinstance(w, Shape)),
+                SecondsTable(tuple((w.ids, found[i, w]) for w in of_model if isinstance(w, Read))),
+                SecondsTable(drafted) if drafted else None,
             )
         )
     return costs
+
+
+def stopwatches(model: Any, ids: Sequence[int], wanted: Sequence[What], law: Law) -> dict[What, Callable[[], float]]:
+    """For everything that is to be timed of a model, what times it once and returns the seconds.
+
+    Args:
+        model: a causal LM, packed as it runs in a chain both now and whenever one of these is called.
+        ids: any text of the target; wanted: what to time; law: of the plan.
+    """
+    shaped = [what for what in wanted if isinstance(what, Shape)]
+    benches = {key: _Bench(model, ids, *key, law) for key in dict.fromkeys((s.batch, s.context) for s in shaped)}
+    drafted = [what for what in wanted if isinstance(what, Drafted)]
+    if drafted:
+        context = min(shape.context for shape in shaped)
+        drafter = _DraftBench(model, ids, context, max(what.tokens for what in drafted), law)
+    found: dict[What, Callable[[], float]] = {}
+    for what in wanted:
+        if isinstance(what, Shape):
+            found[what] = partial(benches[what.batch, what.context].seconds, what.tokens)
+        elif isinstance(what, Drafted):
+            found[what] = partial(drafter.seconds, what.tokens)
+        else:
+            found[what] = partial(_read, model, ids, what.ids, law)
+    return found
+
+
+def _read(model: Any, ids: Sequence[int], count: int, law: Law) -> float:
+    return _Bench(model, ids, 1, count, law).first_seconds
+
+
+def _wanted(model: Any, context: int, batches: bool, longest: int | None, prompts: Sequence[int]) -> list[What]:
+    """Everything that is timed of a model, sizes of each kind rising."""
+    shaped = shapes(context, _positions(model), batches=batches)
+    lengths = sorted(set(prompts)) or [shaped[0].context]
+    some = lengths if len(lengths) <= READINGS else [lengths[i * (len(lengths) - 1) // 3] for i in range(READINGS)]
+    return [
+        *shaped,
+        *(Drafted(tokens) for tokens in (draft_lengths(longest) if longest else ())),
+        *(Read(count) for count in dict.fromkeys(some)),
+    ]
 
 
 def draft_lengths(longest: int) -> list[int]:
@@ -200,19 +277,27 @@ def draft_lengths(longest: int) -> list[int]:
     return sorted({*(tokens for tokens in DRAFTS if tokens < longest), longest})
 
 
+def kind(key: tuple[int, What]) -> Hashable:
+    """Times that are settled together: those of a model in one batch and context, its drafts, its readings."""
+    place, what = key
+    return (place, type(what), *((what.batch, what.context) if isinstance(what, Shape) else ()))
+
+
 def _in_turns(
-    watches: Mapping[tuple[int, Shape | int], Callable[[], float]], repeats: int, advance: Callable[[int], None]
-) -> dict[tuple[int, Shape | int], float]:
-    """Median seconds of each, all run once in every turn, in an order drawn anew; the first turn does not count."""
-    times: dict[tuple[int, Shape | int], list[float]] = {key: [] for key in watches}
+    watches: Mapping[tuple[int, What], Callable[[], float]], repeats: int, advance: Callable[[int], None]
+) -> dict[tuple[int, What], dict[Turn, float]]:
+    """Seconds of each, all run once in every turn, in an order drawn anew; the first turn does not count."""
+    times: dict[tuple[int, What], dict[Turn, float]] = {key: {} for key in watches}
     order = list(times)
     turns = random.Random(0)
-    for _ in range(repeats + 1):
+    for turn in range(-1, repeats):
         turns.shuffle(order)
         for key in order:
-            times[key].append(watches[key]())
+            seconds = watches[key]()
+            if turn >= 0:
+                times[key][turn, 0] = seconds
             advance(1)
-    return {key: statistics.median(of_key[1:]) for key, of_key in times.items()}
+    return times
 
 
 def steps(
@@ -221,65 +306,12 @@ def steps(
     repeats: int = 5,
     batches: bool = True,
     drafts: Mapping[int, int] | None = None,
+    prompts: Sequence[int] = (),
 ) -> int:
     """How many times `measure_costs` calls `advance`."""
-    passes = sum(len(shapes(context, _positions(model), batches=batches)) for model in models)
-    return (repeats + 1) * (passes + sum(len(draft_lengths(longest)) for longest in (drafts or {}).values()))
-
-
-@dataclass(frozen=True)
-class Overheads:
-    """Wall time that no level counts.
-
-    Attributes:
-        call: of one generate() call; per_round: of a target round; per_block_round: of a middle's round.
-    """
-
-    call: float = 0.0
-    per_round: float = 0.0
-    per_block_round: float = 0.0
-
-
-def measure_overheads(target: Any, middle: Any | None, prompt: Sequence[int], repeats: int = 3) -> Overheads:
-    """Run short generations whose drafts are wrong, and see what the levels do not account for.
-
-    Args:
-        target: the model; middle: an assistant that can check, or None.
-        prompt: ids; repeats: generations of each kind, medians count.
-    """
-    short, long = 1, 9
-    once = statistics.median(_unaccounted(target, [Offer()], prompt, short)[0] for _ in range(repeats))
-    many = [_unaccounted(target, [Offer()], prompt, long) for _ in range(repeats)]
-    often = statistics.median(rest for rest, _, _ in many)
-    per_round = max(0.0, (often - once) / max(1, many[0][1] - 1))
-    call = max(0.0, once - per_round)
-    if middle is None:
-        return Overheads(call, per_round)
-    found = []
-    for _ in range(repeats):
-        rest, rounds, inner = _unaccounted(target, [middle, Offer()], prompt, long)
-        found.append((rest - call - rounds * per_round) / max(1, inner))
-    return Overheads(call, per_round, max(0.0, statistics.median(found)))
-
-
-def _unaccounted(target: Any, members: list[Any], prompt: Sequence[int], tokens: int) -> tuple[float, int, int]:
-    """Wall seconds outside the levels, target rounds and middle rounds of one generation."""
-    from ..integration import generate
-
-    ids = torch.tensor([list(prompt)], device=target.device)
-    started = time.perf_counter()
-    output = generate(
-        target,
-        ids,
-        attention_mask=torch.ones_like(ids),
-        assistant_models=members,
-        generation_config=generation_config(target, tokens, 0.0),
-        polyspec_block_size=4,
-    )
-    wall = time.perf_counter() - started
-    levels = output.polyspec.levels
-    inner = levels[1].rounds if len(levels) > 2 else 0
-    return wall - sum(level.seconds for level in levels), levels[0].rounds, inner
+    given = drafts or {}
+    timed = (len(_wanted(model, context, batches, given.get(i), prompts)) for i, model in enumerate(models))
+    return (repeats + 1) * sum(timed)
 
 
 def _positions(model: Any) -> int | None:

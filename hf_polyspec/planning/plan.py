@@ -53,9 +53,10 @@ class Plan:
         temperature: 0 for greedy; new_tokens: most of a text.
         chosen: places in `assistants` to use, none for plain decoding; options: their sizes.
         tokens_per_second: predicted for the choice; plain_tokens_per_second: for plain generate().
-        candidates: the best sizes of every subset: name, sizes, predicted and measured (or None) tokens a second.
+        candidates: the best sizes of every subset: name, sizes, tokens a second: predicted, predicted
+            anew and measured (the latter two None where it was not run).
         dropped: why assistants are left out: name, condition, left, right, sentence.
-        costs: by level, what was measured: [tokens, batch, context, seconds] of rounds, [ids, seconds] of a prompt.
+        costs: by level, what was measured: [tokens, batch, context, seconds] of rounds, [ids, seconds] of prompts.
         acceptance: by pair of levels, the mean survival by position.
         packed: whether the target was packed (`hf_polyspec.pack`) when it was measured.
     """

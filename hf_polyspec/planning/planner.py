@@ -17,7 +17,8 @@ from ..lending import is_copy
 from ..quantization.packing import is_packed, packed_assistants
 from .agreement import TREES, DraftRecord, Reading, TreeSize, edge, read_model, record_drafts, survival, windows
 from .candidates import Level, describe_chain, describe_sizes, kind_of, options_of
-from .costs import measure_costs, measure_overheads, steps
+from .costs import measure_costs, steps
+from .overheads import Overheads, measure_overheads
 from .plan import Plan, mark_of
 from .reasons import Dropped, reasons
 from .replay import Measurements
@@ -182,20 +183,28 @@ def _name(member: Any, place: int) -> str:
 
 def _measure(levels: Sequence[Level], texts: list[Text], law: Law, wish: Wish, progress: Progress) -> Measurements:
     models = [level for level in levels if level.kind == "model"]
-    with packed_assistants([level.member for level in levels[1:]], levels[0].member):  # as generate() runs them
-        return _measure_packed(levels, models, texts, law, wish, progress)
-
-
-def _measure_packed(
-    levels: Sequence[Level], models: list[Level], texts: list[Text], law: Law, wish: Wish, progress: Progress
-) -> Measurements:
     bound = _misfits(levels)
     middle = next((m for m in models[1:] if (0, m.place) not in bound), None)
     overheads = measure_overheads(levels[0].member, middle.member if middle else None, texts[0].prompt)
+    with packed_assistants([level.member for level in levels[1:]], levels[0].member):  # as generate() runs them
+        return _measure_packed(levels, models, texts, law, wish, progress, bound, overheads)
+
+
+def _measure_packed(
+    levels: Sequence[Level],
+    models: list[Level],
+    texts: list[Text],
+    law: Law,
+    wish: Wish,
+    progress: Progress,
+    bound: dict[tuple[int, int], str],
+    overheads: Overheads,
+) -> Measurements:
     context = round(sum(len(text.prompt) + len(text.new) / 2 for text in texts) / len(texts))
     members = [m.member for m in models]
     drafts = {i: m.longest for i, m in enumerate(models) if m.place}
-    total = steps(members, context, wish.repeats, wish.batches, drafts)
+    prompts = [len(text.prompt) for text in texts]
+    total = steps(members, context, wish.repeats, wish.batches, drafts, prompts)
     count = _counter(progress, "passes are timed", total)
     costs = measure_costs(
         members,
@@ -205,9 +214,11 @@ def _measure_packed(
         repeats=wish.repeats,
         batches=wish.batches,
         drafts=drafts,
+        prompts=prompts,
         advance=lambda n: count(),
     )
-    readings = _readings(models, texts, law, wish, progress)
+    copies = frozenset(m.place for m in models[1:] if is_copy(m.member, levels[0].member))
+    readings = _readings(models, copies, texts, law, wish, progress)
     edges = {
         (above.place, below.place): [
             edge(a, b) for a, b in zip(readings[above.place], readings[below.place], strict=True)
@@ -217,13 +228,12 @@ def _measure_packed(
     }
     of_place = dict(zip((m.place for m in models), costs, strict=True))
     names = [level.name for level in levels]
-    copies = frozenset(m.place for m in models[1:] if is_copy(m.member, levels[0].member))
     measured = Measurements(names, texts, of_place, edges, {}, overheads, law.do_sample, bound, copies)
     return replace(measured, drafts=_drafters(levels, readings, measured, law, wish, progress))
 
 
 def _readings(
-    models: Sequence[Level], texts: list[Text], law: Law, wish: Wish, progress: Progress
+    models: Sequence[Level], copies: frozenset[int], texts: list[Text], law: Law, wish: Wish, progress: Progress
 ) -> dict[int, list[Reading]]:
     count = _counter(progress, "models read the texts", len(models) * len(texts))
     generator = torch.Generator().manual_seed(wish.seed + 1)
@@ -232,7 +242,8 @@ def _readings(
         found = []
         for i, text in enumerate(texts):
             target = readings[0][i] if model.place else None
-            found.append(read_model(model.member, text, law, target, generator))
+            lender = models[0].member if model.place in copies else None
+            found.append(read_model(model.member, text, law, target, generator, lender))
             count()
         readings[model.place] = found
     return readings
@@ -323,6 +334,7 @@ def _row(candidate: Candidate, names: Sequence[str]) -> dict[str, Any]:
         "levels": [place - 1 for place in candidate.chain.levels[1:]],
         "options": options_of(candidate.chain),
         "predicted": candidate.predicted.tokens_per_second,
+        "predicted_anew": None if candidate.anew is None else candidate.anew.tokens_per_second,
         "measured": candidate.measured,
     }
 
@@ -331,7 +343,7 @@ def _costs(measured: Measurements) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for place, costs in measured.costs.items():
         rounds = [[s.tokens, s.batch, s.context, seconds] for s, seconds in costs.shapes]
-        found[measured.names[place]] = {"rounds": rounds, "prompt": list(costs.prefill)}
+        found[measured.names[place]] = {"rounds": rounds, "prompts": [list(point) for point in costs.prefill.points]}
         if costs.drafting is not None:
             found[measured.names[place]]["drafts"] = [list(point) for point in costs.drafting.points]
     for (above, place, tree), record in measured.drafts.items():

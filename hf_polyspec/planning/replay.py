@@ -17,7 +17,8 @@ import numpy as np
 from ..lending import WORTH
 from .agreement import Array, DraftRecord, TreeSize, survival, windows
 from .cost_model import SecondsTable
-from .costs import ModelCosts, Overheads
+from .costs import ModelCosts
+from .overheads import Overheads
 from .texts import Text
 
 
@@ -157,7 +158,8 @@ def replay(chain: Chain, measured: Measurements) -> Replayed:
         reading += _reading(chain, measured, text, tables)
     seconds, passes, offered = totals
     overheads = measured.overheads
-    outside = overheads.call * len(measured.texts) + overheads.per_round * passes[0]
+    below = sum(place in measured.costs for place in chain.levels[1:])
+    outside = (overheads.call + overheads.per_model * below) * len(measured.texts) + overheads.per_round * passes[0]
     outside += overheads.per_block_round * float(passes[1:-1].sum())
     each = seconds / np.maximum(passes, 1e-9)
     return Replayed(

@@ -25,8 +25,8 @@ def candidates_table(planned: Planned, more: int = 0) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     run = [c for c in planned.candidates if c.measured is not None]
     if run:
-        table.add_column("measured\ntokens/s", justify="right", no_wrap=True)
-        table.add_column("error", justify="right", no_wrap=True)
+        for heading in ("measured\ntokens/s", "error as\nplanned", "error\nanew"):
+            table.add_column(heading, justify="right", no_wrap=True)
     plain = planned.plain.predicted.tokens_per_second
     for candidate in shown(planned, more):
         speed = candidate.predicted.tokens_per_second
@@ -45,10 +45,17 @@ def candidates_table(planned: Planned, more: int = 0) -> Table:
 
 
 def measured_cells(candidate: Candidate) -> list[str]:
-    """Measured tokens/s and the error of the prediction in percent; empty if it was not run."""
-    if candidate.measured is None or candidate.error is None:
-        return ["", ""]
-    return [f"{candidate.measured:.1f}", f"{100 * candidate.error:+.1f} %"]
+    """What was measured, and both predictions' errors in percent; empty where there is nothing.
+
+    Returns:
+        Measured tokens/s, the error of the prediction planned with, and that of the one from times taken between the
+        runs.
+    """
+    if candidate.measured is None or candidate.planned_error is None:
+        return [""] * 3
+    cells = [f"{candidate.measured:.1f}", f"{100 * candidate.planned_error:+.1f} %"]
+    anew = "" if candidate.anew is None or candidate.error is None else f"{100 * candidate.error:+.1f} %"
+    return [*cells, anew]
 
 
 def shown(planned: Planned, more: int = 0) -> list[Candidate]:

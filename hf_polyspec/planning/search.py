@@ -19,17 +19,25 @@ class Candidate:
     """A chain with what it is expected to do, and did if it was run.
 
     Attributes:
-        chain: levels and sizes; predicted: over the recorded texts.
+        chain: levels and sizes; predicted: over the recorded texts, at the speed the machine had for the plan.
         measured: tokens a second, None if it was not run.
+        anew: predicted from times taken between the runs behind `measured`, None without such times.
     """
 
     chain: Chain
     predicted: Replayed
     measured: float | None = None
+    anew: Replayed | None = None
 
     @property
     def error(self) -> float | None:
-        """Predicted over measured, minus 1."""
+        """Predicted over measured, minus 1; both at one speed of the machine, if the times were taken anew."""
+        found = self.anew or self.predicted
+        return None if self.measured is None else found.tokens_per_second / self.measured - 1
+
+    @property
+    def planned_error(self) -> float | None:
+        """The same of the prediction that was planned with, whatever the machine's speed was then."""
         return None if self.measured is None else self.predicted.tokens_per_second / self.measured - 1
 
 

@@ -149,6 +149,29 @@ def write_texts(
     return texts
 
 
+def time_plain(target: Any, text: Text, temperature: float, tokens: int = 8) -> tuple[float, float | None]:
+    """What plain generate() takes on a text: a call for one token, and a step in the middle of the text.
+
+    Args:
+        target: the model; text: its own; temperature: of the plan.
+        tokens: of which the mean counts.
+
+    Returns:
+        Seconds of the call and of a step; None where the text ended before there was a step.
+    """
+    clocks = []
+    halves = ((text.prompt, 1), (text.prompt + text.new[: len(text.new) // 2], tokens))
+    for ids, count in halves:
+        given = torch.tensor([ids], device=target.device)
+        clocks.append(_Clock())
+        clocks[-1].put(given)  # when the call began
+        config = generation_config(target, count, temperature)
+        target.generate(given, attention_mask=torch.ones_like(given), generation_config=config, streamer=clocks[-1])
+        clocks[-1].put(given)
+    first, steps = clocks[0].times[-1] - clocks[0].times[0], clocks[1].times[2:-1]
+    return first, (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else None
+
+
 class _Clock(BaseStreamer):
     """Notes when each token arrives; the first call brings the prompt."""
 

@@ -14,7 +14,8 @@ from transformers import GenerationConfig
 
 from ..integration import generate
 from .candidates import Level, options_of
-from .replay import Measurements
+from .gauge import Gauge
+from .replay import Measurements, replay
 from .search import Candidate
 
 Run = Callable[[Candidate, int], tuple[float, int]]
@@ -30,11 +31,13 @@ def verify(
     repeats: int = 3,
     advance: Callable[[], None] = lambda: None,
     run: Run | None = None,
+    gauge: Gauge | None = None,
 ) -> list[Candidate]:
     """Run candidates on the prompts of the plan.
 
     Every prompt is answered by all of them before the next, so that a slow minute of the machine falls on all; of each
-    prompt and candidate the median counts.
+    prompt and candidate the median counts. What the predictions are made of can be timed between the calls, a part of
+    it after every call, so that prediction and measurement see the same machine.
 
     Args:
         levels: the target first; candidates: what to run.
@@ -42,6 +45,7 @@ def verify(
         repeats: calls of each candidate on each prompt, after one short one that is thrown away.
         advance: called after each call.
         run: one call, which a test replaces.
+        gauge: takes the times anew, None to compare with the plan's predictions only.
 
     Returns:
         The candidates in the same order, with what was measured.
@@ -54,21 +58,29 @@ def verify(
     tokens: dict[int, int] = {}
     for repeat in range(repeats):
         for place in range(len(measured.texts)):
-            for i in _turned(len(candidates), repeat + place):
+            parts = gauge.turn(repeat, place, len(candidates)) if gauge is not None else [_nothing] * len(candidates)
+            for i, part in zip(_turned(len(candidates), repeat + place), parts, strict=True):
                 seconds, new = call(candidates[i], place)
                 times.setdefault((i, place), []).append(seconds)
                 tokens[i] = tokens.get(i, 0) + new
+                part()
                 advance()
+    now = gauge.measurements() if gauge is not None else None
     found = []
     for i, candidate in enumerate(candidates):
         seconds = sum(statistics.median(times[i, place]) for place in range(len(measured.texts)))
-        found.append(replace(candidate, measured=tokens[i] / repeats / seconds))
+        anew = None if now is None else replay(candidate.chain, now)
+        found.append(replace(candidate, measured=tokens[i] / repeats / seconds, anew=anew))
     return found
 
 
 def calls(candidates: int, texts: int, repeats: int) -> int:
     """How many times `verify` calls `advance`."""
     return candidates * (1 + texts * repeats)
+
+
+def _nothing() -> None:
+    """No times are taken."""
 
 
 def _turned(count: int, by: int) -> list[int]:

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from hf_polyspec.benchmarks.planner_accuracy import accuracy
+from hf_polyspec.benchmarks.planner_accuracy import accuracy, told
 from hf_polyspec.planning.planner import Planned
 from hf_polyspec.planning.replay import Chain, Replayed
 from hf_polyspec.planning.search import Candidate
@@ -51,3 +52,21 @@ def test_without_plain_nothing_is_said_of_speedups() -> None:
     found = accuracy(planned(speeds))
     assert found["within_10_percent"] == 1
     assert "chains" not in found
+
+
+def test_both_predictions_are_counted_and_told_apart() -> None:
+    found = planned({LONG: (30.0, 20.0), SHORT: (24.0, 19.0), PLAIN: (20.0, 14.0)})
+    found.candidates = [
+        replace(candidate, anew=cast(Replayed, SimpleNamespace(tokens_per_second=speed)))
+        for candidate, speed in zip(found.candidates, (21.0, 15.0, 14.5), strict=True)
+    ]
+    counts = accuracy(found)
+    assert (counts["within_10_percent"], counts["as_planned"]["within_10_percent"]) == (2, 0)
+    assert counts["largest_error"] == pytest.approx(1 - 15 / 19)
+    assert counts["as_planned"]["largest_error"] == pytest.approx(0.5)
+    assert counts["as_planned"]["speedups_within_10_percent"] == 1
+    before, anew, choice = told(counts)
+    assert before.startswith("As planned, before the runs: 0 of 3")
+    assert anew.startswith("From times taken between the runs: 2 of 3")
+    assert "0.0 % behind" in choice
+    assert len(told(accuracy(planned({LONG: (30.0, 20.0)} | {PLAIN: (20.0, 14.0)})))) == 2

@@ -14,7 +14,8 @@ import pytest
 from hf_polyspec.planning.agreement import NEVER, Draft, DraftRecord, survival, windows
 from hf_polyspec.planning.candidates import BLOCKS, MODEL_DRAFTS, Level, options_of, subsets
 from hf_polyspec.planning.cost_model import SecondsTable
-from hf_polyspec.planning.costs import ModelCosts, Overheads, Shape
+from hf_polyspec.planning.costs import ModelCosts, Shape
+from hf_polyspec.planning.overheads import Overheads
 from hf_polyspec.planning.reasons import exact_seconds, reasons
 from hf_polyspec.planning.replay import Chain, Measurements, replay
 from hf_polyspec.planning.search import Candidate, search, spread
@@ -27,10 +28,10 @@ TOKENS = 300
 
 def world(times: list[float], rates: dict[tuple[int, int], float], tokens: int = TOKENS) -> Measurements:
     """Causal LMs only, with passes of any size equally long, and the same rate everywhere."""
-    costs = {
-        i: ModelCosts(((Shape(1, 1, 10), t), (Shape(64, 1, 10), t)), (1, t), SecondsTable.per_token(t) if i else None)
-        for i, t in enumerate(times)
-    }
+    costs = {}
+    for i, t in enumerate(times):
+        each = SecondsTable.per_token(t)
+        costs[i] = ModelCosts(((Shape(1, 1, 10), t), (Shape(64, 1, 10), t)), each, each if i else None)
     edges = {pair: [np.full(tokens, np.log(rate) if rate else NEVER)] for pair, rate in rates.items()}
     text = Text([1], [0] * tokens, times[0], times[0], 1.0)
     names = ["target", "middle", "small", "smaller"][: len(times)]
