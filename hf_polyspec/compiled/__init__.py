@@ -5,9 +5,11 @@ A pass over a handful of tokens reads every weight once and does little with it,
 memory takes to deliver the weights. torch's own products for types that a CPU has no instructions for take two to four
 times that from the second token on.
 
-`support.py` says whether all this can run, `numbers.py` has numbers of 16 bits, `tasks.py` runs a function on torch's
-own threads, `tiles.py` and `product.py` multiply, `blocks.py` and `attention.py` have the steps between, and
-`whole_block.py` puts them together. Only they import numba; `compiles()` and `computes()` tell whether they may be.
+`support.py` says whether all this can run, `numbers.py` has numbers of 16 bits, `vectors.py` registers full of them,
+`tasks.py` runs a function on torch's own threads. `panels.py` and `product.py` multiply floats, `dots.py`,
+`digit_vectors.py` and `digits.py` bytes; `tiles.py` and `attention.py` attend, `blocks.py` has the steps between,
+`whole_block.py` and `whole_stack.py` put them together, and `samples.py` sees whether weights have changed. Only they
+import numba; `compiles()` and `computes()` tell whether they may be.
 """
 
 from .support import DTYPES, ROWS, compiles, computes
