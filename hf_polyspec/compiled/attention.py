@@ -18,7 +18,8 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from .numbers import LIKE, REORDERED, VERSION, exponential, narrow, widen
+from .numbers import LIKE, REORDERED, VERSION, narrow, widen
+from .row_vectors import largest, powers
 from .tasks import Launch, compiled, number, number_bits, pointer, run, take, together
 from .tiles import OUTPUTS, ROWS, four_means, four_rows, one_mean
 from .vectors import LANES
@@ -26,8 +27,6 @@ from .vectors import LANES
 NO_MASK, ALLOWED, ADDED, CAUSAL = range(4)
 POSITIONS = 32
 """Positions of a part."""
-_SUMS = 64
-"""Sums that a row's weights are added up in: whole registers of any width."""
 
 
 @njit
@@ -66,47 +65,26 @@ def _scores(queries: Any, keys: Any, scores: Any, like: Any) -> None:
         _tile_of_scores(queries, few, scores, 0, like)
 
 
-@njit(fastmath=REORDERED)
-def _largest(scores: Any) -> Any:
-    """The largest score, infinite if one of them is no number: then no number comes of it, as in torch."""
-    top, broken = np.float32(-np.inf), 0
-    for s in range(scores.size):
-        top = max(top, scores[s])
-        broken += scores[s] != scores[s]
-    return np.float32(np.inf) if broken else top
+@njit
+def _weigh(scores: Any, seen: Any) -> Any:
+    """One row of scores as weights, whose sum is returned; weights are 0 where everything is hidden.
 
-
-@njit(fastmath={"contract"})
-def _softmax(scores: Any, seen: Any, sums: Any) -> None:
-    """One row of scores as weights; nothing where everything is hidden.
-
-    `scores` is as long as a multiple of `sums`; behind the first `seen` there may be anything.
+    `scores` is as long as a multiple of `LANES`; behind the first `seen` there may be anything.
     """
-    top = _largest(scores[:seen])
-    if top == np.float32(np.inf):
+    scores[seen:] = -np.inf
+    top = largest(scores.ctypes.data, scores.size)
+    if top == np.float32(np.inf):  # or no number: as in torch, no number comes of it
         scores[:seen] = np.nan
-        return
+        return np.float32(1)
     if top == np.float32(-np.inf):
         scores[:] = 0
-        return
-    scores[seen:] = -np.inf
-    for s in range(scores.size):
-        below = scores[s] - top
-        scores[s] = exponential(below) if below > np.float32(-87.0) else np.float32(0)
-    sums[:] = 0
-    for s in range(0, scores.size, _SUMS):
-        for lane in range(_SUMS):
-            sums[lane] += scores[s + lane]
-    total = np.float32(0)
-    for lane in range(_SUMS):
-        total += sums[lane]
-    for s in range(scores.size):
-        scores[s] /= total
+        return np.float32(1)
+    return powers(scores.ctypes.data, scores.size, top)
 
 
 @njit
 def _means(weights: Any, values: Any, sums: Any, like: Any) -> None:
-    """The mean of the values `[S, D]` under each row of weights `[F', S']`, with F' of whole tiles."""
+    """The sum of the values `[S, D]` under each row of weights `[F', S']`, with F' of whole tiles."""
     (seen, size), pitch = values.shape, weights.shape[1]
     wide = size // (4 * LANES) * 4 * LANES
     tiled = size // LANES * LANES
@@ -153,8 +131,8 @@ def attend_task(task: Any, like: Any) -> None:
     out = carray(pointer(numbers[16], like), (batch, fed, heads, size))
     padded = (min(fed, POSITIONS) + ROWS - 1) // ROWS * ROWS
     queries = np.zeros((padded, size), np.float32)
-    scores = np.empty((padded, (seen + _SUMS - 1) // _SUMS * _SUMS), np.float32)
-    sums, lanes = np.empty((padded, size), np.float32), np.empty(_SUMS, np.float32)
+    scores = np.empty((padded, (seen + LANES - 1) // LANES * LANES), np.float32)
+    sums, totals = np.empty((padded, size), np.float32), np.empty(padded, np.float32)
     blocks = (fed + POSITIONS - 1) // POSITIONS
     while True:
         part = take(task)
@@ -172,13 +150,13 @@ def attend_task(task: Any, like: Any) -> None:
         _scores(queries[:tiles], keys[:columns], scores, like)
         m = b if mask_rows > 1 else 0
         _hide(scores[:count, :columns], kind, allowed[m, :, :columns], added[m, :, :columns], first)
-        wide = (columns + _SUMS - 1) // _SUMS * _SUMS
+        wide = (columns + LANES - 1) // LANES * LANES
         for f in range(count):
-            _softmax(scores[f, :wide], columns, lanes)
+            totals[f] = _weigh(scores[f, :wide], columns)
         _means(scores[:tiles], values[:columns], sums, like)
         for f in range(count):
             for d in range(size):
-                out[b, first + f, h, d] = narrow(sums[f, d], like)
+                out[b, first + f, h, d] = narrow(sums[f, d] / totals[f], like)
 
 
 def _task(like: Any) -> Callable[[Any], None]:

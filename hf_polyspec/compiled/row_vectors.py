@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The softmax of a row of scores in vector registers.
+
+A compiler does not vectorise a maximum that must notice what is no number, nor a sum whose order it may not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from .vectors import FLOATS, LANES, WORDS, place, spread, totals, words
+
+# e to the power of r as a series, the highest power first; see `numbers.exponential`.
+_SERIES = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0)
+_LOWEST = -87.0
+"""Below this e to a power is no normal number; it counts as nothing."""
+
+
+def _floats(value: float) -> Any:
+    return ir.Constant(FLOATS, [value] * LANES)
+
+
+@contextmanager
+def _each(context: Any, builder: Any, address: Any, count: Any) -> Iterator[Any]:
+    """A loop over registers of `count` numbers at an address; gives the place of each."""
+    zero, step, four = (context.get_constant(types.int64, number) for number in (0, LANES, 4))
+    with cgutils.for_range_slice(builder, zero, count, step, intp=ir.IntType(64)) as (index, _):
+        yield place(builder, builder.add(address, builder.mul(index, four)), FLOATS)
+
+
+@intrinsic
+def largest(_typing: Any, address: Any, count: Any) -> Any:
+    """The largest of float32 numbers at an address, so many, a multiple of `LANES`; infinite if one is no number."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        address, count = arguments
+        top = cgutils.alloca_once_value(builder, _floats(float("-inf")))
+        with _each(context, builder, address, count) as at:
+            found = builder.load(at, align=4)
+            number = builder.fcmp_ordered("ord", found, found)
+            found = builder.select(number, found, _floats(float("inf")))
+            best = builder.load(top)
+            builder.store(builder.select(builder.fcmp_ordered(">", found, best), found, best), top)
+        best, part = builder.load(top), LANES
+        while part > 1:
+            part //= 2
+            order = ir.Constant(WORDS, [(lane + part) % LANES for lane in range(LANES)])
+            other = builder.shuffle_vector(best, ir.Constant(FLOATS, ir.Undefined), order)
+            best = builder.select(builder.fcmp_ordered(">", other, best), other, best)
+        return builder.extract_element(best, ir.Constant(ir.IntType(32), 0))
+
+    return types.float32(types.int64, types.int64), generate
+
+
+def _power(builder: Any, x: Any) -> Any:
+    """e to the power of each number from `_LOWEST` to 0."""
+    flags = ("contract",)
+    kind = ir.FunctionType(FLOATS, [FLOATS])
+    rint = cgutils.get_or_insert_function(builder.module, kind, f"llvm.rint.v{LANES}f32")
+    n = builder.call(rint, [builder.fmul(x, _floats(1.4426950408889634))])
+    r = builder.fsub(x, builder.fmul(n, _floats(0.693359375), flags=flags), flags=flags)
+    r = builder.fadd(r, builder.fmul(n, _floats(2.12194440e-4), flags=flags), flags=flags)
+    series = _floats(_SERIES[0])
+    for factor in _SERIES[1:]:
+        series = builder.fadd(builder.fmul(series, r, flags=flags), _floats(factor), flags=flags)
+    exponent = builder.shl(builder.add(builder.fptosi(n, WORDS), words(127)), words(23))
+    return builder.fmul(series, builder.bitcast(exponent, FLOATS))
+
+
+@intrinsic
+def powers(_typing: Any, address: Any, count: Any, top: Any) -> Any:
+    """Write e to the power of `score - top` over each of so many scores, a multiple of `LANES`; the sum of them.
+
+    The sum runs lane by lane, so scores of minus infinity behind the others change nothing.
+    """
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        address, count, top = arguments
+        tops, total = spread(builder, top, FLOATS), cgutils.alloca_once_value(builder, _floats(0.0))
+        with _each(context, builder, address, count) as at:
+            below = builder.fsub(builder.load(at, align=4), tops)
+            counts = builder.fcmp_ordered(">", below, _floats(_LOWEST))
+            found = _power(builder, builder.select(counts, below, _floats(0.0)))
+            found = builder.select(counts, found, _floats(0.0))
+            builder.store(found, at, align=4)
+            builder.store(builder.fadd(builder.load(total), found), total)
+        numbers, _ = totals(builder, [builder.load(total)])
+        return builder.extract_element(numbers, ir.Constant(ir.IntType(32), 0))
+
+    return types.float32(types.int64, types.int64, types.float32), generate
