@@ -58,6 +58,14 @@ class RunData:
         in_float32 = self.facts["dtype"] == "float32"
         return identity_rates(self.records if in_float32 else self.float32_records)
 
+    @cached_property
+    def packed_rates(self) -> dict[str, tuple[int, int]]:
+        """Greedy answers equal to those of plain generation on a packed target, and all compared, by decoder."""
+        from .methods import PACKED
+        from .statistics import identity_rates
+
+        return identity_rates(self.records, PACKED)
+
     @property
     def title(self) -> str:
         """The target's short name."""

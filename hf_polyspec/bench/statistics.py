@@ -235,9 +235,9 @@ def _levels(firsts: list[Line]) -> list[LevelFigures]:
     return found
 
 
-def _identity(lines: list[Line]) -> dict[tuple[Any, ...], tuple[int, int]]:
-    """Greedy answers equal to plain's, and all compared, by decoder, batch, temperature and task."""
-    plain = {_answer(line): line for line in lines if line["decoder"] == PLAIN and line["temperature"] == 0}
+def _identity(lines: list[Line], to: str = PLAIN) -> dict[tuple[Any, ...], tuple[int, int]]:
+    """Greedy answers equal to those of decoder `to`, and all compared, by decoder, batch, temperature and task."""
+    plain = {_answer(line): line for line in lines if line["decoder"] == to and line["temperature"] == 0}
     counts: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0])
     for line in lines:
         other = plain.get(_answer(line)) if line["temperature"] == 0 else None
@@ -253,10 +253,10 @@ def _answer(line: Line) -> tuple[Any, ...]:
     return line["batch_size"], line["group"], line["question_id"], line["turn"]
 
 
-def identity_rates(lines: Iterable[Line]) -> dict[str, tuple[int, int]]:
-    """Of a run, for every decoder at batch 1: greedy answers equal to plain's, and all that were compared."""
+def identity_rates(lines: Iterable[Line], to: str = PLAIN) -> dict[str, tuple[int, int]]:
+    """Of a run, for every decoder at batch 1: greedy answers equal to those of `to`, and all that were compared."""
     totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for (decoder, batch, _, _), (same, compared) in _identity(list(lines)).items():
+    for (decoder, batch, _, _), (same, compared) in _identity(list(lines), to).items():
         if batch == 1:
             totals[decoder][0] += same
             totals[decoder][1] += compared

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .breakdown import KINDS, TOKENS
-from .methods import PLAIN
+from .methods import PACKED, PLAIN
 from .paper import COLUMNS, LARGER, SOURCE, TABLE_2
 from .questions import TITLES
 from .rundata import RunData
@@ -168,6 +168,7 @@ def identity(run: RunData) -> View:
     dtype = run.facts["dtype"]
     in_float32 = dtype == "float32"
     header = ["method", f"identical in {dtype}", *([] if in_float32 else ["identical in float32"]), "not a tie"]
+    header += [f"identical to {PACKED}"] if run.packed_rates else []
     rows = []
     for key in run.table.keys(temperature=0.0):
         decoder, batch, _ = key
@@ -179,12 +180,18 @@ def identity(run: RunData) -> View:
         real = [tie for tie in run.ties if tie["method"] == label and not tie["tie"]]
         row = [_name(key), _rate(cell.identical, cell.compared)]
         row += [] if in_float32 else [_rate(*more) if more else NONE]
-        rows.append([*row, str(len(real))])
+        row.append(str(len(real)))
+        if run.packed_rates:
+            same = run.packed_rates.get(decoder) if batch == 1 and decoder != PACKED else None
+            row.append(_rate(*same) if same else NONE)
+        rows.append(row)
     note = (
         "Greedy answers equal to plain generate()'s at the same batch size, token for token, of those to the same "
         "prompt (a second turn follows the method's own first answer). A pass over several tokens and a pass over one "
-        "round differently, so a difference must be a tie of two logits; any that is not is counted in the last column."
+        "round differently, so a difference must be a tie of two logits; any that is not is counted."
     )
+    if run.packed_rates:
+        note += " Our chains run on the packed target; the last column compares with plain generation on that one."
     return View("identity", "The same text", note, header, rows)
 
 

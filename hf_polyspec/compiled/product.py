@@ -66,7 +66,7 @@ def multiply_task(task: Any, stored: Any, active: Any) -> None:
     bytes_each = carray(pointer(0, stored), 1).itemsize
     pitch = (outputs + WIDTH - 1) // WIDTH * WIDTH * 4
     most = min(rows, CHUNK)
-    wide = np.zeros((most + MOST, inputs), np.float32)  # reads may go beyond the last row
+    wide = np.zeros((most + 1, inputs), np.float32)  # an odd number of rows is multiplied with one more
     totals = np.zeros(most, np.float32)
     sums, part_of_panel = np.empty((MOST, WIDTH), np.float32), np.zeros(WIDTH, y.dtype)
     parts = (outputs + size - 1) // size

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_polyspec.quantization.block_parts import BlockParts
-from hf_polyspec.quantization.by_rows import ByRows, Kernel
+from hf_polyspec.quantization.by_rows import Kernel
 from hf_polyspec.quantization.joint_product import JointProduct
 from hf_polyspec.quantization.linear import QuantizedLinear
 
@@ -56,8 +56,6 @@ def compiled_product(layers: Sequence[nn.Module], dtype: torch.dtype) -> Product
     from hf_polyspec.compiled.product import CompiledProduct
 
     kernel = joint_kernel(layers, dtype)
-    if isinstance(kernel, ByRows):
-        kernel = kernel.few
     return kernel if isinstance(kernel, CompiledProduct | DigitProduct) else None
 
 

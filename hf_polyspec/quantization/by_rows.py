@@ -28,11 +28,6 @@ class ByRows:
         self._few, self._build, self._limit = few, many, limit
         self._many: Kernel | None = None
 
-    @property
-    def few(self) -> Kernel:
-        """The kernel for few rows."""
-        return self._few
-
     def __call__(self, x: Tensor) -> Tensor:
         if x.numel() <= self._limit * x.shape[-1]:
             return self._few(x)

@@ -80,6 +80,15 @@ def test_identity_counts_only_answers_to_the_same_prompt() -> None:
     assert identity_rates(lines)["polyspec:a"] == (1, 2)
 
 
+def test_identity_with_another_method() -> None:
+    lines = [record("plain", i, 1.0) for i in range(3)]
+    lines += [record("plain-packed", i, 1.0, output_ids=[i, 8]) for i in range(3)]
+    lines += [record("polyspec:a", i, 1.0, output_ids=[i, 8 if i else 9]) for i in range(3)]
+    assert identity_rates(lines)["polyspec:a"] == (0, 3)
+    assert identity_rates(lines, "plain-packed")["polyspec:a"] == (2, 3)
+    assert not identity_rates(lines[:3], "plain-packed")
+
+
 class OneLogit:
     """A model whose last logits are given."""
 
