@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 
 Turns = tuple[Tensor, Tensor]
 _PATIENCE = 64
-_TASKS = 12
-"""Shapes of inputs for which a thread keeps a task."""
+_ROWS = 128
+"""More than so many rows are computed block by block: there the memory in between is large, and Python's part small."""
+_ROWS_KEPT = 1024
+"""Rows of all shapes of inputs together for which a thread keeps tasks, with the memory that they write to."""
 
 
 class Link:
@@ -88,7 +90,7 @@ class Plan:
         key = f"{tuple(x.shape)} {torch.get_num_threads()}"
         task = tasks.get(key)
         if task is None:
-            if len(tasks) >= _TASKS:
+            if sum(map(_rows, (x, *(kept.outputs[0] for kept in tasks.values())))) > _ROWS_KEPT:
                 tasks.clear()
             task = tasks[key] = StackTask(x, self._matrices, turns, mask, rooms)
         task.run(x, turns, mask, rooms)
@@ -219,7 +221,7 @@ def stack_output(block: FusedBlock, x: Tensor, mask: Tensor | None, past: Rollba
     """
     from hf_polyspec.compiled.attention import plain_mask
 
-    if block.link.next() is None:
+    if block.link.next() is None or _rows(x) > _ROWS:
         return None
     shape = block_shape(block.parts)
     new = (x.shape[0], shape.shared, x.shape[1], shape.size)
@@ -291,6 +293,10 @@ def _made(chain: Sequence[FusedBlock], x: Tensor) -> Plan | None:
     found = [block_products(block.parts, x.dtype) if block.parts.ready(x, {}) else None for block in blocks]
     products_now = [one for one in found if one is not None and one.stored is kind]
     return Plan(blocks, products_now, watch.same) if len(products_now) == len(blocks) else None
+
+
+def _rows(x: Tensor) -> int:
+    return x.shape[0] * x.shape[1]
 
 
 def _counts(mask: Tensor | None, turns: Turns) -> tuple[int, int, int]:

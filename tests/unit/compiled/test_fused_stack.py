@@ -18,6 +18,7 @@ if not compiles():
 from stacked_blocks import DEPTH, IDS, Tiny, learned, packed_model, passes, run, same, together
 
 from hf_polyspec.compiled.samples import Samples
+from hf_polyspec.quantization import fused_stack
 
 FORMS = ["float32", "bfloat16", "float16", "int8", "int8 bfloat16"]
 
@@ -88,6 +89,30 @@ def test_a_pass_is_one_task_from_the_second_on(tiny: Tiny, tasks: list[int]) -> 
     tasks.clear()
     run(model, IDS[:1, 40:43], other)
     assert tasks == [DEPTH], "in another cache too"
+
+
+def test_long_pieces_are_computed_block_by_block(tiny: Tiny, tasks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_stack, "_ROWS", 6)
+    model = packed_model(tiny)
+    cache = learned(model)
+    for fed, wanted in ((6, [DEPTH]), (7, [1] * DEPTH)):
+        tasks.clear()
+        cache.shrink(40)
+        run(model, IDS[:1, 40 : 40 + fed], cache)
+        assert tasks == wanted
+
+
+def test_memory_kept_for_shapes_is_limited(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_stack, "_ROWS_KEPT", 10)
+    model = packed_model(tiny)
+    cache, kept = learned(model), set()
+    for fed in (1, 2, 3, 4, 5, 1):
+        cache.shrink(40)
+        run(model, IDS[:1, 40 : 40 + fed], cache)
+        (plan,) = model.model.layers[0].forward.plans.values()
+        kept.add(tuple(task.outputs[0].shape[1] for task in plan._own.__dict__.values()))
+    assert max(map(sum, kept)) <= 10
+    assert (1, 2, 3, 4) in kept
 
 
 @torch.no_grad()
