@@ -167,14 +167,15 @@ def run_demo(
     """
     console.rule("prompt", align="left")
     console.print(request.prompt + "\n", style="dim", markup=False, highlight=False)
-    # Quantised layers pack their weights and caches of kernels fill on the first passes.
+    # Quantised layers pack their weights, caches of kernels fill, and functions are compiled when they are first
+    # needed, which may be late in a chain's answer: chains warm up with all of it.
     short = replace(request, max_new_tokens=min(WARM_UP_TOKENS, request.max_new_tokens))
     answers = []
     for depth in range(len(assistants) + 1):
         levels = list(assistants)[len(assistants) - depth :]
         name = " + ".join(names[len(names) - depth :]) if depth else PLAIN
         with console.status(f"warming up {name}"):
-            answer(model, tokenizer, levels, short, name)
+            answer(model, tokenizer, levels, request if levels else short, name)
         console.rule(name, align="left")
         streamer = ConsoleStreamer(tokenizer, console)
         answers.append(answer(model, tokenizer, levels, request, name, streamer))
