@@ -57,7 +57,9 @@ def _scores(queries: Any, keys: Any, scores: Any, like: Any) -> None:
         return
     for s in range(0, seen // OUTPUTS * OUTPUTS, OUTPUTS):
         _tile_of_scores(queries, keys[s:], scores, s, like)
-    if seen >= OUTPUTS:  # the last tile overlaps the one before rather than being computed in another way
+    if seen % OUTPUTS == 0:
+        return
+    if seen > OUTPUTS:  # the last tile overlaps the one before rather than being computed in another way
         _tile_of_scores(queries, keys[seen - OUTPUTS :], scores, seen - OUTPUTS, like)
     else:
         few = np.zeros((OUTPUTS, size), keys.dtype)

@@ -25,6 +25,13 @@ FEW = 32
 """Up to so many rows one thread is done before others could have been called."""
 
 
+@njit
+def _some_rows(task: Any, rows: Any) -> Any:
+    """The first of the rows that this thread does next, and the one after the last; none of them if all are taken."""
+    begin = take(task) * PART
+    return begin, min(rows, begin + PART)
+
+
 @njit(fastmath=REORDERED)
 def normalize_task(task: Any, like: Any) -> None:
     """`y = weight * (x / rms(x))`; where an update is given, x is the sum of both, written out as well."""
@@ -37,10 +44,10 @@ def normalize_task(task: Any, like: Any) -> None:
     total = carray(pointer(numbers[8], like), (rows if numbers[5] else 0, width))
     wide = np.empty(width, np.float32)
     while True:
-        begin = take(task) * PART
-        if begin >= rows:
+        begin, end = _some_rows(task, rows)
+        if begin >= end:
             return
-        for r in range(begin, min(rows, begin + PART)):
+        for r in range(begin, end):
             squares = np.float32(0)
             if update.shape[0]:
                 for k in range(width):
@@ -80,10 +87,10 @@ def rotate_task(task: Any, like: Any) -> None:
     keys = carray(pointer(numbers[11], like), (batch, shared, numbers[13], size))
     values = carray(pointer(numbers[12], like), (batch, shared, numbers[13], size))
     while True:
-        begin = take(task) * PART
-        if begin >= batch * fed:
+        begin, end = _some_rows(task, batch * fed)
+        if begin >= end:
             return
-        for r in range(begin, min(batch * fed, begin + PART)):
+        for r in range(begin, end):
             b, f = r // fed, r % fed
             t = b if turns > 1 else 0
             for h in range(heads):
@@ -101,10 +108,10 @@ def gate_task(task: Any, like: Any) -> None:
     joint = carray(pointer(numbers[3], like), (rows, 2, width))
     y = carray(pointer(numbers[4], like), (rows, width))
     while True:
-        begin = take(task) * PART
-        if begin >= rows:
+        begin, end = _some_rows(task, rows)
+        if begin >= end:
             return
-        for r in range(begin, min(rows, begin + PART)):
+        for r in range(begin, end):
             for k in range(width):
                 g = widen(joint[r, 0, k])
                 shut = g < np.float32(-88) and g > np.float32(-np.inf)  # `exponential` ends at 88
@@ -120,10 +127,10 @@ def add_task(task: Any, like: Any) -> None:
     x, update = carray(pointer(numbers[3], like), (rows, width)), carray(pointer(numbers[4], like), (rows, width))
     y = carray(pointer(numbers[5], like), (rows, width))
     while True:
-        begin = take(task) * PART
-        if begin >= rows:
+        begin, end = _some_rows(task, rows)
+        if begin >= end:
             return
-        for r in range(begin, min(rows, begin + PART)):
+        for r in range(begin, end):
             for k in range(width):
                 y[r, k] = narrow(widen(x[r, k]) + widen(update[r, k]), like)
 

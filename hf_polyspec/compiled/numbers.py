@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
-from .vectors import LANES
+from .vectors import LANES, power
 
 # numba keeps what it compiled by the file, the instructions and the enclosed variables of the outermost function
 # alone. Every task encloses this number, which changes with every file of the room and with the width of registers.
@@ -112,26 +112,22 @@ def from_bits(_typing: Any, bits: Any) -> Any:
     return types.float32(types.int32), generate
 
 
+@intrinsic
+def _power(_typing: Any, x: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return power(builder, arguments[0])
+
+    return types.float32(types.float32), generate
+
+
 @njit(fastmath=REORDERED)
 def exponential(x: Any) -> Any:
-    """e to the power of `x` within two units of the last place, in steps that vector registers can take.
+    """e to the power of `x`, see `vectors.power`, in steps that vector registers can take.
 
-    `x = n ln 2 + r`; the power of r is a series, 2 to the power of n is written into the exponent. Below -87 the
-    result is the smallest normal number rather than less.
+    Below -87 the result is the smallest normal number rather than less, above 88 it grows no more.
     """
-    given = x
-    x = min(max(x, np.float32(-87.0)), np.float32(88.0))
-    n = np.rint(x * np.float32(1.4426950408889634))
-    r = (x - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
-    series = np.float32(1 / 720)
-    series = series * r + np.float32(1 / 120)
-    series = series * r + np.float32(1 / 24)
-    series = series * r + np.float32(1 / 6)
-    series = series * r + np.float32(0.5)
-    series = series * r + np.float32(1)
-    series = series * r + np.float32(1)
-    power = series * from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
-    return power if given == given else given
+    found = _power(min(max(x, np.float32(-87.0)), np.float32(88.0)))
+    return found if x == x else x
 
 
 LIKE: dict[torch.dtype, Any] = {

@@ -15,10 +15,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .vectors import FLOATS, LANES, WORDS, place, spread, totals, words
+from .vectors import FLOATS, LANES, WORDS, place, power, spread, totals
 
-# e to the power of r as a series, the highest power first; see `numbers.exponential`.
-_SERIES = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0)
 _LOWEST = -87.0
 """Below this e to a power is no normal number; it counts as nothing."""
 
@@ -59,21 +57,6 @@ def largest(_typing: Any, address: Any, count: Any) -> Any:
     return types.float32(types.int64, types.int64), generate
 
 
-def _power(builder: Any, x: Any) -> Any:
-    """e to the power of each number from `_LOWEST` to 0."""
-    flags = ("contract",)
-    kind = ir.FunctionType(FLOATS, [FLOATS])
-    rint = cgutils.get_or_insert_function(builder.module, kind, f"llvm.rint.v{LANES}f32")
-    n = builder.call(rint, [builder.fmul(x, _floats(1.4426950408889634))])
-    r = builder.fsub(x, builder.fmul(n, _floats(0.693359375), flags=flags), flags=flags)
-    r = builder.fadd(r, builder.fmul(n, _floats(2.12194440e-4), flags=flags), flags=flags)
-    series = _floats(_SERIES[0])
-    for factor in _SERIES[1:]:
-        series = builder.fadd(builder.fmul(series, r, flags=flags), _floats(factor), flags=flags)
-    exponent = builder.shl(builder.add(builder.fptosi(n, WORDS), words(127)), words(23))
-    return builder.fmul(series, builder.bitcast(exponent, FLOATS))
-
-
 @intrinsic
 def powers(_typing: Any, address: Any, count: Any, top: Any) -> Any:
     """Write e to the power of `score - top` over each of so many scores, a multiple of `LANES`; the sum of them.
@@ -87,7 +70,7 @@ def powers(_typing: Any, address: Any, count: Any, top: Any) -> Any:
         with _each(context, builder, address, count) as at:
             below = builder.fsub(builder.load(at, align=4), tops)
             counts = builder.fcmp_ordered(">", below, _floats(_LOWEST))
-            found = _power(builder, builder.select(counts, below, _floats(0.0)))
+            found = power(builder, builder.select(counts, below, _floats(0.0)))
             found = builder.select(counts, found, _floats(0.0))
             builder.store(found, at, align=4)
             builder.store(builder.fadd(builder.load(total), found), total)

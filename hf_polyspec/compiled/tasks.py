@@ -104,9 +104,10 @@ def _pause(_typing: Any) -> Any:
     return types.void(), generate
 
 
-# A task of several stages begins with this many numbers: its counter, the addresses of two C functions, and two
-# numbers for each gate between stages.
-HEADER = 26
+GATES = 11
+"""Gates that a task of several stages has room for."""
+# Such a task begins with its counter, the addresses of two C functions, and two numbers for each gate.
+HEADER = 3 + 2 * GATES
 _SPINS = 4000
 
 

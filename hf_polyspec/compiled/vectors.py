@@ -61,6 +61,32 @@ def narrowed(builder: Any, numbers: Any, stored: Any) -> Any:
     return builder.trunc(builder.select(number, rounded, words(0x7FC0)), _HALVES)
 
 
+# e to the power of r as a series, the highest power first.
+_SERIES = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0)
+
+
+def power(builder: Any, x: Any) -> Any:
+    """e to the power of a float32 or of a register of them, from -87 to 88, within two units of the last place.
+
+    `x = n ln 2 + r`; the power of r is a series, 2 to the power of n is written into the exponent.
+    """
+    kind, whole = (FLOATS, WORDS) if x.type == FLOATS else (ir.FloatType(), ir.IntType(32))
+    suffix, flags = (f"v{LANES}f32" if kind == FLOATS else "f32"), ("contract",)
+
+    def constant(of: Any, value: float) -> Any:
+        return ir.Constant(of, value if of in (ir.FloatType(), ir.IntType(32)) else [value] * LANES)
+
+    rint = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind]), f"llvm.rint.{suffix}")
+    n = builder.call(rint, [builder.fmul(x, constant(kind, 1.4426950408889634))])
+    r = builder.fsub(x, builder.fmul(n, constant(kind, 0.693359375), flags=flags), flags=flags)
+    r = builder.fadd(r, builder.fmul(n, constant(kind, 2.12194440e-4), flags=flags), flags=flags)
+    series = constant(kind, _SERIES[0])
+    for factor in _SERIES[1:]:
+        series = builder.fadd(builder.fmul(series, r, flags=flags), constant(kind, factor), flags=flags)
+    exponent = builder.shl(builder.add(builder.fptosi(n, whole), constant(whole, 127)), constant(whole, 23))
+    return builder.fmul(series, builder.bitcast(exponent, kind))
+
+
 @intrinsic
 def round_into(_typing: Any, sums: Any, numbers: Any, count: Any, like: Any) -> Any:
     """Write float32 numbers at one address rounded to another; so many, a multiple of `LANES`."""

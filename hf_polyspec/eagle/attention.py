@@ -285,7 +285,7 @@ def sdpa(
 ) -> torch.Tensor:
     """Scaled dot-product attention by torch's fused kernels, grouped heads included."""
     if computes(query[:, 0]) and not (mask is None and query.shape[2] > 1 and not causal):
-        found = _few(query, key, value, mask)
+        found = _compiled(query, key, value, mask)
         if found is not None:
             return found
     grouped = query.shape[1] != key.shape[1]
@@ -294,8 +294,10 @@ def sdpa(
     )
 
 
-def _few(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
-    """The same for few positions in compiled code, if keys, values and mask lie as it reads them."""
+def _compiled(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The same in compiled code, if keys, values and mask lie as it reads them."""
     from hf_polyspec.compiled.attention import attend, readable
 
     batch, heads, fed, size = query.shape

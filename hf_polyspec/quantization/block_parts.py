@@ -176,3 +176,9 @@ def readable_turns(turns: Any, x: Tensor, size: int) -> bool:
         and turns[0].shape[0] in (1, x.shape[0])
         and turns[0].shape[1:] == (x.shape[1], size)
     )
+
+
+def plain_turns(turns: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines as the compiled functions read them: contiguous, of x's dtype."""
+    cos, sin = turns
+    return cos.to(x.dtype).contiguous(), sin.to(x.dtype).contiguous()

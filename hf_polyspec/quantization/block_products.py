@@ -44,6 +44,11 @@ def block_shape(parts: BlockParts) -> BlockShape:
     return BlockShape(heads, shared, attention.head_dim, attention.scaling, norms)
 
 
+def new_states(shape: BlockShape, x: Tensor) -> tuple[int, int, int, int]:
+    """The shape of the keys, and of the values, that a layer adds to its cache for `x` `[B, F, H]`."""
+    return (x.shape[0], shape.shared, x.shape[1], shape.size)
+
+
 def joint_output(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     """The outputs of layers that read `x`, side by side, from one product where they have one."""
     kernel = joint_kernel(layers, x.dtype)

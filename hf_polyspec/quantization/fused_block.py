@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from hf_polyspec.cache import RollbackCache
 from hf_polyspec.compiled import computes
-from hf_polyspec.quantization.block_parts import BlockParts, matters, readable_mask, readable_turns
-from hf_polyspec.quantization.block_products import block_products, block_shape, joint_output
+from hf_polyspec.quantization.block_parts import BlockParts, matters, plain_turns, readable_mask, readable_turns
+from hf_polyspec.quantization.block_products import block_products, block_shape, joint_output, new_states
 from hf_polyspec.quantization.fused_stack import (
     Link,
     Plan,
@@ -79,7 +79,6 @@ class FusedBlock:
         """
         from hf_polyspec.compiled.tasks import profiling
 
-        plain = turns[0].to(x.dtype).contiguous(), turns[1].to(x.dtype).contiguous()
         # One task would be one bar in a profile; the steps show what the time goes to.
         if type(past) is RollbackCache and self._writes_into(past, x, mask) and not profiling():
             follow_trail(self, x, mask, past, turns)
@@ -88,18 +87,18 @@ class FusedBlock:
                 return found
             products = block_products(self.parts, x.dtype)
             if products is not None:
-                found = self._at_once(x, mask, past, plain, products)
+                found = self._at_once(x, mask, past, plain_turns(turns, x), products)
                 leave_trail(self, found, mask, past, turns)
                 return found
-        return self._in_steps(x, mask, past, plain)
+        return self._in_steps(x, mask, past, plain_turns(turns, x))
 
     def _writes_into(self, past: RollbackCache, x: Tensor, mask: Tensor | None) -> bool:
         """Whether the cache holds what this block would write, and the mask covers all of it."""
         index = self.parts.attention.layer_idx
         seen = past.get_seq_length(index)
         if seen:
-            keys: Any = past.layers[index].keys
-            if keys.dtype is not x.dtype or keys.device != x.device or keys.shape[0] != x.shape[0]:
+            layer: Any = past.layers[index]
+            if not layer.holds(new_states(block_shape(self.parts), x), x):
                 return False
         return mask is None or mask.shape[3] == seen + x.shape[1]
 
@@ -110,8 +109,7 @@ class FusedBlock:
         from hf_polyspec.compiled.whole_block import whole_block
 
         shape = block_shape(self.parts)
-        new = (x.shape[0], shape.shared, x.shape[1], shape.size)
-        room = past.extend(self.parts.attention.layer_idx, new, x)
+        room = past.extend(self.parts.attention.layer_idx, new_states(shape, x), x)
         return whole_block(x, products, shape, turns, None if mask is None else plain_mask(mask), room)
 
     def _in_steps(self, x: Tensor, mask: Tensor | None, past: Any, turns: tuple[Tensor, Tensor]) -> Tensor:

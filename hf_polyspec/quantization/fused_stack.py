@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from hf_polyspec.cache import RollbackCache, RollbackLayer
-from hf_polyspec.quantization.block_products import block_products, block_shape
+from hf_polyspec.quantization.block_parts import plain_turns
+from hf_polyspec.quantization.block_products import block_products, block_shape, new_states
 from hf_polyspec.quantization.joint_product import change_count
 
 if TYPE_CHECKING:
@@ -223,16 +224,14 @@ def stack_output(block: FusedBlock, x: Tensor, mask: Tensor | None, past: Rollba
 
     if block.link.next() is None or _rows(x) > _ROWS:
         return None
-    shape = block_shape(block.parts)
-    new = (x.shape[0], shape.shared, x.shape[1], shape.size)
+    new = new_states(block_shape(block.parts), x)
     chain = list(_chain(block, past, new, x))
     plan = _plan(chain, x) if len(chain) > 1 else None
     if plan is None:
         return None
     layers: list[Any] = [past.layers[member.parts.attention.layer_idx] for member in plan.blocks]
     rooms = [layer.reserve(new, x) for layer in layers]
-    plain = tuple(turn.to(x.dtype).contiguous() for turn in turns)
-    task = plan.run(x, (plain[0], plain[1]), None if mask is None else plain_mask(mask), rooms)
+    task = plan.run(x, plain_turns(turns, x), None if mask is None else plain_mask(mask), rooms)
     waiting = _Waiting(plan, task, past, mask, turns)
     found = waiting.give(past)
     _own.waiting = waiting

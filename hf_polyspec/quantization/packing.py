@@ -179,7 +179,7 @@ def few_rows(dtype: torch.dtype) -> int:
 
 
 def pack(model: Model) -> Model:
-    """Let a model's float linear layers multiply in oneDNN's blocked layout; in place, undone by `unpack`.
+    """Let a model's float linear layers multiply in a layout that suits the CPU; in place, undone by `unpack`.
 
     The same numbers are multiplied in another order, so outputs agree within the rounding of the dtype; layers that
     read the same input are one product. Types that this CPU has no instructions for (float16; bfloat16 without

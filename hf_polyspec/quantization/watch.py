@@ -54,8 +54,10 @@ class Watch:
         groups = [group for parts in blocks for group in (parts.joint, parts.output, parts.gates, parts.down)]
         self._watch_weights(groups)
         # Last, so that what changes while the lists are written is seen in the next pass.
-        self._kernels = [
-            (group, joint_kernel(group, dtype)) for group in groups if not _is_watched(product_of(group[0]))
+        self._kernels: list[tuple[Sequence[Any], Any, Any]] = [
+            (group, product_of(group[0]), joint_kernel(group, dtype))
+            for group in groups
+            if not _is_watched(product_of(group[0]))
         ]
 
     def _watch_weights(self, groups: Sequence[Sequence[Any]]) -> None:
@@ -86,6 +88,7 @@ class Watch:
             and self._same_settings()
             and self._same_norms(x)
             and self._same_products()
+            and self._same_kernels()
             and self._samples.same()  # last: the others make sure that the addresses still are the weights'
         )
 
@@ -127,7 +130,19 @@ class Watch:
                 and tensor.is_contiguous()
             ):
                 return False
-        return all(joint_kernel(group, self._dtype) is kernel for group, kernel in self._kernels)
+        return True
+
+    def _same_kernels(self) -> bool:
+        """Of layers whose products notice by themselves when their weights change: quantised ones."""
+        for group, product, kernel in self._kernels:
+            for layer in group:
+                if layer.product is not product:
+                    return False
+            if (group[0] if product is None else product).kernel() is not kernel:
+                return False
+            if product is not None and product.dissolved:
+                return False
+        return True
 
 
 def _is_watched(product: object) -> bool:

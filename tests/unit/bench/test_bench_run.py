@@ -262,7 +262,7 @@ def test_the_markdown_page_has_the_tables_and_no_folders(bench_run: Path) -> Non
     )
     assert str(bench_run.parent) not in page
     assert "| polyspec:small,suffix@block=4,draft=3 | 7 of 7 (100%) | 0 |" in page
-    assert ("identical to plain-packed" in page) == ("plain-packed" in page.split("### The same text")[0])
+    assert "identical to plain-packed" not in page, "it was not run"
     assert "Not measured here" in page
 
 

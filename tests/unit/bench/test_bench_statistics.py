@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hf_polyspec.bench.rundata import RunData
 from hf_polyspec.bench.statistics import OVERALL, identity_rates, tabulate
+from hf_polyspec.bench.tables import NONE, identity
 from hf_polyspec.bench.ties import compare, tie_tolerance
 
 
@@ -87,6 +90,17 @@ def test_identity_with_another_method() -> None:
     assert identity_rates(lines)["polyspec:a"] == (0, 3)
     assert identity_rates(lines, "plain-packed")["polyspec:a"] == (2, 3)
     assert not identity_rates(lines[:3], "plain-packed")
+    shown = identity(_run(lines))
+    assert shown.header[-1] == "identical to plain-packed"
+    assert [(row[0], row[-1]) for row in shown.rows] == [("plain-packed", NONE), ("polyspec:a", "2 of 3 (67%)")]
+    shown = identity(_run([line for line in lines if line["decoder"] != "plain-packed"]))
+    assert "identical to plain-packed" not in shown.header
+    assert len(shown.rows[0]) == len(shown.header)
+
+
+def _run(lines: list[dict[str, Any]]) -> RunData:
+    facts = {"dtype": "bfloat16", "order": ["plain", "plain-packed", "polyspec:a"]}
+    return RunData(Path(), {}, facts, [], lines, [], [], {}, {})
 
 
 class OneLogit:

@@ -27,13 +27,13 @@ def test_attention(dtype: torch.dtype, fed: int, masked: bool, monkeypatch: pyte
     query = torch.randn(2, 9, fed, 64, generator=generator).to(dtype)
     mask = torch.rand(2, 1, fed, 21, generator=generator) > 0.4 if masked else None
     seen: list[int] = []
-    few = attention._few
+    few = attention._compiled
 
     def watched(*given: torch.Tensor) -> torch.Tensor | None:
         seen.append(1)
         return few(*given)
 
-    monkeypatch.setattr(attention, "_few", watched)
+    monkeypatch.setattr(attention, "_compiled", watched)
     with torch.no_grad():
         found = sdpa(query, key, value, mask, not masked and fed > 1)
     wanted = sdpa(query.double(), key.double(), value.double(), mask, not masked and fed > 1)  # never compiled
@@ -45,7 +45,7 @@ def test_attention(dtype: torch.dtype, fed: int, masked: bool, monkeypatch: pyte
 
 @torch.no_grad()
 def test_attention_that_sees_everything_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_few", lambda *_: pytest.fail("compiled attention is causal without a mask"))
+    monkeypatch.setattr(attention, "_compiled", lambda *_: pytest.fail("compiled attention is causal without a mask"))
     states = torch.randn(1, 2, 4, 16, generator=torch.Generator().manual_seed(1))
     assert sdpa(states, states, states, None, False).shape == states.shape
 

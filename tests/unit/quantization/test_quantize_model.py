@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_polyspec.compatibility import vocabulary_size
 from hf_polyspec.quantization import (
     Int4Linear,
     Int8Linear,
@@ -22,6 +23,7 @@ from hf_polyspec.quantization import (
     sensitivity,
     speed_ratios,
 )
+from hf_polyspec.quantization.linear import QuantizedLinear
 from hf_polyspec.quantization.model import quantized_layers
 from hf_polyspec.quantization.store import LayerStore
 
@@ -213,3 +215,18 @@ def test_finished_layers_are_taken_up_again(model: PreTrainedModel, tmp_path: Pa
         LayerStore(tmp_path / "part", {"bits": 4})
     again.remove()
     assert not (tmp_path / "part").exists()
+
+
+def test_a_quantised_head_is_not_expanded_to_count_its_rows(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call of a chain asks."""
+    middle = quantize_model(model, 8)
+    assert isinstance(middle.get_output_embeddings(), Int8Linear)
+    rows = vocabulary_size(model)
+
+    def expanded(layer: Int8Linear) -> None:
+        raise AssertionError("expanded")
+
+    monkeypatch.setattr(QuantizedLinear, "weight", property(expanded))
+    assert vocabulary_size(middle) == rows == model.config.vocab_size
