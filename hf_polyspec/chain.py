@@ -16,7 +16,7 @@ from transformers.utils import output_capturing
 from .compatibility import check_model, check_vocabularies, inner_model, vocabulary_size
 from .eagle.features import bind, feature_layers, target_parts
 from .eagle.modeling import EagleHead
-from .lending import is_copy
+from .lending import FEW, is_copy
 from .levels.base import Drafter
 from .levels.candidate_generator import CandidateGeneratorDrafter
 from .levels.causal_lm import CausalLMDrafter
@@ -138,6 +138,8 @@ def _lend(chain: Verifier) -> None:
         if isinstance(level, (Verifier, CausalLMDrafter)) and is_copy(level.runner.model, target.model):
             level.runner.lender = target
             chain.borrowers.append(level.runner)
+            if isinstance(level, Verifier) and level.direct_tokens:
+                level.runner.borrows_from = FEW
             if isinstance(level, Verifier):
                 chain.watchers.append(level.below)
 
@@ -186,6 +188,11 @@ def _draft_limit(assistants: Sequence[Any], place: int, setting: Setting) -> int
     return setting.options.num_assistant_tokens if without_model else None
 
 
+def _direct_tokens(below: Drafter, options: PolySpecOptions) -> int:
+    """From how many tokens on a draft of this level passes the middle above it by; 0 for never."""
+    return options.polyspec_direct_tokens if below.long_is_sure and options.polyspec_control == "fixed" else 0
+
+
 def _level(
     assistants: Sequence[Any], place: int, below: Drafter | None, setting: Setting, target: Any = None
 ) -> Drafter:
@@ -227,6 +234,7 @@ def _level(
             eos=setting.eos,
             pad=setting.pad,
             draft_limit=_draft_limit(assistants, place + 1, setting),
+            direct_tokens=_direct_tokens(below, options),
             trees=trees,
             note=note,
         )

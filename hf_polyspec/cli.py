@@ -102,6 +102,12 @@ _CHAIN: dict[str, tuple[str, Any]] = {
         "polyspec_block_size",
         Annotated[int | None, typer.Option(help="Tokens a middle collects before the level above checks them.")],
     ),
+    "direct_tokens": (
+        "polyspec_direct_tokens",
+        Annotated[
+            int | None, typer.Option(help="Drafts without a model pass a middle by from this length on; 0 for never.")
+        ],
+    ),
     "draft_tokens": (
         "num_assistant_tokens",
         Annotated[int | None, typer.Option(help="Tokens a drafting model proposes a round.")],

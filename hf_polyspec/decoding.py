@@ -57,6 +57,7 @@ def decode(
     assistant_confidence_threshold: float | None = None,
     num_assistant_tokens_schedule: str | None = None,
     polyspec_block_size: int | None = None,
+    polyspec_direct_tokens: int | None = None,
     polyspec_verification: str | None = None,
     polyspec_tree_tokens: int | None = None,
     polyspec_tree_depth: int | None = None,

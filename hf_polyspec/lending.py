@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 WORTH = 32
 """Fewer tokens than this are read rather than taken."""
+FEW = 2
+"""The same for a middle that drafts pass by: it lags behind the target after each of them."""
 _ROWS = 64
 """Rows at the beginning and at the end of the embeddings that are compared."""
 # What may differ between a model and its copy in fewer bits.
@@ -77,12 +79,12 @@ def borrow(borrower: ModelRunner, lender: ModelRunner, sequences: list[list[int]
         return 0
     own = borrower.memo or [[] for _ in sequences]
     # Asked before every pass; ids are compared only where there is enough that could be taken.
-    if min(len(theirs) - len(ours) for theirs, ours in zip(lender.memo, own, strict=True)) < WORTH:
+    if min(len(theirs) - len(ours) for theirs, ours in zip(lender.memo, own, strict=True)) < borrower.borrows_from:
         return 0
     held = [common_prefix(ids, row) for ids, row in zip(own, sequences, strict=True)]
     lent = [common_prefix(ids, row) for ids, row in zip(lender.memo, sequences, strict=True)]
     count = min(there - here for here, there in zip(held, lent, strict=True))
-    if count < WORTH:
+    if count < borrower.borrows_from:
         return 0
     borrower.cache.realign([len(ids) for ids in own], held)
     width = lender.cache.length

@@ -14,6 +14,7 @@ Control = Literal["fixed", "online"]
 
 DEFAULT_DRAFT_TOKENS = 5
 DEFAULT_BLOCK_SIZE = 8
+DEFAULT_DIRECT_TOKENS = 4
 DEFAULT_TREE_DEPTH = 5
 DEFAULT_TREE_TOP_K = 4
 
@@ -30,6 +31,8 @@ class PolySpecOptions:
         assistant_confidence_threshold: 0 to 1; a drafter stops after a token it was less sure of.
         num_assistant_tokens_schedule: "constant", "heuristic" or "heuristic_transient".
         polyspec_block_size: tokens a middle model collects before the level above checks them, 1 or more.
+        polyspec_direct_tokens: a draft of at least this many tokens by a drafter whose long drafts are sure ones (a
+            suffix match) passes the middle above it by and is checked by the level above that; 0 for never.
         polyspec_verification: "token", "block", or "auto": block verification wherever it can accept more.
         polyspec_tree_tokens: most tokens of the tree an EAGLE head proposes, 0 for a chain.
         polyspec_tree_depth: most tokens of a path of that tree, 1 or more.
@@ -49,6 +52,7 @@ class PolySpecOptions:
     assistant_confidence_threshold: float | None = None
     num_assistant_tokens_schedule: Schedule | None = None
     polyspec_block_size: int = DEFAULT_BLOCK_SIZE
+    polyspec_direct_tokens: int = DEFAULT_DIRECT_TOKENS
     polyspec_verification: Verification = "auto"
     polyspec_tree_tokens: int = 0
     polyspec_tree_depth: int = DEFAULT_TREE_DEPTH
@@ -61,6 +65,7 @@ class PolySpecOptions:
     def __post_init__(self) -> None:
         _require_count("num_assistant_tokens", self.num_assistant_tokens)
         _require_count("polyspec_block_size", self.polyspec_block_size)
+        _require_count("polyspec_direct_tokens", self.polyspec_direct_tokens, least=0)
         _require_count("polyspec_tree_tokens", self.polyspec_tree_tokens, least=0)
         _require_count("polyspec_tree_depth", self.polyspec_tree_depth)
         _require_count("polyspec_tree_top_k", self.polyspec_tree_top_k)

@@ -13,7 +13,7 @@ import torch
 from .cache import RollbackCache
 from .context import EMBEDDED, Context, Prompt, common_prefix
 from .errors import LevelError, RollbackError
-from .lending import borrow
+from .lending import WORTH, borrow
 from .telemetry import LevelStats
 from .trees import additive, depths, tree_mask
 
@@ -87,6 +87,8 @@ class ModelRunner:
         self.memo: list[list[int]] = []
         self.lender: ModelRunner | None = None
         """The runner of a model that this one is a copy of, see `lending`."""
+        self.borrows_from = WORTH
+        """Fewest tokens that are taken from it."""
 
     def adopt(self, cache: RollbackCache, memo: list[list[int]]) -> None:
         """Start from a cache that already holds the keys and values of `memo`."""
@@ -172,7 +174,7 @@ class ModelRunner:
     def _borrow(self, context: Context, sequences: list[list[int]], stats: LevelStats) -> None:
         if self.lender is not None and not context.prompt.hidden:
             taken = borrow(self, self.lender, sequences)
-            if taken:
+            if taken >= WORTH:
                 stats.notes.append(f"takes keys and values of {taken} tokens from {self.lender.name}")
 
     def _call(self, inputs: dict[str, Any], logits: int, past: int, stats: LevelStats) -> Any:

@@ -33,6 +33,7 @@ PEERS = (PLAIN, PACKED, PROMPT_LOOKUP, ASSISTED, EARLY_EXIT)
 
 OPTIONS = {
     "block": "polyspec_block_size",
+    "direct": "polyspec_direct_tokens",
     "draft": "num_assistant_tokens",
     "tree": "polyspec_tree_tokens",
     "depth": "polyspec_tree_depth",

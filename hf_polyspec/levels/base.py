@@ -75,6 +75,9 @@ class Drafter(ABC):
     """Entries of the `hidden_states` of the level above that `watch` reads; the others are not kept."""
     grows_trees: bool = False
     """Whether `propose_tree` ever offers something."""
+    long_is_sure: bool = False
+    """Whether nothing is drawn and a draft is long only where it is likely to be right: long ones may then pass a
+    middle by (`polyspec_direct_tokens`)."""
 
     def __init__(self) -> None:
         self.index = 1

@@ -10,10 +10,13 @@ that occurred before.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 # What was changed: container, key, and the value before (None: the key was not there).
 _Change = tuple["list[int] | dict[int, int]", int, "int | None"]
+
+Seen = tuple[int, int, int]
+"""Of a token that may come again: how often it followed, how often anything did, how many ids matched before it."""
 
 ROOT = 0
 SEPARATOR = -1
@@ -124,35 +127,45 @@ class SuffixAutomaton:
         target = self.edges[state].get(token)
         return (ROOT, 0) if target is None else (target, length + 1)
 
-    def continuation(self, state: int, limit: int, floor: float) -> list[int]:
+    def continuation(
+        self, state: int, length: int, limit: int, floor: float, escape: Callable[[int], float]
+    ) -> tuple[list[int], list[Seen]]:
         """What most often followed, token by token, each choice made with all the context walked so far.
 
         Where the walk reaches the end of the text it goes on from the longest repeated suffix, so that a text
-        which has begun to loop is continued around the loop.
+        which has begun to loop is continued around the loop. The chance that a token comes again is taken to be
+        `times it did / (times anything did + escape(ids matched))`, as in prediction by partial matching.
 
         Args:
-            state: where to start, from `repeated` or `step`; not the root.
+            state, length: where to start, from `repeated` or `step`; not the root.
             limit: most ids to return.
-            floor: stop before the product of the ids' relative frequencies falls below this.
+            floor: stop before the product of the chances falls below this.
+            escape: of a number of matched ids, how many continuations that were never seen count beside the seen ones.
+
+        Returns:
+            The ids, and what each was judged by.
         """
         found: list[int] = []
+        seen: list[Seen] = []
         probability = 1.0
         before = self.links[self.last]
         while len(found) < limit:
             if state == self.last:
-                state = before
+                state, length = before, self.lengths[before]
             token = self.likeliest[state]
             if token < 0 or state <= ROOT:
                 break
             target = self.edges[state][token]
             # The newest occurrence of the repeated suffix has not been followed by anything yet.
-            followed = self.counts[state] - (state == before)
-            probability *= min(1.0, self.counts[target] / max(1, followed))
+            followed = max(1, self.counts[state] - (state == before))
+            again = min(followed, self.counts[target])
+            probability *= again / (followed + escape(length))
             if probability < floor:
                 break
             found.append(token)
-            state = target
-        return found
+            seen.append((again, followed, length))
+            state, length = target, length + 1
+        return found, seen
 
     def _add_state(self, length: int, edges: dict[int, int], count: int, likeliest: int) -> int:
         self.lengths.append(length)

@@ -18,6 +18,7 @@ from ..runner import ModelRunner, Pass
 from ..telemetry import Check
 from ..trees import depths
 from .base import Drafter, Proposal, TreeProposal
+from .block import Block
 from .judgement import Judgement, judge, record
 from .tree_judgement import judge_tree, record_tree
 
@@ -63,6 +64,7 @@ class Verifier(Drafter):
         trees: whether the model can check trees.
         note: said once in the statistics of a generation.
         bias_budget: 0 to 1, the share of rejections that is waived (`verification.verify_tokens`); 0 is exact.
+        direct_tokens: a draft of at least so many tokens that nobody drew goes up unchecked; 0 has every draft checked.
 
     Attributes:
         source: the level that is asked for proposals: `below`, one further down, or `NoDraft`. A control may change
@@ -86,6 +88,7 @@ class Verifier(Drafter):
         trees: bool = False,
         note: str | None = None,
         bias_budget: float = 0.0,
+        direct_tokens: int = 0,
     ) -> None:
         self.name = name
         super().__init__()
@@ -99,11 +102,13 @@ class Verifier(Drafter):
         self.trees = trees
         self.note = note
         self.bias_budget = bias_budget
+        self.direct_tokens = direct_tokens
         self.source: Drafter = below
         self.observer: Callable[[Check], None] | None = None
         self.borrowers: list[ModelRunner] = []
         self.watchers: list[Drafter] = []
         self.vocabulary = 0
+        self._unchecked: list[int] = []
 
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
         super().begin(index, batch, vocabulary)
@@ -131,6 +136,12 @@ class Verifier(Drafter):
                 return self._round_of_tree(context, tree, active, law, rooms, began)
         began = self.stats.clock()
         proposal = self.source.propose(context, rooms, law.fork(context.batch))
+        return self._check(context, proposal, active, law, rooms, began)
+
+    def _check(
+        self, context: Context, proposal: Proposal, active: list[bool], law: LawMaker, rooms: list[int], began: float
+    ) -> Emission:
+        """The pass over a proposal and what it makes of it; the draft was begun at `began`."""
         offered = self.stats.clock()
         with self.stats.timed():
             passed = self.runner.run(context, proposal.tokens, self.stats)
@@ -200,24 +211,50 @@ class Verifier(Drafter):
 
         Whether a row goes on is decided from what it already holds, never from a token that is then left out (law 2).
         """
-        batch = context.batch
+        block = Block.of(context.batch)
+        self._unchecked = block.unchecked
         if not any(limits) or not self.runner.can_read(context):
-            return Proposal([[] for _ in range(batch)], None, [[] for _ in range(batch)])
-        tokens: list[list[int]] = [[] for _ in range(batch)]
-        origins: list[list[int]] = [[] for _ in range(batch)]
-        laws: list[list[torch.Tensor]] = [[] for _ in range(batch)]
-        while True:
-            room = [self._room(block, limit) for block, limit in zip(tokens, limits, strict=True)]
-            if not any(room):
+            return block.proposal()
+        step = self._round_or_pass_on if self.direct_tokens else self._round_of
+        while any(room := self._rooms(block, limits)):
+            emission = step(context.extended(block.tokens), room, law, block)
+            if emission is None:
                 break
-            emission = self.round(context.extended(tokens), room, law)
-            for b in range(batch):
-                taken = self._until_end(emission.tokens[b])
-                tokens[b].extend(emission.tokens[b][:taken])
-                origins[b].extend(emission.origins[b][:taken])
-                if emission.p is not None and taken:
-                    laws[b].append(emission.p[b, :taken])
-        return Proposal(tokens, self._stack(laws, law.do_sample), origins)
+            for b, emitted in enumerate(emission.tokens):
+                taken = self._until_end(emitted)
+                p = None if emission.p is None else emission.p[b, :taken]
+                block.add(b, emitted[:taken], emission.origins[b][:taken], p)
+        return block.proposal()
+
+    def _round_of(self, context: Context, limits: list[int], law: LawMaker, block: Block) -> Emission | None:
+        return self.round(context, limits, law)
+
+    def _round_or_pass_on(self, context: Context, limits: list[int], law: LawMaker, block: Block) -> Emission | None:
+        """A round of the rows whose draft is short or was drawn; what the others were offered goes up as it is.
+
+        Which way a draft goes is decided by its length, which says nothing about a draw: nobody drew it (law 2).
+        """
+        rooms = [self._room_below(limit) for limit in limits]
+        began = self.stats.clock()
+        offered = self.source.propose(context, rooms, law.fork(context.batch))
+        tokens, origins, active = list(offered.tokens), list(offered.origins), [limit > 0 for limit in limits]
+        for b, draft in enumerate(offered.tokens):
+            if offered.q is None and active[b] and len(draft) >= self.direct_tokens:
+                block.close(b, draft, offered.origins[b])
+                tokens[b], origins[b], active[b], rooms[b] = [], [], False, 0
+        if not any(active):
+            return None
+        return self._check(context, Proposal(tokens, offered.q, origins), active, law, rooms, began)
+
+    def observe(self, drafted: list[int], accepted: list[int]) -> None:
+        """What became of drafts that went up unchecked is told to the level that made them."""
+        if not any(self._unchecked):
+            return
+        checked = [count - last for count, last in zip(drafted, self._unchecked, strict=True)]
+        judged = [
+            last if kept >= first else 0 for last, kept, first in zip(self._unchecked, accepted, checked, strict=True)
+        ]
+        self.source.observe(judged, [max(0, kept - first) for kept, first in zip(accepted, checked, strict=True)])
 
     def prefill(self, context: Context, chunk: int) -> None:
         """Read a long prompt in pieces of `chunk` columns, on every level with a model that has to read it."""
@@ -249,6 +286,11 @@ class Verifier(Drafter):
     def end(self) -> None:
         self.below.end()
 
+    def _rooms(self, block: Block, limits: list[int]) -> list[int]:
+        """Per row, how many tokens its block may still take; 0 once it is complete."""
+        rows = zip(block.tokens, block.unchecked, limits, strict=True)
+        return [0 if unchecked else self._room(held, limit) for held, unchecked, limit in rows]
+
     def _room(self, block: list[int], limit: int) -> int:
         if len(block) >= min(self.block_size, limit) or (block and block[-1] in self.eos):
             return 0
@@ -271,21 +313,6 @@ class Verifier(Drafter):
             [*from_below[:kept], self.index][: len(emitted)]
             for from_below, kept, emitted in zip(proposal.origins, judgement.accepted, judgement.tokens, strict=True)
         ]
-
-    def _stack(self, laws: list[list[torch.Tensor]], sampled: bool) -> torch.Tensor | None:
-        """`[B, K, V]` from the rows' pieces, shorter rows filled with zeros."""
-        if not sampled:
-            return None
-        rows = [torch.cat(row) if row else None for row in laws]
-        width = max(row.shape[0] for row in rows if row is not None)
-        if len(rows) == 1 and rows[0] is not None:
-            return rows[0].unsqueeze(0)
-        like = next(row for row in rows if row is not None)
-        stacked = like.new_zeros(len(rows), width, like.shape[1])
-        for b, row in enumerate(rows):
-            if row is not None:
-                stacked[b, : row.shape[0]] = row
-        return stacked
 
 
 class NoDraft(Drafter):

@@ -40,6 +40,7 @@ from .rig import Offer, rig
 from .texts import Law, Text, context_of
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
 NEVER = -math.inf
 
 
@@ -84,7 +85,7 @@ class Draft:
 
     ratios: Array
     columns: Array
-    recorded: np.ndarray[Any, np.dtype[np.bool_]]
+    recorded: Flags
 
 
 @dataclass(frozen=True)

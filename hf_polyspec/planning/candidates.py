@@ -20,6 +20,7 @@ BLOCKS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 MODEL_DRAFTS = (1, 2, 3, 4, 5, 6, 8, 10, 12)
 HEAD_DRAFTS = (1, 2, 3, 4, 5, 6, 8)
 FREE_DRAFTS = (4, 8, 12, 24)
+DIRECT = (0, 2, 4)
 MOST_LEVELS = 4
 
 
@@ -73,11 +74,12 @@ def sized(levels: Sequence[Level], places: tuple[int, ...], trees: bool) -> Iter
     if len(places) == 1:
         yield Chain(places)
         return
-    kind = levels[places[-1]].kind
+    kind, member = levels[places[-1]].kind, levels[places[-1]].member
     drafts = {"model": MODEL_DRAFTS, "head": HEAD_DRAFTS, "drafter": FREE_DRAFTS}[kind]
     for block in BLOCKS if len(places) > 2 else (0,):
         for draft in drafts:
-            yield Chain(places, block, draft)
+            for direct in DIRECT if block and getattr(member, "long_is_sure", False) else (0,):
+                yield Chain(places, block, draft, direct=direct)
         for tree in TREES if trees else ():
             yield Chain(places, block, 0, tree)
 
@@ -87,6 +89,7 @@ def options_of(chain: Chain) -> dict[str, int]:
     options: dict[str, int] = {}
     if chain.block:
         options["polyspec_block_size"] = chain.block
+        options["polyspec_direct_tokens"] = chain.direct
     if chain.tree is not None:
         options["polyspec_tree_tokens"] = chain.tree.tokens
         options["polyspec_tree_depth"] = chain.tree.depth
@@ -109,4 +112,6 @@ def describe_sizes(chain: Chain) -> str:
         parts.append(f"tree {chain.tree.tokens}, depth {chain.tree.depth}, top {chain.tree.top_k}")
     elif chain.draft:
         parts.append(f"draft {chain.draft}")
+    if chain.direct:
+        parts.append(f"direct {chain.direct}")
     return ", ".join(parts) or "-"

@@ -116,6 +116,7 @@ def _unaccounted(target: Any, members: list[Any], prompt: Sequence[int], tokens:
         assistant_models=members,
         generation_config=generation_config(target, tokens, 0.0),
         polyspec_block_size=_BLOCK,
+        polyspec_direct_tokens=0,
     )
     wall = time.perf_counter() - started
     levels = output.polyspec.levels

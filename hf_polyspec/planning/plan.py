@@ -21,6 +21,7 @@ _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_
 _OPTIONS = (
     "num_assistant_tokens",
     "polyspec_block_size",
+    "polyspec_direct_tokens",
     "polyspec_tree_tokens",
     "polyspec_tree_depth",
     "polyspec_tree_top_k",

@@ -66,10 +66,11 @@ def require_matplotlib() -> None:
 
 
 def _sized(planned: Planned) -> list[Candidate]:
-    """All candidates of the subset shown: the best with a middle, else the best of all."""
+    """All candidates like the one shown, sizes apart: the best with a middle, else the best of all."""
     with_block = next((c for c in planned.candidates if c.chain.block), None)
     shown = with_block or next((c for c in planned.candidates if not c.chain.plain), planned.best)
-    return [c for c in planned.candidates if c.chain.levels == shown.chain.levels]
+    kind = shown.chain.levels, shown.chain.direct
+    return [c for c in planned.candidates if (c.chain.levels, c.chain.direct) == kind]
 
 
 def _by_size(axes: Any, planned: Planned, candidates: Sequence[Candidate], axis: str) -> None:

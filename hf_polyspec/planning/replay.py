@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..lending import WORTH
-from .agreement import Array, DraftRecord, TreeSize, survival, windows
+from .agreement import Array, DraftRecord, Flags, TreeSize, survival, windows
 from .cost_model import SecondsTable
 from .costs import ModelCosts
 from .overheads import Overheads
@@ -30,6 +30,7 @@ class Chain:
         levels: places in the full list, 0 (the target) first.
         block: tokens every middle collects; 0 without middles.
         draft: most tokens of a draft; 0 for plain decoding and trees.
+        direct: from how many tokens on a draft passes the lowest middle by; 0 for never.
         tree: size of the trees, None for chains.
     """
 
@@ -37,6 +38,7 @@ class Chain:
     block: int = 0
     draft: int = 0
     tree: TreeSize | None = None
+    direct: int = 0
 
     @property
     def plain(self) -> bool:
@@ -132,6 +134,22 @@ class _Rounds:
     offered: Array
 
 
+@dataclass(frozen=True)
+class _Direct:
+    """Drafts that pass the lowest middle by, by start.
+
+    Attributes:
+        passes: `[N]` whether one does; columns: `[N]` its tokens.
+        kept: `[N, K]` P(at least i + 1 of them accepted) by the level above the middle.
+        catching_up: `[N]` seconds that the middle reads longer next time, for what it has not seen.
+    """
+
+    passes: Flags
+    columns: Array
+    kept: Array
+    catching_up: Array
+
+
 def replay(chain: Chain, measured: Measurements) -> Replayed:
     """Predict a chain on the recorded texts.
 
@@ -151,8 +169,10 @@ def replay(chain: Chain, measured: Measurements) -> Replayed:
         context = len(text.prompt) + len(text.new) / 2
         tables = [measured.table(place, context) for place in chain.levels if place in measured.costs]
         rounds = _lowest(chain, measured, i, tables[depth - 2])
+        direct = _direct(chain, measured, i, tables[depth - 2])
         for level in range(depth - 3, -1, -1):
-            rounds = _collected(chain, measured, i, level, tables[level], rounds)
+            rounds = _collected(chain, measured, i, level, tables[level], rounds, direct)
+            direct = None
         visits = _visits(rounds.law)
         totals += np.stack([visits @ rounds.seconds, visits @ rounds.passes, visits @ rounds.offered])
         reading += _reading(chain, measured, text, tables)
@@ -244,8 +264,24 @@ def _recorded(record: DraftRecord, chain: Chain, i: int) -> tuple[Array, Array]:
     return kept, columns
 
 
+def _direct(chain: Chain, measured: Measurements, i: int, middle: SecondsTable) -> _Direct | None:
+    """What passes the lowest middle by, None where nothing can: drafts that nobody draws, in chains with a middle."""
+    record = measured.drafts.get((chain.levels[-3], chain.levels[-1], None)) if len(chain.levels) > 2 else None
+    if not chain.direct or chain.tree is not None or record is None or record.drawn:
+        return None
+    kept, columns = _recorded(record, chain, i)
+    missed = kept.sum(1) if chain.levels[-2] not in measured.copies else np.zeros(len(kept))
+    return _Direct(columns >= chain.direct, columns, kept, _each(middle, 1 + missed) - middle.seconds(1))
+
+
 def _collected(
-    chain: Chain, measured: Measurements, i: int, level: int, table: SecondsTable, below: _Rounds
+    chain: Chain,
+    measured: Measurements,
+    i: int,
+    level: int,
+    table: SecondsTable,
+    below: _Rounds,
+    direct: _Direct | None = None,
 ) -> _Rounds:
     """Rounds of a level over a middle that collects blocks (`theory_rounds.block_law`, start by start)."""
     count, most = below.law.shape
@@ -254,12 +290,27 @@ def _collected(
     reached[:, 0] = 1.0
     blocks = np.zeros((count, threshold + most))
     seconds, passes, offered = (np.zeros((count, depth)) for _ in range(3))
+    pair = chain.levels[level], chain.levels[level + 1]
+    kept = survival(windows(measured.edges[pair][i], blocks.shape[1] - 1), measured.sampled)
+    law = np.zeros_like(kept)
     for held in range(threshold):
         weight = reached[:, held]
         on = np.arange(count) + held < count - 1  # the text has room for more and for the verifier's own token
         blocks[:, held] += np.where(on, 0.0, weight)
         here = np.where(on, weight, 0.0)
         start = np.minimum(np.arange(count) + held, count - 1)
+        if direct is not None:
+            past = np.where(direct.passes[start], here, 0.0)
+            here = here - past
+            columns = held + direct.columns[start]
+            seconds[:, level] += past * _each(table, columns + 1)
+            seconds[:, level + 1] += past * direct.catching_up[start]
+            seconds[:, -1] += past * below.seconds[start, -1]
+            passes[:, -1] += past * below.passes[start, -1]
+            offered[:, level] += past * columns
+            law[:, :held] += past[:, None] * kept[:, :held]
+            arrived = past * (kept[:, held - 1] if held else 1.0)
+            law[:, held : held + direct.kept.shape[1]] += arrived[:, None] * direct.kept[start]
         seconds += here[:, None] * below.seconds[start]
         passes += here[:, None] * below.passes[start]
         offered += here[:, None] * below.offered[start]
@@ -269,13 +320,11 @@ def _collected(
                 blocks[:, held + k] += share
             else:
                 reached[:, held + k] += share
-    pair = chain.levels[level], chain.levels[level + 1]
-    kept = survival(windows(measured.edges[pair][i], blocks.shape[1] - 1), measured.sampled)
     long_enough = np.cumsum(blocks[:, ::-1], axis=1)[:, ::-1][:, 1:]  # P(block >= i + 1)
-    seconds[:, level] = blocks @ np.array([table.seconds(b + 1) for b in range(blocks.shape[1])])
+    seconds[:, level] += blocks @ np.array([table.seconds(b + 1) for b in range(blocks.shape[1])])
     passes[:, level] = 1.0
-    offered[:, level] = blocks @ np.arange(blocks.shape[1])
-    return _Rounds(_law(kept * long_enough), seconds, passes, offered)
+    offered[:, level] += blocks @ np.arange(blocks.shape[1])
+    return _Rounds(_law(law + kept * long_enough), seconds, passes, offered)
 
 
 def _each(table: SecondsTable, tokens: Array) -> Array:

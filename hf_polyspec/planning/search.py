@@ -85,6 +85,8 @@ def spread(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
 def _differ(one: Chain, other: Chain) -> bool:
     if one.levels != other.levels or (one.tree is None) != (other.tree is None):
         return True
+    if bool(one.direct) != bool(other.direct):
+        return True
     if one.tree is not None and other.tree is not None and one.tree != other.tree:
         return True
     sizes = ((one.block, other.block), (one.draft, other.draft))

@@ -19,8 +19,8 @@ from hf_polyspec import SuffixDrafter
 from hf_polyspec.context import Context, Prompt
 from hf_polyspec.integration import generate
 from hf_polyspec.lending import WORTH, borrow, is_copy
+from hf_polyspec.levels.block import Block
 from hf_polyspec.levels.eagle import EagleDrafter
-from hf_polyspec.levels.verifier import Verifier
 from hf_polyspec.quantization import quantize_model
 from hf_polyspec.runner import ModelRunner
 from hf_polyspec.telemetry import LevelStats
@@ -215,9 +215,14 @@ def test_samples_follow_the_target(tiny: Tiny, honest: bool, monkeypatch: pytest
     """False alarm once in 100 000 runs; a middle that hands up another law than it drew from is seen."""
     target = tiny("llama", vocab_size=12, initializer_range=0.15)
     middle = quantize_model(copy.deepcopy(target), 2, group_size=16)
-    stack = Verifier._stack
+    stack = Block._stacked
     if not honest:
-        monkeypatch.setattr(Verifier, "_stack", lambda *given: (stack(*given) + 1 / 12) / 2)
+
+        def dishonest(block: Block) -> Tensor | None:
+            laws = stack(block)
+            return None if laws is None else (laws + 1 / 12) / 2
+
+        monkeypatch.setattr(Block, "_stacked", dishonest)
     with fed(middle) as below:
         found = _p_value(target, [middle, SuffixDrafter()])
     assert max(below) < WORTH

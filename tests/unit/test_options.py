@@ -51,6 +51,7 @@ def test_an_assistants_own_config_fills_the_gaps() -> None:
         ("num_assistant_tokens", 0, "num_assistant_tokens must be a whole number of at least 1, got 0."),
         ("num_assistant_tokens", 2.5, "num_assistant_tokens must be a whole number of at least 1, got 2.5."),
         ("polyspec_block_size", True, "polyspec_block_size must be a whole number of at least 1, got True."),
+        ("polyspec_direct_tokens", -1, "polyspec_direct_tokens must be a whole number of at least 0, got -1."),
         (
             "assistant_confidence_threshold",
             1.5,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hf_polyspec.context import EMBEDDED, Context, Prompt
 from hf_polyspec.distributions import LawMaker
 from hf_polyspec.errors import LevelError
-from hf_polyspec.levels.suffix import LARGEST, SMALLEST, SuffixDrafter, earned
+from hf_polyspec.levels.suffix import MIN_PROBABILITY, MOST_DOUBT, SuffixDrafter, escape
 
 LAW = LawMaker([], False, torch.device("cpu"))
 IDS = st.lists(st.integers(0, 3), min_size=1, max_size=16)
@@ -34,7 +34,8 @@ def context(*rows: list[int], mask: list[list[int]] | None = None, embedded: int
 
 
 def begun(*, batch: int = 1, vocabulary: int = 1000, **options: object) -> SuffixDrafter:
-    drafter = SuffixDrafter(**options)
+    """One whose drafts end for no doubt, unless a test asks for it."""
+    drafter = SuffixDrafter(**{"min_probability": 0.0, **options})
     drafter.begin(2, batch, vocabulary)
     return drafter
 
@@ -52,12 +53,31 @@ def test_a_proposal_continues_the_repeated_suffix_and_says_nothing_was_drawn() -
     assert drafter.stats.drafted == 3
 
 
+def likely(length: int, doubt: float = 1.0) -> int:
+    """Tokens until a continuation seen once is less likely than `MIN_PROBABILITY`."""
+    count, chance = 0, 1.0
+    while (chance := chance / (1 + doubt * escape(length + count))) >= MIN_PROBABILITY:
+        count += 1
+    return count
+
+
+def doubting(**options: object) -> SuffixDrafter:
+    return begun(min_probability=MIN_PROBABILITY, **options)
+
+
 def test_longer_matches_earn_longer_drafts() -> None:
-    body = list(range(10, 60))
-    lengths = [len(drafts(begun(), context([*body, 1, *body[:n]]))[0]) for n in (1, 2, 3)]
-    assert lengths == [earned(1), earned(2), 24]
-    assert len(drafts(begun(max_tokens=6), context([*body, 1, *body[:3]]))[0]) == 6
-    assert drafts(begun(min_match=2), context([*body, 1, body[0]])) == [[]]
+    body = list(range(10, 90))
+    lengths = [len(drafts(doubting(), context([*body, 1, *body[:n]]))[0]) for n in (1, 2, 3, 30)]
+    assert lengths == [likely(1), likely(2), likely(3), 24]
+    assert 0 < lengths[0] < lengths[1] < lengths[2] < 24
+    assert len(drafts(doubting(max_tokens=6), context([*body, 1, *body[:30]]))[0]) == 6
+    assert len(drafts(begun(), context([*body, 1, 10]))[0]) == 24
+    assert drafts(doubting(min_match=2), context([*body, 1, body[0]])) == [[]]
+
+
+def test_what_came_again_more_often_earns_longer_drafts() -> None:
+    once, twice = [1, *range(10, 40), 2, 1], [1, *range(10, 40), 2, 1, *range(10, 40), 3, 1]
+    assert len(drafts(doubting(), context(once))[0]) < len(drafts(doubting(), context(twice))[0])
 
 
 def test_nothing_is_proposed_without_a_match_or_without_room() -> None:
@@ -151,16 +171,19 @@ def test_rows_do_not_know_each_other() -> None:
     assert together == [drafts(begun(), context(row))[0] for row in rows]
 
 
-def test_rows_that_go_on_keep_their_texts_and_lengths() -> None:
-    rows = [[1, 2, 3, 4, 5, 6, 7, 1], [2, 3, 2], [*range(20, 40), 20]]
-    drafter = begun(batch=3)
-    drafts(drafter, context(*rows))
-    drafter.observe([4, 2, 4], [0, 0, 4])
+def test_rows_that_go_on_keep_their_texts_and_doubts() -> None:
+    rows = [[*range(20, 60), 1, 20, 21, 22], [2, 3, 2], [*range(70, 110), 1, 70, 71, 72]]
+    drafter = begun(batch=3, min_probability=MIN_PROBABILITY)
+    for _ in range(40):
+        drafts(drafter, context(*rows))
+        drafter.observe([4, 0, 4], [0, 0, 4])
     drafter.keep_rows([2, 0])
-    assert [len(row) for row in drafts(drafter, context(rows[2], rows[0]))] == [12, 7]
+    kept = [len(row) for row in drafts(drafter, context(rows[2], rows[0]))]
+    assert kept[0] > likely(3) > kept[1] > 0
     drafter.keep_rows([0, 0])
     both = drafts(drafter, context(rows[2], rows[2]))
-    assert both[0][:8] == both[1] == list(range(21, 29))
+    assert len(both[0]) == kept[0]
+    assert both[1] == both[0][: likely(3)] == list(range(73, 73 + likely(3)))
 
 
 def test_a_new_generation_forgets_the_texts_but_not_the_corpus() -> None:
@@ -199,20 +222,35 @@ def test_drafts_end_with_the_text_and_hold_only_ids_of_the_chain() -> None:
     assert drafts(begun(corpus=[[4, 5, 300, 6]], vocabulary=300), context([9, 4])) == [[5]]
 
 
-def test_drafts_grow_and_shrink_but_never_to_nothing() -> None:
-    ids = [1, *range(10, 60), 1]
-    drafter, lengths = begun(), []
-    for accepted in [0] * 200:
-        lengths.append(len(drafts(drafter, context(ids))[0]))
-        drafter.observe([lengths[-1]], [accepted])
-    assert lengths[0] == earned(1)
-    assert lengths[-1] == round(SMALLEST * earned(1)) > 0
+def test_drafts_shrink_with_rejections_and_grow_with_acceptance_but_long_matches_always_get_one() -> None:
+    body = list(range(10, 60))
+    ids = [*body, 1, *body[:3]]
+    drafter = doubting()
+    first = len(drafts(drafter, context(ids))[0])
+    for _ in range(200):
+        proposed = len(drafts(drafter, context(ids))[0])
+        drafter.observe([proposed], [0])
+    assert first == likely(3)
+    assert proposed == likely(3, MOST_DOUBT) == 1
+    assert drafts(drafter, context([*body, 1, 10])) == [[]]
     drafter.observe([0], [0])  # nothing proposed, nothing learnt
-    assert len(drafts(drafter, context(ids))[0]) == lengths[-1]
-    for _ in range(20):
-        drafter.observe([2], [2])
-    assert len(drafts(drafter, context(ids))[0]) == round(LARGEST * earned(1))
-    assert drafter.stats.accepted == 40
+    assert len(drafts(drafter, context(ids))[0]) == proposed
+    for _ in range(2000):
+        proposed = len(drafts(drafter, context(ids))[0])
+        drafter.observe([proposed], [proposed])
+    assert proposed == min(24, likely(3, 1 / MOST_DOUBT)) > first
+
+
+def test_what_was_not_checked_is_not_held_against_a_draft() -> None:
+    body = list(range(10, 60))
+    ids = [*body, 1, *body[:3]]
+    one, other = doubting(), doubting()
+    for _ in range(50):
+        proposed = len(drafts(one, context(ids))[0])
+        drafts(other, context(ids))
+        one.observe([proposed], [0])
+        other.observe([0], [0])
+    assert len(drafts(one, context(ids))[0]) < len(drafts(other, context(ids))[0]) == likely(3)
 
 
 @pytest.mark.parametrize(

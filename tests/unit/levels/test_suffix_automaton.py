@@ -116,9 +116,9 @@ def test_it_is_no_larger_than_theory_allows(text: list[int]) -> None:
         assert sum(len(edges) for edges in automaton.edges) <= 3 * len(text) - 4
 
 
-def continued(text: list[int], limit: int = 8, floor: float = 0.0) -> list[int]:
+def continued(text: list[int], limit: int = 8, floor: float = 0.0, doubt: float = 0.0) -> list[int]:
     automaton = built(text)
-    return automaton.continuation(automaton.repeated()[0], limit, floor)
+    return automaton.continuation(*automaton.repeated(), limit, floor, lambda ids: doubt / ids)[0]
 
 
 def test_continuation_prefers_the_most_frequent_and_of_equals_the_latest() -> None:

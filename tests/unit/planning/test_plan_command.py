@@ -131,6 +131,32 @@ def test_a_replay_counts_the_rounds_that_really_happen() -> None:
             assert middle_rounds == pytest.approx(real, rel=0.06), chain
 
 
+@pytest.mark.parametrize("direct", [1, 3, 8])
+def test_drafts_that_pass_a_middle_by_are_replayed(direct: int) -> None:
+    """How a drafter that adapts would have fared is known but roughly: within a tenth."""
+    target = tiny("llama")
+    middle = noisy(target, 0.01, 1)
+    texts = [prompts(1, seed=seed)["input_ids"][0].tolist() for seed in range(4)]
+    wish = Wish(new_tokens=48, repeats=1, draft_seconds=5.0, batches=False)
+    found = make_plan(target, [middle, SuffixDrafter(min_probability=0.02)], texts, wish)
+    rounds = {}
+    for chain in (Chain((0, 1, 2), 4, 24, direct=direct), Chain((0, 1, 2), 4, 24)):
+        real = [0, 0]
+        for ids in texts:
+            output = hf_polyspec.generate(
+                target,
+                torch.tensor([ids]),
+                assistant_models=[middle, SuffixDrafter(min_probability=0.02)],
+                generation_config=found.config,
+                **options_of(chain),
+            )
+            real = [total + level.rounds for total, level in zip(real, output.polyspec.levels, strict=False)]
+        predicted = replay(chain, found.measured).rounds[:2]
+        assert predicted == pytest.approx(real, rel=0.1), chain
+        rounds[chain.direct] = predicted
+    assert rounds[direct][1] < rounds[0][1]
+
+
 def test_trees_that_are_right_to_their_last_depth_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     target = tiny("llama")
     ids = prompts(1)["input_ids"][0].tolist()

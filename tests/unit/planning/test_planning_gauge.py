@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import noisy, prompts, tiny
@@ -143,11 +144,17 @@ def test_a_machine_that_became_slower_is_followed(machine: Machine, planned: Pla
 
 
 def test_a_machine_that_wavers_is_followed(machine: Machine, planned: Planned) -> None:
-    """Faster and slower by turns, several times in a call; single passes see the one or the other."""
-    machine.slower = lambda columns: 2.0 if int(machine.now / 0.23) % 2 else 1.2
-    as_planned, anew = errors(run(planned))
-    assert min(as_planned) > 0.35
-    assert max(anew) < 0.12
+    """Faster and slower by turns, several times in a call; single passes see the one or the other.
+
+    Which half of a wave a pass falls into is chance, and there are few passes, so the mean over several waves counts.
+    """
+    found = []
+    for wave in (0.11, 0.19, 0.23, 0.31, 0.53):
+        machine.slower = lambda columns, wave=wave: 2.0 if int(machine.now / wave) % 2 else 1.2
+        as_planned, anew = errors(run(planned))
+        assert min(as_planned) > 0.35
+        found.append(anew)
+    assert np.mean(found) < 0.1
 
 
 def test_the_calls_themselves_are_never_looked_at(machine: Machine, planned: Planned) -> None:

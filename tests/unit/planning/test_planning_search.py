@@ -181,6 +181,8 @@ def test_options_of_a_chain() -> None:
     assert options_of(Chain((0,))) == {}
     assert options_of(Chain((0, 1, 2), 6, 3)) == {
         "polyspec_block_size": 6,
+        "polyspec_direct_tokens": 0,
         "num_assistant_tokens": 3,
         "polyspec_tree_tokens": 0,
     }
+    assert options_of(Chain((0, 1, 2), 6, 3, direct=2))["polyspec_direct_tokens"] == 2
