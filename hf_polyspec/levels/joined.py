@@ -11,6 +11,8 @@ from ..runner import Pass
 from ..trees import graft
 from .base import Drafter, Proposal, TreeProposal
 
+SURE = 2
+
 
 class JoinedDrafter(Drafter):
     """Two drafters as one level: `assistant_models=[..., head, SuffixDrafter()]`.
@@ -20,14 +22,15 @@ class JoinedDrafter(Drafter):
     come from a drafter that draws. It counts on top of the tree's size.
 
     Where no tree can be checked, a row's chain comes from one of the two: from the branch where it is at least as long
-    as the head's drafts (a suffix drafter gives long drafts after long matches only), else from the head.
+    as the head's drafts, or two tokens of a suffix drafter, which are cheaper and as good; else from the head.
 
     Args:
         head: grows trees, and reads what the level above computes.
         branch: continues a text; runs whenever the head does.
         eos: ids that end a text: nothing of the branch is taken after one.
         branch_limit: most tokens of a branch, None for as many as the drafter gives.
-        chain_tokens: length of a branch from which on it replaces the head's chain.
+        chain_tokens: length of a branch from which on it replaces the head's chain; `SURE` at most where a long
+            branch is a sure one.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class JoinedDrafter(Drafter):
         self.branch = branch
         self.eos = eos
         self.branch_limit = branch_limit
-        self.chain_tokens = chain_tokens
+        self.enough = min(chain_tokens, SURE) if branch.long_is_sure else chain_tokens
         self.reads_layers = head.reads_layers
         self.grows_trees = head.grows_trees
         limits = [part.max_batch for part in (head, branch) if part.max_batch is not None]
@@ -83,7 +86,7 @@ class JoinedDrafter(Drafter):
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
         offered = self.branch.propose(context, self._limits(limits), law.fork(context.batch))
         # A length may follow from the values drawn, so what was drawn is always used once there is any (law 2).
-        enough = self.chain_tokens if offered.q is None else 1
+        enough = self.enough if offered.q is None else 1
         self._from_branch = [len(row) >= enough for row in offered.tokens]
         rest = [0 if taken else limit for taken, limit in zip(self._from_branch, limits, strict=True)]
         drafted = self.head.propose(context, rest, law)
