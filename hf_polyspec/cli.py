@@ -104,9 +104,7 @@ _CHAIN: dict[str, tuple[str, Any]] = {
     ),
     "direct_tokens": (
         "polyspec_direct_tokens",
-        Annotated[
-            int | None, typer.Option(help="Drafts without a model pass a middle by from this length on; 0 for never.")
-        ],
+        Annotated[int | None, typer.Option(help="Suffix drafts pass a middle by from this length on; 0 for never.")],
     ),
     "draft_tokens": (
         "num_assistant_tokens",
