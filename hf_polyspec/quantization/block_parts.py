@@ -33,8 +33,9 @@ _CAPTURING = "transformers.utils.output_capturing"
 def looks_like_llama(module: nn.Module) -> bool:
     """Whether a module has the parts of Llama's decoder layer, under its names and of sizes that fit together."""
     for name, parts in _PARTS.items():
-        part = getattr(module, name, None) if name else module
-        if not isinstance(part, nn.Module) or {child for child, _ in part.named_children()} != parts:
+        # Asked of every module of a model in every call of generate(): without torch's detours.
+        part = module._modules.get(name) if name else module
+        if part is None or part._modules.keys() != parts or None in part._modules.values():
             return False
     block: Any = module
     attention, norms = block.self_attn, (block.input_layernorm, block.post_attention_layernorm)
@@ -94,6 +95,10 @@ class BlockParts:
         self.places: list[tuple[dict[str, Any], str, Any]] = [
             (parent._modules, name, child) for parent in layer.modules() for name, child in parent._modules.items()
         ]
+
+    def in_place(self) -> bool:
+        """Whether every module inside is the one that was found."""
+        return all(siblings.get(name) is module for siblings, name, module in self.places)
 
     def ready(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether nobody has put anything into the layer, or asks for anything, that a fused block would pass over."""

@@ -16,6 +16,22 @@ from hf_polyspec.quantization.fused_block import FusedBlock
 
 # Blocks that turned out to be, or not to be, what they look like.
 _TRIED: WeakKeyDictionary[nn.Module, tuple[object, bool]] = WeakKeyDictionary()
+# By model, which its layers do not refer to: what would be kept by layer would keep the layer.
+_FUSED: WeakKeyDictionary[nn.Module, dict[nn.Module, FusedBlock]] = WeakKeyDictionary()
+
+
+def fused_blocks(model: nn.Module) -> list[FusedBlock]:
+    """What takes the place of a model's decoder layers, see `fusable`.
+
+    Kept from call to call as long as the layers stay what they are: blocks that know each other need not meet again.
+    """
+    before = _FUSED.get(model, {})
+    found: dict[nn.Module, FusedBlock] = {}
+    for layer in fusable(model):
+        known = before.get(layer)
+        found[layer] = known if known is not None and known.parts.in_place() else FusedBlock(layer)
+    _FUSED[model] = found
+    return list(found.values())
 
 
 def fusable(model: nn.Module) -> Iterator[nn.Module]:
@@ -32,7 +48,12 @@ def fusable(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _on_cpu(module: nn.Module) -> bool:
-    return all(tensor.device.type == "cpu" for tensor in (*module.parameters(), *module.buffers()))
+    return all(
+        tensor is None or tensor.device.type == "cpu"
+        for part in module.modules()
+        for tensors in (part._parameters, part._buffers)
+        for tensor in tensors.values()
+    )
 
 
 def _computes_alike(layer: nn.Module) -> bool:

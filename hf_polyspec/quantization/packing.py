@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hf_polyspec.compiled import compiles
 from hf_polyspec.quantization.by_rows import Kernel
 from hf_polyspec.quantization.float_kernels import multiplies, pack_float, packed_size, packs, room_for
-from hf_polyspec.quantization.fusable import fusable
+from hf_polyspec.quantization.fusable import fusable, fused_blocks
 from hf_polyspec.quantization.fused_block import FusedBlock
 from hf_polyspec.quantization.joint_product import SIBLINGS, JointProduct, change_count, sampled
 
@@ -208,7 +208,7 @@ def _packable(model: nn.Module) -> Iterator[list[nn.Linear]]:
     """Layers to be packed, those together that may read the same input."""
     grouped: set[int] = set()
     for parent in model.modules():
-        for names in SIBLINGS:
+        for names in SIBLINGS if parent._modules else ():
             layers = [parent._modules.get(name) for name in names]  # what is missing costs getattr an exception
             found = [layer for layer in layers if isinstance(layer, nn.Linear) and _is_plain(layer)]
             alike = len(found) == len(names) and len({_kind(layer) for layer in found}) == 1
@@ -245,8 +245,9 @@ _KEPT: WeakKeyDictionary[nn.Linear, Kept] = WeakKeyDictionary()
 def packed_assistants(assistants: Iterable[object], target: nn.Module | None = None) -> Iterator[None]:
     """Pack the assistants of a chain while it runs; afterwards they are as they were.
 
-    What was packed is kept for the next time. Layers shared with the target are left alone (the target's are packed
-    only by `pack`), and so is everything where less than half of the memory would stay free, and compiled models.
+    What was packed and fused is kept for the next time. Layers shared with the target are left alone (the target's
+    are packed only by `pack`), and so is everything where less than half of the memory would stay free, and compiled
+    models.
 
     Args:
         assistants: Members of a chain; those that are no models are passed over.
@@ -261,16 +262,16 @@ def packed_assistants(assistants: Iterable[object], target: nn.Module | None = N
     products = _products(chosen.values(), _KEPT)
     if not _room(products):
         products = []
-    blocks = [block for model in models for block in fusable(model) if id(block) not in alone]
+    blocks = [block for model in models for block in fused_blocks(model) if id(block.layer) not in alone]
     for product in products:
         _install(product)
     for block in blocks:
-        block.__dict__["forward"] = FusedBlock(block)
+        block.layer.__dict__["forward"] = block
     try:
         yield
     finally:
         for block in blocks:
-            block.__dict__.pop("forward", None)
+            block.layer.__dict__.pop("forward", None)
         for product in products:
             for layer in product.layers:
                 _keep(layer.__dict__.pop("forward", None))

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -129,6 +131,42 @@ def test_assistants_are_stacked_while_they_run(tiny: Tiny, tasks: list[int]) -> 
             for one, other in zip(passes(model)[0], wanted, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
         assert tasks[-1] == DEPTH
+
+
+def test_assistants_that_ran_before_are_stacked_from_the_first_pass(tiny: Tiny, tasks: list[int]) -> None:
+    model = tiny("llama", initializer_range=0.1, num_hidden_layers=DEPTH)
+    with packed_assistants([model]):
+        cache = learned(model)
+    tasks.clear()
+    with packed_assistants([model]):
+        run(model, IDS[:1, 40:41], cache)
+    assert tasks == [DEPTH], "its layers knew each other"
+
+
+def test_a_part_replaced_between_two_generations_is_met_anew(tiny: Tiny, tasks: list[int]) -> None:
+    model = tiny("llama", initializer_range=0.1, num_hidden_layers=DEPTH)
+    with packed_assistants([model]):
+        passes(model)
+    before = model.model.layers[1].input_layernorm
+    model.model.layers[1].input_layernorm = copy.deepcopy(before)
+    model.model.layers[1].input_layernorm.weight = nn.Parameter(before.weight.detach() * 2)
+    wanted = passes(model)[0]
+    tasks.clear()
+    with packed_assistants([model]):
+        found = passes(model)[0]
+    assert tasks[-1] == DEPTH
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_an_assistant_that_ran_can_be_forgotten(tiny: Tiny) -> None:
+    model = copy.deepcopy(tiny("llama", initializer_range=0.1, num_hidden_layers=DEPTH))
+    with packed_assistants([model]):
+        passes(model)
+    layer = weakref.ref(model.model.layers[0])
+    del model
+    gc.collect()
+    assert layer() is None
 
 
 def test_threads(tiny: Tiny, tasks: list[int]) -> None:
