@@ -188,9 +188,10 @@ def _draft_limit(assistants: Sequence[Any], place: int, setting: Setting) -> int
     return setting.options.num_assistant_tokens if without_model else None
 
 
-def _direct_tokens(below: Drafter, options: PolySpecOptions) -> int:
+def _direct_tokens(below: Drafter, setting: Setting, options: PolySpecOptions) -> int:
     """From how many tokens on a draft of this level passes the middle above it by; 0 for never."""
-    return options.polyspec_direct_tokens if below.long_is_sure and options.polyspec_control == "fixed" else 0
+    sure = below.long_is_sure(setting.device) and options.polyspec_control == "fixed"
+    return options.polyspec_direct_tokens if sure else 0
 
 
 def _level(
@@ -234,7 +235,7 @@ def _level(
             eos=setting.eos,
             pad=setting.pad,
             draft_limit=_draft_limit(assistants, place + 1, setting),
-            direct_tokens=_direct_tokens(below, options),
+            direct_tokens=_direct_tokens(below, setting, options),
             trees=trees,
             note=note,
         )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, StaticCache
 from transformers.cache_utils import Cache, DynamicCache
@@ -127,7 +128,7 @@ def check_model(model: nn.Module, role: str) -> None:
         raise ValueError(f"{role} ({kind}) attends to both sides; load it with is_decoder=True in its config.")
     if getattr(config, "model_type", None) in _OWN_CACHE_ENTRIES:
         raise ValueError(f"{role} ({kind}) adds prompt positions of its own to its cache; chains cannot use it.")
-    if "past_key_values" not in inspect.signature(inner_model(model).forward).parameters:
+    if "past_key_values" not in forward_arguments(model):
         raise ValueError(f"{role} ({kind}) keeps no key-value cache; chains cannot use it.")
     if not hasattr(inner_model(model), "generate") or inner_model(model).get_output_embeddings() is None:
         raise ValueError(f"{role} ({kind}) has no language-modelling head; load it with AutoModelForCausalLM.")
@@ -142,6 +143,22 @@ def layer_types(config: Any) -> list[str]:
 def inner_model(model: Any) -> Any:
     """The transformers model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def forward_arguments(model: Any) -> set[str]:
+    """Names that the model's forward takes; a PEFT wrapper's are those of the model inside."""
+    return set(inspect.signature(inner_model(model).forward).parameters)
+
+
+def input_device(model: Any) -> torch.device:
+    """Where the model wants its ids: the device of its input embedding (a sharded model has several)."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    for module in (embedding, model):
+        if module is not None:
+            for tensor in module.parameters():
+                if tensor.device.type != "meta":
+                    return torch.device(tensor.device)
+    return torch.device("cpu")
 
 
 def check_vocabularies(target: Any, assistant: Any, role: str) -> None:

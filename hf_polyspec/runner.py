@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .cache import RollbackCache
+from .compatibility import forward_arguments, input_device
 from .context import EMBEDDED, Context, Prompt, common_prefix
 from .errors import LevelError, RollbackError
 from .lending import WORTH, borrow
@@ -383,20 +383,3 @@ class ModelRunner:
             layer.shrink(past)
         self.memo = []
         self.cache = RollbackCache()
-
-
-def forward_arguments(model: Any) -> set[str]:
-    """Names that the model's forward takes; a PEFT wrapper's are those of the model inside."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return set(inspect.signature(inner.forward).parameters)
-
-
-def input_device(model: Any) -> torch.device:
-    """Where the model wants its ids: the device of its input embedding (a sharded model has several)."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    for module in (embedding, model):
-        if module is not None:
-            for tensor in module.parameters():
-                if tensor.device.type != "meta":
-                    return torch.device(tensor.device)
-    return torch.device("cpu")

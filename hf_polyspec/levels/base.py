@@ -75,9 +75,6 @@ class Drafter(ABC):
     """Entries of the `hidden_states` of the level above that `watch` reads; the others are not kept."""
     grows_trees: bool = False
     """Whether `propose_tree` ever offers something."""
-    long_is_sure: bool = False
-    """Whether nothing is drawn and a draft is long only where it is likely to be right: long ones may then pass a
-    middle by (`polyspec_direct_tokens`)."""
 
     def __init__(self) -> None:
         self.index = 1
@@ -93,6 +90,16 @@ class Drafter(ABC):
         """
         self.index = index
         self.stats = LevelStats(self.name, index)
+
+    def long_is_sure(self, device: torch.device) -> bool:
+        """Whether long drafts may pass a middle by (`polyspec_direct_tokens`).
+
+        So it is where nothing is drawn, and a draft is long only if all of it is likely to be right.
+
+        Args:
+            device: where the laws of the chain are.
+        """
+        return False
 
     @abstractmethod
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:

@@ -48,7 +48,7 @@ class JoinedDrafter(Drafter):
         self.branch = branch
         self.eos = eos
         self.branch_limit = branch_limit
-        self.enough = min(chain_tokens, SURE) if branch.long_is_sure else chain_tokens
+        self.chain_tokens = chain_tokens
         self.reads_layers = head.reads_layers
         self.grows_trees = head.grows_trees
         limits = [part.max_batch for part in (head, branch) if part.max_batch is not None]
@@ -86,7 +86,8 @@ class JoinedDrafter(Drafter):
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
         offered = self.branch.propose(context, self._limits(limits), law.fork(context.batch))
         # A length may follow from the values drawn, so what was drawn is always used once there is any (law 2).
-        enough = self.enough if offered.q is None else 1
+        sure = self.branch.long_is_sure(law.device)
+        enough = 1 if offered.q is not None else min(self.chain_tokens, SURE) if sure else self.chain_tokens
         self._from_branch = [len(row) >= enough for row in offered.tokens]
         rest = [0 if taken else limit for taken, limit in zip(self._from_branch, limits, strict=True)]
         drafted = self.head.propose(context, rest, law)

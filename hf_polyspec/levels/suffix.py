@@ -16,6 +16,9 @@ from .suffix_automaton import ROOT, SEPARATOR, Seen, SuffixAutomaton
 
 MAX_TOKENS = 24
 MIN_PROBABILITY = 0.2
+"""Chance of a whole draft that is worth checking on a CPU, where every row of a pass costs something."""
+EAGER_PROBABILITY = 0.03
+"""The same where rows of a pass cost next to nothing."""
 
 # The chance that a token comes again, after one occurrence and a match of 1, 2, 3 and 8 ids, is 0.29, 0.49, 0.61 and
 # 0.83 by these. On greedy texts of a 135M model 0.29, 0.57, 0.64 and 0.95 came again; a little more doubt of long
@@ -89,8 +92,8 @@ class SuffixDrafter(Drafter):
             generations, shared by all rows. A match in it counts only if longer than the one in the row.
         min_match: ids that must match before anything is drafted, 1 or more.
         max_tokens: most tokens of a draft, 1 or more.
-        min_probability: 0 to 1; a draft ends before its chance to be accepted as a whole is lower. Where a pass over
-            more tokens takes hardly longer (a GPU), less is better.
+        min_probability: 0 to 1; a draft ends before its chance to be accepted as a whole is lower. By default
+            `MIN_PROBABILITY` where the laws of the chain are on a CPU, `EAGER_PROBABILITY` elsewhere.
         eos: ids that end a text: nothing is drafted after one.
 
     Raises:
@@ -99,7 +102,6 @@ class SuffixDrafter(Drafter):
     """
 
     name = "suffix"
-    long_is_sure = True
 
     def __init__(
         self,
@@ -107,13 +109,13 @@ class SuffixDrafter(Drafter):
         *,
         min_match: int = 1,
         max_tokens: int = MAX_TOKENS,
-        min_probability: float = MIN_PROBABILITY,
+        min_probability: float | None = None,
         eos: Iterable[int] = (),
     ) -> None:
         super().__init__()
         _require_count("min_match", min_match)
         _require_count("max_tokens", max_tokens)
-        if not 0 <= min_probability <= 1:
+        if min_probability is not None and not 0 <= min_probability <= 1:
             raise ValueError(f"min_probability must be a number from 0 to 1, got {min_probability!r}.")
         self.min_match = min_match
         self.max_tokens = max_tokens
@@ -152,13 +154,17 @@ class SuffixDrafter(Drafter):
         self._rows = [_Row() for _ in range(batch)]
         self._prompt = None
 
+    def long_is_sure(self, device: torch.device) -> bool:
+        return self.min_probability is not None or self._floor(device) >= MIN_PROBABILITY
+
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
         with self.stats.timed():
             if len(self._rows) != context.batch:
                 self._rows = [_Row() for _ in range(context.batch)]
             self._read_masks(context.prompt)
+            floor = self._floor(law.device)
             tokens = [
-                self._continue(row, self._text(context, b), limits[b]) if limits[b] > 0 else []
+                self._continue(row, self._text(context, b), limits[b], floor) if limits[b] > 0 else []
                 for b, row in enumerate(self._rows)
             ]
         self.stats.drafted += sum(len(row) for row in tokens)
@@ -189,7 +195,12 @@ class SuffixDrafter(Drafter):
                 "copy.copy(drafter) shares the index."
             )
 
-    def _continue(self, row: _Row, ids: list[int], limit: int) -> list[int]:
+    def _floor(self, device: torch.device) -> float:
+        if self.min_probability is not None:
+            return self.min_probability
+        return MIN_PROBABILITY if device.type == "cpu" else EAGER_PROBABILITY
+
+    def _continue(self, row: _Row, ids: list[int], limit: int, floor: float) -> list[int]:
         row.follow(ids, self.corpus)
         source = row.automaton
         state, length = source.repeated()
@@ -201,7 +212,7 @@ class SuffixDrafter(Drafter):
             return []
         doubt = row.doubt
         draft, row.draft = source.continuation(
-            state, length, min(limit, self.max_tokens), self.min_probability, lambda ids: doubt * escape(ids)
+            state, length, min(limit, self.max_tokens), floor, lambda ids: doubt * escape(ids)
         )
         return self._cut(draft)
 

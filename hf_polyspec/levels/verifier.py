@@ -108,7 +108,7 @@ class Verifier(Drafter):
         self.borrowers: list[ModelRunner] = []
         self.watchers: list[Drafter] = []
         self.vocabulary = 0
-        self._unchecked: list[int] = []
+        self._block = Block.of(0)
 
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
         super().begin(index, batch, vocabulary)
@@ -211,13 +211,14 @@ class Verifier(Drafter):
 
         Whether a row goes on is decided from what it already holds, never from a token that is then left out (law 2).
         """
-        block = Block.of(context.batch)
-        self._unchecked = block.unchecked
+        self._block = block = Block.of(context.batch)
         if not any(limits) or not self.runner.can_read(context):
             return block.proposal()
-        step = self._round_or_pass_on if self.direct_tokens else self._round_of
         while any(room := self._rooms(block, limits)):
-            emission = step(context.extended(block.tokens), room, law, block)
+            held = context.extended(block.tokens)
+            emission = (
+                self._round_or_close(held, room, law, block) if self.direct_tokens else self.round(held, room, law)
+            )
             if emission is None:
                 break
             for b, emitted in enumerate(emission.tokens):
@@ -226,11 +227,8 @@ class Verifier(Drafter):
                 block.add(b, emitted[:taken], emission.origins[b][:taken], p)
         return block.proposal()
 
-    def _round_of(self, context: Context, limits: list[int], law: LawMaker, block: Block) -> Emission | None:
-        return self.round(context, limits, law)
-
-    def _round_or_pass_on(self, context: Context, limits: list[int], law: LawMaker, block: Block) -> Emission | None:
-        """A round of the rows whose draft is short or was drawn; what the others were offered goes up as it is.
+    def _round_or_close(self, context: Context, limits: list[int], law: LawMaker, block: Block) -> Emission | None:
+        """A round of the rows whose draft is short or was drawn; the others' blocks end with what they were offered.
 
         Which way a draft goes is decided by its length, which says nothing about a draw: nobody drew it (law 2).
         """
@@ -243,17 +241,16 @@ class Verifier(Drafter):
                 block.close(b, draft, offered.origins[b])
                 tokens[b], origins[b], active[b], rooms[b] = [], [], False, 0
         if not any(active):
-            return None
+            return None  # nothing was fed: there is no pass to tell of
         return self._check(context, Proposal(tokens, offered.q, origins), active, law, rooms, began)
 
     def observe(self, drafted: list[int], accepted: list[int]) -> None:
         """What became of drafts that went up unchecked is told to the level that made them."""
-        if not any(self._unchecked):
+        passed_on = self._block.unchecked
+        if not any(passed_on):
             return
-        checked = [count - last for count, last in zip(drafted, self._unchecked, strict=True)]
-        judged = [
-            last if kept >= first else 0 for last, kept, first in zip(self._unchecked, accepted, checked, strict=True)
-        ]
+        checked = [count - last for count, last in zip(drafted, passed_on, strict=True)]
+        judged = [last if kept >= first else 0 for last, kept, first in zip(passed_on, accepted, checked, strict=True)]
         self.source.observe(judged, [max(0, kept - first) for kept, first in zip(accepted, checked, strict=True)])
 
     def prefill(self, context: Context, chunk: int) -> None:

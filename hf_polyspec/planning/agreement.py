@@ -1,21 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of what one level offers another would keep, recorded on text the target wrote.
-
-Everything is a ratio q(y) / p(y) along the recorded text: q of the level that offers, p of the level that checks, both
-after the tokens before y. Given that a verifier's stream runs along y, the chance that it *accepted* the first i of
-those tokens rather than drew them itself is
-
-    token verification:  product of min(1, q_j / p_j), j <= i
-    block verification:  min(1, r_1, r_1 r_2, ..., r_1 ... r_i),  r_j = q_j / p_j
-
-The first is Leviathan's rule read backwards: min(p, q)(y) = p(y) min(1, q(y) / p(y)). The second follows from
-P(accepted >= i | x_1..x_i) = P_i, the capped running ratio of Sun et al. 2024 (arXiv 2403.10444), times q(x_1..x_i).
-Neither needs a coin, and one text serves every draft length and block size. In the greedy limit, and for proposals
-that nobody drew, a ratio is 1 where the token is the same and 0 elsewhere.
-
-A middle's own stream is coupled to the text: its token is y with probability min(1, p_m(y) / p_0(y)), else a draw from
-the residual max(p_m - p_0, 0). After the first token that differs, its rounds are taken to go on as along the text.
-"""
+"""What drafters offer along text the target wrote, and how long they take for it; see `readings` for the ratios."""
 
 from __future__ import annotations
 
@@ -29,19 +13,16 @@ import numpy as np
 import torch
 
 from ..cache import RollbackCache
-from ..distributions import fit_vocabulary
 from ..levels.base import Drafter, TreeProposal
 from ..levels.verifier import Verifier
-from ..telemetry import LevelStats
 from ..trees import ROOT
 from .cost_model import SecondsTable
 from .costs import draft_lengths
-from .rig import Offer, rig
-from .texts import Law, Text, context_of
+from .readings import NEVER, Array, Reading, logits_along
+from .rig import rig
+from .texts import Law, Text
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
-NEVER = -math.inf
 
 
 @dataclass(frozen=True)
@@ -54,23 +35,6 @@ class TreeSize:
 
 
 TREES = (TreeSize(6, 3, 3), TreeSize(12, 4, 4), TreeSize(24, 5, 6))
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One model along one text.
-
-    Attributes:
-        laws: `[N, V]` its law at each of the N new positions; one-hot in the greedy limit.
-        stream: `[N]` its own token there, coupled to the text.
-    """
-
-    laws: torch.Tensor
-    stream: torch.Tensor
-
-    def own(self) -> torch.Tensor:
-        """`[N]`: the probability of its own token."""
-        return self.laws.gather(1, self.stream[:, None]).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -105,90 +69,6 @@ class DraftRecord:
     checking: float | None = None
     drawn: bool = False
     blind_first: bool = False
-
-
-def survival(ratios: Array, block: bool) -> Array:
-    """P(at least i + 1 tokens accepted) given the text, `[N, K]`, from log ratios `[N, K]`.
-
-    Args:
-        ratios: log of q / p by start and depth.
-        block: block verification, else token by token; the same where every ratio is 0 or -inf.
-    """
-    if ratios.shape[1] == 0:
-        return np.zeros(ratios.shape)
-    if block:
-        logs = np.minimum(0.0, np.minimum.accumulate(np.cumsum(ratios, axis=1), axis=1))
-    else:
-        logs = np.cumsum(np.minimum(0.0, ratios), axis=1)
-    return np.asarray(np.exp(logs), dtype=np.float64)
-
-
-def windows(along: Array, width: int) -> Array:
-    """`[N, K]` from `[N]`: entry (t, j) is that of position t + j.
-
-    The last position of a text is never proposed: it is the verifier's own token.
-    """
-    padded = np.concatenate([along[:-1], np.full(width + 1, NEVER)])
-    return np.array(np.lib.stride_tricks.sliding_window_view(padded, width)[: len(along)], dtype=np.float64)
-
-
-@torch.no_grad()
-def read_model(
-    model: Any, text: Text, law: Law, target: Reading | None, generator: torch.Generator, lender: Any = None
-) -> Reading:
-    """A model's laws along a text, and its stream coupled to the target's.
-
-    Args:
-        model: causal LM; text: of the target; law: what its logits become.
-        target: the target's own reading, None if this is it; generator: of the coupling.
-        lender: the model that lends this one its reading of the prompt in a chain (see `lending`), or None.
-    """
-    chain = rig(model, [Offer()])
-    if lender is not None and len(text.prompt) > 1:
-        lends = rig(lender, [Offer()]).runner
-        lends.run(context_of([text.prompt[:-1]], len(text.prompt) - 1), [[]], LevelStats("reading", 0))
-        chain.runner.lender = lends
-    return reading_of(_pass(chain, text), text, law, target, generator)
-
-
-def reading_of(
-    logits: torch.Tensor, text: Text, law: Law, target: Reading | None, generator: torch.Generator
-) -> Reading:
-    """Logits `[1, N + 1, V]` along a text as a `Reading`."""
-    maker = law.maker()
-    scores = maker.scores(text.context(0), [text.new], logits)[0, :-1].float().cpu()  # [N, V]
-    new = torch.tensor(text.new)
-    if not law.do_sample:
-        best = scores.argmax(-1)
-        return Reading(torch.nn.functional.one_hot(best, scores.shape[1]).float(), new if target is None else best)
-    laws = scores.softmax(-1)
-    if target is None:
-        return Reading(laws, new)
-    reference = fit_vocabulary(target.laws, laws.shape[1])
-    known = new < laws.shape[1]  # an assistant's vocabulary may have fewer rows than the target's
-    keep = laws.gather(1, new.clamp(max=laws.shape[1] - 1)[:, None]).squeeze(1) * known / target.own()
-    stays = torch.rand(len(new), generator=generator) < keep
-    residual = (laws - reference.clamp(min=0)).clamp(min=0)
-    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, laws)
-    drawn = torch.multinomial(residual, 1, generator=generator).squeeze(1)
-    return Reading(laws, torch.where(stays, new, drawn))
-
-
-def edge(above: Reading, below: Reading) -> Array:
-    """`[N]` log of q / p along the stream of the level above, q of the level below."""
-    size = below.laws.shape[1]
-    known = above.stream < size
-    q = below.laws.gather(1, above.stream.clamp(max=size - 1)[:, None]).squeeze(1) * known
-    own = above.own()
-    # In the greedy limit the target's text is its own argmax but for ties between kernels: count it as its choice.
-    ratio = q.double().log() - torch.where(own > 0, own, 1.0).double().log()
-    return np.asarray(ratio.numpy(), dtype=np.float64)
-
-
-def agreement_rate(ratios: Sequence[Array]) -> float:
-    """Mean probability that a token is accepted: sum of min(p, q), estimated along the text."""
-    joined = np.concatenate(list(ratios))
-    return float(np.exp(np.minimum(0.0, joined)).mean())
 
 
 @torch.no_grad()
@@ -260,12 +140,6 @@ def _chain(model: Any, drafter: Any, longest: int, tree: TreeSize | None) -> Ver
         sizes["polyspec_tree_top_k"] = tree.top_k
     chain = rig(model, [drafter], **sizes)
     return None if tree is not None and not chain.trees else chain
-
-
-def _pass(chain: Verifier, text: Text) -> torch.Tensor:
-    passed = chain.runner.run(text.context(0), [text.new], LevelStats("reading", 0))
-    chain.below.watch(passed)
-    return fit_vocabulary(passed.logits, chain.vocabulary)
 
 
 class _Forced:
@@ -380,7 +254,7 @@ class _Taker:
         """A new text: nothing is remembered of another, and the level above has read all of it."""
         self.chain.begin(0, 1, self.chain.vocabulary)
         self.chain.runner.adopt(RollbackCache(), [])
-        _pass(self.chain, text)
+        logits_along(self.chain, text)
 
     @staticmethod
     def _has_steps(below: Drafter) -> bool:

@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ..compatibility import input_device
 from ..eagle.modeling import EagleHead
+from ..levels.base import Drafter
 from .agreement import TREES
 from .replay import Chain
 
@@ -76,9 +78,10 @@ def sized(levels: Sequence[Level], places: tuple[int, ...], trees: bool) -> Iter
         return
     kind, member = levels[places[-1]].kind, levels[places[-1]].member
     drafts = {"model": MODEL_DRAFTS, "head": HEAD_DRAFTS, "drafter": FREE_DRAFTS}[kind]
+    sure = isinstance(member, Drafter) and member.long_is_sure(input_device(levels[0].member))
     for block in BLOCKS if len(places) > 2 else (0,):
         for draft in drafts:
-            for direct in DIRECT if block and getattr(member, "long_is_sure", False) else (0,):
+            for direct in DIRECT if block and sure else (0,):
                 yield Chain(places, block, draft, direct=direct)
         for tree in TREES if trees else ():
             yield Chain(places, block, 0, tree)

@@ -51,7 +51,12 @@ class Read:
     ids: int
 
 
-What = Shape | Drafted | Read
+@dataclass(frozen=True)
+class Switched:
+    """What a pass over one token takes longer right after a pass of another model."""
+
+
+What = Shape | Drafted | Read | Switched
 
 
 @dataclass(frozen=True)
@@ -62,11 +67,13 @@ class ModelCosts:
         shapes: what was measured, with the seconds of each.
         prefill: seconds of reading a prompt by its ids.
         drafting: seconds of a draft by its tokens, None for a model that never drafts.
+        switch: seconds that a pass takes longer right after another model's: the CPU's caches hold that one then.
     """
 
     shapes: tuple[tuple[Shape, float], ...]
     prefill: SecondsTable
     drafting: SecondsTable | None = None
+    switch: float = 0.0
 
     def table(self, context: float, batch: int = 1) -> SecondsTable:
         """Seconds by tokens at a context length, between the two that were measured or beyond.
@@ -95,7 +102,11 @@ class ModelCosts:
         return self.prefill.seconds(ids)
 
     def renewed(
-        self, rounds: Mapping[int, float], drafts: Mapping[int, float], readings: Mapping[int, float]
+        self,
+        rounds: Mapping[int, float],
+        drafts: Mapping[int, float],
+        readings: Mapping[int, float],
+        switch: float | None = None,
     ) -> ModelCosts:
         """The same model on a machine whose speed has changed, where only some sizes of one row were timed again.
 
@@ -103,7 +114,7 @@ class ModelCosts:
 
         Args:
             rounds: seconds by tokens, at the short context; drafts: by tokens; readings: by ids.
-                Any that is empty stays as it was.
+            switch: as the attribute. Any that is empty or None stays as it was.
         """
         kept = self.shapes
         if rounds:
@@ -120,6 +131,7 @@ class ModelCosts:
             kept,
             SecondsTable(tuple(sorted(readings.items()))) if readings else self.prefill,
             SecondsTable(tuple(sorted(drafts.items()))) if drafts else self.drafting,
+            self.switch if switch is None else max(0.0, switch),
         )
 
     def _curve(self, context: int, batch: int) -> SecondsTable:
@@ -146,7 +158,10 @@ def shapes(context: int, longest: int | None, *, batches: bool = True) -> list[S
 
 
 class _Bench:
-    """One model at one batch and context: the cache is filled once, every round rolls back to it."""
+    """One model at one batch and context: the cache is filled once, every round rolls back to it.
+
+    In a chain most passes follow one of the same model, so every round that counts is run after one that does not.
+    """
 
     def __init__(self, model: Any, ids: Sequence[int], batch: int, context: int, law: Law) -> None:
         text = [ids[i % len(ids)] for i in range(context + LARGEST_PASS)]
@@ -155,10 +170,19 @@ class _Bench:
         self.rows = context_of([text[:context] for _ in range(batch)], context)
         self.tokens = text[context:]
         self.law = law.maker()
-        self.first_seconds = self.seconds(1)
+        self.first_seconds = self._round(1)
 
     def seconds(self, tokens: int) -> float:
         """Of one round whose pass covers this many columns."""
+        self._round(1)
+        return self._round(tokens)
+
+    def switched(self, other: Callable[[], object]) -> float:
+        """What a round takes longer after passes of another model than after one of its own."""
+        other()
+        return self._round(1) - self._round(1)
+
+    def _round(self, tokens: int) -> float:
         self.offer.tokens = self.tokens[: tokens - 1]
         before = self.chain.stats.seconds
         self.chain.round(self.rows, [tokens] * self.rows.batch, self.law)
@@ -174,10 +198,14 @@ class _DraftBench:
         self.below = chain.below
         self.rows = context_of([[ids[i % len(ids)] for i in range(context)]], context)
         self.law = law
-        self.seconds(1)  # reads the context
+        self._draft(1)  # reads the context
 
     def seconds(self, tokens: int) -> float:
         """Of one draft of this many tokens."""
+        self._draft(1)
+        return self._draft(tokens)
+
+    def _draft(self, tokens: int) -> float:
         before = self.below.stats.seconds
         self.below.propose(self.rows, [tokens], self.law.maker())
         return self.below.stats.seconds - before
@@ -212,12 +240,11 @@ def measure_costs(
     Returns:
         One entry a model.
     """
-    wanted = [_wanted(model, context, batches, (drafts or {}).get(i), prompts) for i, model in enumerate(models)]
-    watches = {
-        (i, what): watch
-        for i, model in enumerate(models)
-        for what, watch in stopwatches(model, ids, wanted[i], law).items()
-    }
+    wanted = _all_wanted(models, context, batches, drafts, prompts)
+    watches: dict[tuple[int, What], Callable[[], float]] = {}
+    for i, model in enumerate(models):
+        other = partial(pass_of, watches, int(i == 0))
+        watches |= {(i, what): watch for what, watch in stopwatches(model, ids, wanted[i], law, other).items()}
     found = settled(_in_turns(watches, repeats, advance), kind)
     costs = []
     for i, of_model in enumerate(wanted):
@@ -227,17 +254,21 @@ def measure_costs(
                 tuple((w, found[i, w]) for w in of_model if isinstance(w, Shape)),
                 SecondsTable(tuple((w.ids, found[i, w]) for w in of_model if isinstance(w, Read))),
                 SecondsTable(drafted) if drafted else None,
+                max(0.0, found.get((i, Switched()), 0.0)),
             )
         )
     return costs
 
 
-def stopwatches(model: Any, ids: Sequence[int], wanted: Sequence[What], law: Law) -> dict[What, Callable[[], float]]:
+def stopwatches(
+    model: Any, ids: Sequence[int], wanted: Sequence[What], law: Law, other: Callable[[], object] | None = None
+) -> dict[What, Callable[[], float]]:
     """For everything that is to be timed of a model, what times it once and returns the seconds.
 
     Args:
         model: a causal LM, packed as it runs in a chain both now and whenever one of these is called.
         ids: any text of the target; wanted: what to time; law: of the plan.
+        other: a pass of another model, where `Switched` is wanted.
     """
     shaped = [what for what in wanted if isinstance(what, Shape)]
     benches = {key: _Bench(model, ids, *key, law) for key in dict.fromkeys((s.batch, s.context) for s in shaped)}
@@ -251,17 +282,34 @@ def stopwatches(model: Any, ids: Sequence[int], wanted: Sequence[What], law: Law
             found[what] = partial(benches[what.batch, what.context].seconds, what.tokens)
         elif isinstance(what, Drafted):
             found[what] = partial(drafter.seconds, what.tokens)
-        else:
+        elif isinstance(what, Read):
             found[what] = partial(_read, model, ids, what.ids, law)
+        elif other is not None:
+            found[what] = partial(benches[1, min(shape.context for shape in shaped)].switched, other)
     return found
+
+
+def pass_of(watches: Mapping[tuple[int, What], Callable[[], float]], place: int) -> None:
+    """The narrowest pass that is timed of a model, whatever it takes."""
+    passes = [(what, watch) for (at, what), watch in watches.items() if at == place and isinstance(what, Shape)]
+    min(passes, key=lambda timed: timed[0].tokens * timed[0].batch)[1]()
 
 
 def _read(model: Any, ids: Sequence[int], count: int, law: Law) -> float:
     return _Bench(model, ids, 1, count, law).first_seconds
 
 
+def _all_wanted(
+    models: Sequence[Any], context: int, batches: bool, drafts: Mapping[int, int] | None, prompts: Sequence[int]
+) -> list[list[What]]:
+    """Everything that is timed of every model."""
+    longest = drafts or {}
+    switched: list[What] = [Switched()] if len(models) > 1 else []
+    return [_wanted(model, context, batches, longest.get(i), prompts) + switched for i, model in enumerate(models)]
+
+
 def _wanted(model: Any, context: int, batches: bool, longest: int | None, prompts: Sequence[int]) -> list[What]:
-    """Everything that is timed of a model, sizes of each kind rising."""
+    """Everything that is timed of a model by itself, sizes of each kind rising."""
     shaped = shapes(context, _positions(model), batches=batches)
     lengths = sorted(set(prompts)) or [shaped[0].context]
     some = lengths if len(lengths) <= READINGS else [lengths[i * (len(lengths) - 1) // 3] for i in range(READINGS)]
@@ -309,9 +357,7 @@ def steps(
     prompts: Sequence[int] = (),
 ) -> int:
     """How many times `measure_costs` calls `advance`."""
-    given = drafts or {}
-    timed = (len(_wanted(model, context, batches, given.get(i), prompts)) for i, model in enumerate(models))
-    return (repeats + 1) * sum(timed)
+    return (repeats + 1) * sum(map(len, _all_wanted(models, context, batches, drafts, prompts)))
 
 
 def _positions(model: Any) -> int | None:

@@ -22,7 +22,7 @@ from ..quantization.packing import packed_assistants
 from .agreement import DraftRecord, TreeSize, time_drafts
 from .candidates import Level
 from .cost_model import SecondsTable
-from .costs import TOKENS, Drafted, Read, Shape, What, draft_lengths, kind, stopwatches
+from .costs import TOKENS, Drafted, Read, Shape, Switched, What, draft_lengths, kind, pass_of, stopwatches
 from .overheads import OverheadProbe
 from .replay import Chain, Measurements
 from .texts import Law, time_plain
@@ -70,12 +70,15 @@ class TakenAgain:
         self.steps: dict[Turn, tuple[float, float | None]] = {}
         self.watches: dict[tuple[int, What], Callable[[], float]] = {}
         text = measured.texts[0]
+        sizes = {place: _sizes(place, chains, measured) for place in measured.costs}
+        self.places = sorted(place for place, wanted in sizes.items() if wanted)
         with self._packed():
-            for place in measured.costs:
-                wanted = _sizes(place, chains, measured)
-                watches = stopwatches(self.members[place], text.prompt + text.new, wanted, law)
+            for place in self.places:
+                others = [one for one in self.places if one != place]
+                other = partial(pass_of, self.watches, others[0]) if others else None
+                wanted = [*sizes[place], *([Switched()] if others else [])]
+                watches = stopwatches(self.members[place], text.prompt + text.new, wanted, law, other)
                 self.watches |= {(place, what): watch for what, watch in watches.items()}
-        self.places = sorted({place for place, _ in self.watches})
         middle = next((self.members[p] for p in self.places if p and (0, p) not in measured.bound), None)
         self.outside = OverheadProbe(self.members[0], middle)
 
@@ -109,7 +112,8 @@ class TakenAgain:
         for place in self.places:
             rounds = {w.tokens: t for (p, w), t in found.items() if p == place and isinstance(w, Shape)}
             drafts = {w.tokens: t for (p, w), t in found.items() if p == place and isinstance(w, Drafted)}
-            costs[place] = costs[place].renewed(rounds, drafts, self._readings(place))
+            switch = found.get((place, Switched()))
+            costs[place] = costs[place].renewed(rounds, drafts, self._readings(place), switch)
         drafted = settled(self.drafts, lambda key: (key[0], key[1] == _CHECKING))
         records = {job: _renewed(record, job, drafted) for job, record in self.measured.drafts.items()}
         overheads = self.outside.found() if self.places else self.measured.overheads

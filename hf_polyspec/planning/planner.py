@@ -15,11 +15,12 @@ from ..chain import check_assistants
 from ..compatibility import inner_model
 from ..lending import is_copy
 from ..quantization.packing import is_packed, packed_assistants
-from .agreement import TREES, DraftRecord, Reading, TreeSize, edge, read_model, record_drafts, survival, windows
+from .agreement import TREES, DraftRecord, TreeSize, record_drafts
 from .candidates import Level, describe_chain, describe_sizes, kind_of, options_of
 from .costs import measure_costs, steps
 from .overheads import Overheads, measure_overheads
 from .plan import Plan, mark_of
+from .readings import Reading, edge, read_model, survival, windows
 from .reasons import Dropped, reasons
 from .replay import Measurements
 from .search import Candidate, best_of_each, search

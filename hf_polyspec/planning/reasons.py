@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .agreement import agreement_rate
 from .candidates import Level
+from .readings import agreement_rate
 from .replay import Measurements, Replayed
 from .search import Candidate
 from .theory import Inequality, Insertion, condition_c1, condition_c2, exact_time_per_token

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..lending import WORTH
-from .agreement import Array, DraftRecord, Flags, TreeSize, survival, windows
+from .agreement import DraftRecord, Flags, TreeSize
 from .cost_model import SecondsTable
 from .costs import ModelCosts
 from .overheads import Overheads
+from .readings import Array, survival, windows
 from .texts import Text
 
 
@@ -79,6 +80,10 @@ class Measurements:
         if key not in self._tables:
             self._tables[key] = self.costs[place].table(context)
         return self._tables[key]
+
+    def switch(self, place: int) -> float:
+        """Seconds that a pass of a level takes longer right after one of another model."""
+        return self.costs[place].switch if place in self.costs else 0.0
 
     @property
     def new_tokens(self) -> int:
@@ -237,6 +242,9 @@ def _lowest(chain: Chain, measured: Measurements, i: int, table: SecondsTable) -
     seconds[:, -2] = checking
     asked = columns > 0 if record is not None and chain.tree is not None else np.ones(count, dtype=np.bool_)
     seconds[:, -1] = np.where(asked, _each(drafting, columns), 0.0)
+    if record is None:  # a model drafts: both come after the other
+        seconds[:, -2] += np.where(columns > 0, measured.switch(above), 0.0)
+        seconds[:, -1] += np.where(columns > 0, measured.switch(drafter), 0.0)
     passes[:, -2], passes[:, -1] = 1.0, asked
     offered[:, -2] = columns
     return _Rounds(law, seconds, passes, offered)
@@ -311,6 +319,9 @@ def _collected(
             law[:, :held] += past[:, None] * kept[:, :held]
             arrived = past * (kept[:, held - 1] if held else 1.0)
             law[:, held : held + direct.kept.shape[1]] += arrived[:, None] * direct.kept[start]
+        if held == 0:  # the first pass of the middle comes after one of this level, and the other way round
+            seconds[:, level] += here * measured.switch(pair[0])
+            seconds[:, level + 1] += here * measured.switch(pair[1])
         seconds += here[:, None] * below.seconds[start]
         passes += here[:, None] * below.passes[start]
         offered += here[:, None] * below.offered[start]

@@ -16,6 +16,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from transformers import LogitsProcessor
 
@@ -26,6 +27,8 @@ from hf_polyspec.levels.verifier import Emission, Verifier
 from hf_polyspec.runner import Pass
 
 CPU = torch.device("cpu")
+EXACT = 1e-9
+START = (0,)
 
 
 class Replay:
@@ -128,6 +131,18 @@ class TableModel:
             for i in range(len(draft) + 1):
                 logits[b, i] = self.logits(tuple(context.ids[b] + draft[:i]))
         return Pass(logits, None, width)
+
+
+def approximations(count: int, vocabulary: int, seed: int, kind: type[TableModel] = TableModel) -> list[Any]:
+    """A target and ever more distant approximations of it."""
+    found = [kind(vocabulary, seed)]
+    while len(found) < count:
+        found.append(kind(vocabulary, seed + 100 * len(found), like=found[-1], distance=0.8))
+    return found
+
+
+def sampling(*processors: LogitsProcessor) -> LawMaker:
+    return LawMaker(list(processors), True, CPU)
 
 
 def context_of(*rows: tuple[int, ...]) -> Context:
@@ -237,3 +252,10 @@ def true_law(model: TableModel, start: tuple[int, ...], length: int) -> dict[tup
 
 def total_variation(left: dict[tuple[int, ...], float], right: dict[tuple[int, ...], float]) -> float:
     return 0.5 * sum(abs(left.get(key, 0.0) - right.get(key, 0.0)) for key in left.keys() | right.keys())
+
+
+def distance(top: Verifier, model: TableModel, length: int, law: LawMaker | None = None) -> float:
+    """Total variation between what a chain emits and the law of its target."""
+    emitted = emitted_law(top, law or sampling(), START, length)
+    assert sum(emitted.values()) == pytest.approx(1, abs=1e-12)
+    return total_variation(emitted, true_law(model, START, length))

@@ -6,13 +6,16 @@ from __future__ import annotations
 import pytest
 from enumeration import (
     CPU,
+    EXACT,
+    START,
     FixedDrafter,
     OneChoice,
     OneChoiceRounds,
     Opaque,
     TableModel,
+    approximations,
     context_of,
-    emitted_law,
+    distance,
     outcomes,
     total_variation,
     true_law,
@@ -25,9 +28,6 @@ from hf_polyspec.levels.base import Drafter, Proposal
 from hf_polyspec.levels.causal_lm import CausalLMDrafter
 from hf_polyspec.levels.verifier import Emission, NoDraft, Verifier
 
-EXACT = 1e-9
-START = (0,)
-
 
 class Switching(Verifier):
     """Asks another level in every round, chosen by all that was emitted before it."""
@@ -38,12 +38,6 @@ class Switching(Verifier):
         known = sum((i + 1) * (token + 1) for i, token in enumerate(context.ids[0]))
         self.source = self.ways[known % len(self.ways)]
         return super().round(context, limits, law)
-
-
-def models(vocabulary: int, seed: int) -> list[TableModel]:
-    target = TableModel(vocabulary, seed)
-    middle = TableModel(vocabulary, seed + 100, like=target, distance=0.8)
-    return [target, middle, TableModel(vocabulary, seed + 200, like=middle, distance=0.8)]
 
 
 def drafter(table: TableModel, tokens: int) -> Drafter:
@@ -73,21 +67,15 @@ def switching(tables: list[TableModel], rule: str, target: type[Switching] = Swi
     return top
 
 
-def distance(top: Verifier, table: TableModel, length: int, law: LawMaker) -> float:
-    emitted = emitted_law(top, law, START, length)
-    assert sum(emitted.values()) == pytest.approx(1, abs=1e-12)
-    return total_variation(emitted, true_law(table, START, length))
-
-
 @pytest.mark.parametrize("rule", ["token", "block"])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_switching_between_rounds_is_exact(rule: str, seed: int) -> None:
-    tables = models(2, seed)
+    tables = approximations(3, 2, seed)
     assert distance(switching(tables, rule), tables[0], 4, LawMaker([], True, CPU)) < EXACT
 
 
 def test_switching_is_exact_position_by_position() -> None:
-    tables = models(2, 3)
+    tables = approximations(3, 2, 3)
     assert distance(switching(tables, "auto"), tables[0], 3, LawMaker([Opaque()], True, CPU)) < EXACT
 
 
@@ -108,7 +96,7 @@ class Peeking(Switching):
 
 
 def test_switching_off_after_a_look_at_the_draft_is_caught() -> None:
-    tables = models(2, 1)
+    tables = approximations(3, 2, 1)
     assert distance(switching(tables, "token", Peeking), tables[0], 3, LawMaker([], True, CPU)) > 0.01
 
 
@@ -151,7 +139,7 @@ def biased(top: Verifier, length: int, law: LawMaker) -> tuple[dict[tuple[int, .
 @pytest.mark.parametrize("processors", [[], [Opaque()]], ids=["at once", "in step"])
 @pytest.mark.parametrize("one_hot", [False, True])
 def test_the_bias_of_a_text_is_at_most_what_is_reported(processors: list[LogitsProcessor], one_hot: bool) -> None:
-    tables = models(2 if processors else 3, 5)
+    tables = approximations(3, 2 if processors else 3, 5)
     law, exact = LawMaker(processors, True, CPU), true_law(tables[0], START, 3)
     before = 0.0
     for budget in (0.0, 0.3, 1.0):
@@ -167,7 +155,7 @@ def test_the_bias_of_a_text_is_at_most_what_is_reported(processors: list[LogitsP
 
 def test_one_judged_token_is_exactly_as_far_from_its_law_as_reported() -> None:
     """Theorem 5 of Yin et al.: lambda TV(p, q), no more and no less."""
-    tables = models(3, 5)
+    tables = approximations(3, 3, 5)
     for budget in (0.25, 0.5, 1.0):
         top = lossy(tables, budget, below=OneChoice(drafter(tables[1], 1)))
 
@@ -189,6 +177,6 @@ def test_a_budget_that_forgets_what_it_introduced_would_be_caught(monkeypatch: p
 
     genuine = judgement._introduced
     monkeypatch.setattr(judgement, "_introduced", lambda *given: [0.5 * bias for bias in genuine(*given)])
-    tables = models(3, 5)
+    tables = approximations(3, 3, 5)
     emitted, reported = biased(lossy(tables, 1.0, below=OneChoice(drafter(tables[1], 1))), 2, LawMaker([], True, CPU))
     assert total_variation(emitted, true_law(tables[0], START, 2)) > reported

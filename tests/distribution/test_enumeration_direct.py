@@ -7,16 +7,17 @@ import pytest
 import torch
 from enumeration import (
     CPU,
+    EXACT,
     OneChoice,
     Opaque,
     TableModel,
+    approximations,
     context_of,
-    emitted_law,
+    distance,
     outcomes,
-    total_variation,
+    sampling,
     true_law,
 )
-from transformers import LogitsProcessor
 
 from hf_polyspec.context import Context
 from hf_polyspec.distributions import LawMaker
@@ -25,8 +26,6 @@ from hf_polyspec.levels.base import Drafter, Proposal
 from hf_polyspec.levels.causal_lm import CausalLMDrafter
 from hf_polyspec.levels.verifier import Emission, Verifier
 
-EXACT = 1e-9
-START = (0,)
 UNSURE = 6
 """Seed of models whose drafter stops early often enough for its lengths to tell what was drawn."""
 
@@ -38,13 +37,6 @@ class Varying(Drafter):
         rows = zip(context.ids, limits, strict=True)
         tokens = [[(ids[-1] + i) % 2 for i in range(min(sum(ids) * 7 % 4, limit))] for ids, limit in rows]
         return Proposal(tokens, None, [[self.index] * len(row) for row in tokens])
-
-
-def models(count: int, vocabulary: int, seed: int) -> list[TableModel]:
-    found = [TableModel(vocabulary, seed)]
-    while len(found) < count:
-        found.append(TableModel(vocabulary, seed + 100 * len(found), like=found[-1], distance=0.8))
-    return found
 
 
 def chain(
@@ -66,42 +58,36 @@ def chain(
     return top
 
 
-def distance(top: Verifier, table: TableModel, length: int, *processors: LogitsProcessor) -> float:
-    emitted = emitted_law(top, LawMaker(list(processors), True, CPU), START, length)
-    assert sum(emitted.values()) == pytest.approx(1, abs=1e-12)
-    return total_variation(emitted, true_law(table, START, length))
-
-
 @pytest.mark.parametrize("rule", ["token", "block"])
 @pytest.mark.parametrize("direct", [1, 2, 3])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_three_models(rule: str, direct: int, seed: int) -> None:
-    tables = models(2, 2, seed)
+    tables = approximations(2, 2, seed)
     assert distance(chain(tables, Varying(), direct=direct, rule=rule), tables[0], 5) < EXACT
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_four_models(rule: str) -> None:
     """The upper middle checks what passed the lower one by."""
-    tables = models(3, 2, 5)
+    tables = approximations(3, 2, 5)
     assert distance(chain(tables, Varying(), rule=rule), tables[0], 4) < EXACT
 
 
 def test_position_by_position() -> None:
-    tables = models(2, 3, 9)
-    assert distance(chain(tables, Varying()), tables[0], 3, Opaque()) < EXACT
+    tables = approximations(2, 3, 9)
+    assert distance(chain(tables, Varying()), tables[0], 3, sampling(Opaque())) < EXACT
 
 
 @pytest.mark.parametrize("direct", [1, 2])
 def test_what_was_drawn_is_checked_whatever_its_length(direct: int) -> None:
-    tables = models(3, 2, UNSURE)
+    tables = approximations(3, 2, UNSURE)
     small = CausalLMDrafter(tables[2], name="drafter", draft_tokens=3, confidence_threshold=0.45)
     assert distance(chain(tables[:2], OneChoice(small), direct=direct), tables[0], 4) < EXACT
 
 
 def test_rows_go_their_own_ways() -> None:
     """One row's draft passes by while another's is checked: the joint law is the product of the target's laws."""
-    tables = models(2, 2, 19)
+    tables = approximations(2, 2, 19)
     starts, length = ((1, 1), (1,)), 2
     middle = Verifier(tables[1], Varying(), name="middle", rule="token", block_size=1, direct_tokens=2)
     drafts = Varying().propose(context_of(*starts), [3, 3], LawMaker([], True, CPU)).tokens
@@ -127,7 +113,7 @@ def test_rows_go_their_own_ways() -> None:
 
 
 def test_claiming_the_middles_law_for_what_it_did_not_draw_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    tables = models(2, 2, 1)
+    tables = approximations(2, 2, 1)
 
     def flat(tokens: torch.Tensor, columns: int) -> torch.Tensor:
         return torch.full((len(tokens), columns), 1 / columns)
@@ -139,7 +125,7 @@ def test_claiming_the_middles_law_for_what_it_did_not_draw_is_caught(monkeypatch
 class PassesWhatWasDrawn(Verifier):
     """Lets long drafts pass by with the law they were drawn from; how long one is depends on what was drawn."""
 
-    def _round_or_pass_on(
+    def _round_or_close(
         self, context: Context, limits: list[int], law: LawMaker, block: block_module.Block
     ) -> Emission | None:
         offered = self.source.propose(context, [limits[0] - 1], law)
@@ -152,7 +138,7 @@ class PassesWhatWasDrawn(Verifier):
 
 
 def test_drafts_that_were_drawn_and_pass_by_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    tables = models(3, 2, UNSURE)
+    tables = approximations(3, 2, UNSURE)
     small = CausalLMDrafter(tables[2], name="drafter", draft_tokens=3, confidence_threshold=0.45)
     monkeypatch.setattr(block_module.Block, "_of_row", lambda block, row, like: torch.cat(block.laws[row]))
     assert distance(chain(tables[:2], OneChoice(small), middle=PassesWhatWasDrawn), tables[0], 4) > 0.01

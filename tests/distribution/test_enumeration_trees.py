@@ -14,10 +14,15 @@ import pytest
 import torch
 from enumeration import (
     CPU,
+    EXACT,
+    START,
     OneChoice,
     OneChoiceRounds,
     TableModel,
+    approximations,
+    distance,
     emitted_law,
+    sampling,
     total_variation,
     true_law,
 )
@@ -33,9 +38,6 @@ from hf_polyspec.levels.tree_judgement import TreeJudgement
 from hf_polyspec.levels.verifier import Verifier
 from hf_polyspec.runner import Pass
 from hf_polyspec.trees import ROOT, depths, path_to
-
-EXACT = 1e-9
-START = (0,)
 
 
 class TreeTable(TableModel):
@@ -89,17 +91,6 @@ class Grower(Drafter):
         return DrawnTree([tokens], [parents], [[self.index] * len(tokens)], q)
 
 
-def tables(count: int, vocabulary: int, seed: int) -> list[TreeTable]:
-    found = [TreeTable(vocabulary, seed)]
-    while len(found) < count:
-        found.append(TreeTable(vocabulary, seed + 100 * len(found), like=found[-1], distance=0.8))
-    return found
-
-
-def sampling(*processors: Any) -> LawMaker:
-    return LawMaker(list(processors), True, CPU)
-
-
 def two(models: list[TreeTable], drafter: Drafter) -> Verifier:
     top = Verifier(models[0], drafter, name="target", trees=True)
     top.begin(0, 1, models[0].vocabulary)
@@ -113,16 +104,10 @@ def three(models: list[TreeTable], drafter: Drafter, rule: str, block_size: int)
     return top
 
 
-def distance(top: Verifier, model: TableModel, length: int) -> float:
-    emitted = emitted_law(top, sampling(), START, length)
-    assert sum(emitted.values()) == pytest.approx(1, abs=1e-12)
-    return total_variation(emitted, true_law(model, START, length))
-
-
 @pytest.mark.parametrize("branches", [(1,), (2,), (3,), (2, 1), (1, 1, 1), (1, 2)])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_tree_under_a_target(branches: tuple[int, ...], seed: int) -> None:
-    models = tables(2, 3, seed)
+    models = approximations(2, 3, seed, TreeTable)
     assert distance(two(models, Grower(models[1], branches)), models[0], 3) < EXACT
 
 
@@ -131,7 +116,7 @@ def test_a_tree_under_a_target(branches: tuple[int, ...], seed: int) -> None:
 def test_a_tree_under_a_middle_under_a_target(
     rule: str, vocabulary: int, block_size: int, branches: tuple[int, ...]
 ) -> None:
-    models = tables(3, vocabulary, 4)
+    models = approximations(3, vocabulary, 4, TreeTable)
     assert distance(three(models, Grower(models[2], branches), rule, block_size), models[0], 3) < EXACT
 
 
@@ -155,7 +140,7 @@ class Continues(Drafter):
 @pytest.mark.parametrize("drawn", [False, True])
 @pytest.mark.parametrize(("vocabulary", "branches"), [(3, (1,)), (2, (1, 1))])
 def test_a_tree_with_a_branch_under_a_target(vocabulary: int, branches: tuple[int, ...], drawn: bool) -> None:
-    models = tables(2, vocabulary, 5)
+    models = approximations(2, vocabulary, 5, TreeTable)
     branch = Continues(vocabulary, 2, models[1] if drawn else None)
     assert distance(two(models, JoinedDrafter(Grower(models[1], branches), branch)), models[0], 3) < EXACT
 
@@ -164,7 +149,7 @@ def test_a_tree_with_a_branch_under_a_target(vocabulary: int, branches: tuple[in
 def test_a_tree_with_a_branch_under_a_middle_under_a_target(
     vocabulary: int, block_size: int, branches: tuple[int, ...]
 ) -> None:
-    models = tables(3, vocabulary, 4)
+    models = approximations(3, vocabulary, 4, TreeTable)
     joined = JoinedDrafter(Grower(models[2], branches), Continues(vocabulary, 2))
     assert distance(three(models, joined, "auto", block_size), models[0], 3) < EXACT
 
@@ -189,7 +174,7 @@ class Draws(Drafter):
 @pytest.mark.parametrize("vocabulary", [2, 3])
 def test_chains_of_two_drafters_that_draw(vocabulary: int) -> None:
     """A short chain that was drawn is used all the same; keeping it back for its length is caught."""
-    models = tables(3, vocabulary, 9)
+    models = approximations(3, vocabulary, 9, TreeTable)
     head = Draws(models[2], 1)
     assert distance(two(models, JoinedDrafter(head, Draws(models[1], 2), chain_tokens=2)), models[0], 3) < EXACT
     kept_back = JoinedDrafter(head, Draws(models[1], 2, least=2), chain_tokens=2)
@@ -215,14 +200,14 @@ def test_doubled_siblings_are_no_way_to_join(monkeypatch: pytest.MonkeyPatch) ->
         return TreeJudgement([path], [tokens], logits[:, :width], logits[:, :width], logits[:, :width].softmax(-1))
 
     monkeypatch.setattr(verifier_module, "judge_tree", coins)
-    models = tables(2, 4, 3)
+    models = approximations(2, 4, 3, TreeTable)
     doubled = JoinedDrafter(Grower(models[1], (2,)), Continues(4, 1))
     monkeypatch.setattr(joined_module, "graft", lambda tokens, parents, branch: (branch, [ROOT] * len(branch)))
     assert distance(two(models, doubled), models[0], 2) > 0.01
 
 
 def test_processors_see_each_nodes_own_path() -> None:
-    models = tables(2, 3, 6)
+    models = approximations(2, 3, 6, TreeTable)
     law = sampling(RepetitionPenaltyLogitsProcessor(1.7))
     emitted = emitted_law(two(models, Grower(models[1], (2, 1))), law, START, 3)
     expected: dict[tuple[int, ...], float] = {(): 1.0}
@@ -286,7 +271,7 @@ def ratio_rule(*, only_zeroes: bool) -> Any:
 
 def wrong(monkeypatch: pytest.MonkeyPatch, judge: Any, drafter: type[Grower], *arguments: Any) -> float:
     monkeypatch.setattr(verifier_module, "judge_tree", judge)
-    models = tables(2, 4, 3)
+    models = approximations(2, 4, 3, TreeTable)
     return distance(two(models, drafter(models[1], *arguments)), models[0], 2)
 
 
@@ -308,12 +293,12 @@ def test_the_ratio_rule_itself_is_right(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_pruning_does_no_harm_under_the_one_hot_rule() -> None:
-    models = tables(2, 4, 3)
+    models = approximations(2, 4, 3, TreeTable)
     assert distance(two(models, DrawsChildren(models[1], 0.25)), models[0], 2) < EXACT
 
 
 def test_greedy_trees_follow_the_argmax() -> None:
-    models = tables(2, 3, 8)
+    models = approximations(2, 3, 8, TreeTable)
     law = LawMaker([], False, CPU)
     for branches in itertools.product((1, 2, 3), repeat=2):
         emitted = emitted_law(two(models, Grower(models[1], branches)), law, START, 3)

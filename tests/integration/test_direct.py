@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hf_polyspec import SuffixDrafter
 from hf_polyspec.integration import generate
 from hf_polyspec.lending import WORTH
+from hf_polyspec.levels.block import Block
 from hf_polyspec.quantization import quantize_model
 
 Tiny = Callable[..., PreTrainedModel]
@@ -69,12 +70,24 @@ def test_drafts_of_models_and_heads_are_always_checked(tiny: Tiny) -> None:
         assert [level.rounds for level in usual.polyspec.levels] == [level.rounds for level in asked.polyspec.levels]
 
 
-def test_an_online_control_decides_for_itself(tiny: Tiny) -> None:
+@pytest.mark.parametrize("control", ["fixed", "online"])
+def test_an_online_control_has_every_draft_checked(tiny: Tiny, control: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    passed_by: list[int] = []
+    close = Block.close
+    monkeypatch.setattr(Block, "close", lambda block, row, *draft: (passed_by.append(row), close(block, row, *draft)))
     target = tiny("llama")
     middle, given = noisy(target, 0.01, 1), prompts(1)
     chain = [middle, SuffixDrafter(**EAGER)]
-    found = answered(target, given, chain, polyspec_direct_tokens=1, polyspec_control="online")
+    found = answered(target, given, chain, polyspec_direct_tokens=1, polyspec_control=control)
     assert torch.equal(found.sequences, answered(target, given, []).sequences)
+    assert bool(passed_by) is (control == "fixed")
+
+
+@pytest.mark.parametrize(("given", "device", "sure"), [({}, "cpu", True), ({}, "cuda", False), (EAGER, "cuda", True)])
+def test_drafts_are_sure_where_they_end_early_or_somebody_chose_their_end(
+    given: dict[str, float], device: str, sure: bool
+) -> None:
+    assert SuffixDrafter(**given).long_is_sure(torch.device(device)) is sure
 
 
 def test_sampled_text_ends_where_the_text_ends(tiny: Tiny) -> None:

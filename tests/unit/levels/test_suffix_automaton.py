@@ -117,6 +117,7 @@ def test_it_is_no_larger_than_theory_allows(text: list[int]) -> None:
 
 
 def continued(text: list[int], limit: int = 8, floor: float = 0.0, doubt: float = 0.0) -> list[int]:
+    """What follows the end of a text; beside what was seen after a match of n ids, `doubt` / n count as never seen."""
     automaton = built(text)
     return automaton.continuation(*automaton.repeated(), limit, floor, lambda ids: doubt / ids)[0]
 
@@ -141,6 +142,12 @@ def test_continuation_ends_where_it_becomes_unlikely() -> None:
     assert continued(text, limit=2, floor=0.3) == [2, 5]
     assert continued([1, 2, 3], floor=0.0) == []
     assert continued([], floor=0.0) == []
+
+
+@pytest.mark.parametrize(("floor", "kept"), [(0.51, 0), (0.34, 1), (0.26, 2), (0.24, 3)])
+def test_what_was_never_seen_counts_less_the_longer_the_match(floor: float, kept: int) -> None:
+    # 1/2 after one id, then 2/3 after two and 3/4 after three.
+    assert continued([1, 2, 3, 9, 1], limit=3, floor=floor, doubt=1.0) == [2, 3, 9][:kept]
 
 
 class CountingList(list):

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 import hf_polyspec
 from hf_polyspec.levels.suffix import SuffixDrafter
 from hf_polyspec.planning import Planned, Wish, make_plan
-from hf_polyspec.planning.agreement import read_model
 from hf_polyspec.planning.gauge import TakenAgain
 from hf_polyspec.planning.overheads import measure_overheads
+from hf_polyspec.planning.readings import read_model
+from hf_polyspec.planning.replay import Measurements
 from hf_polyspec.planning.search import Candidate, spread
 from hf_polyspec.planning.texts import generation_config, law_of, write_texts
 from hf_polyspec.planning.turns import over_turns, settled
@@ -38,10 +39,13 @@ class Machine:
 
     Attributes:
         now: the time; slower: how much longer a pass of so many columns takes than at first.
+        cold: seconds more for a pass that follows one of another model, `last`.
     """
 
     now: float = 0.0
     slower: Callable[[int], float] = field(default=lambda columns: 1.0)
+    cold: float = 0.0
+    last: Any = None
 
     def __call__(self) -> float:
         return self.now
@@ -51,7 +55,8 @@ class Machine:
 
         def passes(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             columns = kwargs["input_ids"].numel()
-            self.now += seconds * (0.9 + 0.1 * columns) * self.slower(columns)
+            self.now += seconds * (0.9 + 0.1 * columns) * self.slower(columns) + self.cold * (module is not self.last)
+            self.last = module
 
         model.register_forward_pre_hook(passes, with_kwargs=True)
         return model
@@ -60,7 +65,7 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, day: Machine) -> Machine:
     """Its clock stands wherever the planner looks at one; every test begins at the speed of the plan."""
-    day.slower = steady
+    day.slower, day.cold = steady, 0.0
     stands(day, monkeypatch)
     return day
 
@@ -141,6 +146,21 @@ def test_a_machine_that_became_slower_is_followed(machine: Machine, planned: Pla
     as_planned, anew = errors(run(planned))
     assert min(as_planned) > 0.4
     assert max(anew) < 0.07
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_caches_that_hold_the_other_model_are_counted(
+    machine: Machine, planned: Planned, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass takes longer right after another model's; the wrong variant takes all passes to be alike."""
+    machine.cold = 0.01
+    if not known:
+        monkeypatch.setattr(Measurements, "switch", lambda measured, place: 0.0)
+    found = run(planned)
+    _, anew = errors(found)
+    both = [error for candidate, error in zip(found, anew, strict=True) if 1 in candidate.chain.levels]
+    assert len(both) == 2
+    assert max(anew) < 0.05 if known else min(both) > 0.06
 
 
 def test_a_machine_that_wavers_is_followed(machine: Machine, planned: Planned) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hf_polyspec.planning.agreement import NEVER, Draft, DraftRecord, survival, windows
+from hf_polyspec.planning.agreement import Draft, DraftRecord
 from hf_polyspec.planning.candidates import BLOCKS, MODEL_DRAFTS, Level, options_of, subsets
 from hf_polyspec.planning.cost_model import SecondsTable
 from hf_polyspec.planning.costs import ModelCosts, Shape
 from hf_polyspec.planning.overheads import Overheads
+from hf_polyspec.planning.readings import NEVER, survival, windows
 from hf_polyspec.planning.reasons import exact_seconds, reasons
 from hf_polyspec.planning.replay import Chain, Measurements, replay
 from hf_polyspec.planning.search import Candidate, search, spread

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_polyspec.planning.agreement import edge, reading_of, survival
+from hf_polyspec.planning.readings import edge, reading_of, survival
 from hf_polyspec.planning.texts import Law, Text
 from hf_polyspec.verification import verify_block, verify_tokens
 
