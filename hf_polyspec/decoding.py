@@ -213,8 +213,6 @@ class _Job:
         self.recorder = Recorder(self.wanted, self.context.batch, prompt, self._windows())
         if self.config.prefill_chunk_size:
             chain.prefill(self.context, self.config.prefill_chunk_size)
-        else:
-            chain.read_for_others(self.context)
         if self.options.polyspec_control == "online":
             self.control = OnlineControl(chain, mode=(self.law.do_sample, self.config.temperature))
         loop = DecodingLoop(

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -228,29 +229,29 @@ class ModelRunner:
         return Context(ids, Prompt(0, None, torch.full((len(ids), 1), -1, dtype=torch.long)))
 
     def prefill(
-        self,
-        context: Context,
-        chunk: int,
-        stats: LevelStats,
-        watch: Callable[[Pass], None] | None = None,
-        record: dict[str, Any] | None = None,
+        self, context: Context, chunk: int, stats: LevelStats, watch: Callable[[Pass], None] | None = None
     ) -> None:
         """Feed all but the last token of an even-length context in pieces of `chunk` columns (prefill_chunk_size).
 
-        `watch`, if given, is shown every pass; `record` are forward arguments for these passes alone.
+        `watch`, if given, is shown every pass.
         """
         length = len(context.ids[0])
         start = len(self.memo[0]) if self.memo else 0
+        for end in range(start + chunk, length, chunk):
+            piece = Context([ids[:end] for ids in context.ids], context.prompt)
+            if not self.can_read(piece):
+                continue
+            passed = self.run(piece, [[] for _ in context.ids], stats)
+            if watch is not None:
+                watch(passed)
+
+    @contextmanager
+    def recording(self, record: dict[str, Any]) -> Iterator[None]:
+        """Give these arguments to every forward pass for a while, besides the usual ones."""
         usual = self.record
-        self.record = {**(record or {}), **usual}
+        self.record = {**record, **usual}
         try:
-            for end in range(start + chunk, length, chunk):
-                piece = Context([ids[:end] for ids in context.ids], context.prompt)
-                if not self.can_read(piece):
-                    continue
-                passed = self.run(piece, [[] for _ in context.ids], stats)
-                if watch is not None:
-                    watch(passed)
+            yield
         finally:
             self.record = usual
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -128,6 +129,8 @@ class Verifier(Drafter):
             LevelError: a model's forward pass failed.
         """
         active = [limit > 0 for limit in limits]
+        if self._reads_for_others(context):
+            return self._round_without_draft(context, active, law)
         rooms = [self._room_below(limit) for limit in limits]
         if self.trees and not law.in_order and not context.prompt.hidden:
             began = self.stats.clock()
@@ -143,27 +146,46 @@ class Verifier(Drafter):
     ) -> Emission:
         """The pass over a proposal and what it makes of it; the draft was begun at `began`."""
         offered = self.stats.clock()
+        emission = self._judged(context, proposal, active, law)
+        self.below.watch(emission.passed)
+        self.source.observe(emission.drafted, emission.accepted)
+        self._tell(rooms, emission.drafted, emission.accepted, [], emission.passed.fed, began, offered)
+        return emission
+
+    def _judged(self, context: Context, proposal: Proposal, active: list[bool], law: LawMaker) -> Emission:
         with self.stats.timed():
             passed = self.runner.run(context, proposal.tokens, self.stats)
             logits = fit_vocabulary(passed.logits, self.vocabulary)
             judgement = judge(law, context, proposal, logits, active, self.rule, self.pad, self.bias_budget)
             record(self.stats, proposal, judgement, active)
             self.stats.bias += sum(judgement.bias)
-        self.below.watch(passed)
-        drafted = [len(row) for row in proposal.tokens]
-        self.source.observe(drafted, judgement.accepted)
-        self._tell(rooms, drafted, judgement.accepted, [], passed.fed, began, offered)
         return Emission(
             judgement.tokens,
             judgement.p,
             self._origins(proposal, judgement),
-            drafted,
+            [len(row) for row in proposal.tokens],
             judgement.accepted,
             logits,
             judgement.scores,
             passed,
             judgement.bias,
         )
+
+    def _reads_for_others(self, context: Context) -> bool:
+        """Whether this level has a prompt to read that levels below would otherwise read for themselves."""
+        if not self.borrowers or context.prompt.hidden:
+            return False
+        held = min(map(len, self.runner.memo), default=0)
+        return len(context.ids[0]) - held > WORTH
+
+    def _round_without_draft(self, context: Context, active: list[bool], law: LawMaker) -> Emission:
+        """One token a row from the pass that reads the prompt, which levels below are shown as their own."""
+        nothing = Proposal([[] for _ in active], None, [[] for _ in active])
+        with self.runner.recording(self._borrowers_record()):
+            emission = self._judged(context, nothing, active, law)
+        for level in (self.below, *self.watchers):
+            level.watch(emission.passed)
+        return emission
 
     def _tell(
         self,
@@ -259,22 +281,19 @@ class Verifier(Drafter):
             self._read(context, chunk)
         self.below.prefill(context, chunk)
 
-    def read_for_others(self, context: Context) -> None:
-        """Read a prompt before anything is drafted, if a level below would otherwise read it for itself."""
-        columns = len(context.ids[0]) - 1
-        if self.borrowers and columns >= WORTH and not context.prompt.hidden:
-            self._read(context, columns)
-
     def _read(self, context: Context, chunk: int) -> None:
         """All but the last token, with what a borrower's own passes would show to the level below it."""
-        record = {name: value for borrower in self.borrowers for name, value in borrower.record.items()}
 
         def watch(passed: Pass) -> None:
             for level in (self.below, *self.watchers):
                 level.watch(passed)
 
-        with self.stats.timed():
-            self.runner.prefill(context, chunk, self.stats, watch, record)
+        with self.stats.timed(), self.runner.recording(self._borrowers_record()):
+            self.runner.prefill(context, chunk, self.stats, watch)
+
+    def _borrowers_record(self) -> dict[str, Any]:
+        """Forward arguments that make a pass show what levels below read of the models that borrow from this one."""
+        return {name: value for borrower in self.borrowers for name, value in borrower.record.items()}
 
     def keep_rows(self, rows: list[int]) -> None:
         self.runner.keep_rows(rows)

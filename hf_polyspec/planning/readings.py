@@ -91,9 +91,9 @@ def read_model(
         lender: the model that lends this one its reading of the prompt in a chain (see `lending`), or None.
     """
     chain = rig(model, [Offer()])
-    if lender is not None and len(text.prompt) > 1:
+    if lender is not None:
         lends = rig(lender, [Offer()]).runner
-        lends.run(context_of([text.prompt[:-1]], len(text.prompt) - 1), [[]], LevelStats("reading", 0))
+        lends.run(context_of([text.prompt], len(text.prompt)), [[]], LevelStats("reading", 0))
         chain.runner.lender = lends
     return reading_of(logits_along(chain, text), text, law, target, generator)
 

@@ -168,6 +168,7 @@ def replay(chain: Chain, measured: Measurements) -> Replayed:
         return _plain(measured)
     depth = len(chain.levels)
     totals = np.zeros((3, depth))
+    undrafted = 0  # rounds of the target that read a prompt for others
     tables: list[SecondsTable] = []
     reading = 0.0
     for i, text in enumerate(measured.texts):
@@ -178,20 +179,24 @@ def replay(chain: Chain, measured: Measurements) -> Replayed:
         for level in range(depth - 3, -1, -1):
             rounds = _collected(chain, measured, i, level, tables[level], rounds, direct)
             direct = None
-        visits = _visits(rounds.law)
+        first = int(bool(_lent(chain, measured, text)))
+        undrafted += first
+        visits = _visits(rounds.law, first)
         totals += np.stack([visits @ rounds.seconds, visits @ rounds.passes, visits @ rounds.offered])
         reading += _reading(chain, measured, text, tables)
     seconds, passes, offered = totals
     overheads = measured.overheads
     below = sum(place in measured.costs for place in chain.levels[1:])
-    outside = (overheads.call + overheads.per_model * below) * len(measured.texts) + overheads.per_round * passes[0]
+    outside = (overheads.call + overheads.per_model * below) * len(measured.texts) + overheads.per_round * (
+        passes[0] + undrafted
+    )
     outside += overheads.per_block_round * float(passes[1:-1].sum())
     each = seconds / np.maximum(passes, 1e-9)
     return Replayed(
         float(seconds.sum()) + reading + outside,
         measured.new_tokens,
         tuple(seconds.tolist()),
-        tuple(passes.tolist()),
+        (float(passes[0]) + undrafted, *passes[1:].tolist()),
         tuple((offered / np.maximum(passes, 1e-9)).tolist()),
         tuple(each.tolist()),
     )
@@ -207,16 +212,21 @@ def _plain(measured: Measurements) -> Replayed:
 def _reading(chain: Chain, measured: Measurements, text: Text, tables: Sequence[SecondsTable]) -> float:
     """What the first pass of every model that reads the prompt takes more than a later one.
 
-    A target that reads it for others does so in a pass of its own.
+    A target that reads it for others drafts nothing for it.
     """
     models = [place for place in chain.levels if place in measured.costs]
-    lent = measured.copies.intersection(models) if len(text.prompt) > WORTH else set()
+    lent = _lent(chain, measured, text)
     total = 0.0
     for place, table in zip(models, tables, strict=False):
         if place not in lent:
             reading = measured.costs[place].reading(len(text.prompt))
             total += reading if lent and place == 0 else max(0.0, reading - table.seconds(1))
     return total
+
+
+def _lent(chain: Chain, measured: Measurements, text: Text) -> frozenset[int]:
+    """Models that take the prompt's keys and values from the target."""
+    return measured.copies.intersection(chain.levels) if len(text.prompt) > WORTH else frozenset()
 
 
 def _lowest(chain: Chain, measured: Measurements, i: int, table: SecondsTable) -> _Rounds:
@@ -352,11 +362,11 @@ def _law(kept: Array) -> Array:
     return np.asarray(reached[:, :-1] - reached[:, 1:], dtype=np.float64)
 
 
-def _visits(law: Array) -> Array:
-    """`[N]`: probability that a round starts at each position of a text."""
+def _visits(law: Array, first: int = 0) -> Array:
+    """`[N]`: probability that a round starts at each position of a text from the first on."""
     count, most = law.shape
     visits = np.zeros(count + most)
-    visits[0] = 1.0
-    for start in range(count):
+    visits[first] = 1.0
+    for start in range(first, count):
         visits[start + 1 : start + 1 + most] += visits[start] * law[start]
     return visits[:count]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hf_polyspec import demo
 from hf_polyspec.cli import app
 from hf_polyspec.context import Context
 from hf_polyspec.eagle import init_for
+from hf_polyspec.lending import WORTH, is_copy
 from hf_polyspec.levels.base import TreeProposal
 from hf_polyspec.levels.eagle import EagleDrafter
 from hf_polyspec.levels.suffix import SuffixDrafter
@@ -105,11 +107,26 @@ def test_mistakes_are_found_before_anything_is_loaded(arguments: tuple[str, ...]
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_a_replay_counts_the_rounds_that_really_happen() -> None:
+def rounded(target: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model as `lending` knows them: other numbers in its matrices, all else alike."""
+    other = copy.deepcopy(target)
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in other.model.layers:
+            weight = layer.mlp.down_proj.weight
+            weight += 0.02 * torch.randn(weight.shape, generator=noise)
+    assert is_copy(other, target)
+    return other
+
+
+@pytest.mark.parametrize("lends", [False, True])
+def test_a_replay_counts_the_rounds_that_really_happen(lends: bool) -> None:
     """Greedy: the target's rounds exactly, a middle's within what it does after it has left the text."""
     target = tiny("llama")
-    middle, small = noisy(target, 0.01, 1), noisy(target, 0.05, 2)
-    texts = [prompts(1, seed=seed)["input_ids"][0].tolist() for seed in range(4)]
+    middle = rounded(target) if lends else noisy(target, 0.01, 1)
+    small = noisy(target, 0.05, 2)
+    # A copy takes what the target has read of a long prompt, and is not asked before.
+    texts = [prompts(1, WORTH + 4 if lends else 9, seed=seed)["input_ids"][0].tolist() for seed in range(4)]
     wish = Wish(new_tokens=32, repeats=1, draft_seconds=5.0, batches=False)
     found = make_plan(target, [middle, small, SuffixDrafter()], texts, wish)
     members = [target, middle, small, SuffixDrafter()]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hf_polyspec.planning import replay as replay_module
 from hf_polyspec.planning.agreement import Draft, DraftRecord
 from hf_polyspec.planning.candidates import BLOCKS, MODEL_DRAFTS, Level, options_of, subsets
 from hf_polyspec.planning.cost_model import SecondsTable
@@ -59,14 +60,18 @@ def test_a_replay_is_the_theory_where_tokens_are_independent(block: int, draft: 
 
 
 @pytest.mark.parametrize(("prompt", "read"), [(10, 3), (100, 2)])
-def test_a_copy_reads_no_long_prompt(prompt: int, read: int) -> None:
-    """Reading takes a second an id here; the target's pass over a long prompt is one of its own."""
+def test_a_copy_reads_no_long_prompt(prompt: int, read: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading takes a second an id here; the target's pass over a long prompt gives the first token."""
     measured = world([1.0, 1.0, 1.0], {(0, 1): 0.9, (1, 2): 0.75, (0, 2): 0.7})
     measured = replace(measured, texts=[replace(measured.texts[0], prompt=[1] * prompt)], copies=frozenset({1}))
     chain = Chain((0, 1, 2), 8, 4)
     without = replace(measured, texts=[replace(measured.texts[0], prompt=[1])])
-    found = replay(chain, measured).seconds - replay(chain, without).seconds
-    assert found == pytest.approx(read * prompt - (3 if read == 3 else 1))
+    found = replay(chain, measured)
+    visits = replay_module._visits
+    monkeypatch.setattr(replay_module, "_visits", lambda law, first=0: visits(law, int(read == 2)))
+    later = replay(chain, without)
+    assert found.seconds - later.seconds == pytest.approx(read * prompt - (3 if read == 3 else 1))
+    assert found.rounds[0] - later.rounds[0] == pytest.approx(int(read == 2))
 
 
 def test_the_search_finds_the_chain_that_the_theory_finds() -> None:
