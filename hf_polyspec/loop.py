@@ -141,11 +141,13 @@ class DecodingLoop:
         while not all(row.finished for row in rows):
             limits = [self._limit(rows[r]) for r in present]
             lengths = [len(ids) for ids in context.ids]
-            if self.control is not None:
-                self.control.before(context, limits)
+            # The pass that reads a prompt for others has nothing to choose, and says nothing of later ones.
+            control = None if self.target.reads_for_others(context) else self.control
+            if control is not None:
+                control.before(context, limits)
             emission = self.target.round(context, limits, self.law)
-            if self.control is not None:
-                self.control.after(emission)
+            if control is not None:
+                control.after(emission)
             if self.recorder.wanted.any:
                 self.recorder.emitted(emission, lengths, first)
             first = False

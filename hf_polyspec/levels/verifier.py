@@ -129,7 +129,7 @@ class Verifier(Drafter):
             LevelError: a model's forward pass failed.
         """
         active = [limit > 0 for limit in limits]
-        if self._reads_for_others(context):
+        if self.reads_for_others(context):
             return self._round_without_draft(context, active, law)
         rooms = [self._room_below(limit) for limit in limits]
         if self.trees and not law.in_order and not context.prompt.hidden:
@@ -171,7 +171,7 @@ class Verifier(Drafter):
             judgement.bias,
         )
 
-    def _reads_for_others(self, context: Context) -> bool:
+    def reads_for_others(self, context: Context) -> bool:
         """Whether this level has a prompt to read that levels below would otherwise read for themselves."""
         if not self.borrowers or context.prompt.hidden:
             return False

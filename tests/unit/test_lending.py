@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_polyspec import SuffixDrafter
 from hf_polyspec.context import Context, Prompt
+from hf_polyspec.control import OnlineControl
 from hf_polyspec.integration import generate
 from hf_polyspec.lending import WORTH, borrow, is_copy
 from hf_polyspec.levels.block import Block
@@ -193,6 +194,25 @@ def test_a_head_under_a_copy_sees_the_prompt(
     assert max(below) < WORTH
     assert begins
     assert max(begins) <= int((ROWS["attention_mask"] == 0).sum(1).max())
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_an_online_control_begins_after_the_pass_that_reads_for_others(
+    pair: tuple[PreTrainedModel, PreTrainedModel], copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, middle = pair
+    asked: list[int] = []
+    before = OnlineControl.before
+
+    def listening(control: OnlineControl, context: Context, limits: list[int]) -> None:
+        asked.append(len(context.ids[0]))
+        before(control, context, limits)
+
+    monkeypatch.setattr(OnlineControl, "before", listening)
+    chain = [middle if copied else noisy(target, 0.01), SuffixDrafter()]
+    found = text(target, LONG, chain, polyspec_control="online")
+    assert torch.equal(found, text(target, LONG))
+    assert asked[0] == LONG["input_ids"].shape[1] + copied
 
 
 SAMPLES, ALARM = 6000, 1e-5
