@@ -85,9 +85,10 @@ class JoinedDrafter(Drafter):
 
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
         offered = self.branch.propose(context, self._limits(limits), law.fork(context.batch))
-        # A length may follow from the values drawn, so what was drawn is always used once there is any (law 2).
-        sure = self.branch.long_is_sure(law.device)
-        enough = 1 if offered.q is not None else min(self.chain_tokens, SURE) if sure else self.chain_tokens
+        enough = min(self.chain_tokens, SURE) if self.branch.long_is_sure(law.device) else self.chain_tokens
+        if offered.q is not None:
+            # A length may follow from the values drawn, so what was drawn is always used once there is any (law 2).
+            enough = 1
         self._from_branch = [len(row) >= enough for row in offered.tokens]
         rest = [0 if taken else limit for taken, limit in zip(self._from_branch, limits, strict=True)]
         drafted = self.head.propose(context, rest, law)

@@ -175,8 +175,9 @@ class Verifier(Drafter):
         """Whether this level has a prompt to read that levels below would otherwise read for themselves."""
         if not self.borrowers or context.prompt.hidden:
             return False
-        held = min(map(len, self.runner.memo), default=0)
-        return len(context.ids[0]) - held > WORTH
+        held = self.runner.memo or [[] for _ in context.ids]
+        # Row by row: those of a batch may come to be of very different lengths.
+        return min(len(ids) - len(have) for ids, have in zip(context.ids, held, strict=True)) > WORTH
 
     def _round_without_draft(self, context: Context, active: list[bool], law: LawMaker) -> Emission:
         """One token a row from the pass that reads the prompt, which levels below are shown as their own."""

@@ -344,7 +344,8 @@ def _costs(measured: Measurements) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for place, costs in measured.costs.items():
         rounds = [[s.tokens, s.batch, s.context, seconds] for s, seconds in costs.shapes]
-        found[measured.names[place]] = {"rounds": rounds, "prompts": [list(point) for point in costs.prefill.points]}
+        prompts = [list(point) for point in costs.prefill.points]
+        found[measured.names[place]] = {"rounds": rounds, "prompts": prompts, "switch": costs.switch}
         if costs.drafting is not None:
             found[measured.names[place]]["drafts"] = [list(point) for point in costs.drafting.points]
     for (above, place, tree), record in measured.drafts.items():

@@ -30,7 +30,8 @@ def fused_blocks(model: nn.Module) -> list[FusedBlock]:
     for layer in fusable(model):
         known = before.get(layer)
         found[layer] = known if known is not None and known.parts.in_place() else FusedBlock(layer)
-    _FUSED[model] = found
+    if found:  # nothing is where another call is using the blocks that are kept
+        _FUSED[model] = found
     return list(found.values())
 
 

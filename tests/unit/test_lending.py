@@ -22,6 +22,7 @@ from hf_polyspec.integration import generate
 from hf_polyspec.lending import WORTH, borrow, is_copy
 from hf_polyspec.levels.block import Block
 from hf_polyspec.levels.eagle import EagleDrafter
+from hf_polyspec.levels.verifier import Verifier
 from hf_polyspec.quantization import quantize_model
 from hf_polyspec.runner import ModelRunner
 from hf_polyspec.telemetry import LevelStats
@@ -194,6 +195,32 @@ def test_a_head_under_a_copy_sees_the_prompt(
     assert max(below) < WORTH
     assert begins
     assert max(begins) <= int((ROWS["attention_mask"] == 0).sum(1).max())
+
+
+def test_rows_that_run_ahead_go_on_being_drafted_for(
+    pair: tuple[PreTrainedModel, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row's text is known to the drafter, so it comes to be longer than the others by more than is lent at once."""
+    target, middle = pair
+    options = {"max_new_tokens": 150, "eos_token_id": None}
+    plain = text(target, ROWS, **options)
+    lengths: list[list[int]] = []
+    answers: list[bool] = []
+    reads = Verifier.reads_for_others
+
+    def listening(level: Verifier, context: Context) -> bool:
+        answer = reads(level, context)
+        if level.index == 0:
+            lengths.append([len(ids) for ids in context.ids])
+            answers.append(answer)
+        return answer
+
+    monkeypatch.setattr(Verifier, "reads_for_others", listening)
+    chain = [middle, SuffixDrafter(corpus=[plain[0].tolist()], min_match=6, min_probability=0.0)]
+    assert torch.equal(text(target, ROWS, chain, polyspec_direct_tokens=1, **options), plain)
+    assert max(row[0] - min(row) for row in lengths) > WORTH
+    assert {len(row) for n, row in enumerate(lengths) if answers[n]} == {3}
+    assert all(answer == (max(row) == ROWS["input_ids"].shape[1]) for answer, row in zip(answers, lengths, strict=True))
 
 
 @pytest.mark.parametrize("copied", [True, False])
