@@ -28,7 +28,7 @@ def packed_model(tiny: Tiny, form: str = "float32", family: str = "llama", depth
         model = quantize_model(model, 8)
     model = pack(model.to(getattr(torch, (dtype or "float32") if kind == "int8" else kind)))
     if not _fuses(model):
-        pytest.skip("this CPU multiplies such numbers itself")
+        pytest.skip("this CPU has no dot products of bytes")
     return model
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROWS = 32
-"""Rows of numbers that the CPU multiplies itself up to which compiled functions are worth it."""
+ROWS = 64
+"""Rows of numbers that the CPU has instructions for up to which compiled products are as fast as torch's (measured)."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -34,15 +34,12 @@ def compiles() -> bool:
 
 
 def computes(x: Tensor) -> bool:
-    """Whether compiled functions take these activations `[B, F, H]`: plain numbers without gradients, few if the CPU
-    has instructions for their products, which many rows are better left to.
-    """
+    """Whether compiled functions take these activations `[B, F, H]`: plain numbers without gradients."""
     return (
         compiles()
         and type(x) is Tensor
         and x.dim() == 3
         and x.numel() > 0
-        and (x.dtype is not torch.bfloat16 or x.shape[0] * x.shape[1] <= ROWS or not _multiplies_bfloat16())
         and x.device.type == "cpu"
         and x.dtype in DTYPES
         and not torch.is_grad_enabled()
@@ -50,8 +47,18 @@ def computes(x: Tensor) -> bool:
     )
 
 
+def left_to_torch(rows: int, dtype: torch.dtype) -> bool:
+    """Whether torch's own product of so many rows with a float matrix of their dtype is faster than a compiled one.
+
+    Few rows are as fast as the weights are read, by whoever reads them best. Many are as fast as the CPU multiplies:
+    torch's library has the instructions for bfloat16 where there are any, compiled functions widen it to float32.
+    """
+    return rows > ROWS and dtype is torch.bfloat16 and compiles() and multiplies_bfloat16()
+
+
 @cache
-def _multiplies_bfloat16() -> bool:
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16."""
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from hf_polyspec.compiled.whole_block import BlockProducts, BlockShape
 
 
-def block_products(parts: BlockParts, dtype: torch.dtype) -> BlockProducts | None:
-    """The matrices of a layer, where compiled products are what computes all of them with inputs of a dtype."""
+def block_products(parts: BlockParts, dtype: torch.dtype, rows: int = 1) -> BlockProducts | None:
+    """The matrices of a layer, where compiled products are what computes all of them with so many rows of a dtype."""
     from hf_polyspec.compiled.whole_block import BlockProducts
 
-    joint = compiled_product(parts.joint, dtype)
-    output = compiled_product(parts.output, dtype)
-    gates = compiled_product(parts.gates, dtype)
-    down = compiled_product(parts.down, dtype)
+    joint = compiled_product(parts.joint, dtype, rows)
+    output = compiled_product(parts.output, dtype, rows)
+    gates = compiled_product(parts.gates, dtype, rows)
+    down = compiled_product(parts.down, dtype, rows)
     if joint is None or output is None or gates is None or down is None:
         return None
     products = BlockProducts(joint, output, gates, down)
@@ -51,27 +51,27 @@ def new_states(shape: BlockShape, x: Tensor) -> tuple[int, int, int, int]:
 
 def joint_output(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     """The outputs of layers that read `x`, side by side, from one product where they have one."""
-    kernel = joint_kernel(layers, x.dtype)
+    kernel = joint_kernel(layers, x.dtype, x.shape[0] * x.shape[1])
     return torch.cat([layer(x) for layer in layers], -1) if kernel is None else kernel(x)
 
 
-def compiled_product(layers: Sequence[nn.Module], dtype: torch.dtype) -> Product | None:
+def compiled_product(layers: Sequence[nn.Module], dtype: torch.dtype, rows: int) -> Product | None:
     """The compiled product that gives the outputs of layers, if it is the one that would be used."""
     from hf_polyspec.compiled.digits import DigitProduct
     from hf_polyspec.compiled.product import CompiledProduct
 
-    kernel = joint_kernel(layers, dtype)
+    kernel = joint_kernel(layers, dtype, rows)
     return kernel if isinstance(kernel, CompiledProduct | DigitProduct) else None
 
 
-def joint_kernel(layers: Sequence[nn.Module], dtype: torch.dtype) -> Kernel | None:
-    """What computes layers together with inputs of a dtype, None where each goes its own way."""
+def joint_kernel(layers: Sequence[nn.Module], dtype: torch.dtype, rows: int = 1) -> Kernel | None:
+    """What computes layers together with so many rows of a dtype, None where each goes its own way."""
     product = product_of(layers[0])
     if product is None and len(layers) == 1 and type(layers[0]).__mro__[1:2] == (QuantizedLinear,):
         return layers[0].kernel()  # type: ignore[no-any-return, operator]
     if any(product_of(layer) is not product for layer in layers):
         return None
-    if not isinstance(product, JointProduct) or not product.consists_of(layers) or not product.takes(dtype):
+    if not isinstance(product, JointProduct) or not product.consists_of(layers) or not product.takes(dtype, rows):
         return None
     return product.kernel()
 

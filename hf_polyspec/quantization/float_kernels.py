@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from hf_polyspec.compiled import compiles
+from hf_polyspec.compiled import compiles, multiplies_bfloat16
 from hf_polyspec.quantization.by_rows import Kernel
 
 
@@ -60,31 +60,33 @@ def _widens() -> bool:
     return "AVX" in torch.backends.cpu.get_cpu_capability()
 
 
-@cache
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU has instructions for products of a float dtype."""
-    if dtype is torch.bfloat16:
-        return bool(torch.cpu._is_avx512_bf16_supported())
-    return dtype is torch.float32
+    return multiplies_bfloat16() if dtype is torch.bfloat16 else dtype is torch.float32
 
 
 def pack_float(weight: Tensor, bias: Tensor | None) -> Kernel:
-    """What multiplies a float matrix `[N, K]` fastest on this CPU, for more than a few rows at least."""
-    if _compiled(weight.dtype):
+    """What multiplies a float matrix `[N, K]` fastest on this CPU, by more than a few rows at least.
+
+    For bfloat16 on a CPU that multiplies it, by up to `ROWS`: `left_to_torch` tells what is more.
+    """
+    if compiles():
         from hf_polyspec.compiled.product import CompiledProduct
 
         return CompiledProduct(weight, bias)
+    return pack_for_many_rows(weight, bias)
+
+
+def pack_for_many_rows(weight: Tensor, bias: Tensor | None) -> Kernel:
+    """What multiplies a float matrix `[N, K]` fastest on this CPU by dozens of rows."""
+    if compiles() and not (weight.dtype is torch.bfloat16 and multiplies_bfloat16()):
+        return pack_float(weight, bias)
     return PackedFloat(weight, bias) if multiplies(weight.dtype) else WidenedFloat(weight, bias)
-
-
-def _compiled(dtype: torch.dtype) -> bool:
-    """Whether compiled functions multiply a dtype: wherever they run, but for bfloat16 on CPUs that multiply it."""
-    return compiles() and not (multiplies(dtype) and dtype is torch.bfloat16)
 
 
 def packed_size(matrix: Tensor) -> int:
     """Bytes of memory that `pack_float` keeps."""
-    own = multiplies(matrix.dtype) or _compiled(matrix.dtype)
+    own = multiplies(matrix.dtype) or compiles()
     return matrix.numel() * (matrix.element_size() if own else 4)
 
 

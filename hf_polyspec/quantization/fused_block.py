@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from hf_polyspec.cache import RollbackCache
-from hf_polyspec.compiled import computes
+from hf_polyspec.compiled import computes, left_to_torch
 from hf_polyspec.quantization.block_parts import BlockParts, matters, plain_turns, readable_mask, readable_turns
 from hf_polyspec.quantization.block_products import block_products, block_shape, joint_output, new_states
 from hf_polyspec.quantization.fused_stack import (
@@ -80,7 +80,8 @@ class FusedBlock:
         from hf_polyspec.compiled.tasks import profiling
 
         # One task would be one bar in a profile; the steps show what the time goes to.
-        if type(past) is RollbackCache and self._writes_into(past, x, mask) and not profiling():
+        one_task = not (self._left_to_torch(x) or profiling())
+        if one_task and type(past) is RollbackCache and self._writes_into(past, x, mask):
             follow_trail(self, x, mask, past, turns)
             found = stack_output(self, x, mask, past, turns)
             if found is not None:
@@ -91,6 +92,11 @@ class FusedBlock:
                 leave_trail(self, found, mask, past, turns)
                 return found
         return self._in_steps(x, mask, past, plain_turns(turns, x))
+
+    def _left_to_torch(self, x: Tensor) -> bool:
+        """Whether the matrices are better multiplied by torch: they are float, and the rows are many."""
+        rows = x.shape[0] * x.shape[1]
+        return left_to_torch(rows, x.dtype) and block_products(self.parts, x.dtype, rows) is None
 
     def _writes_into(self, past: RollbackCache, x: Tensor, mask: Tensor | None) -> bool:
         """Whether the cache holds what this block would write, and the mask covers all of it."""

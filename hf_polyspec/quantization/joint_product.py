@@ -77,8 +77,8 @@ class JointProduct:
         """Whether these are the layers, in this order."""
         return not self.dissolved and len(layers) == len(self.layers) and all(map(is_, layers, self.layers))
 
-    def takes(self, dtype: torch.dtype) -> bool:
-        """Whether the joint product is the way to compute with few rows of a dtype."""
+    def takes(self, dtype: torch.dtype, rows: int) -> bool:
+        """Whether the joint product is the way to compute with so many rows of a dtype."""
         return True
 
     def part(self, member: int, x: Tensor) -> Tensor | None:

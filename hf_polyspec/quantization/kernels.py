@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_polyspec.compiled import compiles
 from hf_polyspec.quantization.by_rows import ByRows, Kernel
-from hf_polyspec.quantization.float_kernels import pack_float, packed_size, packs, room_for
+from hf_polyspec.quantization.float_kernels import pack_for_many_rows, packed_size, packs, room_for
 from hf_polyspec.quantization.weights import QuantizedWeight
 
 _INT4_GROUPS = (256, 128, 64, 32)
@@ -248,7 +248,7 @@ class Dequantized:
         bias = None if self._bias is None else self._bias.to(x.dtype)
         if room_for(matrix):
             if packs(matrix) and room_for(matrix, packed_size(matrix)):
-                self._kept[x.dtype] = pack_float(matrix, bias)
+                self._kept[x.dtype] = pack_for_many_rows(matrix, bias)
             else:
                 self._kept[x.dtype] = lambda y: F.linear(y, matrix, bias)
             return self._kept[x.dtype](x)  # the first pass too, so that all passes give the same numbers

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_polyspec.compiled import compiles
+from hf_polyspec.compiled import compiles, left_to_torch
 from hf_polyspec.quantization.by_rows import Kernel
 from hf_polyspec.quantization.float_kernels import multiplies, pack_float, packed_size, packs, room_for
 from hf_polyspec.quantization.fusable import fusable, fused_blocks
@@ -24,8 +24,8 @@ Model = TypeVar("Model", bound=nn.Module)
 Marks = tuple[object, ...]
 Kept = tuple[Kernel, tuple[Marks, ...]]
 
-# Below this many rows the plain product is memory-bound and wins (measured, docs/quantization.md); 16-bit types that
-# the machine multiplies itself are packed for every number of rows.
+# Below this many rows the plain product is memory-bound and wins (measured, docs/quantization.md) where nothing is
+# compiled; 16-bit types that the machine multiplies itself are packed for every number of rows there.
 FEW_ROWS = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 3}
 
 # Layers whose siblings have turned out to read other inputs than theirs.
@@ -63,9 +63,9 @@ class PackedProduct(JointProduct):
                 self._packed = pack_float(matrix, self._bias())
         return self._packed
 
-    def takes(self, dtype: torch.dtype) -> bool:
+    def takes(self, dtype: torch.dtype, rows: int) -> bool:
         plain = all(dtype is layer.weight.dtype and _can_pack(layer.weight) for layer in self.layers)
-        return plain and few_rows(dtype) == 0 and not _autocasts()
+        return plain and few_rows(dtype) == 0 and not left_to_torch(rows, dtype) and not _autocasts()
 
     def unchanged(self, member: int) -> bool:
         # Asked for every layer of every pass; nobody merges adapters between two siblings, so torch's count will do.
@@ -143,8 +143,9 @@ class PackedForward:
         linear = product.layers[member]
         weight = linear.weight
         trained = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-        few = input.numel() < few_rows(weight.dtype) * input.shape[-1]
-        if not (trained or few or input.dtype is not weight.dtype or not _can_pack(weight) or _autocasts()):
+        rows = input.numel() // max(1, linear.in_features)
+        torchs = rows < few_rows(weight.dtype) or left_to_torch(rows, weight.dtype)
+        if not (trained or torchs or input.dtype is not weight.dtype or not _can_pack(weight) or _autocasts()):
             if product.dissolved:
                 product, member = self._place = PackedProduct([linear]), 0
             part = product.part(member, input) if _plain(input, linear.in_features) else None

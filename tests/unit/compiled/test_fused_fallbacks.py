@@ -212,17 +212,6 @@ def test_any_number_of_rows(tiny: Tiny, computed: list[FusedBlock], shape: tuple
     assert len(computed) == 2
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("multiplies", [True, False])
-def test_many_rows_of_bfloat16_are_left_to_a_cpu_that_multiplies_it(
-    multiplies: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("hf_polyspec.compiled.support._multiplies_bfloat16", lambda: multiplies)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        assert computes(torch.zeros(2, ROWS // 2, 32, dtype=dtype))
-        assert computes(torch.zeros(1, ROWS + 1, 32, dtype=dtype)) is not (multiplies and dtype is torch.bfloat16)
-
-
 def test_training(tiny: Tiny, computed: list[FusedBlock]) -> None:
     model = _packed(tiny, computed)
     _logits(model.train())
