@@ -17,6 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
+from .pairs import PAIRED, add_pairs, in_pairs, paired
 from .vectors import FLOATS, LANES, WORDS, load, narrowed, place, spread, words
 
 WIDTH = 2 * LANES
@@ -28,22 +29,26 @@ MOST = 12 if LANES == 16 else 6
 def in_panels(weight: Tensor) -> Tensor:
     """A matrix `[N, K]` as `[N / WIDTH, K, WIDTH]`, filled up with zeros.
 
-    A panel's bfloat16 numbers lie in pairs, the first of one half beside the first of the other: as words of 32 bits
-    their upper and lower halves become float32 in one instruction each.
+    bfloat16 numbers lie in pairs. Where the CPU multiplies them so these are two inputs of one output. Elsewhere they
+    are of one input, the first of one half of the panel beside the first of the other: as words of 32 bits their upper
+    and lower halves become float32 in one instruction each.
     """
     outputs, inputs = weight.shape
     filled = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % WIDTH))
     panels = filled.view(-1, WIDTH, inputs).transpose(1, 2)
     if weight.dtype is torch.bfloat16:
-        panels = panels.unflatten(2, (2, LANES)).transpose(2, 3)
-    return panels.contiguous().view(-1, inputs, WIDTH)
+        panels = in_pairs(panels) if PAIRED else panels.unflatten(2, (2, LANES)).transpose(2, 3)
+    return panels.contiguous().view(panels.shape[0], -1, WIDTH)
 
 
 def _halves(builder: Any, stored: Any, address: Any) -> list[Any]:
-    """One input's weights as two registers of float32."""
-    if stored != types.uint16:
-        size = ir.Constant(ir.IntType(64), LANES * (stored.bitwidth // 8))
-        return [load(builder, stored, address), load(builder, stored, builder.add(address, size))]
+    """The weights of one input, or of a pair of them, as two registers of float32 or of pairs."""
+    if paired(stored) or stored != types.uint16:
+        size = ir.Constant(ir.IntType(64), LANES * (4 if paired(stored) else stored.bitwidth // 8))
+        both = address, builder.add(address, size)
+        if paired(stored):
+            return [builder.load(place(builder, one, WORDS), align=4) for one in both]
+        return [load(builder, stored, one) for one in both]
     pairs = builder.load(place(builder, address, WORDS), align=4)
     low, high = builder.shl(pairs, words(16)), builder.and_(pairs, words(0xFFFF0000))
     return [builder.bitcast(low, FLOATS), builder.bitcast(high, FLOATS)]
@@ -54,8 +59,8 @@ def _multiplier(rows: int) -> Any:
     def multiply(_typing: Any, panel: Any, x: Any, sums: Any, inputs: Any, pitch: Any, stored: Any) -> Any:
         """`sums[r, n] = sum over k of panel[k, n] * x[r, k]`.
 
-        Addresses of the panel, of float32 rows and of float32 sums `[rows, WIDTH]`; inputs; bytes from one row of x
-        to the next; a number like the weights.
+        Addresses of the panel, of rows as `pairs.operands` has them and of float32 sums `[rows, WIDTH]`; inputs;
+        bytes from one row of x to the next; a number like the weights.
         """
 
         def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
@@ -64,16 +69,22 @@ def _multiplier(rows: int) -> Any:
             def number(value: int) -> Any:
                 return context.get_constant(types.int64, value)
 
-            size, zero = number(WIDTH * (stored.bitwidth // 8)), ir.Constant(FLOATS, [0.0] * LANES)
+            pairs, zero = paired(stored), ir.Constant(FLOATS, [0.0] * LANES)
+            size = number(WIDTH * (4 if pairs else stored.bitwidth // 8))
+            kind, item = (WORDS, ir.IntType(32)) if pairs else (FLOATS, ir.FloatType())
+            steps = builder.lshr(builder.add(inputs, number(1)), number(1)) if pairs else inputs
             bases = [builder.add(x, builder.mul(number(row), pitch)) for row in range(rows)]
             totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(2)] for _ in bases]
-            with cgutils.for_range_slice(builder, number(0), inputs, number(1), intp=ir.IntType(64)) as (index, _):
+            with cgutils.for_range_slice(builder, number(0), steps, number(1), intp=ir.IntType(64)) as (index, _):
                 factors = _halves(builder, stored, builder.add(panel, builder.mul(index, size)))
                 offset = builder.mul(index, number(4))
                 for base, row in zip(bases, totals, strict=True):
-                    one = builder.load(place(builder, builder.add(base, offset), ir.FloatType()), align=4)
-                    active = spread(builder, one, FLOATS)
+                    one = builder.load(place(builder, builder.add(base, offset), item), align=4)
+                    active = spread(builder, one, kind)
                     for total, factor in zip(row, factors, strict=True):
+                        if pairs:
+                            builder.store(add_pairs(builder, builder.load(total), factor, active), total)
+                            continue
                         # "contract" lets both become one instruction.
                         added = builder.fmul(factor, active, flags=("contract",))
                         builder.store(builder.fadd(builder.load(total), added, flags=("contract",)), total)

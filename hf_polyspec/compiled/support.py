@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 ROWS = 64
-"""Rows of numbers that the CPU has instructions for up to which compiled products are as fast as torch's (measured)."""
+"""Rows up to which compiled products of bfloat16 are worth it where the CPU multiplies whole tiles (not measured)."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -51,15 +51,15 @@ def left_to_torch(rows: int, dtype: torch.dtype) -> bool:
     """Whether torch's own product of so many rows with a float matrix of their dtype is faster than a compiled one.
 
     Few rows are as fast as the weights are read, by whoever reads them best. Many are as fast as the CPU multiplies:
-    torch's library has the instructions for bfloat16 where there are any, compiled functions widen it to float32.
+    torch's library multiplies whole tiles of bfloat16 (AMX) where that is possible, compiled functions do not.
     """
-    return rows > ROWS and dtype is torch.bfloat16 and compiles() and multiplies_bfloat16()
+    return rows > ROWS and dtype is torch.bfloat16 and compiles() and multiplies_tiles()
 
 
 @cache
-def multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16."""
-    return bool(torch.cpu._is_avx512_bf16_supported())
+def multiplies_tiles() -> bool:
+    """Whether this CPU multiplies tiles of bfloat16."""
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 @cache

@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from hf_polyspec.compiled import compiles, multiplies_bfloat16
+from hf_polyspec.compiled import compiles, multiplies_tiles
 from hf_polyspec.quantization.by_rows import Kernel
 
 
@@ -60,15 +60,18 @@ def _widens() -> bool:
     return "AVX" in torch.backends.cpu.get_cpu_capability()
 
 
+@cache
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU has instructions for products of a float dtype."""
-    return multiplies_bfloat16() if dtype is torch.bfloat16 else dtype is torch.float32
+    if dtype is torch.bfloat16:
+        return bool(torch.cpu._is_avx512_bf16_supported())
+    return dtype is torch.float32
 
 
 def pack_float(weight: Tensor, bias: Tensor | None) -> Kernel:
     """What multiplies a float matrix `[N, K]` fastest on this CPU, by more than a few rows at least.
 
-    For bfloat16 on a CPU that multiplies it, by up to `ROWS`: `left_to_torch` tells what is more.
+    For bfloat16 on a CPU that multiplies tiles of it, by up to `ROWS`: `left_to_torch` tells what is more.
     """
     if compiles():
         from hf_polyspec.compiled.product import CompiledProduct
@@ -79,7 +82,7 @@ def pack_float(weight: Tensor, bias: Tensor | None) -> Kernel:
 
 def pack_for_many_rows(weight: Tensor, bias: Tensor | None) -> Kernel:
     """What multiplies a float matrix `[N, K]` fastest on this CPU by dozens of rows."""
-    if compiles() and not (weight.dtype is torch.bfloat16 and multiplies_bfloat16()):
+    if compiles() and not (weight.dtype is torch.bfloat16 and multiplies_tiles()):
         return pack_float(weight, bias)
     return PackedFloat(weight, bias) if multiplies(weight.dtype) else WidenedFloat(weight, bias)
 

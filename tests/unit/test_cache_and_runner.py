@@ -209,3 +209,23 @@ def test_transformers_own_operations_on_a_layer() -> None:
     layer.reset()
     assert cache.length == 0
     assert layer.keys is None
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_moved_by_as_much_as_each_needs(contiguous: bool, dtype: torch.dtype) -> None:
+    """To the right, to the left, not at all, all of it and nothing; every other column stays as it was."""
+    batch, heads, width, size = 5, 2, 9, 3
+    cache = RollbackCache()
+    states = torch.arange(2 * batch * heads * width * size).reshape(2, batch, heads, width, size).to(dtype)
+    cache.update(states[0].clone(), states[1].clone(), 0)
+    layer = cache.layers[0]
+    if not contiguous:
+        for name in ("_key_buffer", "_value_buffer"):
+            setattr(layer, name, getattr(layer, name).transpose(1, 2).contiguous().transpose(1, 2))
+    lengths, keep = [9, 7, 5, 8, 4], [6, 7, 4, 0, 4]
+    assert cache.realign(lengths, keep) == 7 == cache.length
+    for row, (have, left) in enumerate(zip(lengths, keep, strict=True)):
+        for held, before in zip((layer.keys, layer.values), states[:, row], strict=True):
+            assert torch.equal(held[row, :, 7 - left :], before[:, width - have : width - have + left])
+            assert torch.equal(held[row, :, : 7 - left], before[:, : 7 - left])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many rows of bfloat16 are multiplied by torch where the CPU has instructions for them, few by compiled products."""
+"""Many rows of bfloat16 are multiplied by torch where the CPU multiplies tiles of them, few by compiled products."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ IDS = torch.randint(3, 48, (2, ROWS), generator=torch.Generator().manual_seed(6)
 
 @pytest.fixture(params=[True, False])
 def multiplies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(support, "multiplies_bfloat16", lambda: request.param)
+    monkeypatch.setattr(support, "multiplies_tiles", lambda: request.param)
     found: bool = request.param
     return found
 
@@ -99,9 +99,10 @@ def test_layers_of_integers_are_one_task_with_any_number_of_rows(
 def test_kernels_for_many_rows(multiplies: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_polyspec.quantization import float_kernels
 
-    monkeypatch.setattr(float_kernels, "multiplies_bfloat16", lambda: multiplies)
+    monkeypatch.setattr(float_kernels, "multiplies_tiles", lambda: multiplies)
     dice = torch.Generator().manual_seed(2)
     weight, x = torch.randn(40, 24, generator=dice).to(dtype), torch.randn(ROWS + 3, 24, generator=dice).to(dtype)
+    monkeypatch.setattr(float_kernels, "multiplies", lambda _: True)
     kernel: Any = pack_for_many_rows(weight, None)
     assert isinstance(kernel, PackedFloat) is (multiplies and dtype is torch.bfloat16)
     assert not isinstance(pack_float(weight, None), PackedFloat)

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dot products of bfloat16 (AVX512-BF16): a register adds two products to each of its float32 sums in one instruction.
+
+Both are added exactly as they are, one after the other, so sums are as good as those of widened numbers. (Numbers below
+the smallest normal one count as zero.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import overload
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .numbers import widen
+from .vectors import FLOATS, LANES, WORDS
+
+PAIRED = LANES == 16 and bool(binding.get_host_cpu_features().get("avx512bf16", False))
+"""Whether this CPU has the instruction."""
+
+_NAME = f"llvm.x86.avx512bf16.dpbf16ps.{LANES * 32}"
+
+
+def in_pairs(panels: Tensor) -> Tensor:
+    """Panels `[P, K, WIDTH]` with two inputs of each output side by side, `[P, K / 2, WIDTH, 2]`, K made even."""
+    even = pad(panels, (0, 0, 0, panels.shape[1] % 2))
+    halves: Tensor = even.unflatten(1, (-1, 2))
+    return halves.transpose(2, 3)
+
+
+def add_pairs(builder: Any, sums: Any, weights: Any, active: Any) -> Any:
+    """`sums + weights[2 n] * active[2 n] + weights[2 n + 1] * active[2 n + 1]` in every lane n, pairs in WORDS."""
+    # Its arguments as words: newer compilers see that bfloat16 is meant, older ones know no such type.
+    dot = cgutils.get_or_insert_function(builder.module, ir.FunctionType(FLOATS, [FLOATS, WORDS, WORDS]), _NAME)
+    return builder.call(dot, [sums, weights, active])
+
+
+def paired(stored: Any) -> bool:
+    """Whether weights of a kind (a type of numba's) are multiplied in pairs."""
+    return bool(PAIRED and stored == types.uint16)
+
+
+def operands(rows: Any, inputs: Any, stored: Any) -> Any:
+    """Room for rows as they are multiplied with weights of a kind: float32, or bfloat16 and an even number of them."""
+    raise NotImplementedError
+
+
+@overload(operands, strict=False)
+def _operands(rows: Any, inputs: Any, stored: Any) -> Any:
+    if paired(stored):
+        return lambda rows, inputs, stored: np.zeros((rows, inputs + inputs % 2), np.uint16)
+    return lambda rows, inputs, stored: np.zeros((rows, inputs), np.float32)
+
+
+def operand(value: Any, stored: Any) -> Any:
+    """An activation as it is multiplied with weights of a kind."""
+    raise NotImplementedError
+
+
+@overload(operand, strict=False)
+def _operand(value: Any, stored: Any) -> Any:
+    if paired(stored):
+        return lambda value, stored: value
+    return lambda value, stored: widen(value)
