@@ -42,16 +42,17 @@ def in_panels(weight: Tensor) -> Tensor:
 
 
 def _halves(builder: Any, stored: Any, address: Any) -> list[Any]:
-    """The weights of one input, or of a pair of them, as two registers of float32 or of pairs."""
-    if paired(stored) or stored != types.uint16:
-        size = ir.Constant(ir.IntType(64), LANES * (4 if paired(stored) else stored.bitwidth // 8))
-        both = address, builder.add(address, size)
-        if paired(stored):
-            return [builder.load(place(builder, one, WORDS), align=4) for one in both]
-        return [load(builder, stored, one) for one in both]
-    pairs = builder.load(place(builder, address, WORDS), align=4)
-    low, high = builder.shl(pairs, words(16)), builder.and_(pairs, words(0xFFFF0000))
-    return [builder.bitcast(low, FLOATS), builder.bitcast(high, FLOATS)]
+    """The weights of one input as two registers of float32, or those of a pair of inputs as two of pairs."""
+    pairs = paired(stored)
+    if stored == types.uint16 and not pairs:
+        both = builder.load(place(builder, address, WORDS), align=4)
+        low, high = builder.shl(both, words(16)), builder.and_(both, words(0xFFFF0000))
+        return [builder.bitcast(low, FLOATS), builder.bitcast(high, FLOATS)]
+    size = ir.Constant(ir.IntType(64), LANES * (4 if pairs else stored.bitwidth // 8))
+    places = address, builder.add(address, size)
+    if pairs:
+        return [builder.load(place(builder, one, WORDS), align=4) for one in places]
+    return [load(builder, stored, one) for one in places]
 
 
 def _multiplier(rows: int) -> Any:
