@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from hf_polyspec.compiled import compiles, multiplies_tiles
+from hf_polyspec.compiled import ROWS, compiles, left_to_torch
 from hf_polyspec.quantization.by_rows import Kernel
 
 
@@ -71,19 +71,22 @@ def multiplies(dtype: torch.dtype) -> bool:
 def pack_float(weight: Tensor, bias: Tensor | None) -> Kernel:
     """What multiplies a float matrix `[N, K]` fastest on this CPU, by more than a few rows at least.
 
-    For bfloat16 on a CPU that multiplies tiles of it, by up to `ROWS`: `left_to_torch` tells what is more.
+    By as many rows as `left_to_torch` leaves to it.
     """
     if compiles():
         from hf_polyspec.compiled.product import CompiledProduct
 
         return CompiledProduct(weight, bias)
-    return pack_for_many_rows(weight, bias)
+    return _pack_for_torch(weight, bias)
 
 
 def pack_for_many_rows(weight: Tensor, bias: Tensor | None) -> Kernel:
     """What multiplies a float matrix `[N, K]` fastest on this CPU by dozens of rows."""
-    if compiles() and not (weight.dtype is torch.bfloat16 and multiplies_tiles()):
-        return pack_float(weight, bias)
+    pack = _pack_for_torch if left_to_torch(ROWS + 1, weight.dtype) else pack_float
+    return pack(weight, bias)
+
+
+def _pack_for_torch(weight: Tensor, bias: Tensor | None) -> Kernel:
     return PackedFloat(weight, bias) if multiplies(weight.dtype) else WidenedFloat(weight, bias)
 
 
