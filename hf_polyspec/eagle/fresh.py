@@ -68,6 +68,32 @@ def init_for(
     return head
 
 
+def with_whole_vocabulary(head: EagleHead) -> EagleHead:
+    """The same head scoring all of its target's ids, with the target's rows.
+
+    Args:
+        head: a head, bound or not.
+
+    Returns:
+        A new head that shares the old one's weights and is not bound; the old one if it scores all ids already.
+
+    Raises:
+        ValueError: the head's own lm_head knows no other ids.
+    """
+    if not head.config.maps_vocabulary:
+        return head
+    if head.config.own_lm_head:
+        raise ValueError(
+            f"A head with an lm_head of its own scores the {head.config.draft_vocab_size} ids it was trained for; "
+            "leave draft_vocab_size as it was."
+        )
+    config = EagleHeadConfig(**{**head.config.to_dict(), "draft_vocab_size": head.config.vocab_size})
+    whole = EagleHead(config)
+    weights = {name: value for name, value in head.state_dict().items() if name != "d2t"}
+    whole.load_state_dict(weights, assign=True)
+    return whole
+
+
 def spread_layers(config: EagleHeadConfig, num_layers: int) -> list[int]:
     """Returns which hidden states a fresh head reads: the published places where the target is deep enough.
 

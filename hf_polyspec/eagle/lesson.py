@@ -8,12 +8,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_polyspec.eagle.dataset import Corpus, draft_vocabulary
-from hf_polyspec.eagle.features import bind, target_parts
-from hf_polyspec.eagle.fresh import init_for
+from hf_polyspec.eagle.features import TargetParts, bind, target_parts
+from hf_polyspec.eagle.fresh import init_for, with_whole_vocabulary
 from hf_polyspec.eagle.jobs import stop_ids
 from hf_polyspec.eagle.losses import LossSums, TargetView, Teacher, eagle1_loss, eagle3_loss
 from hf_polyspec.eagle.modeling import EagleHead
+from hf_polyspec.eagle.softmax_ids import SoftmaxIds
 from hf_polyspec.eagle.training_config import TrainingConfig
+from hf_polyspec.eagle.vocabulary import readable_rows
 
 
 class LearningHead(nn.Module):
@@ -31,13 +33,15 @@ class LearningHead(nn.Module):
         self.lesson = (teacher,)  # in a tuple: not a part of what is trained and saved
         self.config = config
 
-    def forward(self, tokens: torch.Tensor, answer: torch.Tensor, view: TargetView) -> LossSums:
+    def forward(
+        self, tokens: torch.Tensor, answer: torch.Tensor, view: TargetView, among: torch.Tensor | None = None
+    ) -> LossSums:
         """The loss of a batch, see `eagle1_loss` and `eagle3_loss`."""
         plan = self.config.optimization
         if self.head.config.algorithm == "eagle1":
             weights = {"feature_weight": plan.feature_weight, "token_weight": plan.token_weight}
-            return eagle1_loss(self.head, self.lesson[0], tokens, answer, view, **weights)
-        return eagle3_loss(self.head, self.lesson[0], tokens, answer, view, plan.steps, plan.step_decay)
+            return eagle1_loss(self.head, self.lesson[0], tokens, answer, view, **weights, among=among)
+        return eagle3_loss(self.head, self.lesson[0], tokens, answer, view, plan.steps, plan.step_decay, among)
 
 
 def build_head(
@@ -60,6 +64,8 @@ def build_head(
     settings, parts = config.head, target_parts(target)
     if config.init_from is not None:
         head: EagleHead = EagleHead.from_pretrained(config.init_from, dtype=torch.float32)
+        if settings.draft_vocab_size is None:
+            head = with_whole_vocabulary(head)
         bind(head, target).to(target.device).train()
         return head
     ids = None
@@ -76,6 +82,19 @@ def build_head(
     )
     start_norm(head, target)
     return head
+
+
+def build_softmax_ids(config: TrainingConfig, corpus: Corpus, parts: TargetParts) -> SoftmaxIds | None:
+    """The ids that head and target are compared on, None for all.
+
+    Raises:
+        ValueError: more are wanted than the target has, or the rows of its lm_head cannot be read.
+    """
+    plan = config.optimization
+    if plan.softmax_ids is None:
+        return None
+    readable_rows(parts.lm_head, torch.zeros(1, dtype=torch.long))
+    return SoftmaxIds(corpus.train, plan.softmax_ids, parts.vocab_size, plan.seed)
 
 
 @torch.no_grad()

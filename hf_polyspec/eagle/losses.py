@@ -12,7 +12,7 @@ from torch.nn import functional
 from hf_polyspec.eagle.features import TargetParts
 from hf_polyspec.eagle.modeling import EagleHead
 from hf_polyspec.eagle.unroll import shifted, unroll
-from hf_polyspec.eagle.vocabulary import readable_rows
+from hf_polyspec.eagle.vocabulary import Rows, readable_rows
 
 
 @dataclass(frozen=True)
@@ -73,19 +73,24 @@ class Teacher(nn.Module):
         self.scale, self.softcap = parts.logit_scale, parts.logit_softcap
 
     @torch.no_grad()
-    def probabilities(self, final: torch.Tensor) -> torch.Tensor:
+    def probabilities(self, final: torch.Tensor, among: torch.Tensor | None = None) -> torch.Tensor:
         """The target's distribution restricted to the head's ids and renormalised.
 
         Args:
             final: `[N, H_t]`, what the target's lm_head reads.
+            among: `[M]`, the target ids to restrict it to instead.
 
         Returns:
-            `[N, Vd]` in float32.
+            `[N, Vd]` (`[N, M]`) in float32.
+
+        Raises:
+            ValueError: the target's lm_head keeps its rows in a packed form, and only some of them are wanted.
         """
-        if self.rows is None:
+        weight, bias = (self.rows, self.bias) if among is None else readable_rows(self.whole[0], among)
+        if weight is None:
             logits = self.whole[0](final)[..., : len(self.member)].float()
         else:
-            logits = functional.linear(final.to(self.rows.dtype), self.rows, self.bias).float()
+            logits = functional.linear(final.to(weight.dtype), weight, bias).float()
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -99,18 +104,19 @@ class Teacher(nn.Module):
         return found
 
 
-def cross_entropy(head: EagleHead, hidden: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+def cross_entropy(head: EagleHead, hidden: torch.Tensor, truth: torch.Tensor, rows: Rows | None = None) -> torch.Tensor:
     """Cross-entropy of the head's distribution under the target's, a row.
 
     Args:
         head: the head.
         hidden: `[N, H]`, what the head's `step` gave.
         truth: `[N, Vd]`, the target's distribution at the position the head guesses.
+        rows: the ids of `truth` where they are not all of the head's.
 
     Returns:
         `[N]` in float32.
     """
-    log_guess = head.logits(hidden).float().log_softmax(dim=-1)  # [N, Vd]
+    log_guess = head.logits(hidden, rows).float().log_softmax(dim=-1)  # [N, Vd]
     return -(truth * log_guess).sum(dim=-1)
 
 
@@ -138,6 +144,7 @@ def eagle3_loss(
     view: TargetView,
     steps: int,
     decay: float,
+    among: torch.Tensor | None = None,
 ) -> LossSums:
     """Training-time test: `sum_s decay^s * CE_s` over the steps a head drafts (EAGLE-3, arXiv 2503.01840).
 
@@ -152,16 +159,18 @@ def eagle3_loss(
         view: what the target says about the batch.
         steps: S, 3 to 7 in the literature.
         decay: weight of each step against the one before, 0.8 in the paper's code.
+        among: `[M]`, the ids that head and target are compared on, see `SoftmaxIds`; None for all of the head's.
     """
+    picked = None if among is None else head.vocabulary_slice(among)
     learned = learned_positions(teacher, answer, view.best)  # [B, T]
-    truth = teacher.probabilities(view.final[learned])  # [N, Vd]
+    truth = teacher.probabilities(view.final[learned], among)  # [N, Vd]
     # [B, T], where each learned position's distribution stands in `truth`
     place = torch.cumsum(learned.flatten(), dim=0).view_as(learned) - 1
     loss = view.final.new_zeros((), dtype=torch.float32)
     sums, counts = [], []
     for step, hidden in enumerate(unroll(head, tokens, view.features, steps)):
         rows = shifted(learned, 1 + step)  # [B, T-1]
-        errors = cross_entropy(head, hidden[rows], truth[shifted(place, 1 + step)[rows]])
+        errors = cross_entropy(head, hidden[rows], truth[shifted(place, 1 + step)[rows]], picked)
         loss = loss + decay**step * errors.sum()
         sums.append(errors.detach().sum())
         counts.append(rows.sum())
@@ -177,6 +186,7 @@ def eagle1_loss(
     *,
     feature_weight: float = 1.0,
     token_weight: float = 0.1,
+    among: torch.Tensor | None = None,
 ) -> LossSums:
     """`feature_weight * SmoothL1(f', f) + token_weight * CE` (EAGLE, arXiv 2401.15077).
 
@@ -188,12 +198,14 @@ def eagle1_loss(
         view: what the target says about the batch; its features may carry noise, its final states do not.
         feature_weight: of the feature regression.
         token_weight: of the cross-entropy.
+        among: as for `eagle3_loss`.
     """
+    picked = None if among is None else head.vocabulary_slice(among)
     hidden = next(unroll(head, tokens, view.features, 1))  # [B, T-1, H]
     rows = shifted(answer, 2).bool()
     guess, truth = hidden[rows], shifted(view.final, 1)[rows]
     regression = functional.smooth_l1_loss(guess.float(), truth.float(), reduction="none").mean(dim=-1)
-    errors = cross_entropy(head, guess, teacher.probabilities(truth))
+    errors = cross_entropy(head, guess, teacher.probabilities(truth, among), picked)
     loss = (feature_weight * regression + token_weight * errors).sum()
     return LossSums(loss, answer_rows(answer), errors.detach().sum()[None], rows.sum()[None])
 

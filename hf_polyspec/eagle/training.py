@@ -25,7 +25,7 @@ from hf_polyspec.eagle.dataset import (
 )
 from hf_polyspec.eagle.feature_cache import FeatureCache
 from hf_polyspec.eagle.features import target_parts
-from hf_polyspec.eagle.lesson import LearningHead, build_head
+from hf_polyspec.eagle.lesson import LearningHead, build_head, build_softmax_ids
 from hf_polyspec.eagle.losses import LossSums, TargetView, Teacher, noisy
 from hf_polyspec.eagle.modeling import EagleHead
 from hf_polyspec.eagle.optimizers import build_optimizers
@@ -89,6 +89,7 @@ class Trainer:
         module = LearningHead(head, Teacher(head, parts), config)
         self.module, *self.optimizers = accelerator.prepare(module, *build_optimizers(module, self.plan))
         self.head = head
+        self.softmax_ids = build_softmax_ids(config, corpus, parts)
         self.state = RunState(corpus=_fingerprint(corpus.train))
         accelerator.register_for_checkpointing(self.state)
         self.checkpoints = Checkpoints(config.folder / "checkpoints", accelerator, self.plan.keep_checkpoints)
@@ -221,7 +222,7 @@ class Trainer:
             batch, view = self._load([self.corpus.train[i] for i in group[index if share else 0]], turn)
             last = turn == turns - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
-                sums: LossSums = self.module(batch.tokens, batch.answer, view)
+                sums: LossSums = self.module(batch.tokens, batch.answer, view, self._among(batch, view, turn))
                 # processes average their gradients, hence the factor
                 self.accelerator.backward(sums.loss * (share * world / max(rows, 1)))
             totals = _added(totals, sums, share)
@@ -237,11 +238,20 @@ class Trainer:
         batch = collate(texts, self.plan.learn_prompts).to(self.accelerator.device)
         view = self.source.read(batch)
         if self.config.head.algorithm == "eagle1" and self.module.training:
-            number = (self.state.step * 4096 + turn) * 4096 + self.accelerator.process_index
-            seed = sample_random(self.plan.seed, number, "noise").getrandbits(63)
+            seed = sample_random(self.plan.seed, self._number(turn), "noise").getrandbits(63)
             generator = torch.Generator().manual_seed(seed)
             view = replace(view, features=noisy(view.features, self.plan.feature_noise, generator))
         return batch, view
+
+    def _among(self, batch: Batch, view: TargetView, turn: int) -> torch.Tensor | None:
+        """The ids that head and target are compared on, None for all of the head's."""
+        chosen = self.softmax_ids
+        return None if chosen is None else chosen.choose(batch.tokens, view.best, self._number(turn))
+
+    def _number(self, turn: int) -> int:
+        """Of a batch of this process in the run, so that a resumed run draws the same random numbers."""
+        number: int = (self.state.step * 4096 + turn) * 4096 + self.accelerator.process_index
+        return number
 
     def _rows(self, index: int) -> int:
         """Tokens of a text's answer that step 0 can guess; see `answer_rows`."""

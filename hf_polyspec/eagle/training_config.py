@@ -65,6 +65,9 @@ class OptimizationSettings:
         feature_noise: EAGLE-1's noise on features; ignored by EAGLE-3.
         feature_weight: EAGLE-1's weight of the feature regression.
         token_weight: EAGLE-1's weight of the cross-entropy.
+        softmax_ids: ids besides a batch's own that its cross-entropy is computed over, for heads that score the
+            target's whole vocabulary with its rows (`draft_vocab_size: null`, `own_lm_head: false`); see `SoftmaxIds`.
+            None for all of them.
         learn_prompts: whether prompts are learned as well.
         max_length: longer texts are cut.
         validation_fraction: share of texts held out.
@@ -94,6 +97,7 @@ class OptimizationSettings:
     feature_noise: float = 0.2
     feature_weight: float = 1.0
     token_weight: float = 0.1
+    softmax_ids: int | None = None
     learn_prompts: bool = False
     max_length: int = 2048
     validation_fraction: float = 0.03
@@ -115,6 +119,8 @@ class OptimizationSettings:
         for name in (*counts, "validate_every", "checkpoint_every", "keep_checkpoints", "log_every", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.softmax_ids is not None and (type(self.softmax_ids) is not int or self.softmax_ids < 1):
+            raise ValueError(f"softmax_ids must be a whole number of at least 1, not {self.softmax_ids!r}")
         if not 0.0 < self.validation_fraction < 1.0:
             raise ValueError(f"validation_fraction must be between 0 and 1, not {self.validation_fraction}")
         if self.learning_rate <= 0.0 or self.clip <= 0.0:
@@ -175,6 +181,11 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _one_of("writer", self.writer, WRITERS)
         _one_of("reader", self.reader, WRITERS)
+        if self.optimization.softmax_ids is not None and (self.head.draft_vocab_size or self.head.own_lm_head):
+            raise ValueError(
+                "softmax_ids is for heads that score the whole vocabulary with the target's lm_head: set "
+                "head.draft_vocab_size to null and head.own_lm_head to false"
+            )
 
     @property
     def folder(self) -> Path:

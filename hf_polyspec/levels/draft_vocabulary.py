@@ -39,7 +39,8 @@ class WorkingVocabulary:
         head: a bound head.
         vocabulary: columns V of the chain's laws; ids beyond are never scored.
         device: where scores are wanted.
-        size: ids chosen beforehand; None for all the head knows, "auto" for `AUTO_ROWS` where that is at most half.
+        size: ids chosen beforehand; "auto" for `AUTO_ROWS` where that is at most half; None for that where the head's
+            config ranks its ids (`frequent_tokens`), and for all it knows elsewhere.
         always: ids that are scored whatever the size, where the head knows them.
 
     Attributes:
@@ -66,6 +67,8 @@ class WorkingVocabulary:
             known = known[self._usable]
         self._ids = None if known is None else known.to(device)
         count = min(vocabulary, head.config.vocab_size) if known is None else len(known)
+        if size is None and head.config.frequent_tokens:
+            size = "auto"
         wanted = (AUTO_ROWS if count >= 2 * AUTO_ROWS else count) if size == "auto" else (size or count)
         if wanted < count:
             self._slice(known, wanted, always)

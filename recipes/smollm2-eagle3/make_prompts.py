@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from hf_polyspec.eagle.shards import read_samples
+from hf_polyspec.eagle.shards import GREEDY, read_samples
 
 NAMES = [
     "Ana",
@@ -121,6 +122,9 @@ QUESTIONS = (
     "Name advantages and disadvantages of {s} in two lists.",
 )
 
+# two to four capitalised words, not at the beginning of a sentence
+NAME = re.compile(r"(?<=[a-z,] )(?:[A-Z][a-z]+ ){1,3}[A-Z][a-z]+\b")
+
 
 def stories(dice: random.Random, count: int) -> list[str]:
     """Arithmetic in words, every number drawn anew."""
@@ -134,11 +138,17 @@ def stories(dice: random.Random, count: int) -> list[str]:
     return made
 
 
-def questions(dice: random.Random, count: int) -> list[str]:
+def questions(dice: random.Random, subjects: list[str], count: int) -> list[str]:
     """Every question about every subject, shuffled."""
-    every = [question.format(s=subject) for subject in SUBJECTS for question in QUESTIONS]
+    every = [question.format(s=subject) for subject in subjects for question in QUESTIONS]
     dice.shuffle(every)
     return every[:count]
+
+
+def subjects_of(passages: list[str]) -> list[str]:
+    """Names of two to four words that the passages speak of, besides the subjects of this file."""
+    found = {name for passage in passages for name in NAME.findall(passage)}
+    return [*SUBJECTS, *sorted(found)]
 
 
 def translations(dice: random.Random, sentences: list[str], count: int) -> list[str]:
@@ -161,12 +171,12 @@ def readings(dice: random.Random, passages: list[str], count: int) -> list[str]:
 
 
 def passages_of(folder: Path, tokenizer_name: str) -> list[str]:
-    """Answers of at least a hundred ids, as text."""
+    """Greedy answers of at least a hundred ids, as text."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
     found = []
     for sample in read_samples(folder):
         answer = sample.tokens[sample.prompt_length :]
-        if len(answer) >= 100:
+        if sample.kind == GREEDY and len(answer) >= 100:
             found.append(str(tokenizer.decode(answer, skip_special_tokens=True)).strip())
     return found
 
@@ -179,12 +189,14 @@ def main() -> None:
     parser.add_argument("--sentences", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--each", type=int, default=400, help="prompts of each kind")
+    parser.add_argument("--readings", type=int, help="summaries and reading, if not as many")
     parser.add_argument("--max-characters", type=int, help="leave longer prompts out")
     parser.add_argument("--seed", type=int, default=0)
     wanted = parser.parse_args()
     dice = random.Random(wanted.seed)
-    made = stories(dice, wanted.each) + questions(dice, wanted.each)
-    made += readings(dice, passages_of(wanted.texts, wanted.tokenizer), wanted.each)
+    passages = passages_of(wanted.texts, wanted.tokenizer)
+    made = stories(dice, wanted.each) + questions(dice, subjects_of(passages), wanted.each)
+    made += readings(dice, passages, wanted.each if wanted.readings is None else wanted.readings)
     if wanted.sentences is not None:
         lines = [line.strip() for line in wanted.sentences.read_text(encoding="utf-8").splitlines()]
         made += translations(dice, [line for line in lines if 30 <= len(line) <= 220], wanted.each)

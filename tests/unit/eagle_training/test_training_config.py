@@ -57,6 +57,13 @@ def test_numbers_as_yaml_reads_them() -> None:
         ({"optimization": {"mixed_precision": "fp8"}}, "mixed_precision must be one of"),
         ({"optimization": {"validation_fraction": 1.0}}, "validation_fraction must be between"),
         ({"optimization": {"learning_rate": 0.0}}, "must be above 0"),
+        ({"optimization": {"softmax_ids": 0}}, "softmax_ids must be a whole number of at least 1, not 0"),
+        ({"optimization": {"softmax_ids": "all"}}, "softmax_ids must be a whole number of at least 1, not 'all'"),
+        ({"optimization": {"softmax_ids": 9}}, "softmax_ids is for heads that score the whole vocabulary"),
+        (
+            {"optimization": {"softmax_ids": 9}, "head": {"draft_vocab_size": None, "own_lm_head": True}},
+            "softmax_ids is for heads that score the whole vocabulary",
+        ),
         ({"head": {"algorithm": "eagle2"}}, "algorithm must be one of"),
         ({"generation": {"slots": 0}}, "slots must be at least 1"),
         ({"head": ["eagle3"]}, "head in the config must hold names and values, not list"),

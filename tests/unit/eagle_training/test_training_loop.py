@@ -47,7 +47,8 @@ class Setting:
         return load_corpus([self.texts], 64, 0.2, seed=0)
 
     def trainer(self, name: str, algorithm: str = "eagle3", corpus: Corpus | None = None, **changes: Any) -> Trainer:
-        head = {"algorithm": algorithm, "draft_vocab_size": 30}
+        whole = "softmax_ids" in changes
+        head = {"algorithm": algorithm, "draft_vocab_size": None if whole else 30}
         init_from = changes.pop("init_from", None)
         config = build_config(
             {
@@ -90,18 +91,27 @@ def weights(head: EagleHead) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in head.state_dict().items()}
 
 
-@pytest.mark.parametrize(("algorithm", "optimizer"), [("eagle3", "adamw"), ("eagle3", "muon"), ("eagle1", "adamw")])
-def test_a_killed_run_continues_exactly(setting: Setting, algorithm: str, optimizer: str) -> None:
-    whole = setting.trainer("whole", algorithm, optimizer=optimizer)
-    assert len(whole.optimizers) == (2 if optimizer == "muon" else 1)
+@pytest.mark.parametrize(
+    ("algorithm", "changes"),
+    [
+        ("eagle3", {"optimizer": "adamw"}),
+        ("eagle3", {"optimizer": "muon"}),
+        ("eagle1", {"optimizer": "adamw"}),
+        ("eagle3", {"softmax_ids": 16}),
+        ("eagle1", {"softmax_ids": 16}),
+    ],
+)
+def test_a_killed_run_continues_exactly(setting: Setting, algorithm: str, changes: dict[str, Any]) -> None:
+    whole = setting.trainer("whole", algorithm, **changes)
+    assert len(whole.optimizers) == (2 if changes.get("optimizer") == "muon" else 1)
     acceptance = whole.run()
     total = sum(whole.steps_per_epoch)
     assert total > 18
     # once between two checkpoints, once in another epoch, once before any new checkpoint
     for step in (6, total // 2 + 3, total // 2 + 4):
         with pytest.raises(Killed):
-            setting.trainer("broken", algorithm, optimizer=optimizer).run(report=kill_at(step))
-    last = setting.trainer("broken", algorithm, optimizer=optimizer)
+            setting.trainer("broken", algorithm, **changes).run(report=kill_at(step))
+    last = setting.trainer("broken", algorithm, **changes)
     assert last.run() == acceptance
     assert setting.curve("broken") == setting.curve("whole")
     assert len(setting.curve("whole")) == total + 1
@@ -193,6 +203,26 @@ def test_a_head_can_be_trained_further(setting: Setting) -> None:
     second = setting.trainer("second", init_from=str(setting.folder / "saved"), epochs=1)
     for name, weight in weights(first.head).items():
         assert torch.equal(weights(second.head)[name], weight), name
+
+
+def test_a_head_of_few_ids_can_learn_all_of_them(setting: Setting) -> None:
+    first = setting.trainer("first", epochs=1)
+    assert first.head.config.maps_vocabulary
+    first.head.save_pretrained(str(setting.folder / "saved"))
+    second = setting.trainer("second", init_from=str(setting.folder / "saved"), softmax_ids=16, epochs=12)
+    hidden = torch.randn(3, 32, generator=torch.Generator().manual_seed(4))
+    known = first.head.target_ids()
+    torch.testing.assert_close(second.head.logits(hidden)[:, known], first.head.logits(hidden))
+    assert second.head.logits(hidden).shape == (3, 45)
+    second.run()
+    # compared on all ids, though it has only ever been told about some at a time
+    third = setting.trainer("third", init_from=str(setting.folder / "saved"), softmax_ids=44)
+    entropies = []
+    for trainer in (second, third):
+        batch, view = trainer._load(setting.corpus().validation, 0)
+        losses = trainer.module(batch.tokens, batch.answer, view)
+        entropies.append(float(losses.per_step.sum() / losses.counted.sum()))
+    assert entropies[0] < 0.98 * entropies[1]
 
 
 def test_old_checkpoints_go(setting: Setting) -> None:

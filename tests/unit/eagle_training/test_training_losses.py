@@ -5,15 +5,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from hf_polyspec.eagle.dataset import Text
 from hf_polyspec.eagle.features import target_parts
 from hf_polyspec.eagle.fresh import init_for
 from hf_polyspec.eagle.losses import TargetView, Teacher, answer_rows, eagle1_loss, eagle3_loss, noisy
 from hf_polyspec.eagle.modeling import EagleHead
+from hf_polyspec.eagle.shards import GREEDY
+from hf_polyspec.eagle.softmax_ids import SoftmaxIds
 
 PROMPT, LENGTHS = 4, (11, 8)
 
@@ -96,6 +100,44 @@ def test_eagle1_loss(chat_target: PreTrainedModel, ids: list[int] | None) -> Non
     assert int(sums.rows) == rows == 11
     torch.testing.assert_close(sums.per_step, entropy[None], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sums.loss, regression + 0.1 * entropy, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", ["eagle1", "eagle3"])
+@torch.no_grad()
+def test_losses_among_some_ids(chat_target: PreTrainedModel, algorithm: str) -> None:
+    head, tokens, answer, view = setting(chat_target, algorithm=algorithm, own_lm_head=False)
+    teacher, among = Teacher(head, target_parts(chat_target)), torch.arange(2, 45, 4)
+    steps = 3 if algorithm == "eagle3" else 1
+    if algorithm == "eagle3":
+        sums = eagle3_loss(head, teacher, tokens, answer, view, steps, 0.8, among)
+    else:
+        sums = eagle1_loss(head, teacher, tokens, answer, view, among=among)
+    expected = torch.zeros(steps)
+    logits = chat_target.lm_head(view.final)
+    for (text, row, step), hidden in chains(head, tokens, view.features, steps).items():
+        place = row + 1 + step
+        if answer[text, place + 1]:
+            truth = logits[text, place, among].softmax(-1)
+            expected[step] -= (truth * head.logits(hidden)[among].log_softmax(-1)).sum()
+    torch.testing.assert_close(sums.per_step, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_ids_that_a_loss_is_computed_over() -> None:
+    texts = [Text(0, np.array([1, 50, 50, 60, 60, 60, 70]), 1, GREEDY)]
+    chosen = SoftmaxIds(texts, 16, 100, seed=3)
+    tokens, best = torch.tensor([[90, 91], [90, 60]]), torch.tensor([[0, 80], [81, 82]])
+    found = chosen.choose(tokens, best, 5)
+    # the texts' own three and the lowest others, fourteen in all; two of any; and those of the batch
+    fixed = {60, 50, 70, *range(11)}
+    assert found.tolist() == sorted(set(found.tolist()))
+    assert fixed | {90, 91, 60, 0, 80, 81, 82} <= set(found.tolist())
+    assert len(found) <= len(fixed) + 6 + 2
+    assert torch.equal(found, chosen.choose(tokens, best, 5))
+    drawn = {int(one) for number in range(400) for one in chosen.choose(tokens, best, number)}
+    # none of a hundred is missed by 800 draws: once in 3000 seeds, and the seed is fixed
+    assert drawn == set(range(100))
+    with pytest.raises(ValueError, match="below the target's 100 ids, not 100"):
+        SoftmaxIds(texts, 100, 100, seed=3)
 
 
 def test_no_gradient_reaches_the_target(chat_target: PreTrainedModel) -> None:

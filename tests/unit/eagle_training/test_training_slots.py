@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
+from hf_polyspec.compiled import compiles
 from hf_polyspec.eagle.slots import DrainedBatch, SlotBatch, compact_attention, open_batch, serves_slots
 
 
@@ -154,3 +155,37 @@ def test_compact_attention_is_attention() -> None:
     scores = query @ key.repeat_interleave(3, 1).transpose(-1, -2) * 0.3
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
     torch.testing.assert_close(wide, (weights @ value.repeat_interleave(3, 1)).transpose(1, 2))
+
+
+@pytest.mark.skipif(not compiles(), reason="compiled functions do not run on this machine")
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("as_kept", [True, False])
+def test_compact_attention_is_compiled_where_keys_lie_as_they_are_kept(
+    as_kept: bool, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_polyspec.compiled import attention
+
+    calls = []
+    attend = attention.attend
+
+    def counted(*given: Any) -> torch.Tensor:
+        calls.append(given)
+        return attend(*given)
+
+    monkeypatch.setattr(attention, "attend", counted)
+    generator = torch.Generator().manual_seed(3)
+    query = torch.randn(3, 6, steps, 16, generator=generator)
+    # the visible columns of rows with room for more
+    key, value = (torch.randn(3, 2, 12, 16, generator=generator).bfloat16()[:, :, :7] for _ in range(2))
+    if not as_kept:
+        key = key.transpose(1, 2).contiguous().transpose(1, 2)
+    mask = torch.rand(3, 1, steps, 7, generator=generator) < 0.6
+    mask[..., 0] = True
+    with torch.no_grad():
+        found, _ = compact_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3)
+        assert len(calls) == as_kept
+        # compiled functions know no double precision
+        rounded = query.bfloat16().float()
+        wide, _ = compact_attention(torch.nn.Module(), rounded, key.double(), value.double(), mask, 0.3)
+    assert found.shape == (3, steps, 6, 16)
+    torch.testing.assert_close(found, wide, rtol=0.02, atol=0.02)

@@ -48,6 +48,11 @@ def test_sizes(size: Any, scored: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert WorkingVocabulary(head, VOCABULARY, CPU, size).size == scored
     monkeypatch.setattr(module, "AUTO_ROWS", VOCABULARY // 2)
     assert WorkingVocabulary(head, VOCABULARY, CPU, "auto").size == VOCABULARY // 2
+    # where nobody asked, a ranking of the ids has to say which ones can be left out
+    assert WorkingVocabulary(head, VOCABULARY, CPU).size == VOCABULARY
+    head.config.frequent_tokens = list(range(VOCABULARY))
+    assert WorkingVocabulary(head, VOCABULARY, CPU).size == VOCABULARY // 2
+    assert WorkingVocabulary(head, VOCABULARY, CPU, VOCABULARY).size == VOCABULARY
     monkeypatch.setattr(module, "AUTO_ROWS", VOCABULARY // 2 + 1)
     assert WorkingVocabulary(head, VOCABULARY, CPU, "auto").size == VOCABULARY
 
