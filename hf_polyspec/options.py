@@ -42,9 +42,9 @@ class PolySpecOptions:
             clock, so a seed no longer reproduces a text.
         polyspec_bias_budget: 0 to 1, the share of the target's rejections that is waived; 0 is exact. A lossy dial for
             sampling (Yin et al. 2024, arXiv 2411.00841): a judged token is that share of TV(p, q) away from its law.
-        polyspec_draft_vocabulary: ids an EAGLE head chooses from, besides those of the prompt and of late; as many as it
-            knows, or more, for all. "auto" for a size that pays where it knows many; None for "auto" where the head's
-            config says which ids are frequent, and for all elsewhere.
+        polyspec_draft_vocabulary: ids an EAGLE head chooses from, besides those of the prompt and of late; as many as
+            it knows, or more, for all. "auto" for a size that pays where it knows many; None for "auto" where the
+            head's config says which ids are frequent, and for all elsewhere.
         polyspec_pack: whether float assistants on a CPU multiply in a faster layout while the chain runs
             (`hf_polyspec.pack`; the same within rounding, and a second copy of their matrices).
     """
