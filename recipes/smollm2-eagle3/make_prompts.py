@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import re
 from pathlib import Path
@@ -190,7 +191,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--each", type=int, default=400, help="prompts of each kind")
     parser.add_argument("--readings", type=int, help="summaries and reading, if not as many")
-    parser.add_argument("--max-characters", type=int, help="leave longer prompts out")
+    parser.add_argument("--max-characters", type=int, help="leave prompts of so many or more out")
+    parser.add_argument("--min-characters", type=int, default=0, help="leave prompts of fewer out")
     parser.add_argument("--seed", type=int, default=0)
     wanted = parser.parse_args()
     dice = random.Random(wanted.seed)
@@ -201,8 +203,8 @@ def main() -> None:
         lines = [line.strip() for line in wanted.sentences.read_text(encoding="utf-8").splitlines()]
         made += translations(dice, [line for line in lines if 30 <= len(line) <= 220], wanted.each)
     dice.shuffle(made)
-    if wanted.max_characters is not None:
-        made = [prompt for prompt in made if len(prompt) < wanted.max_characters]
+    most = math.inf if wanted.max_characters is None else wanted.max_characters
+    made = [prompt for prompt in made if wanted.min_characters <= len(prompt) < most]
     wanted.out.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in made), encoding="utf-8")
     print(f"{len(made)} prompts in {wanted.out}")
 
