@@ -20,7 +20,7 @@ from ..eagle.modeling import EagleHead
 from ..eagle.vocabulary import SLICES, VocabularySlice
 from ..processors import DraftVocabularyProcessor
 
-AUTO_ROWS = 8192
+AUTO_ROWS = 4096
 """Rows that "auto" asks for, where the head knows at least twice as many."""
 
 RECENT = 512
