@@ -281,21 +281,26 @@ class EagleRotaryEmbedding(nn.Module):
 
 
 def sdpa(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float | None = None,
 ) -> torch.Tensor:
-    """Scaled dot-product attention by torch's fused kernels, grouped heads included."""
+    """Scaled dot-product attention by compiled code or torch's fused kernels, grouped heads included."""
     if computes(query[:, 0]) and not (mask is None and query.shape[2] > 1 and not causal):
-        found = _compiled(query, key, value, mask)
+        found = _compiled(query, key, value, mask, scale)
         if found is not None:
             return found
     grouped = query.shape[1] != key.shape[1]
     return functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
 
 
 def _compiled(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float | None
 ) -> torch.Tensor | None:
     """The same in compiled code, if keys, values and mask lie as it reads them."""
     from hf_polyspec.compiled.attention import attend, readable
@@ -304,7 +309,7 @@ def _compiled(
     alike = key.dtype is value.dtype is query.dtype and key.shape == value.shape and key.stride() == value.stride()
     if not alike or not readable(key) or (mask is not None and _for_all_heads(mask) != (batch, fed, key.shape[2])):
         return None
-    out = attend(query.contiguous(), key, value, mask, size**-0.5)
+    out = attend(query.contiguous(), key, value, mask, size**-0.5 if scale is None else scale)
     return out.view(batch, fed, heads, size).transpose(1, 2)
 
 

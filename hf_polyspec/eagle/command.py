@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from hf_polyspec.eagle.card import DTYPES, RunFacts, publish
 from hf_polyspec.eagle.dataset import load_corpus
 from hf_polyspec.eagle.generation import GenerationState, Generator
+from hf_polyspec.eagle.lesson import check_lesson
 from hf_polyspec.eagle.prompts import read_excluded, read_prompts
 from hf_polyspec.eagle.shards import read_progress
 from hf_polyspec.eagle.training import Progress, Trainer
@@ -208,6 +209,7 @@ def run(session: Session, tracked: bool, save_dtype: str) -> bool:
     prompts = read_prompts(Path(config.prompts)) if config.prompts else None
     excluded = read_excluded(Path(config.exclude) if config.exclude else None)
     target, tokenizer = _load(config, accelerator.device)
+    check_lesson(config, target)
     # from here on the folder is this run's: nothing the user can have mistyped is left to fail
     settle(config)
     if config.texts is None and not _generate(session, target, tokenizer, prompts, excluded):

@@ -13,7 +13,7 @@ from hf_polyspec.eagle.fresh import init_for, with_whole_vocabulary
 from hf_polyspec.eagle.jobs import stop_ids
 from hf_polyspec.eagle.losses import LossSums, TargetView, Teacher, eagle1_loss, eagle3_loss
 from hf_polyspec.eagle.modeling import EagleHead
-from hf_polyspec.eagle.softmax_ids import SoftmaxIds
+from hf_polyspec.eagle.softmax_ids import SoftmaxIds, check_size
 from hf_polyspec.eagle.training_config import TrainingConfig
 from hf_polyspec.eagle.vocabulary import readable_rows
 
@@ -63,11 +63,7 @@ def build_head(
     """
     settings, parts = config.head, target_parts(target)
     if config.init_from is not None:
-        head: EagleHead = EagleHead.from_pretrained(config.init_from, dtype=torch.float32)
-        if settings.draft_vocab_size is None:
-            head = with_whole_vocabulary(head)
-        bind(head, target).to(target.device).train()
-        return head
+        return _continued(config.init_from, settings.draft_vocab_size is None, target)
     ids = None
     if settings.draft_vocab_size is not None and settings.draft_vocab_size < parts.vocab_size:
         keep = sorted(stop_ids(target, tokenizer))
@@ -84,17 +80,42 @@ def build_head(
     return head
 
 
+def _continued(source: str, whole: bool, target: PreTrainedModel) -> EagleHead:
+    """A head to go on training, scoring the whole vocabulary if asked."""
+    head: EagleHead = EagleHead.from_pretrained(source, dtype=torch.float32)
+    if whole:
+        head = with_whole_vocabulary(head)
+    bind(head, target).to(target.device).train()
+    return head
+
+
+def check_lesson(config: TrainingConfig, target: PreTrainedModel) -> None:
+    """Finds what `build_head` and `build_softmax_ids` would refuse, before hours are spent on texts.
+
+    Args:
+        config: the run.
+        target: the frozen model.
+
+    Raises:
+        ValueError, TypeError, OSError: the head to go on with cannot be loaded or does not fit, or there are no such
+            ids to compare head and target on.
+    """
+    if config.init_from is not None:
+        _continued(config.init_from, config.head.draft_vocab_size is None, target)
+    wanted, parts = config.optimization.softmax_ids, target_parts(target)
+    if wanted is not None:
+        check_size(wanted, parts.vocab_size)
+        readable_rows(parts.lm_head, torch.zeros(1, dtype=torch.long))
+
+
 def build_softmax_ids(config: TrainingConfig, corpus: Corpus, parts: TargetParts) -> SoftmaxIds | None:
     """The ids that head and target are compared on, None for all.
 
     Raises:
-        ValueError: more are wanted than the target has, or the rows of its lm_head cannot be read.
+        ValueError: more are wanted than the target has.
     """
     plan = config.optimization
-    if plan.softmax_ids is None:
-        return None
-    readable_rows(parts.lm_head, torch.zeros(1, dtype=torch.long))
-    return SoftmaxIds(corpus.train, plan.softmax_ids, parts.vocab_size, plan.seed)
+    return None if plan.softmax_ids is None else SoftmaxIds(corpus.train, plan.softmax_ids, parts.vocab_size, plan.seed)
 
 
 @torch.no_grad()

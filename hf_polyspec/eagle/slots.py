@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from hf_polyspec.compiled import DTYPES, compiles
+from hf_polyspec.eagle.attention import sdpa
 
 
 class SlotLayer(CacheLayerMixin):
@@ -111,25 +110,8 @@ def compact_attention(
     shared = heads // key.shape[1]
     grouped = query.to(key.dtype).reshape(rows, -1, shared * steps, width)  # [B, G, H/G * T, D]
     mask = attention_mask.repeat(1, 1, shared, 1)  # [B, 1, H/G * T, L]
-    if _compiled(grouped, key, value):
-        from hf_polyspec.compiled.attention import attend
-
-        scale = width**-0.5 if scaling is None else scaling
-        # [B, H/G * T, G * D]
-        mixed = attend(grouped.contiguous(), key, value, mask, scale)
-        mixed = mixed.view(rows, shared * steps, -1, width).transpose(1, 2)
-    else:
-        mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    mixed = sdpa(grouped, key, value, mask, causal=False, scale=scaling)
     return mixed.to(query.dtype).reshape(rows, heads, steps, width).transpose(1, 2), None
-
-
-def _compiled(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether compiled attention reads these as they lie."""
-    if not (compiles() and query.device.type == "cpu" and query.dtype in DTYPES and not torch.is_grad_enabled()):
-        return False
-    from hf_polyspec.compiled.attention import readable
-
-    return readable(key) and readable(value) and key.stride() == value.stride()
 
 
 COMPACT_ATTENTION = "polyspec_compact"

@@ -33,8 +33,7 @@ class SoftmaxIds:
     """
 
     def __init__(self, texts: Sequence[Text], size: int, vocab_size: int, seed: int) -> None:
-        if size >= vocab_size:
-            raise ValueError(f"softmax_ids must be below the target's {vocab_size} ids, not {size}")
+        check_size(size, vocab_size)
         self.vocab_size, self.seed = vocab_size, seed
         self.others = size // _OTHERS
         self.common = torch.tensor(draft_vocabulary(texts, size - self.others, vocab_size, ()), dtype=torch.long)
@@ -55,3 +54,13 @@ class SoftmaxIds:
         fixed = torch.cat([self.common, others]).to(tokens.device)
         chosen: torch.Tensor = torch.unique(torch.cat([fixed, tokens.flatten(), best.flatten()]))
         return chosen
+
+
+def check_size(size: int, vocab_size: int) -> None:
+    """Refuses as many ids as the target has, or more: then all of them can be compared.
+
+    Raises:
+        ValueError: see above.
+    """
+    if size >= vocab_size:
+        raise ValueError(f"softmax_ids must be below the target's {vocab_size} ids, not {size}")

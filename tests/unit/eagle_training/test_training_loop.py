@@ -205,6 +205,15 @@ def test_a_head_can_be_trained_further(setting: Setting) -> None:
         assert torch.equal(weights(second.head)[name], weight), name
 
 
+def test_a_loss_is_computed_over_the_ids_asked_for(setting: Setting) -> None:
+    losses = {}
+    for ids in (None, 8):
+        setting.trainer(f"ids-{ids}", softmax_ids=ids, epochs=1).run()
+        losses[ids] = [float(line.split(",")[3]) for line in setting.curve(f"ids-{ids}")[1:]]
+    # an unlearned head is about as unsure as there are ids to choose from
+    assert losses[8][0] < losses[None][0] - 0.05
+
+
 def test_a_head_of_few_ids_can_learn_all_of_them(setting: Setting) -> None:
     first = setting.trainer("first", epochs=1)
     assert first.head.config.maps_vocabulary
