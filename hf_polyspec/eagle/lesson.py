@@ -16,6 +16,7 @@ from hf_polyspec.eagle.modeling import EagleHead
 from hf_polyspec.eagle.softmax_ids import SoftmaxIds, check_size
 from hf_polyspec.eagle.training_config import TrainingConfig
 from hf_polyspec.eagle.vocabulary import readable_rows
+from hf_polyspec.models import resolve
 
 
 class LearningHead(nn.Module):
@@ -82,7 +83,7 @@ def build_head(
 
 def _continued(source: str, whole: bool, target: PreTrainedModel) -> EagleHead:
     """A head to go on training, scoring the whole vocabulary if asked."""
-    head: EagleHead = EagleHead.from_pretrained(source, dtype=torch.float32)
+    head: EagleHead = EagleHead.from_pretrained(resolve(source)[0], dtype=torch.float32)
     if whole:
         head = with_whole_vocabulary(head)
     bind(head, target).to(target.device).train()

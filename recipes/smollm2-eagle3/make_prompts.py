@@ -2,9 +2,11 @@
 """Task-shaped prompts for training a head: arithmetic stories, translations, questions, summaries, reading.
 
 The target's own answers from a first run of `polyspec train-eagle` serve as passages to summarise and to read, so
-that nothing but a list of foreign sentences has to be brought along.
+that nothing but a list of foreign sentences has to be brought along. Passages that people wrote, of which the target's
+next token is harder to guess, come from a file.
 
     python make_prompts.py --texts first_run/texts --tokenizer MODEL --sentences german.txt --out prompts.jsonl
+    python make_prompts.py --passages passages.txt --each 400 --out prompts.jsonl
 """
 
 from __future__ import annotations
@@ -171,6 +173,42 @@ def readings(dice: random.Random, passages: list[str], count: int) -> list[str]:
     return made
 
 
+ABOUT_NAMES = (
+    "Who was {s}?",
+    "What is {s} known for?",
+    "When does {s} appear in the text, and why?",
+    "how did {s} come about",
+    "Where is {s}?",
+    "what is the role of {s}",
+    "Describe {s} in your own words.",
+    "Is {s} still important today?",
+)
+PIECE_WORDS = 100
+
+
+def summaries(dice: random.Random, passages: list[str], count: int) -> list[str]:
+    """One passage to summarise each."""
+    return ["Summarize: " + passage for passage in dice.sample(passages, min(count, len(passages)))]
+
+
+def pieces(dice: random.Random, passage: str) -> str:
+    """A hundred words from anywhere in a passage, cut wherever they end."""
+    words = passage.split()
+    start = dice.randint(0, max(len(words) - PIECE_WORDS, 0))
+    return " ".join(words[start : start + PIECE_WORDS])
+
+
+def lookups(dice: random.Random, passages: list[str], count: int) -> list[str]:
+    """Questions about a name after four or five pieces, one of which has it."""
+    made: list[str] = []
+    while len(made) < count:
+        chosen = [pieces(dice, passage) for passage in dice.sample(passages, dice.choice((4, 5)))]
+        names = NAME.findall(dice.choice(chosen))
+        if names:
+            made.append("\n".join([*chosen, dice.choice(ABOUT_NAMES).format(s=dice.choice(names))]))
+    return made
+
+
 def passages_of(folder: Path, tokenizer_name: str) -> list[str]:
     """Greedy answers of at least a hundred ids, as text."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
@@ -185,8 +223,9 @@ def passages_of(folder: Path, tokenizer_name: str) -> list[str]:
 def main() -> None:
     """Writes the prompts, one JSON object a line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--texts", type=Path, required=True)
-    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--texts", type=Path, help="folder of a first run")
+    parser.add_argument("--tokenizer", help="of the texts")
+    parser.add_argument("--passages", type=Path, help="file of passages, one a line, to summarise and to ask about")
     parser.add_argument("--sentences", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--each", type=int, default=400, help="prompts of each kind")
@@ -195,10 +234,17 @@ def main() -> None:
     parser.add_argument("--min-characters", type=int, default=0, help="leave prompts of fewer out")
     parser.add_argument("--seed", type=int, default=0)
     wanted = parser.parse_args()
+    if (wanted.texts is None) != (wanted.tokenizer is None):
+        parser.error("--texts and --tokenizer belong together")
     dice = random.Random(wanted.seed)
-    passages = passages_of(wanted.texts, wanted.tokenizer)
-    made = stories(dice, wanted.each) + questions(dice, subjects_of(passages), wanted.each)
-    made += readings(dice, passages, wanted.each if wanted.readings is None else wanted.readings)
+    made: list[str] = []
+    if wanted.texts is not None:
+        passages = passages_of(wanted.texts, wanted.tokenizer)
+        made += stories(dice, wanted.each) + questions(dice, subjects_of(passages), wanted.each)
+        made += readings(dice, passages, wanted.each if wanted.readings is None else wanted.readings)
+    if wanted.passages is not None:
+        passages = wanted.passages.read_text(encoding="utf-8").splitlines()
+        made += summaries(dice, passages, wanted.each) + lookups(dice, passages, wanted.each)
     if wanted.sentences is not None:
         lines = [line.strip() for line in wanted.sentences.read_text(encoding="utf-8").splitlines()]
         made += translations(dice, [line for line in lines if 30 <= len(line) <= 220], wanted.each)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from typer.testing import CliRunner
 
 from hf_polyspec.eagle.command import duration, train_eagle
+from hf_polyspec.eagle.configuration import EagleHeadConfig
 from hf_polyspec.eagle.dataset import load_corpus
 from hf_polyspec.eagle.features import bind
 from hf_polyspec.eagle.modeling import EagleHead
@@ -217,6 +218,25 @@ def test_missing_prompts_are_told(run_file: Path, tmp_path: Path) -> None:
         call("--config", run_file, "--target", tmp_path / "nowhere")
     # a mistyped name leaves no run behind that would refuse the right one
     assert not (tmp_path / "run").exists()
+
+
+def test_a_lesson_that_cannot_be_is_told_before_texts_are_written(run_file: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load(run_file.read_text())
+    wide = EagleHeadConfig(hidden_size=64, target_hidden_size=64, vocab_size=60, num_attention_heads=2)
+    EagleHead(wide).save_pretrained(tmp_path / "wide")
+    for init_from, ids, message in (
+        (tmp_path / "absent", None, r"There is no folder .*absent"),
+        (tmp_path / "wide", None, "reads features 64 wide"),
+        (None, 10**6, "softmax_ids must be below the target's"),
+    ):
+        values["init_from"] = None if init_from is None else str(init_from)
+        values["optimization"]["softmax_ids"] = ids
+        values["head"] |= {"draft_vocab_size": None, "own_lm_head": False}
+        changed = tmp_path / "changed.yaml"
+        changed.write_text(yaml.safe_dump(values))
+        with pytest.raises((ValueError, TypeError, OSError), match=message):
+            call("--config", changed)
+        assert not (tmp_path / "run").exists()
 
 
 def test_the_model_of_the_package_is_a_target_too(
