@@ -35,14 +35,20 @@ class LearningHead(nn.Module):
         self.config = config
 
     def forward(
-        self, tokens: torch.Tensor, answer: torch.Tensor, view: TargetView, among: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        answer: torch.Tensor,
+        view: TargetView,
+        among: torch.Tensor | None = None,
+        keep: torch.Tensor | None = None,
     ) -> LossSums:
-        """The loss of a batch, see `eagle1_loss` and `eagle3_loss`."""
+        """The loss of a batch, see `eagle1_loss` and `eagle3_loss`; `keep` is for the latter."""
         plan = self.config.optimization
         if self.head.config.algorithm == "eagle1":
             weights = {"feature_weight": plan.feature_weight, "token_weight": plan.token_weight}
             return eagle1_loss(self.head, self.lesson[0], tokens, answer, view, **weights, among=among)
-        return eagle3_loss(self.head, self.lesson[0], tokens, answer, view, plan.steps, plan.step_decay, among)
+        steps, decay = plan.steps, plan.step_decay
+        return eagle3_loss(self.head, self.lesson[0], tokens, answer, view, steps, decay, among, keep)
 
 
 def build_head(

@@ -145,6 +145,7 @@ def eagle3_loss(
     steps: int,
     decay: float,
     among: torch.Tensor | None = None,
+    keep: torch.Tensor | None = None,
 ) -> LossSums:
     """Training-time test: `sum_s decay^s * CE_s` over the steps a head drafts (EAGLE-3, arXiv 2503.01840).
 
@@ -160,6 +161,8 @@ def eagle3_loss(
         steps: S, 3 to 7 in the literature.
         decay: weight of each step against the one before, 0.8 in the paper's code.
         among: `[M]`, the ids that head and target are compared on, see `SoftmaxIds`; None for all of the head's.
+        keep: `[R]`, the rows that draft on after the first step, ascending; they stand for the others in the loss.
+            None for all.
     """
     picked = None if among is None else head.vocabulary_slice(among)
     learned = learned_positions(teacher, answer, view.best)  # [B, T]
@@ -168,12 +171,16 @@ def eagle3_loss(
     place = torch.cumsum(learned.flatten(), dim=0).view_as(learned) - 1
     loss = view.final.new_zeros((), dtype=torch.float32)
     sums, counts = [], []
-    for step, hidden in enumerate(unroll(head, tokens, view.features, steps)):
-        rows = shifted(learned, 1 + step)  # [B, T-1]
-        errors = cross_entropy(head, hidden[rows], truth[shifted(place, 1 + step)[rows]], picked)
-        loss = loss + decay**step * errors.sum()
+    for step, hidden in enumerate(unroll(head, tokens, view.features, steps, keep)):
+        rows, where = shifted(learned, 1 + step), shifted(place, 1 + step)  # [B, T-1]
+        every = rows.sum()
+        if step > 0 and keep is not None:
+            rows, where = rows[:, keep], where[:, keep]
+        counted = rows.sum()
+        errors = cross_entropy(head, hidden[rows], truth[where[rows]], picked)
+        loss = loss + decay**step * errors.sum() * (every / counted.clamp(min=1))
         sums.append(errors.detach().sum())
-        counts.append(rows.sum())
+        counts.append(counted)
     return LossSums(loss, answer_rows(answer), torch.stack(sums), torch.stack(counts))
 
 

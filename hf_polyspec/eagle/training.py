@@ -222,7 +222,9 @@ class Trainer:
             batch, view = self._load([self.corpus.train[i] for i in group[index if share else 0]], turn)
             last = turn == turns - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
-                sums: LossSums = self.module(batch.tokens, batch.answer, view, self._among(batch, view, turn))
+                sums: LossSums = self.module(
+                    batch.tokens, batch.answer, view, self._among(batch, view, turn), self._kept(batch, turn)
+                )
                 # processes average their gradients, hence the factor
                 self.accelerator.backward(sums.loss * (share * world / max(rows, 1)))
             totals = _added(totals, sums, share)
@@ -247,6 +249,15 @@ class Trainer:
         """The ids that head and target are compared on, None for all of the head's."""
         chosen = self.softmax_ids
         return None if chosen is None else chosen.choose(batch.tokens, view.best, self._number(turn))
+
+    def _kept(self, batch: Batch, turn: int) -> torch.Tensor | None:
+        """The rows that draft on after the first step, None for all."""
+        stride, rows = self.plan.row_stride, batch.tokens.shape[1] - 1
+        if stride == 1:
+            return None
+        # beginning anywhere, so that no place in a text is passed over for good
+        first = sample_random(self.plan.seed, self._number(turn), "rows").randrange(min(stride, rows))
+        return torch.arange(first, rows, stride, device=batch.tokens.device)
 
     def _number(self, turn: int) -> int:
         """Of a batch of this process in the run, so that a resumed run draws the same random numbers."""

@@ -52,6 +52,8 @@ class OptimizationSettings:
         epochs: passes over the texts.
         steps: draft steps of training-time test; EAGLE-1 uses 1.
         step_decay: weight of each draft step against the one before.
+        row_stride: one row in so many drafts on after the first step and stands for the others in the loss (EAGLE-3).
+            All rows cost `steps` times the first step; with 4, each further step costs a quarter.
         batch_tokens: tokens in a micro-batch of one process, padding included.
         accumulation: micro-batches of a process in an optimizer step.
         learning_rate: peak.
@@ -85,6 +87,7 @@ class OptimizationSettings:
     epochs: int = 10
     steps: int = 7
     step_decay: float = 0.8
+    row_stride: int = 1
     batch_tokens: int = 4096
     accumulation: int = 1
     learning_rate: float = 1e-4
@@ -115,7 +118,15 @@ class OptimizationSettings:
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("mixed_precision", self.mixed_precision, PRECISIONS)
-        counts = ("epochs", "steps", "batch_tokens", "accumulation", "validation_steps", "validation_texts")
+        counts = (
+            "epochs",
+            "steps",
+            "row_stride",
+            "batch_tokens",
+            "accumulation",
+            "validation_steps",
+            "validation_texts",
+        )
         for name in (*counts, "validate_every", "checkpoint_every", "keep_checkpoints", "log_every", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

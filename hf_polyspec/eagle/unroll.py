@@ -4,7 +4,8 @@
 At step s, row i reads the head's own output of step s-1 in place of a feature and the token i+1+s. It attends to the
 pairs 0..i that were computed from true features (step 0) and to its own row of the steps 1..s, which stand at the
 positions i+1..i+s (EAGLE-3, arXiv 2503.01840, section 3). That is what drafting sees: a stable prefix followed by
-the row's own speculative ancestors. Steps after the first cost no T x T product, only one dot product a row.
+the row's own speculative ancestors. Steps after the first cost no T x T product of their own keys, only one dot
+product a row, and may be taken by a part of the rows only.
 """
 
 from __future__ import annotations
@@ -17,44 +18,61 @@ from hf_polyspec.eagle.modeling import EagleHead
 
 
 class UnrolledAttention:
-    """Attention of one layer over a causal block of keys and one diagonal for every later step."""
+    """Attention of one layer over a causal block of keys and one diagonal for every later step.
 
-    def __init__(self) -> None:
+    Attributes:
+        places: `[R]`, where in the text the rows stand that queries come from.
+    """
+
+    def __init__(self, places: torch.Tensor) -> None:
+        self.places = places
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Goes on with some rows only; the others stay as the text that these attend to.
+
+        Args:
+            rows: `[R']`, ascending, of those there were.
+        """
+        self.places = self.places[rows]
+        self.keys[1:] = [key[:, :, rows] for key in self.keys[1:]]
+        self.values[1:] = [value[:, :, rows] for value in self.values[1:]]
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attends, and keeps the new keys and values for the steps to come.
 
         Args:
-            query: `[B, n_h, T, d]`, rotated.
-            key: `[B, n_kv, T, d]`, rotated.
-            value: `[B, n_kv, T, d]`.
+            query: `[B, n_h, R, d]`, rotated.
+            key: `[B, n_kv, R, d]`, rotated.
+            value: `[B, n_kv, R, d]`.
 
         Returns:
-            `[B, n_h, T, d]`.
+            `[B, n_h, R, d]`.
         """
         self.keys.append(key)
         self.values.append(value)
-        batch, heads, length, width = query.shape
-        kv_heads = key.shape[1]
-        # [B, n_kv, G, T, d]: the G query heads that share a key head side by side
-        grouped = query.view(batch, kv_heads, heads // kv_heads, length, width) * width**-0.5
-        blocked = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
-        # [B, n_kv, G, T, T]
+        batch, heads, rows, width = query.shape
+        kv_heads, length = key.shape[1], self.keys[0].shape[2]
+        # [B, n_kv, G, R, d]: the G query heads that share a key head side by side
+        grouped = query.view(batch, kv_heads, heads // kv_heads, rows, width) * width**-0.5
+        blocked = torch.arange(length, device=query.device) > self.places[:, None]  # [R, T]
+        # [B, n_kv, G, R, T]
         block = grouped @ self.keys[0].unsqueeze(2).transpose(-1, -2)
         block = block.float().masked_fill(blocked, float("-inf"))
-        # s entries [B, n_kv, G, T]
+        # s entries [B, n_kv, G, R]
         own = [(grouped * key.unsqueeze(2)).sum(-1).float() for key in self.keys[1:]]
         weights = torch.cat([block, *(score.unsqueeze(-1) for score in own)], dim=-1).softmax(-1)
         weights = weights.to(query.dtype)
         mixed = weights[..., :length] @ self.values[0].unsqueeze(2)
         for index, value in enumerate(self.values[1:]):
             mixed = mixed + weights[..., length + index, None] * value.unsqueeze(2)
-        return mixed.view(batch, heads, length, width)
+        return mixed.view(batch, heads, rows, width)
 
 
-def unroll(head: EagleHead, tokens: torch.Tensor, features: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
+def unroll(
+    head: EagleHead, tokens: torch.Tensor, features: torch.Tensor, steps: int, keep: torch.Tensor | None = None
+) -> Iterator[torch.Tensor]:
     """Drafts `steps` tokens from every row at once, teacher-forced.
 
     Args:
@@ -62,20 +80,26 @@ def unroll(head: EagleHead, tokens: torch.Tensor, features: torch.Tensor, steps:
         tokens: `[B, T]` target ids of the texts, padded on the right.
         features: `[B, T, F]` target features of the same positions.
         steps: how many steps, S; at least 1.
+        keep: `[R]`, the rows that draft on after the first step, ascending; None for all.
 
     Yields:
         For step s `[B, T-1, H]`: row i is the head's guess of feature i+1+s, whose logits are about token i+2+s.
-        Rows from T-1-s on have run out of text and hold nothing meaningful.
+        Rows from T-1-s on have run out of text and hold nothing meaningful. From step 1 on `[B, R, H]`, the rows
+        `keep`, where these are given.
     """
     rows = tokens.shape[1] - 1
     stream = head.fuse(features[:, :rows])  # [B, T-1, H]
-    attention = [UnrolledAttention() for _ in head.layers]
-    places = torch.arange(rows, device=tokens.device)[None]
+    places = torch.arange(rows, device=tokens.device)
+    attention = [UnrolledAttention(places) for _ in head.layers]
     for step in range(steps):
+        if step == 1 and keep is not None:
+            stream, places = stream[:, keep], places[keep]
+            for attend in attention:
+                attend.keep(keep)
         # token i+1+s in row i; the rows at the end repeat the last token and are never counted
-        follows = tokens[:, (places[0] + 1 + step).clamp(max=rows)]
+        follows = tokens[:, (places + 1 + step).clamp(max=rows)]
         mixed, embedded = head.mix(follows, stream)
-        rotary = head.rotary(mixed, places + step)
+        rotary = head.rotary(mixed, places[None] + step)
         for layer, attend in zip(head.layers, attention, strict=True):
             mixed = layer(mixed, embedded, rotary, attend)
         stream = head.norm(mixed) if head.config.norm_output else mixed

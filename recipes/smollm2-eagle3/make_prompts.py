@@ -199,10 +199,10 @@ def pieces(dice: random.Random, passage: str) -> str:
 
 
 def lookups(dice: random.Random, passages: list[str], count: int) -> list[str]:
-    """Questions about a name after four or five pieces, one of which has it."""
+    """Questions about a name after three to five pieces, one of which has it."""
     made: list[str] = []
     while len(made) < count:
-        chosen = [pieces(dice, passage) for passage in dice.sample(passages, dice.choice((4, 5)))]
+        chosen = [pieces(dice, passage) for passage in dice.sample(passages, dice.choice((3, 4, 5)))]
         names = NAME.findall(dice.choice(chosen))
         if names:
             made.append("\n".join([*chosen, dice.choice(ABOUT_NAMES).format(s=dice.choice(names))]))

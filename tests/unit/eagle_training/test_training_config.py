@@ -50,6 +50,7 @@ def test_numbers_as_yaml_reads_them() -> None:
         ({"optimization": {"epochs": "many"}}, "epochs must be a whole number"),
         ({"optimization": {"epochs": 2.5}}, "epochs must be a whole number"),
         ({"optimization": {"epochs": 0}}, "epochs must be at least 1"),
+        ({"optimization": {"row_stride": 0}}, "row_stride must be at least 1"),
         ({"optimization": {"clip": "tight"}}, "clip must be a number"),
         ({"optimization": {"feature_cache": 1}}, "feature_cache must be of type bool"),
         ({"optimization": {"epochs": True}}, "epochs must be of type int"),

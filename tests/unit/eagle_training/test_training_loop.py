@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_polyspec.eagle.dataset import Corpus, load_corpus
+from hf_polyspec.eagle.losses import LossSums, eagle3_loss
 from hf_polyspec.eagle.modeling import EagleHead
 from hf_polyspec.eagle.training import Progress, Trainer
 from hf_polyspec.eagle.training_config import OptimizationSettings, build_config
@@ -212,6 +213,24 @@ def test_a_loss_is_computed_over_the_ids_asked_for(setting: Setting) -> None:
         losses[ids] = [float(line.split(",")[3]) for line in setting.curve(f"ids-{ids}")[1:]]
     # an unlearned head is about as unsure as there are ids to choose from
     assert losses[8][0] < losses[None][0] - 0.05
+
+
+def test_one_row_in_so_many_drafts_on(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[torch.Tensor | None] = []
+
+    def noted(*parts: Any) -> LossSums:
+        kept.append(parts[-1])
+        return eagle3_loss(*parts)
+
+    monkeypatch.setattr("hf_polyspec.eagle.lesson.eagle3_loss", noted)
+    setting.trainer("stride", row_stride=3, epochs=2).run()
+    firsts = [int(rows[0]) for rows in kept if rows is not None]
+    assert len(firsts) == len(kept) > 10
+    assert set(firsts) == {0, 1, 2}
+    assert all((rows.diff() == 3).all() for rows in kept if rows is not None)
+    kept.clear()
+    setting.trainer("all", epochs=1).run()
+    assert kept == [None] * len(kept) != []
 
 
 def test_a_head_of_few_ids_can_learn_all_of_them(setting: Setting) -> None:

@@ -80,6 +80,25 @@ def test_eagle3_loss(chat_target: PreTrainedModel, own_lm_head: bool, ids: list[
     assert int(sums.rows) == int(answer_rows(answer)) == 7 + 4
 
 
+@torch.no_grad()
+def test_some_rows_stand_for_all(chat_target: PreTrainedModel) -> None:
+    head, tokens, answer, view = setting(chat_target, algorithm="eagle3")
+    teacher, steps, decay, keep = Teacher(head, target_parts(chat_target)), 3, 0.8, torch.tensor([2, 4, 5, 8])
+    whole = eagle3_loss(head, teacher, tokens, answer, view, steps, decay)
+    part = eagle3_loss(head, teacher, tokens, answer, view, steps, decay, keep=keep)
+    assert part.counted[0] == whole.counted[0]
+    assert (part.counted[1:] < whole.counted[1:]).all()
+    assert part.counted.min() > 0
+    # a part's mean stands for the mean of all
+    means = part.per_step / part.counted * whole.counted
+    torch.testing.assert_close(part.loss, (decay ** torch.arange(steps) * means).sum(), rtol=1e-4, atol=1e-4)
+    # any other rows than the others: what both parts count adds up to what all of them count
+    others = torch.tensor([row for row in range(tokens.shape[1] - 1) if row not in keep.tolist()])
+    rest = eagle3_loss(head, teacher, tokens, answer, view, steps, decay, keep=others)
+    torch.testing.assert_close(part.per_step[1:] + rest.per_step[1:], whole.per_step[1:], rtol=1e-4, atol=1e-4)
+    assert (part.counted[1:] + rest.counted[1:]).tolist() == whole.counted[1:].tolist()
+
+
 @pytest.mark.parametrize("ids", [None, list(range(1, 45, 3))])
 @torch.no_grad()
 def test_eagle1_loss(chat_target: PreTrainedModel, ids: list[int] | None) -> None:

@@ -65,6 +65,19 @@ def test_every_row_equals_a_chain_drafted_from_it(chat_target: PreTrainedModel, 
             torch.testing.assert_close(steps[step][:, row], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_that_draft_on_do_not_need_the_others(chat_target: PreTrainedModel, variant: str) -> None:
+    head = fresh(chat_target, **VARIANTS[variant])
+    tokens = torch.randint(5, 45, (2, 9), generator=torch.Generator().manual_seed(2))
+    states, keep = features(head, 2, 9), torch.tensor([1, 4, 5])
+    with torch.no_grad():
+        every = list(unroll(head, tokens, states, 4))
+        some = list(unroll(head, tokens, states, 4, keep))
+    torch.testing.assert_close(some[0], every[0])
+    for step in range(1, 4):
+        torch.testing.assert_close(some[step], every[step][:, keep], rtol=1e-4, atol=1e-5)
+
+
 def test_forgetting_the_own_ancestors_would_be_seen(
     chat_target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
