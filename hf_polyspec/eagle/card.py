@@ -207,7 +207,7 @@ def _who(name: str) -> str:
 
 
 def _acceptance_lines(acceptance: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    lines = ["## Acceptance on held-out texts", ""]
+    lines = ["## Acceptance on held-out texts", "", "Positions are those of the answers.", ""]
     for kind, found in acceptance.items():
         chain = found["chain"]
         lines += [
@@ -220,5 +220,6 @@ def _acceptance_lines(acceptance: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for key in (key for key in found if key.startswith("top")):
             label = f"among the first {key[3:]}, true path given"
             lines.append(f"| {label} | " + " | ".join(f"{rate:.3f}" for rate in found[key]) + " |")
-        lines += ["", f"Mean acceptance length of a chain of {len(chain)}: {found['mean_acceptance_length']:.2f}", ""]
+        length = f"{found['mean_acceptance_length']:.2f}"
+        lines += ["", f"Decoding with chains of {len(chain)}: {length} tokens a pass, bonus included.", ""]
     return lines

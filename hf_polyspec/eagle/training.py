@@ -219,7 +219,8 @@ class Trainer:
             index = turn * world + rank
             # a process without a batch of its own joins in with one that counts for nothing
             share = 1.0 if index < len(group) else 0.0
-            batch, view = self._load([self.corpus.train[i] for i in group[index if share else 0]], turn)
+            texts = [self.corpus.train[i] for i in group[index if share else 0]]
+            batch, view = self._load(texts, turn, self.plan.learn_prompts)
             last = turn == turns - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
                 sums: LossSums = self.module(
@@ -236,8 +237,8 @@ class Trainer:
             raise RuntimeError("an optimizer step had no batch")
         return self._reduced(totals), norm
 
-    def _load(self, texts: list[Text], turn: int) -> tuple[Batch, TargetView]:
-        batch = collate(texts, self.plan.learn_prompts).to(self.accelerator.device)
+    def _load(self, texts: list[Text], turn: int, with_prompts: bool) -> tuple[Batch, TargetView]:
+        batch = collate(texts, with_prompts).to(self.accelerator.device)
         view = self.source.read(batch)
         if self.config.head.algorithm == "eagle1" and self.module.training:
             seed = sample_random(self.plan.seed, self._number(turn), "noise").getrandbits(63)
@@ -307,7 +308,7 @@ class Trainer:
         self.accelerator.log(row, step=self.state.step)
 
     def validate(self) -> dict[str, dict[str, object]]:
-        """Measures acceptance on the held-out texts.
+        """Measures acceptance on the answers of the held-out texts.
 
         Returns:
             By kind of text: see `Acceptance.as_dict`.
@@ -319,7 +320,7 @@ class Trainer:
         batches = plan_batches(texts, self.plan.batch_tokens, self.plan.seed, 0)
         self.module.eval()
         for batch in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
-            loaded, view = self._load([texts[i] for i in batch], 0)
+            loaded, view = self._load([texts[i] for i in batch], 0, with_prompts=False)
             for kind, tally in count_acceptance(self.head, loaded, view, steps, ranks).items():
                 tallies[kind].add(tally)
         self.module.train()

@@ -24,13 +24,21 @@ class Acceptance:
     The token to hit is the one the text holds. In a greedy text that is the target's favourite; in a sampled text it
     is a draw from the target, so hitting it is as frequent as the one-hot rule accepts a deterministic draft.
 
+    `rows` to `survived` look at a draft from every place of an answer. `passes` and `tokens` look at the drafts that
+    decoding would make: the next begins where the last one ended. Those begin where guessing is hard more often than
+    not, so their mean is lower.
+
     Args:
         steps: draft positions, S.
         ranks: the k of the top-k hits.
+        passes: of the target, if it decoded the answers with chains of S guesses.
+        tokens: emitted by these passes.
     """
 
     steps: int
     ranks: tuple[int, ...] = (1, 2, 4, 8)
+    passes: int = 0
+    tokens: int = 0
     rows: list[int] = field(default_factory=list)
     hits: list[list[int]] = field(default_factory=list)
     alive: list[int] = field(default_factory=list)
@@ -53,15 +61,13 @@ class Acceptance:
 
     @property
     def mean_length(self) -> float:
-        """Tokens a pass of the target with a chain of S guesses: `1 + sum_s prod_{r<=s} chain_r`, bonus included."""
-        total, product = 1.0, 1.0
-        for rate in self.chain:
-            product *= rate
-            total += product
-        return total
+        """Tokens a pass of the target with a chain of S guesses, bonus included; 1 where nothing was counted."""
+        return self.tokens / self.passes if self.passes else 1.0
 
     def add(self, other: Acceptance) -> None:
         """Adds another count of the same shape."""
+        self.passes += other.passes
+        self.tokens += other.tokens
         for step in range(self.steps):
             self.rows[step] += other.rows[step]
             self.alive[step] += other.alive[step]
@@ -70,21 +76,23 @@ class Acceptance:
                 self.hits[step][index] += other.hits[step][index]
 
     def counts(self) -> torch.Tensor:
-        """All counts as one tensor `[S, 3 + ranks]`, to be added up over processes."""
+        """All counts as one tensor `[S, 5 + ranks]`, to be added up over processes."""
         columns = zip(self.rows, self.alive, self.survived, self.hits, strict=True)
-        return torch.tensor([[rows, alive, kept, *hits] for rows, alive, kept, hits in columns])
+        walked = (self.passes, self.tokens)  # the same in every row
+        return torch.tensor([[*walked, rows, alive, kept, *hits] for rows, alive, kept, hits in columns])
 
     @classmethod
     def from_counts(cls, counts: torch.Tensor, ranks: tuple[int, ...]) -> Acceptance:
         """The inverse of `counts`.
 
         Args:
-            counts: `[S, 3 + ranks]`.
+            counts: `[S, 5 + ranks]`.
             ranks: the k of the top-k hits.
         """
         table = counts.tolist()
-        columns = [[row[index] for row in table] for index in range(3)]
-        return cls(len(table), ranks, columns[0], [row[3:] for row in table], columns[1], columns[2])
+        passes, tokens = table[0][:2]
+        rows, alive, survived = ([row[index] for row in table] for index in range(2, 5))
+        return cls(len(table), ranks, passes, tokens, rows, [row[5:] for row in table], alive, survived)
 
     def as_dict(self) -> dict[str, object]:
         """Rounded for a file or a tracker."""
@@ -104,7 +112,7 @@ def count_acceptance(
 
     Args:
         head: the head, in evaluation mode.
-        batch: held-out texts.
+        batch: held-out texts; their prompts do not count, so `answer` must not hold them.
         view: what the target says about them.
         steps: draft positions.
         ranks: the k of the top-k hits, ascending, the first one 1.
@@ -116,6 +124,7 @@ def count_acceptance(
     most = min(max(ranks), int(head.config.draft_vocab_size or head.config.vocab_size))
     found = {kind: Acceptance(steps, tuple(ranks)) for kind in sorted(set(batch.kinds.tolist()))}
     alive = torch.ones(batch.tokens.shape[0], batch.tokens.shape[1] - 1, dtype=torch.bool, device=device)
+    accepted = torch.zeros_like(alive, dtype=torch.long)
     for step, hidden in enumerate(unroll(head, batch.tokens, view.features, steps)):
         label = shifted(batch.tokens, 2 + step)  # [B, T-1]
         # a draft begins after a token of the answer, the first of which the target itself gave
@@ -132,4 +141,24 @@ def count_acceptance(
             for index, rank in enumerate(ranks):
                 tally.hits[step][index] += int((match[..., :rank].any(dim=-1) & rows).sum())
         alive = alive & match[..., 0]
+        accepted += alive & counted
+    for text, lengths in zip(batch.texts, accepted.tolist(), strict=True):
+        found[text.kind].passes += passes_over(lengths, max(text.prompt_length, 1), len(text) - 1)
+        found[text.kind].tokens += len(text) - 1 - max(text.prompt_length, 1)
     return found
+
+
+def passes_over(accepted: Sequence[int], first: int, last: int) -> int:
+    """How many passes decode an answer.
+
+    Args:
+        accepted: for every row of a text, how many guesses of a chain drafted from it hold; row i guesses token i+2.
+        first: place of the answer's first token, which the pass that reads the prompt gives.
+        last: place of its last token.
+    """
+    place = first
+    passes = 0
+    while place < last:
+        place += accepted[place - 1] + 1
+        passes += 1
+    return passes

@@ -247,7 +247,7 @@ def test_a_head_of_few_ids_can_learn_all_of_them(setting: Setting) -> None:
     third = setting.trainer("third", init_from=str(setting.folder / "saved"), softmax_ids=44)
     entropies = []
     for trainer in (second, third):
-        batch, view = trainer._load(setting.corpus().validation, 0)
+        batch, view = trainer._load(setting.corpus().validation, 0, False)
         losses = trainer.module(batch.tokens, batch.answer, view)
         entropies.append(float(losses.per_step.sum() / losses.counted.sum()))
     assert entropies[0] < 0.98 * entropies[1]

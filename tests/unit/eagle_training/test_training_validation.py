@@ -13,7 +13,7 @@ from hf_polyspec.eagle.dataset import TargetReader, collate, load_corpus
 from hf_polyspec.eagle.features import target_parts
 from hf_polyspec.eagle.fresh import init_for
 from hf_polyspec.eagle.shards import GREEDY, SAMPLED
-from hf_polyspec.eagle.validation import Acceptance, count_acceptance
+from hf_polyspec.eagle.validation import Acceptance, count_acceptance, passes_over
 
 STEPS, RANKS = 3, (1, 2, 5)
 
@@ -31,11 +31,15 @@ def test_counts_equal_drafting_from_every_row(chat_target: PreTrainedModel, text
     for place, text in enumerate(batch.texts):
         tally = expected[text.kind]
         ids = torch.from_numpy(text.tokens)[None]
+        known, tally.tokens = text.prompt_length + 1, tally.tokens + len(text) - text.prompt_length - 1
         for row in range(text.prompt_length - 1, len(text) - 2):
             cache = head.new_cache()
             fused = head.fuse(view.features[place : place + 1, : row + 1])
             hidden = head.step(ids[:, 1 : row + 2], fused, cache=cache)[:, -1:]
             alive = True
+            # the target has just given the last known token: decoding drafts from here
+            tally.passes += (drafting := row + 2 == known)
+            known += drafting
             for step in range(min(STEPS, len(text) - 2 - row)):
                 if step:
                     position = torch.tensor([[row + step]])
@@ -49,18 +53,41 @@ def test_counts_equal_drafting_from_every_row(chat_target: PreTrainedModel, text
                 for index, rank in enumerate(RANKS):
                     tally.hits[step][index] += truth in guesses[:rank]
                 alive = alive and hit
+                known += drafting and alive
     assert found == expected
     assert all(tally.rows[0] > 10 for tally in expected.values())
     assert sum(tally.survived[0] for tally in expected.values()) > 0
+    assert any(tally.passes < tally.tokens for tally in expected.values())
 
 
 def test_rates() -> None:
-    tally = Acceptance(2, (1, 2), rows=[10, 8], hits=[[5, 7], [2, 6]], alive=[10, 4], survived=[5, 1])
+    tally = Acceptance(2, (1, 2), 4, 10, rows=[10, 8], hits=[[5, 7], [2, 6]], alive=[10, 4], survived=[5, 1])
     assert tally.chain == [0.5, 0.25]
-    assert tally.mean_length == pytest.approx(1 + 0.5 + 0.5 * 0.25)
+    assert tally.mean_length == 2.5
     assert tally.top(1) == [0.7, 0.75]
     assert Acceptance.from_counts(tally.counts(), (1, 2)) == tally
     tally.add(Acceptance.from_counts(tally.counts(), (1, 2)))
     assert (tally.rows, tally.hits) == ([20, 16], [[10, 14], [4, 12]])
+    assert (tally.passes, tally.tokens) == (8, 20)
     assert Acceptance(2).chain == [0.0, 0.0]
     assert Acceptance(2).mean_length == 1.0
+
+
+def test_passes_that_decode_an_answer() -> None:
+    # the prompt is one token; the pass after it emits 1 + 2, the next 1, the last 1 + 1
+    assert passes_over([2, 5, 5, 0, 1, 0, 0], 1, 7) == 3
+    # an easy stretch is passed over once, however many places it has: 7 tokens in 4 passes, 1.75 each, while the mean
+    # over all places is 1 + 6 / 7
+    assert passes_over([3, 2, 1, 0, 0, 0, 0], 1, 8) == 4
+    assert passes_over([], 1, 1) == 0
+
+
+@torch.no_grad()
+def test_prompts_are_not_validated(chat_target: PreTrainedModel, texts_folder: Path) -> None:
+    head = init_for(chat_target, "eagle3").eval()
+    corpus = load_corpus([texts_folder], 64, 0.2, seed=0)
+    texts = [text for text in corpus.train if text.kind == GREEDY]
+    batch = collate(texts)
+    view = TargetReader(chat_target, head.config, target_parts(chat_target)).read(batch)
+    found = count_acceptance(head, batch, view, 1, (1,))[GREEDY]
+    assert found.rows[0] == found.tokens == sum(len(text) - text.prompt_length - 1 for text in texts)
