@@ -89,6 +89,17 @@ class Batch:
             self.texts,
         )
 
+    def only(self, rows: Sequence[int]) -> Batch:
+        """Some of its texts, no wider than they need.
+
+        Args:
+            rows: which, one at least.
+        """
+        texts = tuple(self.texts[row] for row in rows)
+        width, picked = max(len(text) for text in texts), torch.tensor(rows, device=self.tokens.device)
+        tokens, real, answer = (part[picked, :width] for part in (self.tokens, self.real, self.answer))
+        return Batch(tokens, real, answer, self.kinds[picked], texts)
+
     @property
     def size(self) -> int:
         """Tokens, padding not counted."""

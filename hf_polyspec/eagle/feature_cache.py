@@ -84,10 +84,10 @@ class FeatureCache:
     def read(self, batch: Batch) -> TargetView:
         """What the target says about a batch; see `TargetReader.read`."""
         done = self.arrays["done"]
-        if all(done[self.index[text.number]] for text in batch.texts):
-            return self._recall(batch)
-        view = self.reader.read(batch)
-        self._remember(batch, view)
+        unknown = [row for row, text in enumerate(batch.texts) if not done[self.index[text.number]]]
+        if unknown:
+            asked = batch.only(unknown)
+            self._remember(asked, self.reader.read(asked))
         # rounded in the first epoch as in all others, so that a resumed run computes the same numbers
         return self._recall(batch)
 

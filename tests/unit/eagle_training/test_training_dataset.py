@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_polyspec.eagle.dataset import (
+    Batch,
     Corpus,
     TargetReader,
     Text,
@@ -23,6 +24,7 @@ from hf_polyspec.eagle.dataset import (
 from hf_polyspec.eagle.feature_cache import FeatureCache
 from hf_polyspec.eagle.features import target_parts
 from hf_polyspec.eagle.fresh import init_for
+from hf_polyspec.eagle.losses import TargetView
 from hf_polyspec.eagle.shards import SAMPLED, Sample, ShardWriter, read_progress, read_samples
 
 
@@ -144,10 +146,24 @@ def test_reader_and_cache_give_the_targets_states(
     # a second process or a resumed run finds them, in any company, without asking the target
     again = cache()
     assert again.remembered == 3
-    reader.read = None  # type: ignore[assignment,method-assign]
+    plainly, reader.read = reader.read, None  # type: ignore[assignment,method-assign]
     other = again.read(collate([corpus.train[2], corpus.train[0]]))
     length = len(corpus.train[2])
     assert torch.equal(other.features[0, :length], seen.features[2, :length])
+    # beside texts that it does not know, only these are asked for
+    questions: list[Batch] = []
+
+    def noted(part: Batch) -> TargetView:
+        questions.append(part)
+        return plainly(part)
+
+    reader.read = noted  # type: ignore[method-assign]
+    mixed = collate(corpus.train[1:5])
+    found, expected = again.read(mixed), plainly(mixed)
+    assert [part.texts for part in questions] == [tuple(corpus.train[3:5])]
+    torch.testing.assert_close(found.features, expected.features * mixed.real[..., None], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(found.final, expected.final * mixed.real[..., None], rtol=2e-3, atol=2e-3)
+    assert torch.equal(found.best, expected.best * mixed.real)
     # other texts under the same numbers make it worthless
     changed = [Text(one.number, one.tokens[::-1].copy(), one.prompt_length, one.kind) for one in corpus.train]
     renewed = FeatureCache(tmp_path, reader, changed, head.config.feature_size, parts.hidden_size, "tiny")
