@@ -29,16 +29,6 @@ class UnrolledAttention:
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
 
-    def keep(self, rows: torch.Tensor) -> None:
-        """Goes on with some rows only; the others stay as the text that these attend to.
-
-        Args:
-            rows: `[R']`, ascending, of those there were.
-        """
-        self.places = self.places[rows]
-        self.keys[1:] = [key[:, :, rows] for key in self.keys[1:]]
-        self.values[1:] = [value[:, :, rows] for value in self.values[1:]]
-
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attends, and keeps the new keys and values for the steps to come.
 
@@ -95,7 +85,7 @@ def unroll(
         if step == 1 and keep is not None:
             stream, places = stream[:, keep], places[keep]
             for attend in attention:
-                attend.keep(keep)
+                attend.places = places  # the others stay as the text that these attend to
         # token i+1+s in row i; the rows at the end repeat the last token and are never counted
         follows = tokens[:, (places + 1 + step).clamp(max=rows)]
         mixed, embedded = head.mix(follows, stream)
