@@ -178,11 +178,11 @@ def draw_curve(folder: Path) -> Path | None:
     path = folder / "validation.jsonl"
     if path.is_file():
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for kind in ("greedy", "sampled"):
+        for kind in (f"{learned}{name}" for name in ("greedy", "sampled") for learned in ("", "learned_")):
             points = [(r["step"], r[kind]["mean_acceptance_length"]) for r in records if kind in r]
             if points:
-                right.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{kind} texts")
-        right.set(xlabel="optimizer step", ylabel="mean acceptance length (chain)")
+                right.plot(*zip(*points, strict=True), marker="o", markersize=3, label=kind.replace("_", " "))
+        right.set(xlabel="optimizer step", ylabel="tokens a pass (chain)")
         right.legend()
     figure.savefig(folder / "curve.png", dpi=120)
     return folder / "curve.png"
@@ -207,11 +207,11 @@ def _who(name: str) -> str:
 
 
 def _acceptance_lines(acceptance: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    lines = ["## Acceptance on held-out texts", "", "Positions are those of the answers.", ""]
+    lines = ["## Acceptance", "", "On the answers of texts, held out but for those called learned.", ""]
     for kind, found in acceptance.items():
         chain = found["chain"]
         lines += [
-            f"### {kind} texts ({found['rows']} positions)",
+            f"### {kind.replace('_', ' ')} texts ({found['rows']} positions)",
             "",
             "| draft position | " + " | ".join(str(index + 1) for index in range(len(chain))) + " |",
             "| --- |" + " --- |" * len(chain),

@@ -220,7 +220,7 @@ class Trainer:
             # a process without a batch of its own joins in with one that counts for nothing
             share = 1.0 if index < len(group) else 0.0
             texts = [self.corpus.train[i] for i in group[index if share else 0]]
-            batch, view = self._load(texts, turn, self.plan.learn_prompts)
+            batch, view = self._load(texts, turn)
             last = turn == turns - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
                 sums: LossSums = self.module(
@@ -237,8 +237,8 @@ class Trainer:
             raise RuntimeError("an optimizer step had no batch")
         return self._reduced(totals), norm
 
-    def _load(self, texts: list[Text], turn: int, with_prompts: bool) -> tuple[Batch, TargetView]:
-        batch = collate(texts, with_prompts).to(self.accelerator.device)
+    def _load(self, texts: list[Text], turn: int) -> tuple[Batch, TargetView]:
+        batch = collate(texts, self.plan.learn_prompts).to(self.accelerator.device)
         view = self.source.read(batch)
         if self.config.head.algorithm == "eagle1" and self.module.training:
             seed = sample_random(self.plan.seed, self._number(turn), "noise").getrandbits(63)
@@ -308,19 +308,33 @@ class Trainer:
         self.accelerator.log(row, step=self.state.step)
 
     def validate(self) -> dict[str, dict[str, object]]:
-        """Measures acceptance on the answers of the held-out texts.
+        """Measures acceptance on the answers of held-out texts, and of as many that are learned.
+
+        Where both are alike the head lacks steps rather than texts.
 
         Returns:
-            By kind of text: see `Acceptance.as_dict`.
+            By kind of text: see `Acceptance.as_dict`. Kinds of learned texts begin with `learned_`.
         """
-        ranks = (1, 2, 4, 8)
-        steps = self.plan.validation_steps
+        most = self.plan.validation_texts
+        found = self._acceptance(self.corpus.validation[:most])
+        learned = self._acceptance(self.corpus.train[:: -(-len(self.corpus.train) // most)])
+        found |= {f"learned_{kind}": facts for kind, facts in learned.items()}
+        record = {"step": self.state.step, "epoch": self.state.epoch, "tokens": self.state.tokens, **found}
+        if self.accelerator.is_main_process:
+            put_validation(self.config.folder / "validation.jsonl", record)
+        self.accelerator.log(tracker_values(found), step=self.state.step)
+        return found
+
+    def _acceptance(self, texts: list[Text]) -> dict[str, dict[str, object]]:
+        """By kind of text, over all processes."""
+        ranks, steps = (1, 2, 4, 8), self.plan.validation_steps
         tallies = {kind: Acceptance(steps, ranks) for kind in KIND_NAMES}
-        texts = self.corpus.validation[: self.plan.validation_texts]
         batches = plan_batches(texts, self.plan.batch_tokens, self.plan.seed, 0)
         self.module.eval()
         for batch in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
-            loaded, view = self._load([texts[i] for i in batch], 0, with_prompts=False)
+            # read like any other, since the source remembers; prompts are not what decoding guesses
+            loaded, view = self._load([texts[i] for i in batch], 0)
+            loaded = replace(loaded, answer=collate(loaded.texts).answer.to(loaded.answer.device))
             for kind, tally in count_acceptance(self.head, loaded, view, steps, ranks).items():
                 tallies[kind].add(tally)
         self.module.train()
@@ -329,10 +343,6 @@ class Trainer:
             counts = self.accelerator.reduce(tally.counts().to(self.accelerator.device), "sum")
             if int(counts[0, 0]):
                 found[KIND_NAMES[kind]] = Acceptance.from_counts(counts.cpu(), ranks).as_dict()
-        record = {"step": self.state.step, "epoch": self.state.epoch, "tokens": self.state.tokens, **found}
-        if self.accelerator.is_main_process:
-            put_validation(self.config.folder / "validation.jsonl", record)
-        self.accelerator.log(tracker_values(found), step=self.state.step)
         return found
 
 

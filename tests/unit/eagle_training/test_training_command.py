@@ -87,7 +87,7 @@ def test_from_target_to_head(run_file: Path, target_folder: Path, tmp_path: Path
         "README.md", "config.json", "curve.csv", "curve.png", "model.safetensors", "training.yaml", "validation.jsonl",
     }  # fmt: skip
     card = (run / "head" / "README.md").read_text()
-    assert "Acceptance on held-out texts" in card
+    assert "### learned greedy texts" in card
     assert "| accepted, all before it accepted |" in card
     assert "greedy texts" in card
     # neither the embedding nor the output layer is the head's

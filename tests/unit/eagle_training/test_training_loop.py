@@ -247,7 +247,7 @@ def test_a_head_of_few_ids_can_learn_all_of_them(setting: Setting) -> None:
     third = setting.trainer("third", init_from=str(setting.folder / "saved"), softmax_ids=44)
     entropies = []
     for trainer in (second, third):
-        batch, view = trainer._load(setting.corpus().validation, 0, False)
+        batch, view = trainer._load(setting.corpus().validation, 0)
         losses = trainer.module(batch.tokens, batch.answer, view)
         entropies.append(float(losses.per_step.sum() / losses.counted.sum()))
     assert entropies[0] < 0.98 * entropies[1]
@@ -292,9 +292,26 @@ def test_records_are_plain_json(setting: Setting) -> None:
     for line in (setting.folder / "run" / "validation.jsonl").read_text().splitlines():
         record = json.loads(line)
         assert {"step", "epoch", "tokens"} < record.keys()
-        for kind in ("greedy", "sampled"):
+        for kind in ("greedy", "sampled", "learned_greedy", "learned_sampled"):
             assert len(record[kind]["chain"]) == 2
             assert 1.0 <= record[kind]["mean_acceptance_length"] <= 3.0
+
+
+def test_validation_looks_at_answers_and_spoils_no_features(setting: Setting) -> None:
+    trainer = setting.trainer("run", learn_prompts=True, validation_texts=3)
+    found = trainer.validate()
+    for kinds, texts in (
+        (("greedy", "sampled"), trainer.corpus.validation[:3]),
+        (("learned_greedy", "learned_sampled"), trainer.corpus.train[:: -(-len(trainer.corpus.train) // 3)]),
+    ):
+        rows = sum(len(text) - text.prompt_length - 1 for text in texts)
+        assert len(texts) <= 3
+        assert sum(int(str(found[kind]["rows"])) for kind in kinds if kind in found) == rows
+    # what it made the cache remember of learned texts serves their prompts as well
+    plain = setting.trainer("plain", learn_prompts=True)
+    _, view = trainer._load([trainer.corpus.train[0]], 0)
+    assert trainer.source.remembered > 0  # type: ignore[union-attr]
+    assert torch.equal(view.best, plain._load([plain.corpus.train[0]], 0)[1].best)
 
 
 @pytest.mark.parametrize(("schedule", "expected"), [("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)])
