@@ -70,7 +70,7 @@ class EagleDrafter(SequentialDrafter):
         eos: frozenset[int] = frozenset(),
         tree_tokens: int = 0,
         tree_depth: int = 5,
-        tree_top_k: int = 4,
+        tree_top_k: int = 8,
         draft_vocabulary: int | Literal["auto"] | None = None,
     ) -> None:
         super().__init__(
