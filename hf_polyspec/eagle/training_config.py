@@ -118,16 +118,9 @@ class OptimizationSettings:
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("mixed_precision", self.mixed_precision, PRECISIONS)
-        counts = (
-            "epochs",
-            "steps",
-            "row_stride",
-            "batch_tokens",
-            "accumulation",
-            "validation_steps",
-            "validation_texts",
-        )
-        for name in (*counts, "validate_every", "checkpoint_every", "keep_checkpoints", "log_every", "max_length"):
+        counts = ("epochs", "steps", "row_stride", "batch_tokens", "accumulation", "max_length", "log_every")
+        checks = ("validation_steps", "validation_texts", "validate_every", "checkpoint_every", "keep_checkpoints")
+        for name in (*counts, *checks):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.softmax_ids is not None and (type(self.softmax_ids) is not int or self.softmax_ids < 1):

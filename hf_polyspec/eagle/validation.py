@@ -24,21 +24,19 @@ class Acceptance:
     The token to hit is the one the text holds. In a greedy text that is the target's favourite; in a sampled text it
     is a draw from the target, so hitting it is as frequent as the one-hot rule accepts a deterministic draft.
 
-    `rows` to `survived` look at a draft from every place of an answer. `passes` and `tokens` look at the drafts that
-    decoding would make: the next begins where the last one ended. Those begin where guessing is hard more often than
-    not, so their mean is lower.
+    `rows` to `survived` look at a draft from every place of an answer. `passes` looks at the drafts that decoding would
+    make: the next begins where the last one ended. Those begin where guessing is hard more often than not, so their
+    mean is lower. The passes emit one token a place: as many as `rows` has at the first position.
 
     Args:
         steps: draft positions, S.
         ranks: the k of the top-k hits.
         passes: of the target, if it decoded the answers with chains of S guesses.
-        tokens: emitted by these passes.
     """
 
     steps: int
     ranks: tuple[int, ...] = (1, 2, 4, 8)
     passes: int = 0
-    tokens: int = 0
     rows: list[int] = field(default_factory=list)
     hits: list[list[int]] = field(default_factory=list)
     alive: list[int] = field(default_factory=list)
@@ -62,12 +60,11 @@ class Acceptance:
     @property
     def mean_length(self) -> float:
         """Tokens a pass of the target with a chain of S guesses, bonus included; 1 where nothing was counted."""
-        return self.tokens / self.passes if self.passes else 1.0
+        return self.rows[0] / self.passes if self.passes else 1.0
 
     def add(self, other: Acceptance) -> None:
         """Adds another count of the same shape."""
         self.passes += other.passes
-        self.tokens += other.tokens
         for step in range(self.steps):
             self.rows[step] += other.rows[step]
             self.alive[step] += other.alive[step]
@@ -76,23 +73,22 @@ class Acceptance:
                 self.hits[step][index] += other.hits[step][index]
 
     def counts(self) -> torch.Tensor:
-        """All counts as one tensor `[S, 5 + ranks]`, to be added up over processes."""
+        """All counts as one tensor `[S, 4 + ranks]`, to be added up over processes."""
         columns = zip(self.rows, self.alive, self.survived, self.hits, strict=True)
-        walked = (self.passes, self.tokens)  # the same in every row
-        return torch.tensor([[*walked, rows, alive, kept, *hits] for rows, alive, kept, hits in columns])
+        # the passes, which have no position, stand in every row
+        return torch.tensor([[self.passes, rows, alive, kept, *hits] for rows, alive, kept, hits in columns])
 
     @classmethod
     def from_counts(cls, counts: torch.Tensor, ranks: tuple[int, ...]) -> Acceptance:
         """The inverse of `counts`.
 
         Args:
-            counts: `[S, 5 + ranks]`.
+            counts: `[S, 4 + ranks]`.
             ranks: the k of the top-k hits.
         """
         table = counts.tolist()
-        passes, tokens = table[0][:2]
-        rows, alive, survived = ([row[index] for row in table] for index in range(2, 5))
-        return cls(len(table), ranks, passes, tokens, rows, [row[5:] for row in table], alive, survived)
+        rows, alive, survived = ([row[index] for row in table] for index in range(1, 4))
+        return cls(len(table), ranks, table[0][0], rows, [row[4:] for row in table], alive, survived)
 
     def as_dict(self) -> dict[str, object]:
         """Rounded for a file or a tracker."""
@@ -144,7 +140,6 @@ def count_acceptance(
         accepted += alive & counted
     for text, lengths in zip(batch.texts, accepted.tolist(), strict=True):
         found[text.kind].passes += passes_over(lengths, max(text.prompt_length, 1), len(text) - 1)
-        found[text.kind].tokens += len(text) - 1 - max(text.prompt_length, 1)
     return found
 
 

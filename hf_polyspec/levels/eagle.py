@@ -14,6 +14,7 @@ from ..distributions import LawMaker
 from ..eagle.features import select_features
 from ..eagle.modeling import EagleHead
 from ..errors import LevelError
+from ..options import DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K
 from ..runner import Pass
 from ..trees import depths
 from .base import Proposal, TreeProposal
@@ -69,8 +70,8 @@ class EagleDrafter(SequentialDrafter):
         schedule: str = "constant",
         eos: frozenset[int] = frozenset(),
         tree_tokens: int = 0,
-        tree_depth: int = 5,
-        tree_top_k: int = 8,
+        tree_depth: int = DEFAULT_TREE_DEPTH,
+        tree_top_k: int = DEFAULT_TREE_TOP_K,
         draft_vocabulary: int | Literal["auto"] | None = None,
     ) -> None:
         super().__init__(

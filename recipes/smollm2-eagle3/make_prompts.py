@@ -191,7 +191,7 @@ def summaries(dice: random.Random, passages: list[str], count: int) -> list[str]
     return ["Summarize: " + passage for passage in dice.sample(passages, min(count, len(passages)))]
 
 
-def pieces(dice: random.Random, passage: str) -> str:
+def piece(dice: random.Random, passage: str) -> str:
     """A hundred words from anywhere in a passage, cut wherever they end."""
     words = passage.split()
     start = dice.randint(0, max(len(words) - PIECE_WORDS, 0))
@@ -202,7 +202,7 @@ def lookups(dice: random.Random, passages: list[str], count: int) -> list[str]:
     """Questions about a name after three to five pieces, one of which has it."""
     made: list[str] = []
     while len(made) < count:
-        chosen = [pieces(dice, passage) for passage in dice.sample(passages, dice.choice((3, 4, 5)))]
+        chosen = [piece(dice, passage) for passage in dice.sample(passages, dice.choice((3, 4, 5)))]
         names = NAME.findall(dice.choice(chosen))
         if names:
             made.append("\n".join([*chosen, dice.choice(ABOUT_NAMES).format(s=dice.choice(names))]))
@@ -236,6 +236,8 @@ def main() -> None:
     wanted = parser.parse_args()
     if (wanted.texts is None) != (wanted.tokenizer is None):
         parser.error("--texts and --tokenizer belong together")
+    if wanted.texts is None and wanted.passages is None and wanted.sentences is None:
+        parser.error("there is nothing to make prompts of: give --texts, --passages or --sentences")
     dice = random.Random(wanted.seed)
     made: list[str] = []
     if wanted.texts is not None:
@@ -244,6 +246,8 @@ def main() -> None:
         made += readings(dice, passages, wanted.each if wanted.readings is None else wanted.readings)
     if wanted.passages is not None:
         passages = wanted.passages.read_text(encoding="utf-8").splitlines()
+        if len(passages) < 5 or not any(NAME.search(passage) for passage in passages):
+            parser.error(f"{wanted.passages} has fewer than five passages, or no name of two words in any of them")
         made += summaries(dice, passages, wanted.each) + lookups(dice, passages, wanted.each)
     if wanted.sentences is not None:
         lines = [line.strip() for line in wanted.sentences.read_text(encoding="utf-8").splitlines()]

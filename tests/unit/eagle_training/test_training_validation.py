@@ -31,7 +31,7 @@ def test_counts_equal_drafting_from_every_row(chat_target: PreTrainedModel, text
     for place, text in enumerate(batch.texts):
         tally = expected[text.kind]
         ids = torch.from_numpy(text.tokens)[None]
-        known, tally.tokens = text.prompt_length + 1, tally.tokens + len(text) - text.prompt_length - 1
+        known = text.prompt_length + 1
         for row in range(text.prompt_length - 1, len(text) - 2):
             cache = head.new_cache()
             fused = head.fuse(view.features[place : place + 1, : row + 1])
@@ -57,18 +57,19 @@ def test_counts_equal_drafting_from_every_row(chat_target: PreTrainedModel, text
     assert found == expected
     assert all(tally.rows[0] > 10 for tally in expected.values())
     assert sum(tally.survived[0] for tally in expected.values()) > 0
-    assert any(tally.passes < tally.tokens for tally in expected.values())
+    # some pass emits more than one token, or the walk would be as long as the answers
+    assert any(tally.passes < tally.rows[0] for tally in expected.values())
 
 
 def test_rates() -> None:
-    tally = Acceptance(2, (1, 2), 4, 10, rows=[10, 8], hits=[[5, 7], [2, 6]], alive=[10, 4], survived=[5, 1])
+    tally = Acceptance(2, (1, 2), 4, rows=[10, 8], hits=[[5, 7], [2, 6]], alive=[10, 4], survived=[5, 1])
     assert tally.chain == [0.5, 0.25]
     assert tally.mean_length == 2.5
     assert tally.top(1) == [0.7, 0.75]
     assert Acceptance.from_counts(tally.counts(), (1, 2)) == tally
     tally.add(Acceptance.from_counts(tally.counts(), (1, 2)))
     assert (tally.rows, tally.hits) == ([20, 16], [[10, 14], [4, 12]])
-    assert (tally.passes, tally.tokens) == (8, 20)
+    assert (tally.passes, tally.mean_length) == (8, 2.5)
     assert Acceptance(2).chain == [0.0, 0.0]
     assert Acceptance(2).mean_length == 1.0
 
@@ -80,14 +81,3 @@ def test_passes_that_decode_an_answer() -> None:
     # over all places is 1 + 6 / 7
     assert passes_over([3, 2, 1, 0, 0, 0, 0], 1, 8) == 4
     assert passes_over([], 1, 1) == 0
-
-
-@torch.no_grad()
-def test_prompts_are_not_validated(chat_target: PreTrainedModel, texts_folder: Path) -> None:
-    head = init_for(chat_target, "eagle3").eval()
-    corpus = load_corpus([texts_folder], 64, 0.2, seed=0)
-    texts = [text for text in corpus.train if text.kind == GREEDY]
-    batch = collate(texts)
-    view = TargetReader(chat_target, head.config, target_parts(chat_target)).read(batch)
-    found = count_acceptance(head, batch, view, 1, (1,))[GREEDY]
-    assert found.rows[0] == found.tokens == sum(len(text) - text.prompt_length - 1 for text in texts)
