@@ -177,20 +177,28 @@ class EagleAttention(nn.Module):
             self.q_norm = EagleRMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = EagleRMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def project(self, hidden: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns rotated queries `[B, n_h, T, d]`, rotated keys and values `[B, n_kv, T, d]`."""
-        shape = (*hidden.shape[:-1], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden).view(shape)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden).view(shape)).transpose(1, 2)
-        value = self.v_proj(hidden).view(shape).transpose(1, 2)
-        return rotate(query, rotary), rotate(key, rotary), value
+    def project(
+        self, hidden: torch.Tensor, rotary: Rotary, first: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns rotated queries `[B, n_h, T - first, d]`, rotated keys and values `[B, n_kv, T, d]`."""
+        batch, width = hidden.shape[0], self.head_dim
+        asking, angles = (hidden, rotary) if not first else (hidden[:, first:], _from(rotary, first))
+        query = self.q_norm(self.q_proj(asking).view(batch, asking.shape[1], -1, width)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden).view(batch, hidden.shape[1], -1, width)).transpose(1, 2)
+        value = self.v_proj(hidden).view(batch, hidden.shape[1], -1, width).transpose(1, 2)
+        return rotate(query, angles), rotate(key, rotary), value
 
-    def forward(self, hidden: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
-        query, key, value = self.project(hidden, rotary)
+    def forward(self, hidden: torch.Tensor, rotary: Rotary, attend: Attend, first: int = 0) -> torch.Tensor:
+        query, key, value = self.project(hidden, rotary, first)
         # [B, n_h, T, d] -> [B, T, n_h * d]
         mixed = attend(query, key, value).transpose(1, 2).flatten(2)
         out: torch.Tensor = self.o_proj(mixed)
         return out
+
+
+def _from(rotary: Rotary, first: int) -> Rotary:
+    """The angles of the positions from `first` on."""
+    return rotary[0][:, first:], rotary[1][:, first:]
 
 
 def rotate(states: torch.Tensor, rotary: Rotary) -> torch.Tensor:
@@ -389,8 +397,22 @@ class EagleLayer(nn.Module):
         pair = torch.cat((self.input_layernorm(embedded), normed), dim=-1)
         return pair, normed if self.norm_before_residual else hidden
 
-    def forward(self, hidden: torch.Tensor, embedded: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, hidden: torch.Tensor, embedded: torch.Tensor, rotary: Rotary, attend: Attend, first: int = 0
+    ) -> torch.Tensor:
+        """Runs the layer.
+
+        Args:
+            hidden: `[B, T, H]`, the stream.
+            embedded: `[B, T, H]`, the tokens' embeddings.
+            rotary: angles of the T positions.
+            attend: from queries, keys and values to what attention gives.
+            first: positions before it are attended to but not asked for.
+
+        Returns:
+            `[B, T - first, H]`.
+        """
         attention_input, residual = self.attention_input(hidden, embedded)
-        hidden = residual + self.self_attn(attention_input, rotary, attend)
+        hidden = residual[:, first:] + self.self_attn(attention_input, rotary, attend, first)
         out: torch.Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return out

@@ -41,14 +41,15 @@ class LearningHead(nn.Module):
         view: TargetView,
         among: torch.Tensor | None = None,
         keep: torch.Tensor | None = None,
+        first: int = 0,
     ) -> LossSums:
-        """The loss of a batch, see `eagle1_loss` and `eagle3_loss`; `keep` is for the latter."""
+        """The loss of a batch, see `eagle1_loss` and `eagle3_loss`; `keep` and `first` are for the latter."""
         plan = self.config.optimization
         if self.head.config.algorithm == "eagle1":
             weights = {"feature_weight": plan.feature_weight, "token_weight": plan.token_weight}
             return eagle1_loss(self.head, self.lesson[0], tokens, answer, view, **weights, among=among)
         steps, decay = plan.steps, plan.step_decay
-        return eagle3_loss(self.head, self.lesson[0], tokens, answer, view, steps, decay, among, keep)
+        return eagle3_loss(self.head, self.lesson[0], tokens, answer, view, steps, decay, among, keep, first)
 
 
 def build_head(

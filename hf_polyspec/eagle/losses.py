@@ -146,6 +146,7 @@ def eagle3_loss(
     decay: float,
     among: torch.Tensor | None = None,
     keep: torch.Tensor | None = None,
+    first: int = 0,
 ) -> LossSums:
     """Training-time test: `sum_s decay^s * CE_s` over the steps a head drafts (EAGLE-3, arXiv 2503.01840).
 
@@ -163,6 +164,7 @@ def eagle3_loss(
         among: `[M]`, the ids that head and target are compared on, see `SoftmaxIds`; None for all of the head's.
         keep: `[R]`, the rows that draft on after the first step, ascending; they stand for the others in the loss.
             None for all.
+        first: the first row that counts, of any of the texts; none of `keep` is before it.
     """
     picked = None if among is None else head.vocabulary_slice(among)
     learned = learned_positions(teacher, answer, view.best)  # [B, T]
@@ -171,11 +173,11 @@ def eagle3_loss(
     place = torch.cumsum(learned.flatten(), dim=0).view_as(learned) - 1
     loss = view.final.new_zeros((), dtype=torch.float32)
     sums, counts = [], []
-    for step, hidden in enumerate(unroll(head, tokens, view.features, steps, keep)):
+    for step, hidden in enumerate(unroll(head, tokens, view.features, steps, keep, first)):
         rows, where = shifted(learned, 1 + step), shifted(place, 1 + step)  # [B, T-1]
         every = rows.sum()
-        if step > 0 and keep is not None:
-            rows, where = rows[:, keep], where[:, keep]
+        drafting = slice(first, None) if step == 0 or keep is None else keep
+        rows, where = rows[:, drafting], where[:, drafting]
         counted = rows.sum()
         errors = cross_entropy(head, hidden[rows], truth[where[rows]], picked)
         loss = loss + decay**step * errors.sum() * (every / counted.clamp(min=1))

@@ -223,9 +223,9 @@ class Trainer:
             batch, view = self._load(texts, turn)
             last = turn == turns - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
-                sums: LossSums = self.module(
-                    batch.tokens, batch.answer, view, self._among(batch, view, turn), self._kept(batch, turn)
-                )
+                first = self._first(batch)
+                among, kept = self._among(batch, view, turn), self._kept(batch, turn, first)
+                sums: LossSums = self.module(batch.tokens, batch.answer, view, among, kept, first)
                 # processes average their gradients, hence the factor
                 self.accelerator.backward(sums.loss * (share * world / max(rows, 1)))
             totals = _added(totals, sums, share)
@@ -251,14 +251,19 @@ class Trainer:
         chosen = self.softmax_ids
         return None if chosen is None else chosen.choose(batch.tokens, view.best, self._number(turn))
 
-    def _kept(self, batch: Batch, turn: int) -> torch.Tensor | None:
-        """The rows that draft on after the first step, None for all."""
+    def _first(self, batch: Batch) -> int:
+        """The first row that learns: its last step guesses the first token of the answer that begins first."""
+        prompts = [text.prompt_length for text in batch.texts]
+        return 0 if self.plan.learn_prompts else max(0, min(prompts) - 1 - self.plan.steps)
+
+    def _kept(self, batch: Batch, turn: int, first: int) -> torch.Tensor | None:
+        """The rows from `first` on that draft on after the first step, None for all."""
         stride, rows = self.plan.row_stride, batch.tokens.shape[1] - 1
         if stride == 1:
             return None
         # beginning anywhere, so that no place in a text is passed over for good
-        first = sample_random(self.plan.seed, self._number(turn), "rows").randrange(min(stride, rows))
-        return torch.arange(first, rows, stride, device=batch.tokens.device)
+        begin = sample_random(self.plan.seed, self._number(turn), "rows").randrange(min(stride, rows - first))
+        return torch.arange(first + begin, rows, stride, device=batch.tokens.device)
 
     def _number(self, turn: int) -> int:
         """Of a batch of this process in the run, so that a resumed run draws the same random numbers."""

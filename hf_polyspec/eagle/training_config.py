@@ -70,7 +70,7 @@ class OptimizationSettings:
         softmax_ids: ids besides a batch's own that its cross-entropy is computed over, for heads that score the
             target's whole vocabulary with its rows (`draft_vocab_size: null`, `own_lm_head: false`); see `SoftmaxIds`.
             None for all of them.
-        learn_prompts: whether prompts are learned as well.
+        learn_prompts: whether prompts are learned as well; positions that are not cost only what is attended to.
         max_length: longer texts are cut.
         validation_fraction: share of texts held out.
         validation_steps: draft positions whose acceptance is measured.

@@ -61,7 +61,12 @@ class UnrolledAttention:
 
 
 def unroll(
-    head: EagleHead, tokens: torch.Tensor, features: torch.Tensor, steps: int, keep: torch.Tensor | None = None
+    head: EagleHead,
+    tokens: torch.Tensor,
+    features: torch.Tensor,
+    steps: int,
+    keep: torch.Tensor | None = None,
+    first: int = 0,
 ) -> Iterator[torch.Tensor]:
     """Drafts `steps` tokens from every row at once, teacher-forced.
 
@@ -70,20 +75,24 @@ def unroll(
         tokens: `[B, T]` target ids of the texts, padded on the right.
         features: `[B, T, F]` target features of the same positions.
         steps: how many steps, S; at least 1.
-        keep: `[R]`, the rows that draft on after the first step, ascending; None for all.
+        keep: `[R]`, the rows that draft on after the first step, ascending and none before `first`; None for all.
+        first: rows before it draft nothing, they are only attended to.
 
     Yields:
-        For step s `[B, T-1, H]`: row i is the head's guess of feature i+1+s, whose logits are about token i+2+s.
-        Rows from T-1-s on have run out of text and hold nothing meaningful. From step 1 on `[B, R, H]`, the rows
-        `keep`, where these are given.
+        For step s `[B, T-1-first, H]`, the rows from `first` on: row i is the head's guess of feature i+1+s, whose
+        logits are about token i+2+s. Rows from T-1-s on have run out of text and hold nothing meaningful. From step 1
+        on `[B, R, H]`, the rows `keep`, where these are given.
     """
     rows = tokens.shape[1] - 1
     stream = head.fuse(features[:, :rows])  # [B, T-1, H]
     places = torch.arange(rows, device=tokens.device)
     attention = [UnrolledAttention(places) for _ in head.layers]
+    attention[-1].places = places[first:]  # what the last layer makes of the others nobody reads
     for step in range(steps):
-        if step == 1 and keep is not None:
-            stream, places = stream[:, keep], places[keep]
+        if step == 1:
+            places = places[first:] if keep is None else keep
+            if keep is not None:
+                stream = stream[:, keep - first]
             for attend in attention:
                 attend.places = places  # the others stay as the text that these attend to
         # token i+1+s in row i; the rows at the end repeat the last token and are never counted
@@ -91,7 +100,8 @@ def unroll(
         mixed, embedded = head.mix(follows, stream)
         rotary = head.rotary(mixed, places[None] + step)
         for layer, attend in zip(head.layers, attention, strict=True):
-            mixed = layer(mixed, embedded, rotary, attend)
+            skipped = first if step == 0 and attend is attention[-1] else 0
+            mixed = layer(mixed, embedded, rotary, attend, skipped)
         stream = head.norm(mixed) if head.config.norm_output else mixed
         yield stream
 

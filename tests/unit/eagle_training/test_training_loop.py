@@ -216,21 +216,44 @@ def test_a_loss_is_computed_over_the_ids_asked_for(setting: Setting) -> None:
 
 
 def test_one_row_in_so_many_drafts_on(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[torch.Tensor | None] = []
+    kept: list[tuple[torch.Tensor | None, int]] = []
 
     def noted(*parts: Any) -> LossSums:
-        kept.append(parts[-1])
+        kept.append(parts[-2:])
         return eagle3_loss(*parts)
 
     monkeypatch.setattr("hf_polyspec.eagle.lesson.eagle3_loss", noted)
     setting.trainer("stride", row_stride=3, epochs=2).run()
-    firsts = [int(rows[0]) for rows in kept if rows is not None]
-    assert len(firsts) == len(kept) > 10
-    assert set(firsts) == {0, 1, 2}
-    assert all((rows.diff() == 3).all() for rows in kept if rows is not None)
+    begins = [int(rows[0]) - first for rows, first in kept if rows is not None]
+    assert len(begins) == len(kept) > 10
+    assert set(begins) == {0, 1, 2}
+    assert all((rows.diff() == 3).all() for rows, _ in kept if rows is not None)
     kept.clear()
     setting.trainer("all", epochs=1).run()
-    assert kept == [None] * len(kept) != []
+    assert [rows for rows, _ in kept] == [None] * len(kept) != []
+
+
+def test_rows_of_prompts_are_left_out_without_a_difference(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    firsts: list[int] = []
+
+    def noted(*parts: Any) -> LossSums:
+        firsts.append(parts[-1])
+        return eagle3_loss(*parts)
+
+    monkeypatch.setattr("hf_polyspec.eagle.lesson.eagle3_loss", noted)
+    short = setting.trainer("short", epochs=1, steps=1)
+    short.run()
+    assert max(firsts) > 0
+    firsts.clear()
+    setting.trainer("prompts", epochs=1, steps=1, learn_prompts=True).run()
+    assert max(firsts) == 0
+    firsts.clear()
+    monkeypatch.setattr(Trainer, "_first", lambda self, batch: 0)
+    whole = setting.trainer("whole", epochs=1, steps=1)
+    whole.run()
+    assert max(firsts) == 0
+    for one, other in zip(short.head.parameters(), whole.head.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
 def test_a_head_of_few_ids_can_learn_all_of_them(setting: Setting) -> None:

@@ -99,6 +99,22 @@ def test_some_rows_stand_for_all(chat_target: PreTrainedModel) -> None:
     assert (part.counted[1:] + rest.counted[1:]).tolist() == whole.counted[1:].tolist()
 
 
+@pytest.mark.parametrize("keep", [None, [1, 4, 5, 8]])
+@torch.no_grad()
+def test_prompts_that_are_not_learned_cost_no_row(chat_target: PreTrainedModel, keep: list[int] | None) -> None:
+    """The last of two steps guesses token 4, where the first answer begins, from row 1."""
+    head, tokens, answer, view = setting(chat_target, algorithm="eagle3")
+    teacher, rows = Teacher(head, target_parts(chat_target)), None if keep is None else torch.tensor(keep)
+    whole = eagle3_loss(head, teacher, tokens, answer, view, 2, 0.8, keep=rows)
+    short = eagle3_loss(head, teacher, tokens, answer, view, 2, 0.8, keep=rows, first=1)
+    torch.testing.assert_close(short.loss, whole.loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(short.per_step, whole.per_step, rtol=1e-5, atol=1e-5)
+    assert short.counted.tolist() == whole.counted.tolist()
+    if rows is None:  # one row more would be missed
+        later = eagle3_loss(head, teacher, tokens, answer, view, 2, 0.8, first=2)
+        assert later.counted.tolist() == [whole.counted[0], whole.counted[1] - 2]
+
+
 @pytest.mark.parametrize("ids", [None, list(range(1, 45, 3))])
 @torch.no_grad()
 def test_eagle1_loss(chat_target: PreTrainedModel, ids: list[int] | None) -> None:

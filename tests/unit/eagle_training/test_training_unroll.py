@@ -78,6 +78,23 @@ def test_rows_that_draft_on_do_not_need_the_others(chat_target: PreTrainedModel,
         torch.testing.assert_close(some[step], every[step][:, keep], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kept", [None, [3, 6, 7]])
+def test_rows_that_are_only_attended_to_change_nothing(
+    chat_target: PreTrainedModel, variant: str, kept: list[int] | None
+) -> None:
+    head = fresh(chat_target, **VARIANTS[variant])
+    tokens = torch.randint(5, 45, (2, 9), generator=torch.Generator().manual_seed(2))
+    states, keep = features(head, 2, 9), None if kept is None else torch.tensor(kept)
+    with torch.no_grad():
+        every = list(unroll(head, tokens, states, 4))
+        late = list(unroll(head, tokens, states, 4, keep, first=3))
+    torch.testing.assert_close(late[0], every[0][:, 3:], rtol=1e-4, atol=1e-5)
+    for step in range(1, 4):
+        expected = every[step][:, 3:] if keep is None else every[step][:, keep]
+        torch.testing.assert_close(late[step], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_forgetting_the_own_ancestors_would_be_seen(
     chat_target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
