@@ -246,6 +246,7 @@ def _level(
         confidence_threshold=options.assistant_confidence_threshold or 0.0,
         schedule=options.num_assistant_tokens_schedule or "constant",
         eos=setting.eos,
+        draft_temperature=options.polyspec_draft_temperature or 1.0,
     )
 
 
@@ -271,6 +272,7 @@ def _head_level(assistants: Sequence[Any], place: int, setting: Setting, target:
         tree_depth=options.polyspec_tree_depth,
         tree_top_k=options.polyspec_tree_top_k,
         draft_vocabulary=options.polyspec_draft_vocabulary,
+        draft_temperature=options.polyspec_draft_temperature or head.config.draft_temperature,
     )
 
 

@@ -126,6 +126,10 @@ _CHAIN: dict[str, tuple[str, Any]] = {
         "polyspec_draft_vocabulary",
         Annotated[str | None, typer.Option(help="Ids an EAGLE head chooses from: a number, or auto.")],
     ),
+    "draft_temperature": (
+        "polyspec_draft_temperature",
+        Annotated[float | None, typer.Option(help="Below 1: draw likelier drafts than a drafter's own law would.")],
+    ),
     "confidence": (
         "assistant_confidence_threshold",
         Annotated[float | None, typer.Option(help="0 to 1: a draft ends where the drafter is less sure.")],

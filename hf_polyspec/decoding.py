@@ -66,6 +66,7 @@ def decode(
     polyspec_control: str | None = None,
     polyspec_bias_budget: float | None = None,
     polyspec_draft_vocabulary: int | str | None = None,
+    polyspec_draft_temperature: float | None = None,
     polyspec_pack: bool | None = None,
     streamer: Any = None,
     tokenizer: Any = None,

@@ -45,6 +45,8 @@ POINTWISE = _types(
     "LogitNormalization",
     "SuppressTokensLogitsProcessor",
 ) | {DraftVocabularyProcessor}
+SCORES_ALONE = POINTWISE - _types("SuppressTokensLogitsProcessor") - {DraftVocabularyProcessor}
+"""Pointwise ones that do not ask which id a score is of: they may be run on some of the ids."""
 PREFIX = _types(
     "MinLengthLogitsProcessor",
     "MinNewTokensLengthLogitsProcessor",
@@ -125,6 +127,21 @@ class LawMaker:
             scores = processor(ids, scores)
         return scores
 
+    def proposal_scores(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores of some ids after the processors that look at scores alone, for what is only proposed.
+
+        A proposal may follow any law; one that leaves out processors that look at ids is accepted less often.
+
+        Args:
+            scores: `[B, n, N]`.
+        """
+        flat = scores.flatten(0, 1)
+        empty = torch.empty(len(flat), 0, dtype=torch.long, device=flat.device)
+        for processor in self.processors:
+            if type(processor) in SCORES_ALONE:
+                flat = processor(empty, flat)
+        return flat.view_as(scores)
+
     def probabilities(self, scores: torch.Tensor) -> torch.Tensor:
         """The law itself: softmax over the last dimension."""
         return scores.softmax(dim=-1)
@@ -132,6 +149,10 @@ class LawMaker:
     def draw(self, weights: torch.Tensor) -> torch.Tensor:
         """One token a row from `[B, V]` weights."""
         return self.randomness.categorical(weights)
+
+    def draw_ids(self, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """One id a row from weights `[B, N]` over the ids `[N]`."""
+        return ids[self.draw(weights)]
 
     def fork(self, batch: int) -> LawMaker:
         """The law maker of the level below: independent of this one from here on.

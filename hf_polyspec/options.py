@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -45,6 +46,8 @@ class PolySpecOptions:
         polyspec_draft_vocabulary: ids an EAGLE head chooses from, besides those of the prompt and of late; as many as
             it knows, or more, for all. "auto" for a size that pays where it knows many; None for "auto" where the
             head's config says which ids are frequent, and for all elsewhere.
+        polyspec_draft_temperature: above 0; a drafting model or head draws from its law to the power of one over
+            this, normalised: below 1 likelier drafts. None for what a head's config says, and for 1 elsewhere.
         polyspec_pack: whether float assistants on a CPU multiply in a faster layout while the chain runs
             (`hf_polyspec.pack`; the same within rounding, and a second copy of their matrices).
     """
@@ -61,6 +64,7 @@ class PolySpecOptions:
     polyspec_control: Control = "fixed"
     polyspec_bias_budget: float = 0.0
     polyspec_draft_vocabulary: int | Literal["auto"] | None = None
+    polyspec_draft_temperature: float | None = None
     polyspec_pack: bool = True
 
     def __post_init__(self) -> None:
@@ -72,6 +76,7 @@ class PolySpecOptions:
         _require_count("polyspec_tree_top_k", self.polyspec_tree_top_k)
         if self.polyspec_draft_vocabulary != "auto":
             _require_count("polyspec_draft_vocabulary", self.polyspec_draft_vocabulary, hint=' or "auto"')
+        require_temperature("polyspec_draft_temperature", self.polyspec_draft_temperature)
         _require_choice("polyspec_pack", self.polyspec_pack, (True, False))
         threshold = self.assistant_confidence_threshold
         if threshold is not None and not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
@@ -148,6 +153,13 @@ def _transformers_defaults(config: Any) -> dict[str, Any]:
 def _require_count(name: str, value: Any, least: int = 1, hint: str = "") -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
         raise ValueError(f"{name} must be a whole number of at least {least}{hint}, got {value!r}.")
+
+
+def require_temperature(name: str, value: Any) -> None:
+    """Raises a `ValueError` for what is neither None nor a finite number above 0."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (number and 0 < value < math.inf):
+        raise ValueError(f"{name} must be a number above 0, got {value!r}.")
 
 
 def _require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -31,13 +32,17 @@ def path_to(node: int, parents: list[int]) -> list[int]:
     return path[::-1]
 
 
-def graft(tokens: list[int], parents: list[int], branch: list[int]) -> tuple[list[int], list[int]]:
+def graft(
+    tokens: list[int], parents: list[int], branch: list[int], besides: Container[int] = ()
+) -> tuple[list[int], list[int]]:
     """The nodes that a tree lacks for `branch` to be one of its paths, with their parents, in order.
 
     Args:
         tokens, parents: of the tree's nodes; branch: ids after the context.
+        besides: nodes that the path may not lead through.
     """
-    child = {(parent, token): node for node, (token, parent) in enumerate(zip(tokens, parents, strict=True))}
+    nodes = enumerate(zip(tokens, parents, strict=True))
+    child = {(parent, token): node for node, (token, parent) in nodes if node not in besides}
     node, shared = ROOT, 0
     while shared < len(branch) and (node, branch[shared]) in child:
         node = child[node, branch[shared]]

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from hf_polyspec.options import require_temperature
+
 ALGORITHMS = ("eagle1", "eagle3")
 
 # EAGLE-1 eats the hidden state that the target's lm_head eats; in `hidden_states` that is the last entry.
@@ -69,6 +71,7 @@ class EagleHeadConfig(PreTrainedConfig):
         initializer_range: Standard deviation of fresh weights.
         frequent_tokens: Ids that the target's own texts use, the most frequent first (`rank_tokens`): which rows are
             drafted from where only some are wanted. `None` where nobody counted.
+        draft_temperature: What the head draws, it draws from its law to the power of one over this, normalised.
 
     Raises:
         ValueError: If the settings contradict each other or name a variant that cannot be computed here.
@@ -110,6 +113,7 @@ class EagleHeadConfig(PreTrainedConfig):
     own_lm_head: bool | None = None
     initializer_range: float = 0.02
     frequent_tokens: list[int] | None = None
+    draft_temperature: float = 1.0
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -167,6 +171,7 @@ class EagleHeadConfig(PreTrainedConfig):
     def _refuse_contradictions(self) -> None:
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm must be one of {ALGORITHMS}, got {self.algorithm!r}.")
+        require_temperature("draft_temperature", self.draft_temperature)
         if self.algorithm == "eagle1":
             self._refuse_for_eagle1()
         if self.norm_before_fc and self.fc_norm:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,17 +42,25 @@ class Proposal:
 
 @dataclass(frozen=True)
 class TreeProposal:
-    """Several continuations at once, chosen and not drawn (one-hot: `q` is None for a tree).
+    """Several continuations at once: children that were chosen, and at most one of each node that was drawn.
+
+    Whether a child was to be drawn, from what, and which were chosen beside it must not depend on the one that was
+    drawn (law 2); what is below it may.
 
     Attributes:
-        tokens: per row, the nodes' ids, parents before their children; no two children of a node are equal.
+        tokens: per row, the nodes' ids, parents before their children; no two chosen children of a node are equal.
         parents: per row, the index of each node's parent among them, -1 for nodes that follow the context.
         origins: like `tokens`, the index of the level that first proposed each.
+        drawn: per row, the nodes that were drawn; empty where no row has any.
+        q: `[B, D, V]` with D the most drawn nodes of a row, row i of it the distribution that the row's i-th drawn node
+            was drawn from, after all logits processors; None where nothing was drawn.
     """
 
     tokens: list[list[int]]
     parents: list[list[int]]
     origins: list[list[int]]
+    drawn: list[list[int]] = field(default_factory=list)
+    q: torch.Tensor | None = None
 
 
 class Drafter(ABC):

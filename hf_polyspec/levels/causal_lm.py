@@ -18,7 +18,8 @@ class CausalLMDrafter(SequentialDrafter):
 
     Args:
         runner: the model.
-        name, draft_tokens, confidence_threshold, schedule, eos, restriction: see `SequentialDrafter`.
+        name, draft_tokens, confidence_threshold, schedule, eos, restriction, draft_temperature: see
+            `SequentialDrafter`.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class CausalLMDrafter(SequentialDrafter):
         schedule: str = "constant",
         eos: frozenset[int] = frozenset(),
         restriction: LogitsProcessor | None = None,
+        draft_temperature: float = 1.0,
     ) -> None:
         super().__init__(
             name=name,
@@ -39,6 +41,7 @@ class CausalLMDrafter(SequentialDrafter):
             schedule=schedule,
             eos=eos,
             restriction=restriction,
+            draft_temperature=draft_temperature,
         )
         self.runner = runner
 

@@ -19,6 +19,7 @@ from ..runner import Pass
 from ..trees import depths
 from .base import Proposal, TreeProposal
 from .draft_vocabulary import WorkingVocabulary
+from .drawn_tree import grow_drawn
 from .eagle_memory import FeatureMemo, PairMemo, Pairs, left_mask
 from .eagle_tree import Grown, grow
 from .sequential import SequentialDrafter
@@ -56,6 +57,7 @@ class EagleDrafter(SequentialDrafter):
         tree_tokens, tree_depth, tree_top_k: size of the trees offered to a level that can check them; 0 tokens for
             none.
         draft_vocabulary: ids scored, see `WorkingVocabulary`.
+        draft_temperature: see `SequentialDrafter`.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class EagleDrafter(SequentialDrafter):
         tree_depth: int = DEFAULT_TREE_DEPTH,
         tree_top_k: int = DEFAULT_TREE_TOP_K,
         draft_vocabulary: int | Literal["auto"] | None = None,
+        draft_temperature: float = 1.0,
     ) -> None:
         super().__init__(
             name=name,
@@ -80,6 +83,7 @@ class EagleDrafter(SequentialDrafter):
             confidence_threshold=confidence_threshold,
             schedule=schedule,
             eos=eos,
+            draft_temperature=draft_temperature,
         )
         self.head = head
         self.reads_layers = list(layers)
@@ -182,10 +186,10 @@ class EagleDrafter(SequentialDrafter):
         if not any(room):
             return None
         with self.stats.timed():
-            grown = self._grow(rows, room)
-        for nodes, parents in zip(grown.tokens, grown.parents, strict=True):
+            tree = self._grow(rows, room, law)
+        for nodes, parents in zip(tree.tokens, tree.parents, strict=True):
             self.stats.record_tree(len(nodes), max(depths(parents), default=0))
-        return TreeProposal(grown.tokens, grown.parents, [[self.index] * len(nodes) for nodes in grown.tokens])
+        return tree
 
     def _forget(self, batch: int) -> None:
         self.features = [FeatureMemo() for _ in range(batch)]
@@ -252,7 +256,8 @@ class EagleDrafter(SequentialDrafter):
         self.stats.forward_passes += passes
         return hidden
 
-    def _grow(self, rows: list[Pairs], room: list[int]) -> Grown:
+    def _grow(self, rows: list[Pairs], room: list[int], law: LawMaker) -> TreeProposal:
+        """Trees of likely nodes; where the verifier samples, of nodes drawn besides."""
         hidden = self._catch_up(rows)
         width = self.pairs.width
         seen = torch.arange(width)[None, :] >= torch.tensor(self.pairs.unused)[:, None]  # [B, S]
@@ -275,17 +280,27 @@ class EagleDrafter(SequentialDrafter):
             places = (first + level - 1).expand(-1, tokens.shape[1])
             return self._step(tokens, features, places, torch.cat([before, sees], dim=2)[:, None])
 
-        total = [size.nodes for size in self._sizes]
-        return grow(
-            hidden,
-            room,
-            total,
-            self._working.best,
-            step_level,
-            top_k=self.tree_top_k,
-            threshold=self.confidence_threshold,
-            ends=self.eos,
+        def guess(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            scores = law.proposal_scores(self._working.score(states))
+            likely = law.probabilities(scores)
+            return likely, likely if self.draft_temperature == 1 else law.probabilities(scores / self.draft_temperature)
+
+        total, working = [size.nodes for size in self._sizes], self._working
+        top_k, threshold, ends = self.tree_top_k, self.confidence_threshold, self.eos
+        if not law.do_sample:
+            grown = grow(hidden, room, total, working.best, step_level, top_k=top_k, threshold=threshold, ends=ends)
+            return TreeProposal(grown.tokens, grown.parents, self._own(grown))
+        ids, draw = working.target_ids, law.draw_ids
+        grown, drawn = grow_drawn(
+            hidden, room, total, guess, ids, step_level, draw, top_k=top_k, threshold=threshold, ends=ends
         )
+        q = drawn.laws.new_zeros(*drawn.laws.shape[:2], self.vocabulary)
+        q.index_copy_(-1, ids, drawn.laws)
+        return TreeProposal(grown.tokens, grown.parents, self._own(grown), drawn.nodes, q)
+
+    def _own(self, grown: Grown) -> list[list[int]]:
+        """The origin of each node: this level."""
+        return [[self.index] * len(nodes) for nodes in grown.tokens]
 
     def _step(
         self, tokens: torch.Tensor, features: torch.Tensor, places: torch.Tensor, mask: torch.Tensor | None

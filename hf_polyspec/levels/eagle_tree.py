@@ -27,12 +27,18 @@ class Grown:
 
 
 @dataclass
-class _Pool:
-    """All candidates so far, level after level: `[B, N]` each."""
+class Pool:
+    """All candidates so far, level after level: `[B, N]` each, with scores of -inf for those that are none."""
 
     tokens: torch.Tensor
     parents: torch.Tensor
     scores: torch.Tensor
+
+    @classmethod
+    def empty(cls, batch: int, device: torch.device) -> Pool:
+        """Without candidates."""
+        none = torch.empty(batch, 0, dtype=torch.long, device=device)
+        return cls(none, none, torch.empty(batch, 0, device=device))
 
     def add(self, tokens: torch.Tensor, parents: torch.Tensor, scores: torch.Tensor) -> None:
         self.tokens = torch.cat([self.tokens, tokens], dim=1)
@@ -72,7 +78,8 @@ def grow(
     limits = torch.tensor(room, device=scores.device)[:, None]
     ending = torch.tensor(sorted(ends), dtype=torch.long, device=tokens.device)
     scores = scores.masked_fill(limits < 1, float("-inf"))
-    pool = _Pool(tokens, torch.full_like(tokens, ROOT), scores)
+    pool = Pool.empty(len(room), tokens.device)
+    pool.add(tokens, torch.full_like(tokens, ROOT), scores)
     front = torch.arange(width, device=tokens.device).expand_as(tokens)  # places in the pool
     own = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(len(room), -1, -1)
     features, sees = hidden.expand(-1, width, -1), own
@@ -80,7 +87,7 @@ def grow(
     scores = scores.masked_fill(torch.isin(tokens, ending), float("-inf"))
     for level in range(1, max(room)):
         if threshold > 0:
-            limits = _unsure(limits, scores, threshold, level)
+            limits = unsure(limits, scores, threshold, level)
             if not bool((limits > level).any()):
                 break
         out = step(tokens, features, level, sees)  # [B, k, H]
@@ -97,17 +104,17 @@ def grow(
         features = out.gather(1, of_parent[:, :, None].expand(-1, -1, out.shape[2]))
         inherited = sees.gather(1, of_parent[:, :, None].expand(-1, -1, sees.shape[2]))
         sees = torch.cat([inherited, own], dim=2)
-    return _best(pool, total)
+    return best_nodes(pool, total)[0]
 
 
-def _unsure(limits: torch.Tensor, scores: torch.Tensor, threshold: float, level: int) -> torch.Tensor:
+def unsure(limits: torch.Tensor, scores: torch.Tensor, threshold: float, level: int) -> torch.Tensor:
     """Room `[B, 1]` of the rows, cut to `level` where the likeliest node to expand is less probable than allowed."""
     sure = scores.amax(dim=1, keepdim=True) >= math.log(threshold)
     return torch.where(sure, limits, limits.clamp(max=level))
 
 
-def _best(pool: _Pool, total: list[int]) -> Grown:
-    """The likeliest nodes of each row, in level order.
+def best_nodes(pool: Pool, total: list[int]) -> tuple[Grown, list[list[int]]]:
+    """The likeliest nodes of each row, in level order, and their places in the pool.
 
     The pool is in level order and a child is never likelier than its parent, so a stable sort takes parents first:
     what is kept is closed under ancestors, ties included.
@@ -121,9 +128,11 @@ def _best(pool: _Pool, total: list[int]) -> Grown:
     packed = torch.stack([places, pool.tokens.gather(1, places), pool.parents.gather(1, places), usable.long()])
     tokens: list[list[int]] = []
     parents: list[list[int]] = []
+    found: list[list[int]] = []
     for at, ids, above, possible in zip(*packed.tolist(), strict=True):
         kept = [i for i, alive in enumerate(possible) if alive]
         number = {ROOT: ROOT} | {at[i]: new for new, i in enumerate(kept)}
         tokens.append([ids[i] for i in kept])
         parents.append([number[above[i]] for i in kept])
-    return Grown(tokens, parents)
+        found.append([at[i] for i in kept])
+    return Grown(tokens, parents), found

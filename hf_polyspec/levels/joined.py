@@ -74,10 +74,11 @@ class JoinedDrafter(Drafter):
         offered = self.branch.propose(context, self._limits(limits), law.fork(context.batch))
         self._grown = tree
         self._branches = [self._until_end(row) for row in offered.tokens]
-        joined = TreeProposal([], [], [])
+        joined = TreeProposal([], [], [], tree.drawn, tree.q)
         rows = zip(tree.tokens, tree.parents, tree.origins, self._branches, offered.origins, strict=True)
-        for tokens, parents, origins, branch, branch_origins in rows:
-            more_tokens, more_parents = graft(tokens, parents, branch)
+        for b, (tokens, parents, origins, branch, branch_origins) in enumerate(rows):
+            # Whether the branch is there must not depend on what was drawn: it shares chosen nodes only.
+            more_tokens, more_parents = graft(tokens, parents, branch, set(tree.drawn[b]) if tree.drawn else ())
             joined.tokens.append([*tokens, *more_tokens])
             joined.parents.append([*parents, *more_parents])
             joined.origins.append([*origins, *branch_origins[len(branch) - len(more_tokens) : len(branch)]])

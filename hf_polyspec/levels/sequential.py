@@ -26,6 +26,8 @@ class SequentialDrafter(Drafter):
             to the model's generation config, so both forget at the end of the call).
         eos: ids that end a text.
         restriction: run on the scores before everything else, such as a `DraftVocabularyProcessor`.
+        draft_temperature: what is drawn is drawn from the law q that a text asks for, to the power of one over this and
+            normalised. Below 1 it makes up for a drafter whose guesses are flatter than what it guesses.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class SequentialDrafter(Drafter):
         schedule: str,
         eos: frozenset[int],
         restriction: LogitsProcessor | None = None,
+        draft_temperature: float = 1.0,
     ) -> None:
         self.name = name
         super().__init__()
@@ -45,6 +48,7 @@ class SequentialDrafter(Drafter):
         self.schedule = schedule
         self.eos = eos
         self.restriction = restriction
+        self.draft_temperature = draft_temperature
         self.vocabulary = 0
 
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
@@ -84,6 +88,8 @@ class SequentialDrafter(Drafter):
         usable = torch.isfinite(scores).any(-1)
         scores = torch.where(usable[:, None], scores, 0.0)
         sure = self.confidence_threshold > 0
+        if law.do_sample:
+            scores = scores / self.draft_temperature
         q = law.probabilities(scores) if law.do_sample or sure else scores
         chosen = law.draw(q) if law.do_sample else scores.argmax(dim=-1)  # [B]
         confidence = q.gather(1, chosen[:, None]).squeeze(1) if sure else torch.ones_like(usable, dtype=q.dtype)

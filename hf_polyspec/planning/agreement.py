@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..cache import RollbackCache
+from ..distributions import LawMaker
 from ..levels.base import Drafter, TreeProposal
 from ..levels.verifier import Verifier
 from ..trees import ROOT
@@ -158,6 +159,18 @@ class _Forced:
         return torch.full((weights.shape[0],), min(token, weights.shape[1] - 1), device=weights.device)
 
 
+class Along(LawMaker):
+    """A law maker for trees that follows a text: what a level of a tree draws is the text's token there."""
+
+    def __init__(self, maker: LawMaker, tokens: Sequence[int]) -> None:
+        super().__init__(maker.processors, maker.do_sample, maker.device)
+        self.left = list(tokens)
+
+    def draw_ids(self, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        token = self.left.pop(0) if self.left else 0
+        return torch.full((weights.shape[0],), token, device=ids.device)
+
+
 class _Taker:
     """Takes drafts along texts from one chain of two levels."""
 
@@ -201,8 +214,9 @@ class _Taker:
         if room < 1:
             return 0, np.zeros(0)
         if self.trees:
-            tree = below.propose_tree(context, [room], self.law.maker())
-            return (0, np.zeros(0)) if tree is None else (len(tree.tokens[0]), _depth_reached(tree, reading, start))
+            maker = Along(self.law.maker(), reading.stream[start : start + room].tolist())
+            tree = below.propose_tree(context, [room], maker)
+            return (0, np.zeros(0)) if tree is None else (len(tree.tokens[0]), depth_ratios(tree, reading, start))
         forced = text.new[start : start + room]
         proposal = below.propose(context, [room], self.law.maker(_Forced(forced)))
         tokens = proposal.tokens[0]
@@ -262,14 +276,37 @@ class _Taker:
         return below.stats.forward_passes > 0
 
 
-def _depth_reached(tree: TreeProposal, reading: Reading, start: int) -> Array:
-    """0 for every depth at which the tree holds the stream's token, as far as it does; -inf at the next."""
-    children = {
-        (parent, token): node for node, (token, parent) in enumerate(zip(tree.tokens[0], tree.parents[0], strict=True))
-    }
-    node, depth = ROOT, 0
-    stream = reading.stream[start:].tolist()
-    while depth < len(stream) - 1 and (node, stream[depth]) in children:
-        node = children[node, stream[depth]]
-        depth += 1
-    return np.concatenate([np.zeros(depth), [NEVER]])
+def depth_ratios(tree: TreeProposal, reading: Reading, start: int) -> Array:
+    """Log ratios by depth along the stream, as far as a tree holds it; -inf at the next depth.
+
+    A token that a chosen child holds is kept, ratio 1. One that a drawn child holds is kept with probability
+    min(1, r / p'), r being what the child was drawn from and p' the law without the chosen children.
+
+    Args:
+        tree: of one row, its drawn children on the stream holding the stream's tokens.
+        reading: of the model that checks it; start: where in its text.
+    """
+    tokens, parents = tree.tokens[0], tree.parents[0]
+    drawn = {parents[node]: (node, place) for place, node in enumerate(tree.drawn[0] if tree.drawn else [])}
+    tried = {node for node, _ in drawn.values()}
+    chosen: dict[int, dict[int, int]] = {}
+    for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
+        if node not in tried:
+            chosen.setdefault(parent, {})[token] = node
+    node, found = ROOT, []
+    for depth, token in enumerate(reading.stream[start:-1].tolist()):
+        beside = chosen.get(node, {})
+        if token in beside:
+            node = beside[token]
+            found.append(0.0)
+        elif node in drawn and tree.q is not None and token < tree.q.shape[2]:
+            node, place = drawn[node]
+            p = reading.laws[start + depth].double()
+            rest = float(p[token]) / max(1e-12, 1 - float(p[list(beside)].sum()))
+            r = float(tree.q[0, place, token])
+            if not r > 0 or tokens[node] != token:
+                break
+            found.append(math.log(r / rest))
+        else:
+            break
+    return np.array([*found, NEVER])

@@ -98,6 +98,27 @@ def test_stopping_after_an_unsure_token_is_exact(rule: str) -> None:
     assert distance(top, tables[0], 3) < EXACT
 
 
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("temperature", [0.5, 1.6])
+def test_drafts_of_another_temperature(rule: str, temperature: float) -> None:
+    """Sharper and flatter drafts; handing up the law that a text asks for in place of what was drawn from is caught."""
+    tables = approximations(2, 3, 14)
+    other = lm_drafter(tables[-1], 2)
+    other.draft_temperature = temperature
+    assert distance(chain(tables, (rule,), drafter=other), tables[0], 3) < EXACT
+
+    class Claims(CausalLMDrafter):
+        def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
+            drawn = super().propose(context, limits, law)
+            if not drawn.width:
+                return drawn
+            places = [tuple(context.ids[0] + drawn.tokens[0][:i]) for i in range(drawn.width)]
+            return Proposal(drawn.tokens, torch.stack([tables[-1].law(place) for place in places])[None], drawn.origins)
+
+    wrong = Claims(tables[-1], name="drafter", draft_tokens=2, draft_temperature=temperature)
+    assert distance(chain(tables, (rule,), drafter=wrong), tables[0], 3) > 0.01
+
+
 def test_position_by_position_for_processors_with_state() -> None:
     tables = approximations(3, 3, 17)
     assert distance(chain(tables, ("auto", "auto")), tables[0], 3, sampling(Opaque())) < EXACT

@@ -57,7 +57,7 @@ class TreeTable(TableModel):
 class DrawnTree(TreeProposal):
     """A tree that says how its first nodes came about, for the rules that need to know."""
 
-    q: torch.Tensor
+    root_law: torch.Tensor | None = None
 
 
 class Grower(Drafter):
@@ -88,7 +88,7 @@ class Grower(Drafter):
             front = level
         assert max(depths(parents)) <= limits[0]
         q = self.table.law(tuple(context.ids[0]))
-        return DrawnTree([tokens], [parents], [[self.index] * len(tokens)], q)
+        return DrawnTree([tokens], [parents], [[self.index] * len(tokens)], [], None, q)
 
 
 def two(models: list[TreeTable], drafter: Drafter) -> Verifier:
@@ -202,7 +202,7 @@ def test_doubled_siblings_are_no_way_to_join(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(verifier_module, "judge_tree", coins)
     models = approximations(2, 4, 3, TreeTable)
     doubled = JoinedDrafter(Grower(models[1], (2,)), Continues(4, 1))
-    monkeypatch.setattr(joined_module, "graft", lambda tokens, parents, branch: (branch, [ROOT] * len(branch)))
+    monkeypatch.setattr(joined_module, "graft", lambda tokens, parents, branch, besides: (branch, [ROOT] * len(branch)))
     assert distance(two(models, doubled), models[0], 2) > 0.01
 
 
@@ -240,7 +240,7 @@ class DrawsChildren(Grower):
             left[token] = 0
             tokens.append(token)
         kept = [token for token in tokens if q[token] >= self.least]
-        return DrawnTree([kept], [[ROOT] * len(kept)], [[self.index] * len(kept)], q)
+        return DrawnTree([kept], [[ROOT] * len(kept)], [[self.index] * len(kept)], [], None, q)
 
 
 def ratio_rule(*, only_zeroes: bool) -> Any:
@@ -249,7 +249,7 @@ def ratio_rule(*, only_zeroes: bool) -> Any:
     def judge(
         law: LawMaker, context: Context, tree: DrawnTree, logits: torch.Tensor, active: list[bool]
     ) -> TreeJudgement:
-        p, q = logits[0, 0].softmax(-1), tree.q.clone()
+        p, q = logits[0, 0].softmax(-1), tree.root_law.clone()
         path: list[int] = []
         for node, token in enumerate(tree.tokens[0]):
             if bool(law.randomness.bernoulli((p[token] / q[token]).clamp(max=1)[None])[0]):

@@ -269,6 +269,7 @@ def test_generate_with_the_options_of_a_head(folders: tuple[str, str], tmp_path:
         ("--tree-tokens", "-1", "polyspec_tree_tokens"),
         ("--tree-depth", "0", "polyspec_tree_depth"),
         ("--draft-vocabulary", "small", "polyspec_draft_vocabulary"),
+        ("--draft-temperature", "0", "polyspec_draft_temperature"),
         ("--confidence", "2", "assistant_confidence_threshold"),
         ("--schedule", "sometimes", "num_assistant_tokens_schedule"),
     ],
