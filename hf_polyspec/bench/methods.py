@@ -41,7 +41,7 @@ OPTIONS = {
     "verification": "polyspec_verification",
     "control": "polyspec_control",
     "confidence": "assistant_confidence_threshold",
-    "temperature": "polyspec_draft_temperature",
+    "draft-temperature": "polyspec_draft_temperature",
 }
 """Short names for the options of a chain."""
 
@@ -56,7 +56,7 @@ _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "verification": (str, "a word"),
     "control": (str, "a word"),
     "confidence": (float, "a number"),
-    "temperature": (float, "a number"),
+    "draft-temperature": (float, "a number"),
 }
 """How values are read, and what to call them; those of other options are whole numbers."""
 _WHOLE: tuple[Callable[[str], Any], str] = (_whole, "a whole number")

@@ -258,6 +258,37 @@ class EagleDrafter(SequentialDrafter):
 
     def _grow(self, rows: list[Pairs], room: list[int], law: LawMaker) -> TreeProposal:
         """Trees of likely nodes; where the verifier samples, of nodes drawn besides."""
+        hidden, seen = self._take_in(rows)
+        first = torch.tensor([[max(0, len(row.ids) - 1 - row.padding)] for row in rows])
+        total, working = [size.nodes for size in self._sizes], self._working
+        top_k, threshold, ends = self.tree_top_k, self.confidence_threshold, self.eos
+
+        def step_level(tokens: torch.Tensor, features: torch.Tensor, level: int, sees: torch.Tensor) -> torch.Tensor:
+            before = seen[:, None].expand(-1, tokens.shape[1], -1).to(sees.device)
+            places = (first + level - 1).expand(-1, tokens.shape[1])
+            return self._step(tokens, features, places, torch.cat([before, sees], dim=2)[:, None])
+
+        if not law.do_sample:
+            grown = grow(hidden, room, total, working.best, step_level, top_k=top_k, threshold=threshold, ends=ends)
+            return TreeProposal(grown.tokens, grown.parents, self._own(grown))
+
+        def guess(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            scores = law.proposal_scores(working.score(states))
+            likely = law.probabilities(scores)
+            return likely, likely if self.draft_temperature == 1 else law.probabilities(scores / self.draft_temperature)
+
+        ids, draw = working.target_ids, law.draw_ids
+        grown, drawn = grow_drawn(
+            hidden, room, total, guess, ids, step_level, draw, top_k=top_k, threshold=threshold, ends=ends
+        )
+        if not any(drawn.nodes):
+            return TreeProposal(grown.tokens, grown.parents, self._own(grown))
+        q = drawn.laws.new_zeros(*drawn.laws.shape[:2], self.vocabulary)
+        q.index_copy_(-1, ids, drawn.laws)
+        return TreeProposal(grown.tokens, grown.parents, self._own(grown), drawn.nodes, q)
+
+    def _take_in(self, rows: list[Pairs]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The head's output after each context, `[B, 1, H]`, and which columns of its cache belong to it, `[B, S]`."""
         hidden = self._catch_up(rows)
         width = self.pairs.width
         seen = torch.arange(width)[None, :] >= torch.tensor(self.pairs.unused)[:, None]  # [B, S]
@@ -273,30 +304,7 @@ class EagleDrafter(SequentialDrafter):
             out = self._step(column, hidden, places, torch.cat([seen, itself], dim=1)[:, None, None])
             hidden = torch.where(fresh.to(hidden.device)[:, None, None], out, hidden)
             seen = torch.cat([seen, fresh[:, None]], dim=1)
-        first = torch.tensor([[max(0, len(row.ids) - 1 - row.padding)] for row in rows])
-
-        def step_level(tokens: torch.Tensor, features: torch.Tensor, level: int, sees: torch.Tensor) -> torch.Tensor:
-            before = seen[:, None].expand(-1, tokens.shape[1], -1).to(sees.device)
-            places = (first + level - 1).expand(-1, tokens.shape[1])
-            return self._step(tokens, features, places, torch.cat([before, sees], dim=2)[:, None])
-
-        def guess(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            scores = law.proposal_scores(self._working.score(states))
-            likely = law.probabilities(scores)
-            return likely, likely if self.draft_temperature == 1 else law.probabilities(scores / self.draft_temperature)
-
-        total, working = [size.nodes for size in self._sizes], self._working
-        top_k, threshold, ends = self.tree_top_k, self.confidence_threshold, self.eos
-        if not law.do_sample:
-            grown = grow(hidden, room, total, working.best, step_level, top_k=top_k, threshold=threshold, ends=ends)
-            return TreeProposal(grown.tokens, grown.parents, self._own(grown))
-        ids, draw = working.target_ids, law.draw_ids
-        grown, drawn = grow_drawn(
-            hidden, room, total, guess, ids, step_level, draw, top_k=top_k, threshold=threshold, ends=ends
-        )
-        q = drawn.laws.new_zeros(*drawn.laws.shape[:2], self.vocabulary)
-        q.index_copy_(-1, ids, drawn.laws)
-        return TreeProposal(grown.tokens, grown.parents, self._own(grown), drawn.nodes, q)
+        return hidden, seen
 
     def _own(self, grown: Grown) -> list[list[int]]:
         """The origin of each node: this level."""

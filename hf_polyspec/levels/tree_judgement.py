@@ -76,7 +76,7 @@ def judge_tree(
     p = law.probabilities(scores) if law.do_sample else None
     chosen = scores.argmax(-1) if p is None else law.draw(p.flatten(0, 1)).reshape(p.shape[:2])
     drawn = chosen.tolist()  # [B][T + 1]
-    trials = _try_drawn(law, tree, p) if p is not None and tree.q is not None else [{} for _ in tree.tokens]
+    trials = _try_drawn(law, tree, p) if p is not None and any(tree.drawn) else [{} for _ in tree.tokens]
     paths, tokens = [], []
     for row, (of_row, parents) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
         path, last = walk(of_row, parents, drawn[row], trials[row])
@@ -126,7 +126,7 @@ def _try_drawn(law: LawMaker, tree: TreeProposal, p: torch.Tensor) -> list[dict[
         law: the verifier's law maker; p: `[B, T + 1, V]`, its laws.
         tree: with drawn nodes.
     """
-    assert tree.q is not None
+    assert tree.q is not None, "drawn nodes come with what they were drawn from"
     q = tree.q.to(device=p.device, dtype=p.dtype)  # [B, D, V]
     where, nodes = _drawn_columns(tree)
     batch = torch.arange(len(nodes), device=p.device)[:, None]

@@ -177,7 +177,7 @@ def test_laws_are_those_of_the_temperature_asked_for(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("hf_polyspec.chain.EagleDrafter", Kept)
     target = tiny()
     head = head_for(target)
-    counts = {}
+    counts: dict[str, tuple[int, int]] = {}
     for name, options in {"wide": {}, "two": {"top_k": 2}, "cold": {"temperature": 1e-3}}.items():
         monkeypatch.setattr(Kept, "trees", [], raising=False)
         sampled(target, [head], **options)
