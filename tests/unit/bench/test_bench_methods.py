@@ -38,6 +38,9 @@ def test_options_reach_generate_under_their_own_names() -> None:
     assert steered.chain_options == {"polyspec_control": "online"}
     assert steered.name == "polyspec:int8,head@control=online"
     assert parse("polyspec:head@confidence=0.4", KNOWN).chain_options == {"assistant_confidence_threshold": 0.4}
+    sharper = parse("polyspec:head@draft-temperature=0.8", KNOWN)
+    assert sharper.chain_options == {"polyspec_draft_temperature": 0.8}
+    assert parse(sharper.name, KNOWN) == sharper
     assert method.label(1) == method.name
     assert method.label(4) == "polyspec:int8,head@block=12,tree=30,verification=token,batch=4"
     assert Method("plain").label(8) == "plain@batch=8"
