@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hf_polyspec.eagle.dataset import Corpus
+from hf_polyspec.eagle.losses import OBJECTIVES
 from hf_polyspec.eagle.modeling import EagleHead
 from hf_polyspec.eagle.shards import GREEDY, read_provenance
 from hf_polyspec.eagle.training_config import TrainingConfig
@@ -170,10 +171,11 @@ def draw_curve(folder: Path) -> Path | None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     steps = [int(row["step"]) for row in rows]
-    for column in (name for name in rows[0] if name.startswith("cross_entropy_")):
-        label = f"draft step {int(column.rsplit('_', 1)[1]) + 1}"
-        left.plot(steps, [float(row[column]) for row in rows], label=label, linewidth=1)
-    left.set(xlabel="optimizer step", ylabel="cross-entropy (nats)")
+    for column, (objective, number) in ((name, name.rsplit("_", 1)) for name in rows[0] if "_" in name):
+        if objective in OBJECTIVES:
+            label = f"draft step {int(number) + 1}"
+            left.plot(steps, [float(row[column]) for row in rows], label=label, linewidth=1)
+            left.set(xlabel="optimizer step", ylabel=objective.replace("_", " ") + " (nats)")
     left.legend()
     path = folder / "validation.jsonl"
     if path.is_file():

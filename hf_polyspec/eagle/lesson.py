@@ -11,7 +11,7 @@ from hf_polyspec.eagle.dataset import Corpus, draft_vocabulary
 from hf_polyspec.eagle.features import TargetParts, bind, target_parts
 from hf_polyspec.eagle.fresh import init_for, with_whole_vocabulary
 from hf_polyspec.eagle.jobs import stop_ids
-from hf_polyspec.eagle.losses import LossSums, TargetView, Teacher, eagle1_loss, eagle3_loss
+from hf_polyspec.eagle.losses import OBJECTIVES, LossSums, TargetView, Teacher, eagle1_loss, eagle3_loss
 from hf_polyspec.eagle.modeling import EagleHead
 from hf_polyspec.eagle.softmax_ids import SoftmaxIds, check_size
 from hf_polyspec.eagle.training_config import TrainingConfig
@@ -45,11 +45,16 @@ class LearningHead(nn.Module):
     ) -> LossSums:
         """The loss of a batch, see `eagle1_loss` and `eagle3_loss`; `keep` and `first` are for the latter."""
         plan = self.config.optimization
+        objective = OBJECTIVES[plan.objective]
         if self.head.config.algorithm == "eagle1":
             weights = {"feature_weight": plan.feature_weight, "token_weight": plan.token_weight}
-            return eagle1_loss(self.head, self.lesson[0], tokens, answer, view, **weights, among=among)
+            return eagle1_loss(
+                self.head, self.lesson[0], tokens, answer, view, **weights, among=among, objective=objective
+            )
         steps, decay = plan.steps, plan.step_decay
-        return eagle3_loss(self.head, self.lesson[0], tokens, answer, view, steps, decay, among, keep, first)
+        return eagle3_loss(
+            self.head, self.lesson[0], tokens, answer, view, steps, decay, among, keep, first, objective=objective
+        )
 
 
 def build_head(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional
 from hf_polyspec.eagle.features import TargetParts
 from hf_polyspec.eagle.modeling import EagleHead
 from hf_polyspec.eagle.unroll import shifted, unroll
-from hf_polyspec.eagle.vocabulary import Rows, readable_rows
+from hf_polyspec.eagle.vocabulary import readable_rows
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,17 @@ class TargetView:
         features: `[B, T, F]`, what the head reads.
         final: `[B, T, H_t]`, what the target's lm_head reads.
         best: `[B, T]`, the target's most likely next token at each position.
+        temperatures: `[B]`, each text's, which the target's law is learned at; None for 1.
     """
 
     features: torch.Tensor
     final: torch.Tensor
     best: torch.Tensor
+    temperatures: torch.Tensor | None = None
+
+    def temperatures_at(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """Of the rows that a mask `[B, R]` picks, `[N]`."""
+        return None if self.temperatures is None else self.temperatures[:, None].expand(rows.shape)[rows]
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class LossSums:
     Args:
         loss: weighted sum over steps and rows, what is minimised once divided by `rows`.
         rows: rows counted at step 0.
-        per_step: `[S]`, unweighted cross-entropy sums of each step, detached.
+        per_step: `[S]`, unweighted sums of each step's objective, detached.
         counted: `[S]`, rows counted at each step.
     """
 
@@ -73,12 +80,15 @@ class Teacher(nn.Module):
         self.scale, self.softcap = parts.logit_scale, parts.logit_softcap
 
     @torch.no_grad()
-    def probabilities(self, final: torch.Tensor, among: torch.Tensor | None = None) -> torch.Tensor:
+    def probabilities(
+        self, final: torch.Tensor, among: torch.Tensor | None = None, temperatures: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The target's distribution restricted to the head's ids and renormalised.
 
         Args:
             final: `[N, H_t]`, what the target's lm_head reads.
             among: `[M]`, the target ids to restrict it to instead.
+            temperatures: `[N]`, each row's; None for 1.
 
         Returns:
             `[N, Vd]` (`[N, M]`) in float32.
@@ -95,6 +105,8 @@ class Teacher(nn.Module):
             logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
+        if temperatures is not None:
+            logits = logits / temperatures[:, None]
         probabilities: torch.Tensor = logits.softmax(dim=-1)
         return probabilities
 
@@ -104,20 +116,30 @@ class Teacher(nn.Module):
         return found
 
 
-def cross_entropy(head: EagleHead, hidden: torch.Tensor, truth: torch.Tensor, rows: Rows | None = None) -> torch.Tensor:
-    """Cross-entropy of the head's distribution under the target's, a row.
+Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(log of the head's law, the target's law), both `[N, Vd]` in float32 -> what is minimised, `[N]`."""
 
-    Args:
-        head: the head.
-        hidden: `[N, H]`, what the head's `step` gave.
-        truth: `[N, Vd]`, the target's distribution at the position the head guesses.
-        rows: the ids of `truth` where they are not all of the head's.
 
-    Returns:
-        `[N]` in float32.
-    """
-    log_guess = head.logits(hidden, rows).float().log_softmax(dim=-1)  # [N, Vd]
+def cross_entropy(log_guess: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """`-sum_x p(x) log q(x)`, p being the target's law and q the head's: the loss of EAGLE's papers."""
     return -(truth * log_guess).sum(dim=-1)
+
+
+def negative_log_acceptance(log_guess: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """`-log sum_x min(p(x), q(x))`: the sum is the chance that a token drawn from q is accepted.
+
+    A head too small for its target's law cannot have both a small cross-entropy and a large overlap, and drafting
+    needs the latter (LK losses, arXiv 2602.23881).
+    """
+    overlap = torch.minimum(truth, log_guess.exp()).sum(dim=-1)
+    return -overlap.clamp(min=torch.finfo(overlap.dtype).tiny).log()
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "cross_entropy": cross_entropy,
+    "negative_log_acceptance": negative_log_acceptance,
+}
+"""What the laws of head and target are compared by, by its name in a config."""
 
 
 def learned_positions(teacher: Teacher, answer: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
@@ -147,8 +169,9 @@ def eagle3_loss(
     among: torch.Tensor | None = None,
     keep: torch.Tensor | None = None,
     first: int = 0,
+    objective: Objective = cross_entropy,
 ) -> LossSums:
-    """Training-time test: `sum_s decay^s * CE_s` over the steps a head drafts (EAGLE-3, arXiv 2503.01840).
+    """Training-time test: `sum_s decay^s * loss_s` over the steps a head drafts (EAGLE-3, arXiv 2503.01840).
 
     A row counts at step s where the token it guesses belongs to an answer and the target's favourite there is one
     of the ids the head can say.
@@ -165,10 +188,11 @@ def eagle3_loss(
         keep: `[R]`, the rows that draft on after the first step, ascending; they stand for the others in the loss.
             None for all.
         first: the first row that counts, of any of the texts; none of `keep` is before it.
+        objective: the loss of a row; the paper's is `cross_entropy`.
     """
     picked = None if among is None else head.vocabulary_slice(among)
     learned = learned_positions(teacher, answer, view.best)  # [B, T]
-    truth = teacher.probabilities(view.final[learned], among)  # [N, Vd]
+    truth = teacher.probabilities(view.final[learned], among, view.temperatures_at(learned))  # [N, Vd]
     # [B, T], where each learned position's distribution stands in `truth`
     place = torch.cumsum(learned.flatten(), dim=0).view_as(learned) - 1
     loss = view.final.new_zeros((), dtype=torch.float32)
@@ -179,7 +203,7 @@ def eagle3_loss(
         drafting = slice(first, None) if step == 0 or keep is None else keep
         rows, where = rows[:, drafting], where[:, drafting]
         counted = rows.sum()
-        errors = cross_entropy(head, hidden[rows], truth[where[rows]], picked)
+        errors = objective(head.logits(hidden[rows], picked).float().log_softmax(dim=-1), truth[where[rows]])
         loss = loss + decay**step * errors.sum() * (every / counted.clamp(min=1))
         sums.append(errors.detach().sum())
         counts.append(counted)
@@ -196,8 +220,9 @@ def eagle1_loss(
     feature_weight: float = 1.0,
     token_weight: float = 0.1,
     among: torch.Tensor | None = None,
+    objective: Objective = cross_entropy,
 ) -> LossSums:
-    """`feature_weight * SmoothL1(f', f) + token_weight * CE` (EAGLE, arXiv 2401.15077).
+    """`feature_weight * SmoothL1(f', f) + token_weight * loss` (EAGLE, arXiv 2401.15077).
 
     Args:
         head: the head, in training mode.
@@ -206,15 +231,16 @@ def eagle1_loss(
         answer: `[B, T]`, whether the token at a position is to be learned.
         view: what the target says about the batch; its features may carry noise, its final states do not.
         feature_weight: of the feature regression.
-        token_weight: of the cross-entropy.
-        among: as for `eagle3_loss`.
+        token_weight: of the objective.
+        among, objective: as for `eagle3_loss`.
     """
     picked = None if among is None else head.vocabulary_slice(among)
     hidden = next(unroll(head, tokens, view.features, 1))  # [B, T-1, H]
     rows = shifted(answer, 2).bool()
     guess, truth = hidden[rows], shifted(view.final, 1)[rows]
     regression = functional.smooth_l1_loss(guess.float(), truth.float(), reduction="none").mean(dim=-1)
-    errors = cross_entropy(head, guess, teacher.probabilities(truth, among), picked)
+    log_guess = head.logits(guess, picked).float().log_softmax(dim=-1)
+    errors = objective(log_guess, teacher.probabilities(truth, among, view.temperatures_at(rows)))
     loss = (feature_weight * regression + token_weight * errors).sum()
     return LossSums(loss, answer_rows(answer), errors.detach().sum()[None], rows.sum()[None])
 

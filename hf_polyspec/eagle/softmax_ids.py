@@ -15,7 +15,7 @@ _OTHERS = 8
 
 
 class SoftmaxIds:
-    """Chooses the ids that a batch's cross-entropy is computed over.
+    """Chooses the ids that a batch's loss is computed over.
 
     They are those of the batch and the target's favourites there, as a draft vocabulary that follows the text will
     have them; the commonest ids of all texts; and some others, drawn anew for each batch. Head and target are compared

@@ -30,6 +30,7 @@ from hf_polyspec.eagle.losses import LossSums, TargetView, Teacher, noisy
 from hf_polyspec.eagle.modeling import EagleHead
 from hf_polyspec.eagle.optimizers import build_optimizers
 from hf_polyspec.eagle.prompts import sample_random
+from hf_polyspec.eagle.shards import GREEDY
 from hf_polyspec.eagle.stopping import StopRequest
 from hf_polyspec.eagle.training_config import TrainingConfig
 from hf_polyspec.eagle.validation import KIND_NAMES, Acceptance, count_acceptance
@@ -240,6 +241,9 @@ class Trainer:
     def _load(self, texts: list[Text], turn: int) -> tuple[Batch, TargetView]:
         batch = collate(texts, self.plan.learn_prompts).to(self.accelerator.device)
         view = self.source.read(batch)
+        if self.plan.greedy_temperature != 1.0:
+            wanted = [self.plan.greedy_temperature if text.kind == GREEDY else 1.0 for text in texts]
+            view = replace(view, temperatures=torch.tensor(wanted, device=batch.tokens.device))
         if self.config.head.algorithm == "eagle1" and self.module.training:
             seed = sample_random(self.plan.seed, self._number(turn), "noise").getrandbits(63)
             generator = torch.Generator().manual_seed(seed)
@@ -303,7 +307,7 @@ class Trainer:
             "epoch": self.state.epoch,
             "tokens": self.state.tokens,
             "loss": round(loss, 5),
-            **{f"cross_entropy_{index}": round(value, 5) for index, value in enumerate(steps)},
+            **{f"{self.plan.objective}_{index}": round(value, 5) for index, value in enumerate(steps)},
             "learning_rate": rate,
             "gradient_norm": round(norm, 5),
             "tokens_per_second": round(pace, 1),

@@ -14,6 +14,7 @@ import yaml
 
 from hf_polyspec.eagle.configuration import ALGORITHMS
 from hf_polyspec.eagle.generation import GenerationSettings
+from hf_polyspec.eagle.losses import OBJECTIVES
 
 T = TypeVar("T")
 
@@ -66,8 +67,12 @@ class OptimizationSettings:
         clip: largest gradient norm (EAGLE-3) or gradient value (EAGLE-1).
         feature_noise: EAGLE-1's noise on features; ignored by EAGLE-3.
         feature_weight: EAGLE-1's weight of the feature regression.
-        token_weight: EAGLE-1's weight of the cross-entropy.
-        softmax_ids: ids besides a batch's own that its cross-entropy is computed over, for heads that score the
+        token_weight: EAGLE-1's weight of the objective.
+        objective: what head and target are compared by: `"cross_entropy"` as in EAGLE's papers, or
+            `"negative_log_acceptance"`, which asks for nothing but that drafts are accepted; see `OBJECTIVES`.
+        greedy_temperature: what the target's law is learned at where the target wrote greedily, at most 1; below 1 its
+            favourite counts for more, as it does where it is decoded so.
+        softmax_ids: ids besides a batch's own that its loss is computed over, for heads that score the
             target's whole vocabulary with its rows (`draft_vocab_size: null`, `own_lm_head: false`); see `SoftmaxIds`.
             None for all of them.
         learn_prompts: whether prompts are learned as well; positions that are not cost only what is attended to.
@@ -100,6 +105,8 @@ class OptimizationSettings:
     feature_noise: float = 0.2
     feature_weight: float = 1.0
     token_weight: float = 0.1
+    objective: str = "cross_entropy"
+    greedy_temperature: float = 1.0
     softmax_ids: int | None = None
     learn_prompts: bool = False
     max_length: int = 2048
@@ -117,6 +124,7 @@ class OptimizationSettings:
     def __post_init__(self) -> None:
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
+        _one_of("objective", self.objective, tuple(OBJECTIVES))
         _one_of("mixed_precision", self.mixed_precision, PRECISIONS)
         counts = ("epochs", "steps", "row_stride", "batch_tokens", "accumulation", "max_length", "log_every")
         checks = ("validation_steps", "validation_texts", "validate_every", "checkpoint_every", "keep_checkpoints")
@@ -127,6 +135,8 @@ class OptimizationSettings:
             raise ValueError(f"softmax_ids must be a whole number of at least 1, not {self.softmax_ids!r}")
         if not 0.0 < self.validation_fraction < 1.0:
             raise ValueError(f"validation_fraction must be between 0 and 1, not {self.validation_fraction}")
+        if not 0.0 < self.greedy_temperature <= 1.0:
+            raise ValueError(f"greedy_temperature must be above 0 and at most 1, not {self.greedy_temperature}")
         if self.learning_rate <= 0.0 or self.clip <= 0.0:
             raise ValueError("learning_rate and clip must be above 0")
 

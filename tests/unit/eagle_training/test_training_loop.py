@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from hf_polyspec.eagle.dataset import Corpus, load_corpus
 from hf_polyspec.eagle.losses import LossSums, eagle3_loss
 from hf_polyspec.eagle.modeling import EagleHead
+from hf_polyspec.eagle.shards import GREEDY, SAMPLED
 from hf_polyspec.eagle.training import Progress, Trainer
 from hf_polyspec.eagle.training_config import OptimizationSettings, build_config
 
@@ -98,7 +99,7 @@ def weights(head: EagleHead) -> dict[str, torch.Tensor]:
         ("eagle3", {"optimizer": "adamw"}),
         ("eagle3", {"optimizer": "muon"}),
         ("eagle1", {"optimizer": "adamw"}),
-        ("eagle3", {"softmax_ids": 16}),
+        ("eagle3", {"softmax_ids": 16, "objective": "negative_log_acceptance", "greedy_temperature": 0.5}),
         ("eagle1", {"softmax_ids": 16}),
     ],
 )
@@ -218,9 +219,9 @@ def test_a_loss_is_computed_over_the_ids_asked_for(setting: Setting) -> None:
 def test_one_row_in_so_many_drafts_on(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[tuple[torch.Tensor | None, int]] = []
 
-    def noted(*parts: Any) -> LossSums:
+    def noted(*parts: Any, **rest: Any) -> LossSums:
         kept.append(parts[-2:])
-        return eagle3_loss(*parts)
+        return eagle3_loss(*parts, **rest)
 
     monkeypatch.setattr("hf_polyspec.eagle.lesson.eagle3_loss", noted)
     setting.trainer("stride", row_stride=3, epochs=2).run()
@@ -236,9 +237,9 @@ def test_one_row_in_so_many_drafts_on(setting: Setting, monkeypatch: pytest.Monk
 def test_rows_of_prompts_are_left_out_without_a_difference(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     firsts: list[int] = []
 
-    def noted(*parts: Any) -> LossSums:
+    def noted(*parts: Any, **rest: Any) -> LossSums:
         firsts.append(parts[-1])
-        return eagle3_loss(*parts)
+        return eagle3_loss(*parts, **rest)
 
     monkeypatch.setattr("hf_polyspec.eagle.lesson.eagle3_loss", noted)
     short = setting.trainer("short", epochs=1, steps=1)
@@ -254,6 +255,24 @@ def test_rows_of_prompts_are_left_out_without_a_difference(setting: Setting, mon
     assert max(firsts) == 0
     for one, other in zip(short.head.parameters(), whole.head.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_greedy_texts_have_a_temperature_of_their_own(setting: Setting) -> None:
+    trainer = setting.trainer("run", greedy_temperature=0.5)
+    texts = trainer.corpus.train[:8]
+    kinds = [text.kind for text in texts]
+    assert set(kinds) == {GREEDY, SAMPLED}
+    _, view = trainer._load(texts, 0)
+    assert view.temperatures is not None
+    assert view.temperatures.tolist() == [0.5 if kind == GREEDY else 1.0 for kind in kinds]
+    assert setting.trainer("plain")._load(texts, 0)[1].temperatures is None
+
+
+def test_a_curve_is_named_after_its_objective(setting: Setting) -> None:
+    setting.trainer("run", epochs=1, objective="negative_log_acceptance").run()
+    columns = setting.curve("run")[0].split(",")
+    assert "negative_log_acceptance_0" in columns
+    assert not [column for column in columns if column.startswith("cross_entropy")]
 
 
 def test_a_head_of_few_ids_can_learn_all_of_them(setting: Setting) -> None:

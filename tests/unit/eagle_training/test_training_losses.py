@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,29 @@ from transformers import PreTrainedModel
 from hf_polyspec.eagle.dataset import Text
 from hf_polyspec.eagle.features import target_parts
 from hf_polyspec.eagle.fresh import init_for
-from hf_polyspec.eagle.losses import TargetView, Teacher, answer_rows, eagle1_loss, eagle3_loss, noisy
+from hf_polyspec.eagle.losses import (
+    OBJECTIVES,
+    TargetView,
+    Teacher,
+    answer_rows,
+    eagle1_loss,
+    eagle3_loss,
+    negative_log_acceptance,
+    noisy,
+)
 from hf_polyspec.eagle.modeling import EagleHead
 from hf_polyspec.eagle.shards import GREEDY
 from hf_polyspec.eagle.softmax_ids import SoftmaxIds
 
 PROMPT, LENGTHS = 4, (11, 8)
+
+
+def between(objective: str, guess: torch.Tensor, truth: torch.Tensor) -> float:
+    """A row's loss, id by id."""
+    pairs = list(zip(guess.tolist(), truth.tolist(), strict=True))
+    if objective == "cross_entropy":
+        return -sum(p * math.log(q) for q, p in pairs)
+    return -math.log(sum(min(p, q) for q, p in pairs))
 
 
 def setting(target: PreTrainedModel, **settings: Any) -> tuple[EagleHead, torch.Tensor, torch.Tensor, TargetView]:
@@ -55,12 +74,22 @@ def chains(head: EagleHead, tokens: torch.Tensor, states: torch.Tensor, steps: i
 
 @pytest.mark.parametrize("own_lm_head", [False, True])
 @pytest.mark.parametrize("ids", [None, list(range(1, 45, 3))])
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+@pytest.mark.parametrize("temperatures", [None, (0.5, 1.0)])
 @torch.no_grad()
-def test_eagle3_loss(chat_target: PreTrainedModel, own_lm_head: bool, ids: list[int] | None) -> None:
+def test_eagle3_loss(
+    chat_target: PreTrainedModel,
+    own_lm_head: bool,
+    ids: list[int] | None,
+    objective: str,
+    temperatures: tuple[float, ...] | None,
+) -> None:
     head, tokens, answer, view = setting(chat_target, algorithm="eagle3", draft_vocab=ids, own_lm_head=own_lm_head)
     teacher = Teacher(head, target_parts(chat_target))
+    if temperatures is not None:
+        view = replace(view, temperatures=torch.tensor(temperatures))
     steps, decay = 3, 0.8
-    sums = eagle3_loss(head, teacher, tokens, answer, view, steps, decay)
+    sums = eagle3_loss(head, teacher, tokens, answer, view, steps, decay, objective=OBJECTIVES[objective])
     known = list(range(45)) if ids is None else ids
     expected, counted = torch.zeros(steps), torch.zeros(steps)
     logits = chat_target.lm_head(view.final)
@@ -68,8 +97,8 @@ def test_eagle3_loss(chat_target: PreTrainedModel, own_lm_head: bool, ids: list[
         place = row + 1 + step  # the head guesses the token after this position
         if not answer[text, place + 1] or int(logits[text, place].argmax()) not in known:
             continue
-        truth = logits[text, place, known].softmax(-1)
-        expected[step] -= (truth * head.logits(hidden).log_softmax(-1)).sum()
+        truth = (logits[text, place, known] / (temperatures or (1, 1))[text]).softmax(-1)
+        expected[step] += between(objective, head.logits(hidden).softmax(-1), truth)
         counted[step] += 1
     assert counted.min() > 0
     assert sums.counted.tolist() == counted.tolist()
@@ -116,11 +145,13 @@ def test_prompts_that_are_not_learned_cost_no_row(chat_target: PreTrainedModel, 
 
 
 @pytest.mark.parametrize("ids", [None, list(range(1, 45, 3))])
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
 @torch.no_grad()
-def test_eagle1_loss(chat_target: PreTrainedModel, ids: list[int] | None) -> None:
+def test_eagle1_loss(chat_target: PreTrainedModel, ids: list[int] | None, objective: str) -> None:
     head, tokens, answer, view = setting(chat_target, algorithm="eagle1", draft_vocab=ids)
     teacher = Teacher(head, target_parts(chat_target))
-    sums = eagle1_loss(head, teacher, tokens, answer, view)
+    view = replace(view, temperatures=torch.tensor((1.0, 0.5)))
+    sums = eagle1_loss(head, teacher, tokens, answer, view, objective=OBJECTIVES[objective])
     known = list(range(45)) if ids is None else ids
     regression = entropy = torch.zeros(())
     rows = 0
@@ -129,12 +160,23 @@ def test_eagle1_loss(chat_target: PreTrainedModel, ids: list[int] | None) -> Non
             continue
         truth = view.final[text, row + 1]
         regression = regression + functional.smooth_l1_loss(hidden, truth)
-        law = chat_target.lm_head(truth)[known].softmax(-1)
-        entropy = entropy - (law * chat_target.lm_head(hidden)[known].log_softmax(-1)).sum()
+        law = (chat_target.lm_head(truth)[known] / (1.0, 0.5)[text]).softmax(-1)
+        entropy = entropy + between(objective, chat_target.lm_head(hidden)[known].softmax(-1), law)
         rows += 1
     assert int(sums.rows) == rows == 11
     torch.testing.assert_close(sums.per_step, entropy[None], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sums.loss, regression + 0.1 * entropy, rtol=1e-4, atol=1e-4)
+
+
+def test_acceptance_is_asked_for_where_nothing_overlaps() -> None:
+    """A row without any overlap, in numbers that float32 has, costs much and no more."""
+    log_guess = torch.tensor([[0.0, -200.0], [0.0, -200.0]]).log_softmax(-1).requires_grad_()
+    loss = negative_log_acceptance(log_guess, torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    loss.sum().backward()
+    assert 80 < loss[0].item() < 100
+    assert loss[1].item() == 0
+    assert log_guess.grad is not None
+    assert torch.isfinite(log_guess.grad).all()
 
 
 @pytest.mark.parametrize("algorithm", ["eagle1", "eagle3"])
