@@ -150,9 +150,29 @@ class LawMaker:
         """One token a row from `[B, V]` weights."""
         return self.randomness.categorical(weights)
 
-    def draw_ids(self, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """One id a row from weights `[B, N]` over the ids `[N]`."""
-        return ids[self.draw(weights)]
+    def draw_distinct(
+        self, weights: torch.Tensor, ids: torch.Tensor, counts: torch.Tensor, nodes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Different ids for each row, one after another, each from what those before it leave.
+
+        Args:
+            weights: `[R, N]` over the ids `[N]`; a row leaves some weight to each of its draws.
+            counts: `[R]`, draws of each row; nodes: `[R]`, whose children they are, for makers that follow a path.
+
+        Returns:
+            Ids `[R, K]` and the laws `[R, K, N]` they were drawn from, with K the largest count, at least 1; entries
+            at or beyond a row's count mean nothing.
+        """
+        certain = torch.zeros_like(weights)
+        certain[:, 0] = 1  # where nothing is drawn: a law that costs no chance
+        tokens, laws = [], []
+        for place in range(max(1, int(counts.max()))):
+            weights = torch.where((counts > place)[:, None], weights / weights.sum(-1, keepdim=True), certain)
+            column = self.draw(weights)
+            tokens.append(ids[column])
+            laws.append(weights)
+            weights = weights.scatter(-1, column[:, None], 0.0)
+        return torch.stack(tokens, dim=1), torch.stack(laws, dim=1)
 
     def fork(self, batch: int) -> LawMaker:
         """The law maker of the level below: independent of this one from here on.

@@ -179,11 +179,15 @@ class LevelStats:
 
     @property
     def expected_acceptance_rate(self) -> float | None:
-        """Mean sum of min(p, q) over the judged positions: an estimate of the acceptance rate without coin noise."""
+        """Mean sum of min(p, q) over the judged positions: an estimate of the acceptance rate without coin noise.
+
+        Where several children of a node were drawn, those after the first count where it was rejected.
+        """
         if not self._overlap:
             return None
         total, positions = self._summed_overlap()
-        return float(total) / positions if positions else None
+        # a few such nodes can come to more than their expectation, 1 at most
+        return min(1.0, float(total) / positions) if positions else None
 
     @property
     def mean_tree_nodes(self) -> float | None:

@@ -42,16 +42,18 @@ class Proposal:
 
 @dataclass(frozen=True)
 class TreeProposal:
-    """Several continuations at once: children that were chosen, and at most one of each node that was drawn.
+    """Several continuations at once: children of a node that were chosen, and children that were drawn.
 
-    Whether a child was to be drawn, from what, and which were chosen beside it must not depend on the one that was
-    drawn (law 2); what is below it may.
+    The drawn children of a node were drawn one after another, each from a law of its own that may depend on those
+    before it: without replacement, for one. How many there are and which were chosen beside them must not depend on
+    their values (law 2); what is below them may.
 
     Attributes:
         tokens: per row, the nodes' ids, parents before their children; no two chosen children of a node are equal.
         parents: per row, the index of each node's parent among them, -1 for nodes that follow the context.
         origins: like `tokens`, the index of the level that first proposed each.
-        drawn: per row, the nodes that were drawn; empty where no row has any.
+        drawn: per row, the nodes that were drawn, those of one parent in the order they were drawn in; empty where no
+            row has any.
         q: `[B, D, V]` with D the most drawn nodes of a row, row i of it the distribution that the row's i-th drawn node
             was drawn from, after all logits processors; None where nothing was drawn.
     """

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Growing a tree for a verifier that samples: likely children are chosen, one more is drawn from what they leave.
+"""Growing a tree for a verifier that samples: children are drawn from the head's law without replacement.
 
-A chosen child is worth the target's probability of it, which is little where the target's law is flat. A child drawn
-from the head's law r over all ids but the chosen ones is worth sum_x min(p', r), p' being the target's law over the
-same ids: the rule of speculative sampling. So a drawn child is worth several chosen ones at high temperatures, and next
-to nothing where a few ids have all the weight. Some chosen children and one drawn are close to the best that any rule
-makes of as many (Hu et al. 2025, arXiv 2502.18779).
+A child that was chosen is worth the target's probability of it, which is little where the target's law is flat; one
+drawn from the head's law r is worth sum_x min(p, r), the rule of speculative sampling. After a rejection the next
+child, drawn from what the first leaves of r, is judged against what it leaves of p (recursive rejection sampling
+without replacement: Jeon et al. 2024, arXiv 2402.14160; Chen et al. 2024, arXiv 2402.12374).
 
-Which children the nodes of a level get follows from the head's laws before any of them is drawn, and no node is dropped
-afterwards (law 2). How many nodes the levels to come will be worth can therefore only be estimated.
+How many children the nodes of a level get follows from the head's laws before any of them is drawn, and no node is
+dropped afterwards (law 2). How many nodes the levels to come will be worth can therefore only be estimated.
 """
 
 from __future__ import annotations
@@ -23,20 +22,21 @@ import torch
 from ..trees import ROOT
 from .eagle_tree import Grown, Pool, Step, best_nodes, unsure
 
-Guess = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""States `[B, n, H]` -> after each, what the head thinks likely, and the law to draw from: `[B, n, N]` in float32."""
+Guess = Callable[[torch.Tensor], torch.Tensor]
+"""States `[B, n, H]` -> the law to draw from after each: `[B, n, N]` in float32."""
 
-Draw = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(weights `[R, N]`, ids `[N]`) -> one id a row, `[R]`."""
+Draw = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""`LawMaker.draw_distinct`. Nodes are known by their place in the pool; those of a level's children follow all before
+them, K for each of its nodes."""
 
-_CHILDREN = (0.35, 0.2, 0.1, 0.05, 0.03)
-"""Chances of a node's best children, on average."""
+_CHILDREN = (0.43, 0.10, 0.06, 0.04, 0.03)
+"""Chances of a node's children, on average."""
 
 _LOOKED_AT = 64
 """Descendants of a node that are reckoned with."""
 
-_NOTHING = 1e-6
-"""What is left of a law when only rounding is."""
+_NOTHING = 1e-30
+"""What is left of a law when nothing can be drawn from it."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class DrawnNodes:
     """Which nodes of a tree were drawn, and from what.
 
     Attributes:
-        nodes: per row, in order; at most one child of each node.
+        nodes: per row, in order.
         laws: `[B, D, N]`, row i of it what the row's i-th drawn node was drawn from.
     """
 
@@ -71,12 +71,12 @@ class _Front:
 
 @dataclass(frozen=True)
 class _Level:
-    """The children that the nodes of a front may get: of each K chosen ones and, last, a drawn one.
+    """The children of the nodes of a front, at most K each.
 
     Attributes:
-        tokens: `[B, w, K + 1]`.
-        scores: `[B, w, K + 1]`, as those of a front; -inf for children that are not had.
-        laws: `[B, w, N]`, what the drawn ones were drawn from.
+        tokens: `[B, w, K]`.
+        scores: `[B, w, K]`, as those of a front; -inf for children that are not had.
+        laws: `[B, w, K, N]`, what they were drawn from.
     """
 
     tokens: torch.Tensor
@@ -103,15 +103,14 @@ def grow_drawn(
         hidden, room, total, step, threshold, ends: as for `grow`.
         guess: the head's laws; ids: `[N]`, what their columns stand for.
         draw: from laws to ids.
-        top_k: nodes given children a level, and most chosen children of each.
+        top_k: nodes given children a level, and most children of each.
     """
     batch, device, deepest = len(room), ids.device, max(room)
     limits = torch.tensor(room, device=device)[:, None]
     left = torch.tensor(total, device=device)[:, None]  # [B, 1], nodes still to be had
     ending = torch.tensor(sorted(ends), dtype=torch.long, device=device)
     pool = Pool.empty(batch, device)
-    laws: list[torch.Tensor] = []
-    slots: list[int] = []  # of each place in the pool, where its law is among all; -1 for chosen nodes
+    laws = [torch.empty(batch, 0, len(ids), device=device)]  # of each place in the pool
     front = _Front(
         torch.zeros(batch, 1, device=device),
         torch.full((batch, 1), ROOT, device=device),
@@ -124,77 +123,63 @@ def grow_drawn(
         scores = front.scores.masked_fill(limits <= level, float("-inf"))
         if not bool(torch.isfinite(scores).any()):
             break
-        found = _children(scores, guess(front.out), ids, left, [longest - level - 1 for longest in room], draw, top_k)
+        to_come = [longest - level - 1 for longest in room]
+        found = _children(scores, front.places, guess(front.out), ids, left, to_come, draw, top_k)
         left = left - torch.isfinite(found.scores).flatten(1).sum(1, keepdim=True)
-        start, width, children = pool.tokens.shape[1], *found.tokens.shape[1:]
-        first = sum(law.shape[1] for law in laws)
-        slots += [first + node if child == children - 1 else -1 for node in range(width) for child in range(children)]
+        start, children = pool.tokens.shape[1], found.tokens.shape[2]
         pool.add(found.tokens.flatten(1), front.places.repeat_interleave(children, dim=1), found.scores.flatten(1))
-        laws.append(found.laws)
+        laws.append(found.laws.flatten(1, 2))
         if level + 1 < deepest:
             front = _next_front(front, found, start, step, level + 1, ending, top_k)
     grown, places = best_nodes(pool, total)
-    drawn = [[(node, slots[at]) for node, at in enumerate(row) if slots[at] >= 0] for row in places]
-    return grown, DrawnNodes([[node for node, _ in row] for row in drawn], _laws_of(laws, drawn))
+    return grown, DrawnNodes([list(range(len(row))) for row in places], _laws_of(torch.cat(laws, dim=1), places))
 
 
 def _children(
     scores: torch.Tensor,
-    guessed: tuple[torch.Tensor, torch.Tensor],
+    places: torch.Tensor,
+    law: torch.Tensor,
     ids: torch.Tensor,
     left: torch.Tensor,
     levels: list[int],
     draw: Draw,
     top_k: int,
 ) -> _Level:
-    """Decides which children the nodes of a front get, then draws those that are to be drawn.
+    """Decides how many children the nodes of a front get, then draws them.
 
     Args:
-        scores: `[B, w]`, of the front; guessed: likelihoods and laws `[B, w, N]`; ids: `[N]`.
+        scores, places: `[B, w]`, of the front; law: `[B, w, N]`; ids: `[N]`.
         left: `[B, 1]`, nodes still to be had; levels: per row, how many levels are to come.
         draw, top_k: as for `grow_drawn`.
     """
-    likely, law = guessed
-    chances, columns = likely.topk(min(top_k, likely.shape[-1]), dim=-1)  # [B, w, K]
-    kept = _worth_having(scores[:, :, None] + _gains(chances).log(), left, levels)  # [B, w, K + 1]
-    chosen, drawing = kept[..., :-1], kept[..., -1:]
-    rest = law.scatter(-1, columns, torch.where(chosen, 0.0, law.gather(-1, columns)))
-    mass = rest.sum(-1, keepdim=True)
-    drawing = drawing & (mass > _NOTHING)
-    certain = torch.zeros_like(rest)
-    certain[..., 0] = 1  # where nothing is drawn: a law that costs no chance
-    rest = torch.where(drawing, rest / mass, certain)
-    drawn = draw(rest.flatten(0, 1), ids).view(*columns.shape[:2], 1)
-    beside = (1 - (chances * chosen).sum(-1, keepdim=True)).clamp(min=0)
-    logs = scores[:, :, None] + torch.cat([chances, _drawn_chance(beside)], dim=-1).log()
-    logs = logs.masked_fill(~torch.cat([chosen, drawing], dim=-1), float("-inf"))
-    return _Level(torch.cat([ids[columns], drawn], dim=-1), logs, rest)
+    batch, width, size = law.shape
+    chances = _chances(law, min(top_k, size)).log() + scores[:, :, None]
+    kept = _worth_having(chances, left, levels)  # [B, w, K]; a node's first children are its likeliest
+    counts = kept.sum(-1)
+    tokens, laws = draw(law.flatten(0, 1), ids, counts.flatten(), places.flatten())
+    had = tokens.shape[1]
+    chances = chances.masked_fill(~kept, float("-inf"))[..., :had]
+    return _Level(tokens.view(batch, width, had), chances, laws.view(batch, width, had, size))
 
 
-def _drawn_chance(mass: torch.Tensor) -> torch.Tensor:
-    """Chance that a drawn child is followed, by the weight of what it is drawn from in the head's law.
+def _chances(law: torch.Tensor, most: int) -> torch.Tensor:
+    """How likely each of a node's children is the one that is followed, `[B, w, most]`; 0 where none can be drawn.
 
-    Measured with the head that is shipped: 0.49 where nothing was chosen, a third where six tenths of the weight are
-    left, a quarter where four tenths are.
-    """
-    return mass * (0.1 + 0.39 * mass)
-
-
-def _gains(chances: torch.Tensor) -> torch.Tensor:
-    """How much likelier the children of a node hold the next token with each more, `[B, w, K + 1]`; the drawn one last.
-
-    The drawn one has its turn when it is worth more than the next chosen one; those after it take from what it is
-    drawn from.
+    The later a child is drawn, the likelier one before it is followed, and the less of the target's law is left
+    within the head's. Measured with the head that is shipped, given that those before it were rejected: a child is
+    accepted the more often the more weight the head's likeliest id has.
 
     Args:
-        chances: `[B, w, K]`, of the likeliest ids.
+        law: `[B, w, N]`, what is drawn from.
     """
-    taken = torch.cat([torch.zeros_like(chances[..., :1]), chances.cumsum(-1)], dim=-1)
-    drawing = _drawn_chance((1 - taken).clamp(min=0))  # [B, w, K + 1], after so many chosen ones
-    after = (chances < drawing[..., :-1]).cumsum(-1) > 0  # [B, w, K], whether the drawn one has had its turn
-    turn = (~after).sum(-1, keepdim=True)
-    late = (chances + drawing[..., 1:] - drawing[..., :-1]).clamp(min=0)
-    return torch.cat([torch.where(after, late, chances), drawing.gather(-1, turn)], dim=-1)
+    best = law.topk(most, dim=-1).values  # [B, w, K]
+    place = torch.arange(most, device=law.device)
+    accepted = 0.25 / (place + 1) + 0.66 * 0.77**place * best[..., :1]  # [B, w, K]
+    reached = torch.cat([torch.ones_like(best[..., :1]), (1 - accepted).cumprod(-1)[..., :-1]], dim=-1)
+    # whatever is drawn before a child, at least so much is left to draw it from
+    beyond = law.sum(-1, keepdim=True) - best.sum(-1, keepdim=True)
+    least = best.flip(-1).cumsum(-1).flip(-1) + beyond.clamp(min=0)
+    return torch.where(least > _NOTHING, accepted * reached, 0.0)
 
 
 def _worth_having(gains: torch.Tensor, left: torch.Tensor, levels: list[int]) -> torch.Tensor:
@@ -203,7 +188,7 @@ def _worth_having(gains: torch.Tensor, left: torch.Tensor, levels: list[int]) ->
     The levels to come are taken to be what they are on average: every node of this one brings `_descendants`.
 
     Args:
-        gains: `[B, w, K + 1]`, logs; left: `[B, 1]`; levels: per row, how many are to come.
+        gains: `[B, w, K]`, logs; left: `[B, 1]`; levels: per row, how many are to come.
     """
     flat = gains.flatten(1)  # [B, M]
     to_come = torch.tensor([_descendants(max(0, count)) for count in levels], device=flat.device).log()
@@ -245,10 +230,9 @@ def _next_front(
     return _Front(scores, start + chosen, step(tokens.gather(1, chosen), features, level, sees), sees)
 
 
-def _laws_of(laws: list[torch.Tensor], drawn: list[list[tuple[int, int]]]) -> torch.Tensor:
-    """`[B, D, N]`: per row the laws of its drawn nodes, found by their slots; shorter rows are filled with zeros."""
-    every = torch.cat(laws, dim=1)
-    found = every.new_zeros(len(drawn), max(len(row) for row in drawn), every.shape[2])
-    for b, row in enumerate(drawn):
-        found[b, : len(row)] = every[b, [slot for _, slot in row]]
+def _laws_of(laws: torch.Tensor, places: list[list[int]]) -> torch.Tensor:
+    """`[B, D, N]`: per row the laws of its nodes, by their places in the pool; shorter rows are filled with zeros."""
+    found = laws.new_zeros(len(places), max(len(row) for row in places), laws.shape[2])
+    for b, row in enumerate(places):
+        found[b, : len(row)] = laws[b, row]
     return found

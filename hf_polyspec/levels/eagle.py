@@ -257,7 +257,7 @@ class EagleDrafter(SequentialDrafter):
         return hidden
 
     def _grow(self, rows: list[Pairs], room: list[int], law: LawMaker) -> TreeProposal:
-        """Trees of likely nodes; where the verifier samples, of nodes drawn besides."""
+        """Trees of the likeliest nodes; where the verifier samples, of nodes drawn."""
         hidden, seen = self._take_in(rows)
         first = torch.tensor([[max(0, len(row.ids) - 1 - row.padding)] for row in rows])
         total, working = [size.nodes for size in self._sizes], self._working
@@ -272,17 +272,13 @@ class EagleDrafter(SequentialDrafter):
             grown = grow(hidden, room, total, working.best, step_level, top_k=top_k, threshold=threshold, ends=ends)
             return TreeProposal(grown.tokens, grown.parents, self._own(grown))
 
-        def guess(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            scores = law.proposal_scores(working.score(states))
-            likely = law.probabilities(scores)
-            return likely, likely if self.draft_temperature == 1 else law.probabilities(scores / self.draft_temperature)
+        def guess(states: torch.Tensor) -> torch.Tensor:
+            return law.probabilities(law.proposal_scores(working.score(states)) / self.draft_temperature)
 
-        ids, draw = working.target_ids, law.draw_ids
+        ids, draw = working.target_ids, law.draw_distinct
         grown, drawn = grow_drawn(
             hidden, room, total, guess, ids, step_level, draw, top_k=top_k, threshold=threshold, ends=ends
         )
-        if not any(drawn.nodes):
-            return TreeProposal(grown.tokens, grown.parents, self._own(grown))
         q = drawn.laws.new_zeros(*drawn.laws.shape[:2], self.vocabulary)
         q.index_copy_(-1, ids, drawn.laws)
         return TreeProposal(grown.tokens, grown.parents, self._own(grown), drawn.nodes, q)

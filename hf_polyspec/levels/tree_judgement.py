@@ -4,23 +4,24 @@
 Children that were chosen, not drawn, are judged by the one-hot rule: draw y from p at a node; if y is a child, go
 there, else y is the token after the path. However they were chosen, every emitted token is a draw from p.
 
-Where one more child was drawn from a law r, a y that is no chosen child is replaced: the drawn child is judged by
-speculative sampling against p', which is p without the chosen children, and a rejection continues with max(p' - r, 0).
-Given that y is no chosen child it follows p', and so does what replaces it.
+Where children were drawn, a y that is no chosen child is replaced. The first drawn child, from a law r, is judged by
+speculative sampling against p', which is p without the chosen children; a rejection continues with the next one against
+max(p' - r, 0), and so on, and a draw from what is left replaces y where none is accepted. Given that y is no chosen
+child it follows p', and so does what replaces it (recursive rejection sampling).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn import functional
 
 from ..context import Context
 from ..distributions import LawMaker
 from ..telemetry import LevelStats
 from ..trees import ROOT, depths, path_to
-from ..verification import overlap, verify_tokens
+from ..verification import verify_tokens
 from .base import TreeProposal
 
 
@@ -33,7 +34,7 @@ class TreeJudgement:
         tokens: per row, their tokens and the one drawn after them; empty for rows that were not asked.
         logits, scores: `[B, E, V]` raw and processed, of the emitted positions.
         p: `[B, E, V]` the law each emitted token follows; None in the greedy limit.
-        chances: per row, by parent, how likely it was that its drawn child is kept.
+        chances: per row, by node reached, how likely it was that one of its drawn children is kept.
     """
 
     paths: list[list[int]]
@@ -46,19 +47,41 @@ class TreeJudgement:
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of a drawn child, should no chosen one be followed.
+    """What became of the drawn children of a node, should no chosen one be followed.
 
     Attributes:
-        node: the child.
-        kept: whether it is followed.
-        instead: the token that follows its parent if it is not.
-        chance: how likely it was that it is reached and kept, before it was drawn.
+        kept: the child that is followed, None for none.
+        instead: the token that follows the node if none is.
+        chance: how likely it was, before each was drawn, that one is reached and kept.
     """
 
-    node: int
-    kept: bool
+    kept: int | None
     instead: int
     chance: float
+
+
+@dataclass(frozen=True)
+class _Children:
+    """The children of each node of one row.
+
+    Attributes:
+        chosen: by parent, then by token.
+        drawn: by parent, in the order they were drawn in: place among the row's drawn nodes, and node.
+    """
+
+    chosen: dict[int, dict[int, int]]
+    drawn: dict[int, list[tuple[int, int]]]
+
+    @classmethod
+    def of(cls, tokens: list[int], parents: list[int], drawn: list[int]) -> _Children:
+        """Sorted by parent."""
+        found, tried = cls({}, {}), set(drawn)
+        for place, node in enumerate(drawn):
+            found.drawn.setdefault(parents[node], []).append((place, node))
+        for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
+            if node not in tried:
+                found.chosen.setdefault(parent, {})[token] = node
+        return found
 
 
 def judge_tree(
@@ -75,105 +98,99 @@ def judge_tree(
     scores = tree_scores(law, context, tree, logits)
     p = law.probabilities(scores) if law.do_sample else None
     chosen = scores.argmax(-1) if p is None else law.draw(p.flatten(0, 1)).reshape(p.shape[:2])
-    drawn = chosen.tolist()  # [B][T + 1]
-    trials = _try_drawn(law, tree, p) if p is not None and any(tree.drawn) else [{} for _ in tree.tokens]
-    paths, tokens = [], []
-    for row, (of_row, parents) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
-        path, last = walk(of_row, parents, drawn[row], trials[row])
-        paths.append(path if active[row] else [])
-        tokens.append([*(of_row[node] for node in path), last] if active[row] else [])
+    paths, lasts, chances = _walk(law, tree, p, chosen.tolist(), active)
+    tokens = [
+        [*(of_row[node] for node in path), last] if alive else []
+        for of_row, path, last, alive in zip(tree.tokens, paths, lasts, active, strict=True)
+    ]
     places = _emitted_columns(paths).to(logits.device)
 
     def pick(values: torch.Tensor) -> torch.Tensor:
         return values.gather(1, places[:, :, None].expand(-1, -1, values.shape[2]))
 
-    chances = [{parent: trial.chance for parent, trial in row.items()} for row in trials]
     return TreeJudgement(paths, tokens, pick(logits), pick(scores), None if p is None else pick(p), chances)
 
 
-def walk(
-    tokens: list[int], parents: list[int], drawn: list[int], trials: Mapping[int, Trial] | None = None
-) -> tuple[list[int], int]:
-    """Follow the draws down a tree: the nodes passed, and the draw that left it.
+def _walk(
+    law: LawMaker, tree: TreeProposal, p: torch.Tensor | None, first: list[list[int]], active: list[bool]
+) -> tuple[list[list[int]], list[int], list[dict[int, float]]]:
+    """Goes down every row's tree, a node of each at a time: paths, the tokens after them, and `chances`.
 
     Args:
-        tokens, parents: of the nodes; drawn: the draw after the context, then after each node.
-        trials: by parent, what became of the children that were drawn.
+        law: the verifier's law maker; p: `[B, T + 1, V]`, its laws, None in the greedy limit.
+        tree: what was proposed; active: rows that emit.
+        first: per row, the draw after the context, then after each node.
     """
-    trials = trials or {}
-    tried = {trial.node for trial in trials.values()}
-    nodes = enumerate(zip(tokens, parents, strict=True))
-    child = {(parent, token): node for node, (token, parent) in nodes if node not in tried}
-    path: list[int] = []
-    node = ROOT
-    while True:
-        chosen, trial = child.get((node, drawn[node + 1])), trials.get(node)
-        if chosen is not None:
-            node = chosen
-        elif trial is None:
-            return path, drawn[node + 1]
-        elif trial.kept:
-            node = trial.node
-        else:
-            return path, trial.instead
-        path.append(node)
+    batch = len(tree.tokens)
+    drawn = tree.drawn if p is not None and tree.drawn else [[]] * batch
+    children = [_Children.of(*row) for row in zip(tree.tokens, tree.parents, drawn, strict=True)]
+    paths: list[list[int]] = [[] for _ in range(batch)]
+    lasts, chances = [0] * batch, [dict[int, float]() for _ in range(batch)]
+    going = {b: ROOT for b in range(batch) if active[b]}
+    while going:
+        trials = {}
+        if p is not None and any(node in children[b].drawn for b, node in going.items()):
+            trials = _try_drawn(law, tree, p, children, {b: n for b, n in going.items() if n in children[b].drawn})
+        for b, node in list(going.items()):
+            token, trial = first[b][node + 1], trials.get(b)
+            following = children[b].chosen.get(node, {}).get(token)
+            if trial is not None:
+                chances[b][node] = trial.chance
+                if following is None:
+                    following, token = trial.kept, trial.instead
+            if following is None:
+                lasts[b] = token
+                del going[b]
+            else:
+                going[b] = following
+                paths[b].append(following)
+    return paths, lasts, chances
 
 
-def _try_drawn(law: LawMaker, tree: TreeProposal, p: torch.Tensor) -> list[dict[int, Trial]]:
-    """Judge every drawn child as if its parent were reached and no chosen child followed: per row, by parent.
+def _try_drawn(
+    law: LawMaker, tree: TreeProposal, p: torch.Tensor, children: list[_Children], at: dict[int, int]
+) -> dict[int, Trial]:
+    """Judges the drawn children of some rows' nodes, as if no chosen one were followed.
 
     Args:
-        law: the verifier's law maker; p: `[B, T + 1, V]`, its laws.
-        tree: with drawn nodes.
+        law: the verifier's law maker; tree: with drawn nodes; p: `[B, T + 1, V]`, its laws.
+        children: per row; at: node of each of R rows, which has drawn children.
+
+    Returns:
+        By row.
     """
     assert tree.q is not None, "drawn nodes come with what they were drawn from"
-    q = tree.q.to(device=p.device, dtype=p.dtype)  # [B, D, V]
-    where, nodes = _drawn_columns(tree)
-    batch = torch.arange(len(nodes), device=p.device)[:, None]
-    rest = p[batch, where.to(p.device)]  # [B, D, V]
-    row, place, token = _chosen_beside(tree)
-    rest[row, place, token] = 0
-    left = rest.sum(-1, keepdim=True)
+    rows, nodes = list(at), list(at.values())
+    rest = p[rows, [node + 1 for node in nodes]]  # [R, V]
+    chosen = [(r, token) for r, (b, node) in enumerate(at.items()) for token in children[b].chosen.get(node, {})]
+    rest[[r for r, _ in chosen], [token for _, token in chosen]] = 0
+    left = rest.sum(-1)
     # Where chosen children have all the weight the trial is never asked for; any law will do.
-    rest = torch.where(left > 0, rest / left, torch.ones_like(rest))
-    asked = nodes.to(p.device)  # [B, D]
-    chances = left[..., 0] * overlap(rest, q, asked)
-    laws, single = rest.flatten(0, 1)[:, None], torch.ones(asked.numel(), dtype=torch.long, device=p.device)
-    # The law after an accepted token is never asked for here, so the second place may repeat the first.
-    verdict = verify_tokens(asked.view(-1, 1), single, laws.expand(-1, 2, -1), q.flatten(0, 1)[:, None], law.randomness)
-    instead = law.draw(verdict.following)
-    found = torch.stack([verdict.accepted.to(p.dtype), instead.to(p.dtype), chances.flatten()], dim=1)
-    results = found.view(*asked.shape, 3).tolist()
-    return [
-        {
-            parents[node]: Trial(node, bool(kept), int(other), chance)
-            for node, (kept, other, chance) in zip(of_row, row_results, strict=False)
-        }
-        for parents, of_row, row_results in zip(tree.parents, tree.drawn, results, strict=True)
-    ]
-
-
-def _drawn_columns(tree: TreeProposal) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each drawn node `[B, D]` the column of the law after its parent, and its token; filled with zeros."""
-    width = max(len(row) for row in tree.drawn)
-    columns = torch.zeros(len(tree.drawn), width, dtype=torch.long)
-    tokens = torch.zeros_like(columns)
-    for b, row in enumerate(tree.drawn):
-        columns[b, : len(row)] = torch.tensor([tree.parents[b][node] + 1 for node in row], dtype=torch.long)
-        tokens[b, : len(row)] = torch.tensor([tree.tokens[b][node] for node in row], dtype=torch.long)
-    return columns, tokens
-
-
-def _chosen_beside(tree: TreeProposal) -> tuple[list[int], list[int], list[int]]:
-    """Of each chosen child that has a drawn sibling: its row, the sibling's place among the drawn, its token."""
-    found: tuple[list[int], list[int], list[int]] = ([], [], [])
-    for b, (tokens, parents, drawn) in enumerate(zip(tree.tokens, tree.parents, tree.drawn, strict=True)):
-        place_of, among = {parents[node]: place for place, node in enumerate(drawn)}, set(drawn)
-        for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
-            if parent in place_of and node not in among:
-                for part, value in zip(found, (b, place_of[parent], token), strict=True):
-                    part.append(value)
-    return found
+    rest = torch.where(left[:, None] > 0, rest / left[:, None], 1 / rest.shape[1])
+    drawn = [children[b].drawn[node] for b, node in at.items()]
+    kept = torch.full((len(rows),), -1, device=p.device)
+    chance = torch.zeros_like(left)
+    for turn in range(max(map(len, drawn))):
+        places = [row[turn][0] if turn < len(row) else 0 for row in drawn]
+        tokens = torch.tensor(
+            [tree.tokens[b][row[turn][1]] if turn < len(row) else 0 for b, row in zip(rows, drawn, strict=True)]
+        ).to(p.device)
+        trying = torch.tensor([turn < len(row) for row in drawn]).to(p.device) & (kept < 0)
+        q = tree.q[rows, places].to(device=p.device, dtype=p.dtype)  # [R, V]
+        chance += torch.where(trying, left * torch.minimum(rest, q).sum(-1), 0.0)
+        # The law after an accepted token is never asked for here, so the second place may repeat the first.
+        verdict = verify_tokens(
+            tokens[:, None], trying.long(), rest[:, None].expand(-1, 2, -1), q[:, None], law.randomness
+        )
+        kept = torch.where(trying & (verdict.accepted > 0), turn, kept)
+        residual = verdict.following / verdict.following.sum(-1, keepdim=True)
+        rest = torch.where((trying & (kept < 0))[:, None], residual, rest)
+    instead = law.draw(torch.where((kept < 0)[:, None], rest, functional.one_hot(tokens, rest.shape[1]).to(rest.dtype)))
+    found = torch.stack([kept.to(p.dtype), instead.to(p.dtype), chance], dim=1).tolist()
+    return {
+        b: Trial(row[int(turn)][1] if turn >= 0 else None, int(other), probability)
+        for b, row, (turn, other, probability) in zip(rows, drawn, found, strict=True)
+    }
 
 
 def record_tree(stats: LevelStats, tree: TreeProposal, judgement: TreeJudgement, active: list[bool]) -> None:
@@ -196,7 +213,7 @@ def record_tree(stats: LevelStats, tree: TreeProposal, judgement: TreeJudgement,
         for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
             if parent in position_of and node not in drawn:
                 places.append((b, position_of[parent], token))
-        tried += sum(judgement.chances[b][parents[node]] for node in drawn if parents[node] in position_of)
+        tried += sum(judgement.chances[b].values())
         kept += len(path)
     if not reached:
         return

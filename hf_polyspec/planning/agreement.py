@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from ..cache import RollbackCache
 from ..distributions import LawMaker
@@ -160,15 +161,80 @@ class _Forced:
 
 
 class Along(LawMaker):
-    """A law maker for trees that follows a text: what a level of a tree draws is the text's token there."""
+    """A law maker for trees that follows a text: on its way, one of a node's children is the text's next token.
 
-    def __init__(self, maker: LawMaker, tokens: Sequence[int]) -> None:
-        super().__init__(maker.processors, maker.do_sample, maker.device)
-        self.left = list(tokens)
+    Which one is drawn as a check would find it, given that the check emits that token; those before it are ids that it
+    rejects.
 
-    def draw_ids(self, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        token = self.left.pop(0) if self.left else 0
-        return torch.full((weights.shape[0],), token, device=ids.device)
+    Args:
+        maker: of the plan's laws.
+        tokens: the text; laws: `[n, V]`, what its tokens are drawn from by the level that checks.
+
+    Attributes:
+        ratios: log of how likely the text's token is followed if the check emits it, by depth.
+    """
+
+    def __init__(self, maker: LawMaker, tokens: Sequence[int], laws: torch.Tensor) -> None:
+        super().__init__(maker.processors, maker.do_sample, maker.device, maker.randomness)
+        self.tokens, self.laws = list(tokens), laws
+        self.ratios: list[float] = []
+        self._at: int | None = ROOT  # the text's node, by its place among all children drawn so far
+        self._before = 0  # children drawn so far
+
+    def draw_distinct(
+        self, weights: torch.Tensor, ids: torch.Tensor, counts: torch.Tensor, nodes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        depth, width = len(self.ratios), max(1, int(counts.max()))
+        row = next((row for row, node in enumerate(nodes.tolist()) if node == self._at), None)
+        self._at, forced = None, None
+        if row is not None and depth < len(self.tokens):
+            columns = (ids == self.tokens[depth]).nonzero().flatten().tolist()
+            p, r = self.laws[depth].to(ids.device)[ids].double(), weights[row].double()
+            forced = self._followed(p, r, columns[0], int(counts[row])) if columns else None
+        if row is None or forced is None:
+            drawn, laws = super().draw_distinct(weights, ids, counts, nodes)
+        else:
+            place, children, ratio = forced
+            self.ratios.append(ratio)
+            self._at = self._before + row * width + place
+            others = counts.index_fill(0, torch.tensor([row], device=counts.device), 0)
+            drawn, laws = super().draw_distinct(weights, ids, others, nodes)
+            missing = width - drawn.shape[1]
+            drawn, laws = functional.pad(drawn, (0, missing)), functional.pad(laws, (0, 0, 0, missing))
+            drawn[row, : len(children)] = ids[children]
+        self._before += drawn.numel()
+        return drawn, laws
+
+    def _followed(
+        self, p: torch.Tensor, r: torch.Tensor, column: int, count: int
+    ) -> tuple[int, list[int], float] | None:
+        """Which of a node's children is the text's token, all of them, and the log ratio; None if none can be.
+
+        Args:
+            p, r: `[N]`, laws of the check and of the drafter; column: the token's; count: how many children there are.
+        """
+        weight, reached, left = float(p[column]), 1.0, r
+        rejected, chances = list[int](), list[float]()
+        while len(chances) < count:
+            left = left / left.sum()
+            common = torch.minimum(p, left)
+            chances.append(reached * float(common[column]))
+            reached *= float(1 - common.sum())
+            refused = left - common
+            if len(chances) == count or reached <= 0 or not float(refused.sum()) > 0:
+                break
+            rejected.append(int(self.draw(refused[None])))
+            p, left = (p - common) / (1 - common.sum()), left.clone()
+            left[rejected[-1]] = 0
+        if not sum(chances) > 0:
+            return None
+        place = int(self.draw(torch.tensor([chances], dtype=torch.float64, device=p.device)))
+        children = [*rejected[:place], column]
+        while len(children) < count:
+            rest = r.clone()
+            rest[children] = 0
+            children.append(int(self.draw(rest[None])))
+        return place, children, math.log(sum(chances) / weight)
 
 
 class _Taker:
@@ -214,9 +280,13 @@ class _Taker:
         if room < 1:
             return 0, np.zeros(0)
         if self.trees:
-            maker = Along(self.law.maker(), reading.stream[start : start + room].tolist())
+            stream, laws = reading.stream[start : start + room].tolist(), reading.laws[start : start + room]
+            maker = Along(self.law.maker(), stream, laws)
             tree = below.propose_tree(context, [room], maker)
-            return (0, np.zeros(0)) if tree is None else (len(tree.tokens[0]), depth_ratios(tree, reading, start))
+            if tree is None:
+                return 0, np.zeros(0)
+            drawn = any(tree.drawn)
+            return len(tree.tokens[0]), np.array([*maker.ratios, NEVER]) if drawn else depth_ratios(tree, stream)
         forced = text.new[start : start + room]
         proposal = below.propose(context, [room], self.law.maker(_Forced(forced)))
         tokens = proposal.tokens[0]
@@ -276,37 +346,16 @@ class _Taker:
         return below.stats.forward_passes > 0
 
 
-def depth_ratios(tree: TreeProposal, reading: Reading, start: int) -> Array:
-    """Log ratios by depth along the stream, as far as a tree holds it; -inf at the next depth.
-
-    A token that a chosen child holds is kept, ratio 1. One that a drawn child holds is kept with probability
-    min(1, r / p'), r being what the child was drawn from and p' the law without the chosen children.
+def depth_ratios(tree: TreeProposal, stream: Sequence[int]) -> Array:
+    """Log ratios by depth along a stream, as far as a tree of chosen nodes holds it: 0; -inf at the next depth.
 
     Args:
-        tree: of one row, its drawn children on the stream holding the stream's tokens.
-        reading: of the model that checks it; start: where in its text.
+        tree: of one row, nothing of it drawn; stream: the tokens that the level above emits.
     """
     tokens, parents = tree.tokens[0], tree.parents[0]
-    drawn = {parents[node]: (node, place) for place, node in enumerate(tree.drawn[0] if tree.drawn else [])}
-    tried = {node for node, _ in drawn.values()}
-    chosen: dict[int, dict[int, int]] = {}
-    for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
-        if node not in tried:
-            chosen.setdefault(parent, {})[token] = node
-    node, found = ROOT, []
-    for depth, token in enumerate(reading.stream[start:-1].tolist()):
-        beside = chosen.get(node, {})
-        if token in beside:
-            node = beside[token]
-            found.append(0.0)
-        elif node in drawn and tree.q is not None and token < tree.q.shape[2]:
-            node, place = drawn[node]
-            p = reading.laws[start + depth].double()
-            rest = float(p[token]) / max(1e-12, 1 - float(p[list(beside)].sum()))
-            r = float(tree.q[0, place, token])
-            if not r > 0 or tokens[node] != token:
-                break
-            found.append(math.log(r / rest))
-        else:
-            break
-    return np.array([*found, NEVER])
+    child = {(parent, token): node for node, (token, parent) in enumerate(zip(tokens, parents, strict=True))}
+    node, depth = child.get((ROOT, stream[0])) if stream else None, 0
+    while node is not None:
+        depth += 1
+        node = child.get((node, stream[depth])) if depth < len(stream) else None
+    return np.array([0.0] * depth + [NEVER])

@@ -4,8 +4,10 @@ seen by the same harness."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from enumeration import (
@@ -20,7 +22,6 @@ from enumeration import (
     context_of,
     distance,
     outcomes,
-    sampling,
     true_law,
 )
 from test_enumeration_trees import Continues, TreeTable
@@ -32,29 +33,30 @@ from hf_polyspec.levels import joined as joined_module
 from hf_polyspec.levels.base import Drafter, Proposal, TreeProposal
 from hf_polyspec.levels.joined import JoinedDrafter
 from hf_polyspec.levels.verifier import Verifier
-from hf_polyspec.planning.agreement import Along, depth_ratios
-from hf_polyspec.planning.readings import Reading, survival
+from hf_polyspec.planning.agreement import Along
+from hf_polyspec.planning.readings import NEVER, survival
 from hf_polyspec.trees import ROOT, depths, graft, path_to
+from hf_polyspec.verification import Verdict, verify_tokens
 
 
 class Sketch(Drafter):
-    """Gives every node of a level so many chosen children and, if told so, a drawn one, level by level.
+    """Gives every node of a level so many chosen children, and so many drawn without replacement, level by level.
 
     Args:
         table: whose likeliest ids are chosen, and what is drawn from.
-        plan: per level, chosen children and whether one is drawn.
+        plan: per level, chosen and drawn children.
     """
 
-    def __init__(self, table: TableModel, *plan: tuple[int, bool]) -> None:
+    def __init__(self, table: TableModel, *plan: tuple[int, int]) -> None:
         super().__init__()
         self.table, self.plan = table, plan
 
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
         return Proposal([[]], None, [[]])
 
-    def law_after(self, prefix: tuple[int, ...], chosen: list[int]) -> torch.Tensor:
+    def law_after(self, prefix: tuple[int, ...], gone: list[int]) -> torch.Tensor:
         rest = self.table.law(prefix).clone()
-        rest[chosen] = 0
+        rest[gone] = 0
         return rest / rest.sum()
 
     def propose_tree(self, context: Context, limits: list[int], law: LawMaker) -> TreeProposal | None:
@@ -68,9 +70,9 @@ class Sketch(Drafter):
             for node in front:
                 prefix = tuple(context.ids[0] + [tokens[n] for n in path_to(node, parents)])
                 children = self.table.law(prefix).topk(count).indices.tolist()
-                if draws:
+                for _ in range(draws):
                     laws.append(self.law_after(prefix, children))
-                    drawn.append(len(tokens) + count)
+                    drawn.append(len(tokens) + len(children))
                     children.append(int(law.draw(laws[-1][None])[0]))
                 level += range(len(tokens), len(tokens) + len(children))
                 tokens += children
@@ -88,23 +90,36 @@ def two(models: list[TreeTable], drafter: Drafter) -> Verifier:
 
 
 @pytest.mark.parametrize(
-    "plan", [((0, True),), ((1, True),), ((2, True),), ((0, True), (0, True)), ((1, False), (1, True))]
+    "plan",
+    [
+        ((0, 1),),
+        ((1, 1),),
+        ((2, 1),),
+        ((0, 2),),
+        ((0, 3),),
+        ((1, 2),),
+        ((0, 1), (0, 1)),
+        ((0, 2), (0, 1)),
+        ((1, 0), (1, 1)),
+    ],
 )
 @pytest.mark.parametrize("seed", [1, 2])
-def test_drawn_children_under_a_target(plan: tuple[tuple[int, bool], ...], seed: int) -> None:
+def test_drawn_children_under_a_target(plan: tuple[tuple[int, int], ...], seed: int) -> None:
     models = approximations(2, 3, seed, TreeTable)
     assert distance(two(models, Sketch(models[1], *plan)), models[0], 2) < EXACT
 
 
 def test_a_deeper_tree_of_two_ids() -> None:
     models = approximations(2, 2, 3, TreeTable)
-    assert distance(two(models, Sketch(models[1], (0, True), (0, True), (0, True))), models[0], 3) < EXACT
+    assert distance(two(models, Sketch(models[1], (0, 1), (0, 1), (0, 1))), models[0], 3) < EXACT
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-@pytest.mark.parametrize(("vocabulary", "block_size", "plan"), [(3, 2, ((1, True),)), (2, 3, ((0, True), (0, True)))])
+@pytest.mark.parametrize(
+    ("vocabulary", "block_size", "plan"), [(3, 2, ((1, 1),)), (3, 2, ((0, 2),)), (2, 3, ((0, 1), (0, 1)))]
+)
 def test_drawn_children_under_a_middle_under_a_target(
-    rule: str, vocabulary: int, block_size: int, plan: tuple[tuple[int, bool], ...]
+    rule: str, vocabulary: int, block_size: int, plan: tuple[tuple[int, int], ...]
 ) -> None:
     models = approximations(3, vocabulary, 4, TreeTable)
     middle = OneChoiceRounds(models[1], Sketch(models[2], *plan), name="middle", block_size=block_size, trees=True)
@@ -116,7 +131,7 @@ def test_drawn_children_under_a_middle_under_a_target(
 def test_a_branch_beside_drawn_children(monkeypatch: pytest.MonkeyPatch) -> None:
     """The branch never shares a drawn node; sharing it, so that it counts as drawn only, is caught."""
     models = approximations(2, 3, 5, TreeTable)
-    joined = JoinedDrafter(Sketch(models[1], (0, True)), Continues(3, 2))
+    joined = JoinedDrafter(Sketch(models[1], (0, 1)), Continues(3, 2))
     assert distance(two(models, joined), models[0], 2) < EXACT
     monkeypatch.setattr(joined_module, "graft", lambda tokens, parents, branch, besides: graft(tokens, parents, branch))
     assert distance(two(models, joined), models[0], 2) > 0.01
@@ -128,10 +143,8 @@ class Heads:
     def __init__(self, table: TableModel, start: tuple[int, ...]) -> None:
         self.table, self.prefixes = table, [start]
 
-    def guess(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        laws = torch.stack([self.table.law(self.prefixes[int(state)]) for state in states[0, :, 0]])[None]
-        sharper = laws**1.25
-        return laws, sharper / sharper.sum(-1, keepdim=True)
+    def guess(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.table.law(self.prefixes[int(state)]) for state in states[0, :, 0]])[None]
 
     def step(self, tokens: torch.Tensor, features: torch.Tensor, level: int, sees: torch.Tensor) -> torch.Tensor:
         assert sees.shape[:2] == tokens.shape
@@ -161,7 +174,7 @@ class Grows(Sketch):
             head.guess,
             ids,
             head.step,
-            law.draw_ids,
+            law.draw_distinct,
             top_k=top_k,
         )
         (tokens,), (parents,), (nodes,) = grown.tokens, grown.parents, drawn.nodes
@@ -180,45 +193,39 @@ class Grows(Sketch):
         return TreeProposal([tokens], [parents], [[self.index] * len(tokens)], [nodes], laws)
 
 
-@pytest.mark.parametrize(("total", "depth", "top_k"), [(1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2), (3, 1, 2)])
-def test_trees_that_grow_as_a_heads_do(total: int, depth: int, top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drawn_tree, "_drawn_chance", lambda mass: 0.8 * mass)
-    models = approximations(2, 3, 7, TreeTable)
+@pytest.mark.parametrize(
+    ("vocabulary", "total", "depth", "top_k"),
+    [(3, 1, 1, 1), (3, 2, 1, 2), (3, 2, 2, 1), (3, 2, 2, 2), (3, 3, 1, 3), (2, 3, 2, 2), (2, 3, 3, 1)],
+)
+def test_trees_that_grow_as_a_heads_do(vocabulary: int, total: int, depth: int, top_k: int) -> None:
+    models = approximations(2, vocabulary, 7, TreeTable)
     drafter = Grows(models[1], total, depth, top_k)
-    assert distance(two(models, drafter), models[0], 2) < EXACT
-    assert max(drawn for _, drawn in drafter.seen) >= 1
+    assert distance(two(models, drafter), models[0], 1 + depth) < EXACT
     assert max(nodes for nodes, _ in drafter.seen) == total
+    assert all(nodes == drawn for nodes, drawn in drafter.seen)
 
 
-def test_trees_that_grow_deep(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drawn_tree, "_drawn_chance", lambda mass: 1.2 * mass)
-    models = approximations(2, 2, 7, TreeTable)
-    drafter = Grows(models[1], 3, 3, 1)
-    assert distance(two(models, drafter), models[0], 3) < EXACT
-    assert max(drawn for _, drawn in drafter.seen) >= 2
-
-
-def test_dropping_a_node_for_what_was_drawn_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drawn_tree, "_drawn_chance", lambda mass: 0.8 * mass)
+def test_dropping_a_node_for_what_was_drawn_is_caught() -> None:
     models = approximations(2, 3, 7, TreeTable)
     assert distance(two(models, Grows(models[1], 1, 1, 1, least=0.4)), models[0], 2) > 0.01
 
 
-@pytest.mark.parametrize(("total", "depth"), [(1, 1), (2, 2), (3, 2), (4, 2)])
-def test_a_replay_along_the_targets_texts_tells_what_is_accepted(
-    total: int, depth: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("total", "depth", "top_k"), [(1, 1, 1), (2, 1, 2), (2, 2, 1), (3, 2, 2)])
+def test_a_replay_along_the_targets_texts_tells_what_is_accepted(total: int, depth: int, top_k: int) -> None:
     """Survival along a text, averaged over all texts, is the expected number of nodes that a real check keeps."""
-    monkeypatch.setattr(drawn_tree, "_drawn_chance", lambda mass: 0.8 * mass)
     models = approximations(2, 3, 7, TreeTable)
-    drafter, context, law = Grows(models[1], total, depth, 1), context_of(START), sampling()
+    drafter, context = Grows(models[1], total, depth, top_k), context_of(START)
     expected = 0.0
     for text, weight in true_law(models[0], START, depth + 1).items():
         laws = torch.stack([models[0].law(START + text[:i]) for i in range(len(text))])
-        tree = drafter.propose_tree(context, [depth], Along(law, text))
-        assert tree is not None
-        ratios = depth_ratios(tree, Reading(laws, torch.tensor(text)), 0)
-        expected += weight * float(survival(ratios[None, :depth], False).sum())
+
+        def follow(replay: Replay, text: Any = text, laws: torch.Tensor = laws) -> tuple[Any, Any]:
+            maker = Along(LawMaker([], True, CPU, replay), text, laws)
+            assert drafter.propose_tree(context, [depth], maker) is not None
+            ratios = np.array([*maker.ratios, NEVER])[None, :depth]
+            return float(survival(ratios, False).sum()), None
+
+        expected += weight * sum(kept * chance for kept, (chance, _) in outcomes(follow).items())
     real = 0.0
 
     def program(replay: Replay) -> tuple[Any, Any]:
@@ -239,7 +246,7 @@ class Unrestricted(Sketch):
         if tree is None:
             return None
         whole = self.table.law(tuple(context.ids[0]))[None, None]
-        return TreeProposal(tree.tokens, tree.parents, tree.origins, tree.drawn, whole)
+        return dataclasses.replace(tree, q=whole)
 
 
 class Besides(Sketch):
@@ -256,7 +263,7 @@ class Besides(Sketch):
 
 def test_another_law_than_was_drawn_from_is_caught() -> None:
     models = approximations(2, 3, 1, TreeTable)
-    assert distance(two(models, Unrestricted(models[1], (1, True))), models[0], 2) > 0.01
+    assert distance(two(models, Unrestricted(models[1], (1, 1))), models[0], 2) > 0.01
 
 
 def test_choosing_after_drawing_is_caught() -> None:
@@ -266,20 +273,41 @@ def test_choosing_after_drawing_is_caught() -> None:
 
 def test_judging_a_drawn_child_against_the_whole_law_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """p in place of p', the law without the chosen children."""
-    monkeypatch.setattr(tree_judgement, "_chosen_beside", lambda tree: ([], [], []))
+    genuine = tree_judgement._try_drawn
+
+    def whole(law: Any, tree: Any, p: Any, children: Any, at: Any) -> Any:
+        return genuine(law, tree, p, [dataclasses.replace(row, chosen={}) for row in children], at)
+
+    monkeypatch.setattr(tree_judgement, "_try_drawn", whole)
     models = approximations(2, 3, 1, TreeTable)
-    assert distance(two(models, Sketch(models[1], (1, True))), models[0], 2) > 0.01
+    assert distance(two(models, Sketch(models[1], (1, 1))), models[0], 2) > 0.01
 
 
 def test_keeping_the_first_draw_after_a_rejection_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The token that was no chosen child, handed on in place of a draw from the residual."""
-    genuine = tree_judgement.walk
-
-    def walk(tokens: list[int], parents: list[int], drawn: list[int], trials: Any) -> tuple[list[int], int]:
-        path, last = genuine(tokens, parents, drawn, trials)
-        node = path[-1] if path else ROOT
-        return path, drawn[node + 1] if node in trials and not trials[node].kept else last
-
-    monkeypatch.setattr(tree_judgement, "walk", walk)
+    """A token from the law as it was before a child was rejected, in place of a draw from the residual."""
+    monkeypatch.setattr(tree_judgement, "verify_tokens", forgetful)
     models = approximations(2, 3, 1, TreeTable)
-    assert distance(two(models, Sketch(models[1], (1, True))), models[0], 2) > 0.01
+    assert distance(two(models, Sketch(models[1], (1, 1))), models[0], 2) > 0.01
+    assert distance(two(models, Sketch(models[1], (0, 2))), models[0], 2) > 0.01
+
+
+def forgetful(tokens: torch.Tensor, lengths: torch.Tensor, p: torch.Tensor, q: Any, randomness: Any) -> Verdict:
+    """Speculative sampling that goes on with the law it began with."""
+    return dataclasses.replace(verify_tokens(tokens, lengths, p, q, randomness), following=p[:, 0])
+
+
+class Replacing(Sketch):
+    """Says that it drew without replacement, but draws every child from the whole law."""
+
+    def propose_tree(self, context: Context, limits: list[int], law: LawMaker) -> TreeProposal | None:
+        tree = super().propose_tree(context, limits, law)
+        if tree is None:
+            return None
+        whole = self.table.law(tuple(context.ids[0]))
+        tree.tokens[0][1] = int(law.draw(whole[None])[0])
+        return tree
+
+
+def test_drawing_with_replacement_under_the_laws_of_without_is_caught() -> None:
+    models = approximations(2, 3, 1, TreeTable)
+    assert distance(two(models, Replacing(models[1], (0, 2))), models[0], 2) > 0.01
