@@ -12,7 +12,7 @@ child it follows p', and so does what replaces it (recursive rejection sampling)
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
@@ -42,7 +42,7 @@ class TreeJudgement:
     logits: torch.Tensor
     scores: torch.Tensor
     p: torch.Tensor | None
-    chances: list[dict[int, float]] = field(default_factory=list)
+    chances: list[dict[int, float]]
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def record_tree(stats: LevelStats, tree: TreeProposal, judgement: TreeJudgement,
     """Count one check of a batch of trees; a tree's depth counts as the number of tokens drafted.
 
     The acceptance rate that the laws imply at a node reached is the chance that the tree goes on: the law's weight
-    on the chosen children, and the chance of the drawn one. Nodes without children are not judged.
+    on the chosen children, and the chance that one of the drawn is kept. Nodes without children are not judged.
     """
     places: list[tuple[int, int, int]] = []  # row, position of the node on the path, id of a chosen child
     reached, kept, tried = 0, 0, 0.0

@@ -196,8 +196,8 @@ def test_doubled_siblings_are_no_way_to_join(monkeypatch: pytest.MonkeyPatch) ->
             rest[token] = 0
         after = logits[0, path[0] + 1].softmax(-1) if path else rest
         tokens = [*(tree.tokens[0][node] for node in path), int(law.draw(after[None])[0])]
-        width = len(tokens)
-        return TreeJudgement([path], [tokens], logits[:, :width], logits[:, :width], logits[:, :width].softmax(-1))
+        emitted = logits[:, : len(tokens)]
+        return TreeJudgement([path], [tokens], emitted, emitted, emitted.softmax(-1), [{}])
 
     monkeypatch.setattr(verifier_module, "judge_tree", coins)
     models = approximations(2, 4, 3, TreeTable)
@@ -263,8 +263,8 @@ def ratio_rule(*, only_zeroes: bool) -> Any:
         after = logits[0, path[0] + 1].softmax(-1) if path else p
         token = int(law.draw(after[None])[0])
         tokens = [*(tree.tokens[0][node] for node in path), token]
-        width = len(tokens)
-        return TreeJudgement([path], [tokens], logits[:, :width], logits[:, :width], logits[:, :width].softmax(-1))
+        emitted = logits[:, : len(tokens)]
+        return TreeJudgement([path], [tokens], emitted, emitted, emitted.softmax(-1), [{}])
 
     return judge
 
