@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from hf_polyspec.eagle.card import DTYPES, RunFacts, publish
 from hf_polyspec.eagle.dataset import load_corpus
 from hf_polyspec.eagle.generation import GenerationState, Generator
-from hf_polyspec.eagle.lesson import check_lesson
+from hf_polyspec.eagle.kept_states import identity
+from hf_polyspec.eagle.lesson import check_lesson, layers_to_read
 from hf_polyspec.eagle.prompts import read_excluded, read_prompts
 from hf_polyspec.eagle.shards import read_progress
 from hf_polyspec.eagle.training import Progress, Trainer
@@ -171,7 +172,8 @@ def check_same_run(config: TrainingConfig) -> None:
     path = config.folder / "config.yaml"
     if not path.is_file():
         return
-    before, now = _leaves(load_config(path)), _leaves(config.as_dict())
+    # a setting that the run's version did not know has its default
+    before, now = _leaves(build_config(load_config(path)).as_dict()), _leaves(config.as_dict())
     # the folder may be named in another way or have moved, and more texts may be asked for until training has begun;
     # everything else is what the run is
     free = {"output"} if (config.folder / "checkpoints").is_dir() else {"output", "generation.max_tokens"}
@@ -257,6 +259,7 @@ def _generate(
     if begun or read_progress(config.texts_folders[0]).tokens >= wanted:
         return True
     accelerator.wait_for_everyone()  # nobody writes before all have counted what is there
+    watched = layers_to_read(config, target) if config.generation.keep_states else None
     generator = Generator(
         _int8(target, activation_bits=8) if config.writer == "int8" else target,
         tokenizer,
@@ -267,6 +270,8 @@ def _generate(
         accelerator.process_index,
         accelerator.num_processes,
         writer_name=config.writer,
+        watched=watched,
+        whose_states=identity(config.target, config.revision, config.writer, watched or ()),
     )
     accelerator.wait_for_everyone()
     with _bar(session, "texts", wanted) as show:

@@ -131,7 +131,7 @@ def load_corpus(folders: Sequence[Path], max_length: int, validation_fraction: f
             tokens = np.array(sample.tokens[:max_length], dtype=np.int64)
             if len(tokens) < sample.prompt_length + 2 or len(tokens) < 3:
                 continue  # no room to guess even one token of the answer
-            number = (place << _FOLDER_BITS) + sample.number
+            number = text_number(place, sample.number)
             text = Text(number, tokens, sample.prompt_length, sample.kind)
             aside = sample_random(seed, number, "split").random() < validation_fraction
             (held if aside else train).append(text)
@@ -141,6 +141,11 @@ def load_corpus(folders: Sequence[Path], max_length: int, validation_fraction: f
         where = " and ".join(str(folder) for folder in folders)
         raise ValueError(f"{where} holds too few texts to train on and to validate with; generate more")
     return Corpus(train, held)
+
+
+def text_number(place: int, number: int) -> int:
+    """What a sample is known by among several folders: its folder's place in the list and its own number."""
+    return (place << _FOLDER_BITS) + number
 
 
 def plan_batches(texts: Sequence[Text], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from hf_polyspec.eagle.dataset import Batch, TargetReader, Text
+from hf_polyspec.eagle.kept_states import Seen
 from hf_polyspec.eagle.losses import TargetView
 
 _HALF_MAX = 65504.0
@@ -47,6 +48,7 @@ class FeatureCache:
     ) -> None:
         self.reader = reader
         self.starts: dict[int, int] = {}
+        self.lengths = {text.number: len(text) for text in texts}
         total = 0
         for text in texts:
             self.starts[text.number] = total
@@ -90,6 +92,23 @@ class FeatureCache:
             self._remember(asked, self.reader.read(asked))
         # rounded in the first epoch as in all others, so that a resumed run computes the same numbers
         return self._recall(batch)
+
+    def adopt(self, number: int, seen: Seen) -> None:
+        """Takes what a writer computed for the reader's word on a text.
+
+        Args:
+            number: the text's; one that is not in the cache or remembered already is passed over.
+            seen: of its ids but the last, which nothing is read of.
+        """
+        row = self.index.get(number)
+        if row is None or self.arrays["done"][row]:
+            return
+        known, width = min(self.lengths[number], len(seen.best)), self.arrays["features"].shape[1]
+        place = slice(self.starts[number], self.starts[number] + known)
+        self.arrays["features"][place] = seen.states[:known, :width]
+        self.arrays["final"][place] = seen.states[:known, width:]
+        self.arrays["best"][place] = seen.best[:known]
+        self.arrays["done"][row] = 1
 
     def _remember(self, batch: Batch, view: TargetView) -> None:
         parts = {

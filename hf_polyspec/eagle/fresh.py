@@ -46,15 +46,12 @@ def init_for(
         TypeError: If the target has no embedding or lm_head.
     """
     parts = target_parts(target_model)
-    fields = _fields_from_target(target_model, parts, algorithm, config_overrides.get("hidden_size"))
-    if own_lm_head is not None:
-        fields["own_lm_head"] = own_lm_head
     ids = _draft_ids(draft_vocab, parts.vocab_size)
-    fields["draft_vocab_size"] = parts.vocab_size if ids is None else len(ids)
-    config = EagleHeadConfig(**{**fields, **config_overrides})
+    config_overrides.setdefault("draft_vocab_size", parts.vocab_size if ids is None else len(ids))
+    if own_lm_head is not None:
+        config_overrides.setdefault("own_lm_head", own_lm_head)
+    config = config_for(target_model, algorithm, **config_overrides)
     _refuse_narrow(config, parts)
-    if config.feature_layer_ids is None:
-        config.feature_layer_ids = spread_layers(config, parts.num_layers)
     head = EagleHead(config)
     if ids is not None and config.maps_vocabulary:
         head.d2t.copy_(ids - torch.arange(len(ids)))
@@ -66,6 +63,22 @@ def init_for(
     nn.Module.to(head, device=device, dtype=dtype or _compute_dtype(target_model))
     head.train()
     return head
+
+
+def config_for(target_model: PreTrainedModel, algorithm: str = "eagle3", **overrides: Any) -> EagleHeadConfig:
+    """The config of an untrained head, as `init_for` makes it.
+
+    Args:
+        target_model: Any transformers decoder-only causal language model.
+        algorithm: `"eagle1"` or `"eagle3"`.
+        **overrides: Any field of `EagleHeadConfig`.
+    """
+    parts = target_parts(target_model)
+    fields = _fields_from_target(target_model, parts, algorithm, overrides.get("hidden_size"))
+    config = EagleHeadConfig(**{**fields, **overrides})
+    if config.feature_layer_ids is None:
+        config.feature_layer_ids = spread_layers(config, parts.num_layers)
+    return config
 
 
 def with_whole_vocabulary(head: EagleHead) -> EagleHead:

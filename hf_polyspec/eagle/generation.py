@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -51,6 +51,8 @@ class GenerationSettings:
         min_words: fewest words of an invented prompt.
         ascii_ratio: smallest share of ASCII characters in an invented prompt.
         samples_per_prompt: answers for each prompt of a user's file.
+        keep_states: keep on disk what the writer computed (2 * (F + H_t) + 4 bytes an id), so that a reader of the
+            same kind need not read the texts; for prompts that are not learned.
     """
 
     max_tokens: int = 3_000_000
@@ -64,6 +66,7 @@ class GenerationSettings:
     min_words: int = 3
     ascii_ratio: float = 0.9
     samples_per_prompt: int = 1
+    keep_states: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "slots", "max_new_tokens", "max_prompt_tokens", "shard_tokens"):
@@ -114,6 +117,11 @@ class Generator:
         rank: number of this process.
         world: how many processes share the work.
         writer_name: what the shards say about who wrote them.
+        watched: indices into `hidden_states` that a head will read, for settings that keep states.
+        whose_states: see `kept_states.identity`.
+
+    Raises:
+        ValueError: states are to be kept of a model that cannot run in slots.
     """
 
     def __init__(
@@ -127,6 +135,8 @@ class Generator:
         rank: int = 0,
         world: int = 1,
         writer_name: str = "target",
+        watched: Sequence[int] | None = None,
+        whose_states: str = "",
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -151,12 +161,12 @@ class Generator:
         provenance["model"] = Path(str(model.config._name_or_path)).name
         provenance["writer"] = writer_name
         provenance["prompts"] = "invented by the target" if prompts is None else f"{len(prompts)} of the user's"
-        self.writer = ShardWriter(folder, rank, model.config.get_text_config().vocab_size, provenance)
+        self.writer = ShardWriter(folder, rank, model.config.get_text_config().vocab_size, provenance, whose_states)
         # the widest frame around a prompt: header, closing and the opening of the answer
         frame = 64 + len(self.frame.header)
         capacity = settings.max_prompt_tokens + settings.max_new_tokens + frame
         # a stand-in's texts are close to the target's, not the same: its attention may round as well
-        self.batch = open_batch(model, settings.slots, capacity, compact=writer_name != "target")
+        self.batch = open_batch(model, settings.slots, capacity, compact=writer_name != "target", watched=watched)
         self.capacity = capacity
         self.jobs: list[Job | None] = [None] * settings.slots
 
@@ -262,16 +272,24 @@ class Generator:
             self.jobs[row] = job
             rows.append(row)
             prompts.append(job.tokens)
-        if rows:
-            self.batch.fill(rows, prompts)
+        if not rows:
+            return
+        self.batch.fill(rows, prompts)
+        if self.batch.seen is not None:
+            for row, states in zip(rows, self.batch.seen, strict=True):
+                job = self.jobs[row]
+                if job is not None:
+                    job.look(states[: job.fed])
 
     def _step(self) -> None:
         tokens = [0 if job is None else job.tokens[job.fed] for job in self.jobs]
         logits = self.batch.step(torch.tensor(tokens, device=self.model.device))  # [B, V]
-        drawing = []
+        drawing, states = [], self.batch.seen
         for row, job in enumerate(self.jobs):
             if job is not None:
                 job.fed += 1
+                if states is not None:
+                    job.look(states[row])
                 if job.fed == len(job.tokens):
                     drawing.append((row, job))
         if drawing:
@@ -285,9 +303,11 @@ class Generator:
         uniforms = torch.tensor(
             [-1.0 if job.kind == GREEDY else job.random.random() for _, job in drawing], device=logits.device
         )
-        drawn = draw(logits[rows], uniforms, self.settings.temperature).tolist()
-        for (row, job), token in zip(drawing, drawn, strict=True):
+        drawn, best = (ids.tolist() for ids in draw(logits[rows], uniforms, self.settings.temperature))
+        for (row, job), token, likeliest in zip(drawing, drawn, best, strict=True):
             job.tokens.append(token)
+            if job.best:
+                job.best[-1] = likeliest
             if job.asking:
                 self._continue_asking(row, job, token)
             elif token in self.stops or len(job.tokens) - job.start >= job.limit:
@@ -311,7 +331,7 @@ class Generator:
             return
         if self.batch.refillable and answer.tokens[: job.fed] == job.tokens[: job.fed]:
             # the slot already holds this prompt's beginning: only the closing is left to feed
-            answer.fed = job.fed
+            answer.fed, answer.states, answer.best = job.fed, job.states, job.best
             self.jobs[row] = answer
             return
         self._free(row)
@@ -323,7 +343,7 @@ class Generator:
         self._free(row)
 
     def _finish(self, row: int, job: Job) -> None:
-        self.writer.add(Sample(job.number, tuple(job.tokens), job.start, job.kind))
+        self.writer.add(Sample(job.number, tuple(job.tokens), job.start, job.kind, job.seen()))
         self.state.tokens += len(job.tokens)
         self.state.new_tokens += len(job.tokens)
         self.state.samples += 1

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_polyspec.eagle.kept_states import UNKNOWN, Seen
 
 
 @dataclass
@@ -23,6 +26,8 @@ class Job:
         kind: `GREEDY` or `SAMPLED`.
         random: this part's random numbers.
         fed: ids the model has seen.
+        states: `[n, F + H_t]` each, what it computed on them, where that is kept.
+        best: what it held most likely after each of them.
     """
 
     number: int
@@ -33,9 +38,22 @@ class Job:
     kind: int
     random: Random
     fed: int = 0
+    states: list[torch.Tensor] = field(default_factory=list)
+    best: list[int] = field(default_factory=list)
+
+    def look(self, states: torch.Tensor) -> None:
+        """Takes the states `[n, F + H_t]` of the ids that were just fed."""
+        self.states.append(states)
+        self.best += [UNKNOWN] * len(states)
+
+    def seen(self) -> Seen | None:
+        """What the model computed on all ids that it has seen, None where nothing was kept."""
+        if not self.states:
+            return None
+        return Seen(torch.cat(self.states).numpy(), np.array(self.best, dtype=np.int32))
 
 
-def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> torch.Tensor:
+def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws one token a row by inverting its cumulative distribution.
 
     Args:
@@ -44,9 +62,10 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> to
         temperature: above 0.
 
     Returns:
-        Ids, `[R]`.
+        Ids and the most likely ones, `[R]` each.
     """
-    tokens = logits.argmax(dim=-1)
+    best = logits.argmax(dim=-1)
+    tokens = best.clone()
     sampled = (uniforms >= 0).nonzero()[:, 0]
     if len(sampled):
         # [S, V]; the first id whose cumulative probability exceeds the uniform number
@@ -54,7 +73,7 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> to
         heights = uniforms[sampled, None].to(cumulative.dtype) * cumulative[:, -1:]
         picked = torch.searchsorted(cumulative, heights, right=True)[:, 0]
         tokens[sampled] = picked.clamp(max=logits.shape[-1] - 1)
-    return tokens
+    return tokens, best
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

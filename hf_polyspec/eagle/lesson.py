@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_polyspec.eagle.configuration import EagleHeadConfig
 from hf_polyspec.eagle.dataset import Corpus, draft_vocabulary
-from hf_polyspec.eagle.features import TargetParts, bind, target_parts
-from hf_polyspec.eagle.fresh import init_for, with_whole_vocabulary
+from hf_polyspec.eagle.features import TargetParts, bind, feature_layers, target_parts
+from hf_polyspec.eagle.fresh import config_for, init_for, with_whole_vocabulary
 from hf_polyspec.eagle.jobs import stop_ids
 from hf_polyspec.eagle.losses import OBJECTIVES, LossSums, TargetView, Teacher, eagle1_loss, eagle3_loss
 from hf_polyspec.eagle.modeling import EagleHead
@@ -119,6 +120,16 @@ def check_lesson(config: TrainingConfig, target: PreTrainedModel) -> None:
     if wanted is not None:
         check_size(wanted, parts.vocab_size)
         readable_rows(parts.lm_head, torch.zeros(1, dtype=torch.long))
+
+
+def layers_to_read(config: TrainingConfig, target: PreTrainedModel) -> list[int]:
+    """Which entries of the target's `hidden_states` the head of a run reads."""
+    settings = config.head
+    if config.init_from is not None:
+        head = EagleHeadConfig.from_pretrained(resolve(config.init_from)[0])
+    else:
+        head = config_for(target, settings.algorithm, **settings.overrides)
+    return feature_layers(head, target_parts(target).num_layers)
 
 
 def build_softmax_ids(config: TrainingConfig, corpus: Corpus, parts: TargetParts) -> SoftmaxIds | None:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 from safetensors.numpy import save_file
+
+from hf_polyspec.eagle.kept_states import Seen, save_seen
 
 GREEDY = 0
 SAMPLED = 1
@@ -31,12 +33,14 @@ class Sample:
         tokens: all ids, prompt and answer, end-of-text id included.
         prompt_length: how many of the ids are prompt.
         kind: `GREEDY` or `SAMPLED`.
+        seen: what the model computed while it wrote, where that is kept.
     """
 
     number: int
     tokens: tuple[int, ...]
     prompt_length: int
     kind: int
+    seen: Seen | None = field(default=None, compare=False, repr=False)
 
     @property
     def answer_length(self) -> int:
@@ -52,14 +56,18 @@ class ShardWriter:
         rank: number of the writing process, part of the file names.
         vocab_size: decides how many bytes an id takes.
         provenance: short facts about the run, kept in each shard's header.
+        whose_states: the `identity` of the states that samples come with, if they do.
     """
 
-    def __init__(self, folder: Path, rank: int, vocab_size: int, provenance: dict[str, str]) -> None:
+    def __init__(
+        self, folder: Path, rank: int, vocab_size: int, provenance: dict[str, str], whose_states: str = ""
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.rank = rank
         self.dtype: npt.DTypeLike = np.uint16 if vocab_size <= 2**16 else np.uint32
         self.provenance = provenance
+        self.whose_states = whose_states
         self.samples: list[Sample] = []
         self.rejected: list[int] = []
         self.next_index = 1 + max((_index(path) for path in folder.glob(f"shard-{rank:03d}-*")), default=-1)
@@ -96,6 +104,9 @@ class ShardWriter:
             "kinds": np.array([sample.kind for sample in self.samples], dtype=np.uint8),
             "rejected": np.array(self.rejected, dtype=np.int64),
         }
+        seen = [(sample.number, sample.seen) for sample in self.samples if sample.seen is not None]
+        if seen:
+            save_seen(path, seen, self.whose_states)
         save_file(tensors, temporary, metadata={"provenance": json.dumps(self.provenance)})
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())

@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hf_polyspec.eagle.attention import sdpa
+from hf_polyspec.eagle.kept_states import joined_states
 
 
 class SlotLayer(CacheLayerMixin):
@@ -128,13 +129,23 @@ class SlotBatch:
         capacity: tokens a row can hold, prompt and answer together.
         cache_dtype: what keys and values are kept in, or None for the model's own. Another one needs a model that
             uses `compact_attention`.
+        watched: indices into `hidden_states` that a head reads, or None to keep no states.
+
+    Attributes:
+        seen: `[R, T, F + H_t]`, of the rows and tokens that were fed last, what is watched and the state that the
+            lm_head reads, in half precision on the CPU; None where nothing is kept.
 
     Raises:
         ValueError: the model has sliding, chunked or recurrent layers.
     """
 
     def __init__(
-        self, model: PreTrainedModel, slots: int, capacity: int, cache_dtype: torch.dtype | None = None
+        self,
+        model: PreTrainedModel,
+        slots: int,
+        capacity: int,
+        cache_dtype: torch.dtype | None = None,
+        watched: Sequence[int] | None = None,
     ) -> None:
         config = model.config.get_text_config(decoder=True)
         kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers} - {DynamicLayer.__name__}
@@ -151,6 +162,8 @@ class SlotBatch:
         self.cache = Cache(layers=self.layers)
         self.lengths = torch.zeros(slots, dtype=torch.long, device=self.device)
         self.running = torch.zeros(slots, dtype=torch.bool, device=self.device)
+        self.watched = watched
+        self.seen: torch.Tensor | None = None
 
     @property
     def refillable(self) -> bool:
@@ -169,6 +182,7 @@ class SlotBatch:
         lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
         self.lengths[which] = lengths
         self.running[which] = True
+        self.seen = None
         longest = int(lengths.max())
         if longest == 0:
             return
@@ -180,13 +194,15 @@ class SlotBatch:
         mask = torch.ones(longest, longest, dtype=torch.bool, device=self.device).tril()
         self._aim(which[:, None], positions, visible=0)
         with torch.inference_mode():
-            self.model.base_model(
+            output = self.model.base_model(
                 input_ids=ids,
                 attention_mask=mask.expand(len(prompts), 1, longest, longest),
                 position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
+                **self._wishes(),
             )
+        self._look(output)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Feeds one token to every slot.
@@ -211,7 +227,9 @@ class SlotBatch:
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **self._wishes(),
             )
+        self._look(output)
         self.lengths += self.running
         logits: torch.Tensor = output.logits[:, -1]
         return logits
@@ -220,6 +238,13 @@ class SlotBatch:
         """Marks a slot idle, so that it costs as little as possible until it is filled again."""
         self.lengths[row] = 0
         self.running[row] = False
+
+    def _wishes(self) -> dict[str, bool]:
+        return {} if self.watched is None else {"output_hidden_states": True}
+
+    def _look(self, output: Any) -> None:
+        if self.watched is not None:
+            self.seen = joined_states(output.hidden_states, self.watched)
 
     def _aim(self, rows: torch.Tensor, columns: torch.Tensor, visible: int) -> None:
         for layer in self.layers:
@@ -244,6 +269,7 @@ class DrainedBatch:
         self.cache: Any = None
         self.pending: list[list[int]] = []
         self.mask = torch.zeros(0, 0, dtype=torch.long, device=self.device)
+        self.seen: torch.Tensor | None = None
 
     @property
     def refillable(self) -> bool:
@@ -316,7 +342,9 @@ def check_prompts(prompts: Sequence[Sequence[int]], capacity: int) -> None:
         raise ValueError(f"a prompt of {longest} tokens does not fit in rows of {capacity} tokens")
 
 
-def open_batch(model: PreTrainedModel, slots: int, capacity: int, compact: bool = False) -> SlotBatch | DrainedBatch:
+def open_batch(
+    model: PreTrainedModel, slots: int, capacity: int, compact: bool = False, watched: Sequence[int] | None = None
+) -> SlotBatch | DrainedBatch:
     """Chooses the batch a model can run in.
 
     Args:
@@ -325,16 +353,22 @@ def open_batch(model: PreTrainedModel, slots: int, capacity: int, compact: bool 
         capacity: tokens a row can hold, prompt and answer together.
         compact: keep keys and values in bfloat16 where that works. The model's attention is changed, so this is for
             copies.
+        watched: as for `SlotBatch`.
+
+    Raises:
+        ValueError: states are to be kept of a model that cannot run in slots.
     """
     if compact and model.dtype == torch.float32 and serves_slots(model):
         before = model.config._attn_implementation
         model.set_attn_implementation(COMPACT_ATTENTION)
         # tried in a wider dtype, which takes the same way without the rounding that would blur the answer
         if serves_slots(model, torch.float64):
-            return SlotBatch(model, slots, capacity, torch.bfloat16)
+            return SlotBatch(model, slots, capacity, torch.bfloat16, watched)
         model.set_attn_implementation(before)
     if serves_slots(model):
-        return SlotBatch(model, slots, capacity)
+        return SlotBatch(model, slots, capacity, watched=watched)
+    if watched is not None:
+        raise ValueError(f"keep_states needs a model that can run in slots, and {type(model).__name__} cannot")
     return DrainedBatch(model, slots, capacity)
 
 

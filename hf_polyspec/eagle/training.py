@@ -22,9 +22,11 @@ from hf_polyspec.eagle.dataset import (
     Text,
     collate,
     plan_batches,
+    text_number,
 )
 from hf_polyspec.eagle.feature_cache import FeatureCache
 from hf_polyspec.eagle.features import target_parts
+from hf_polyspec.eagle.kept_states import identity, read_seen
 from hf_polyspec.eagle.lesson import LearningHead, build_head, build_softmax_ids
 from hf_polyspec.eagle.losses import LossSums, TargetView, Teacher, noisy
 from hf_polyspec.eagle.modeling import EagleHead
@@ -155,8 +157,18 @@ class Trainer:
 
         if self.accelerator.is_main_process:
             cache = opened(True)
+            self._adopt_states(cache, reader.layers)
         self.accelerator.wait_for_everyone()
         return cache if self.accelerator.is_main_process else opened(False)
+
+    def _adopt_states(self, cache: FeatureCache, layers: list[int]) -> None:
+        """What the writers of the texts kept need not be read again; prompts that are learned need more than that."""
+        if self.plan.learn_prompts:
+            return
+        whose = identity(self.config.target, self.config.revision, self.config.reader, layers)
+        for place, folder in enumerate(self.config.texts_folders):
+            for number, seen in read_seen(folder, whose):
+                cache.adopt(text_number(place, number), seen)
 
     def _groups(self, epoch: int) -> list[list[list[int]]]:
         """The optimizer steps of an epoch, each a list of batches over all processes."""

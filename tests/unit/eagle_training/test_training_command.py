@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 
 from hf_polyspec.eagle.command import duration, train_eagle
 from hf_polyspec.eagle.configuration import EagleHeadConfig
-from hf_polyspec.eagle.dataset import load_corpus
+from hf_polyspec.eagle.dataset import Batch, TargetReader, load_corpus
 from hf_polyspec.eagle.features import bind
+from hf_polyspec.eagle.losses import TargetView
 from hf_polyspec.eagle.modeling import EagleHead
 from hf_polyspec.eagle.shards import read_progress, read_samples
 
@@ -109,6 +110,40 @@ def test_from_target_to_head(run_file: Path, target_folder: Path, tmp_path: Path
     before = (run / "head" / "model.safetensors").read_bytes()
     call("--output", run)
     assert (run / "head" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("changes", [{}, {"reader": "int8"}, {"optimization": {"learn_prompts": True}}])
+def test_states_that_the_writer_kept_are_not_read_again(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    values = yaml.safe_load(run_file.read_text())
+    call("--config", run_file)
+    values["output"] = str(tmp_path / "kept")
+    values["generation"]["keep_states"] = True
+    values.update(
+        {name: {**values["optimization"], **new} if isinstance(new, dict) else new for name, new in changes.items()}
+    )
+    kept = tmp_path / "kept.yaml"
+    kept.write_text(yaml.safe_dump(values))
+    read: list[int] = []
+    plainly = TargetReader.read
+
+    def noted(self: TargetReader, batch: Batch) -> TargetView:
+        read.extend(text.number for text in batch.texts)
+        return plainly(self, batch)
+
+    monkeypatch.setattr(TargetReader, "read", noted)
+    call("--config", kept)
+    if changes:  # what another model computed, or knows nothing of prompts, is of no use
+        assert read
+        return
+    assert not read
+
+    def losses(folder: Path) -> list[float]:
+        with (folder / "curve.csv").open(newline="") as handle:
+            return [float(row["loss"]) for row in csv.DictReader(handle)]
+
+    assert losses(tmp_path / "kept") == pytest.approx(losses(tmp_path / "run"), rel=1e-3)
 
 
 def test_stops_and_goes_on(run_file: Path, tmp_path: Path) -> None:
@@ -209,6 +244,15 @@ def test_another_run_in_the_same_folder_is_refused(run_file: Path, tmp_path: Pat
     call("--config", run_file)
     with pytest.raises(ValueError, match=r"optimization.epochs was 2, now 5.*choose another output folder"):
         call("--config", run_file, "--epochs", 5)
+
+
+def test_a_run_of_an_older_version_goes_on(run_file: Path, tmp_path: Path) -> None:
+    call("--config", run_file, "--max-minutes", 0)
+    path = tmp_path / "run" / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    del values["generation"]["keep_states"]
+    path.write_text(yaml.safe_dump(values))
+    assert "head, card and curve" in call("--config", run_file)
 
 
 def test_missing_prompts_are_told(run_file: Path, tmp_path: Path) -> None:

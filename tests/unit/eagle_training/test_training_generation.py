@@ -174,7 +174,8 @@ def test_drawn_tokens_follow_the_distribution() -> None:
     logits = torch.tensor([1.0, 0.2, -1.0, 2.0, 0.0, -0.5, 0.7, -math.inf])
     uniforms = torch.rand(20000, generator=torch.Generator().manual_seed(2))
     temperature = 0.7
-    drawn = draw(logits.expand(20000, -1), uniforms, temperature)
+    drawn, best = draw(logits.expand(20000, -1), uniforms, temperature)
+    assert bool((best == logits.argmax()).all())
     counts = torch.bincount(drawn, minlength=8).double()
 
     def statistic(expected: torch.Tensor) -> float:
@@ -189,7 +190,7 @@ def test_drawn_tokens_follow_the_distribution() -> None:
 
 def test_extreme_uniforms_never_draw_an_impossible_token() -> None:
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 1.0, -math.inf]]).repeat(2, 1)
-    drawn = draw(logits, torch.tensor([0.0, 1.0 - 2**-24]), 1.0)
+    drawn, _ = draw(logits, torch.tensor([0.0, 1.0 - 2**-24]), 1.0)
     assert drawn.tolist() == [1, 3]
 
 
