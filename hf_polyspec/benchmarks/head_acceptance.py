@@ -47,10 +47,10 @@ class Setting:
 _SAMPLED = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 SETTINGS = (
     Setting("chain of 5, greedy", {"num_assistant_tokens": 5, "do_sample": False}),
-    Setting("tree of 16, greedy", {"polyspec_tree_tokens": 16, "polyspec_tree_depth": 6, "do_sample": False}),
+    Setting("tree of 16, greedy", {"polyspec_tree_tokens": 16, "polyspec_tree_depth": 10, "do_sample": False}),
     Setting(
         "tree of 16, temperature 1",
-        {"polyspec_tree_tokens": 16, "polyspec_tree_depth": 6, "do_sample": True, **_SAMPLED},
+        {"polyspec_tree_tokens": 16, "polyspec_tree_depth": 10, "do_sample": True, **_SAMPLED},
     ),
     Setting(
         "chain of 5, temperature 1",

@@ -48,7 +48,7 @@ class FeatureCache:
     ) -> None:
         self.reader = reader
         self.starts: dict[int, int] = {}
-        self.lengths = {text.number: len(text) for text in texts}
+        self.texts = {text.number: text for text in texts}
         total = 0
         for text in texts:
             self.starts[text.number] = total
@@ -103,11 +103,13 @@ class FeatureCache:
         row = self.index.get(number)
         if row is None or self.arrays["done"][row]:
             return
-        known, width = min(self.lengths[number], len(seen.best)), self.arrays["features"].shape[1]
+        text = self.texts[number]
+        known, width = min(len(text), len(seen.best)), self.arrays["features"].shape[1]
         place = slice(self.starts[number], self.starts[number] + known)
         self.arrays["features"][place] = seen.states[:known, :width]
         self.arrays["final"][place] = seen.states[:known, width:]
-        self.arrays["best"][place] = seen.best[:known]
+        # as a reader leaves it: 0 where the next id is not of the answer
+        self.arrays["best"][place] = np.where(np.arange(known) < text.prompt_length - 1, 0, seen.best[:known])
         self.arrays["done"][row] = 1
 
     def _remember(self, batch: Batch, view: TargetView) -> None:
