@@ -174,9 +174,11 @@ def check_same_run(config: TrainingConfig) -> None:
         return
     # a setting that the run's version did not know has its default
     before, now = _leaves(build_config(load_config(path)).as_dict()), _leaves(config.as_dict())
-    # the folder may be named in another way or have moved, and more texts may be asked for until training has begun;
-    # everything else is what the run is
-    free = {"output"} if (config.folder / "checkpoints").is_dir() else {"output", "generation.max_tokens"}
+    # the folder may be named in another way or have moved, other texts may be looked at, and more be asked for until
+    # training has begun; everything else is what the run is
+    free = {"output", "validate_on"}
+    if not (config.folder / "checkpoints").is_dir():
+        free.add("generation.max_tokens")
     changed = sorted(key for key in before.keys() | now.keys() if key not in free and before.get(key) != now.get(key))
     if changed:
         told = ", ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in changed)

@@ -148,6 +148,21 @@ def text_number(place: int, number: int) -> int:
     return (place << _FOLDER_BITS) + number
 
 
+def place_of(text: Text) -> int:
+    """Its folder's place among those given to `load_corpus`."""
+    return text.number >> _FOLDER_BITS
+
+
+def spread(texts: Sequence[Text], most: int) -> list[Text]:
+    """So many of the texts at most, from all over.
+
+    Args:
+        texts: in order of their folders.
+        most: at least 1.
+    """
+    return list(texts[:: -(-len(texts) // most)]) if texts else []
+
+
 def plan_batches(texts: Sequence[Text], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
     """Groups texts of similar length, in random order.
 

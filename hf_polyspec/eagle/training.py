@@ -21,7 +21,9 @@ from hf_polyspec.eagle.dataset import (
     TargetReader,
     Text,
     collate,
+    place_of,
     plan_batches,
+    spread,
     text_number,
 )
 from hf_polyspec.eagle.feature_cache import FeatureCache
@@ -71,6 +73,9 @@ class Trainer:
         tokenizer: the target's.
         corpus: the texts.
         accelerator: processes, precision, trackers.
+
+    Raises:
+        ValueError: the head does not fit the target, or there is no text to measure acceptance on.
     """
 
     def __init__(
@@ -84,6 +89,10 @@ class Trainer:
     ) -> None:
         self.config, self.plan = config, config.optimization
         self.corpus, self.accelerator = corpus, accelerator
+        held_out = [text for text in corpus.validation if place_of(text) in config.validation_places]
+        if not held_out:
+            raise ValueError("no text of the folders in validate_on is held out; raise validation_fraction")
+        self.held_out = spread(held_out, self.plan.validation_texts)
         target.requires_grad_(False)
         torch.manual_seed(self.plan.seed)
         parts = target_parts(target)
@@ -336,9 +345,8 @@ class Trainer:
         Returns:
             By kind of text: see `Acceptance.as_dict`. Kinds of learned texts begin with `learned_`.
         """
-        most = self.plan.validation_texts
-        found = self._acceptance(self.corpus.validation[:most])
-        learned = self._acceptance(self.corpus.train[:: -(-len(self.corpus.train) // most)])
+        found = self._acceptance(self.held_out)
+        learned = self._acceptance(spread(self.corpus.train, self.plan.validation_texts))
         found |= {f"learned_{kind}": facts for kind, facts in learned.items()}
         record = {"step": self.state.step, "epoch": self.state.epoch, "tokens": self.state.tokens, **found}
         if self.accelerator.is_main_process:

@@ -169,6 +169,8 @@ class TrainingConfig:
         prompts: the user's file of prompts, or None to let the target invent them.
         exclude: a file of prompts that must not be trained on, such as a benchmark's.
         texts: a folder of shards written before, or several; nothing is generated then.
+        validate_on: those of the folders whose held-out texts acceptance is measured on, where a head to go on with
+            may have learned texts of the others; all of them if None.
         writer: who writes the texts, the `"target"` or its `"int8"` copy, faster on CPUs.
         reader: whose features and distributions the head learns from, likewise. A head that will draft for a
             quantised middle loses nothing by learning from a quantised copy.
@@ -185,6 +187,7 @@ class TrainingConfig:
     prompts: str | None = None
     exclude: str | None = None
     texts: str | list[str] | None = None
+    validate_on: str | list[str] | None = None
     writer: str = "target"
     reader: str = "target"
     init_from: str | None = None
@@ -195,6 +198,9 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _one_of("writer", self.writer, WRITERS)
         _one_of("reader", self.reader, WRITERS)
+        strange = [folder for folder in _listed(self.validate_on) if Path(folder) not in self.texts_folders]
+        if strange:
+            raise ValueError(f"validate_on names {', '.join(strange)}, which is not among the folders of texts")
         if self.optimization.softmax_ids is not None and (self.head.draft_vocab_size or self.head.own_lm_head):
             raise ValueError(
                 "softmax_ids is for heads that score the whole vocabulary with the target's lm_head: set "
@@ -209,9 +215,13 @@ class TrainingConfig:
     @property
     def texts_folders(self) -> list[Path]:
         """Where the texts are; the run's own folder alone unless others were given."""
-        if not self.texts:
-            return [self.folder / "texts"]
-        return [Path(self.texts)] if isinstance(self.texts, str) else [Path(folder) for folder in self.texts]
+        return [Path(folder) for folder in _listed(self.texts)] or [self.folder / "texts"]
+
+    @property
+    def validation_places(self) -> set[int]:
+        """Which of `texts_folders` acceptance is measured on."""
+        wanted = {Path(folder) for folder in _listed(self.validate_on)}
+        return {place for place, folder in enumerate(self.texts_folders) if not wanted or folder in wanted}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in a config file."""
@@ -303,6 +313,10 @@ def _build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
             raise ValueError(f"{where}.{name} must be a whole number, not {value!r}")
         checked[name] = value
     return kind(**checked)
+
+
+def _listed(names: str | list[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or [])
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -29,7 +29,7 @@ Draw = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[
 """`LawMaker.draw_distinct`. Nodes are known by their place in the pool; those of a level's children follow all before
 them, K for each of its nodes."""
 
-_CHILDREN = (0.43, 0.10, 0.06, 0.04, 0.03)
+_CHILDREN = (0.47, 0.12, 0.07, 0.04, 0.03)
 """Chances of a node's children, on average."""
 
 _LOOKED_AT = 64
@@ -174,7 +174,9 @@ def _chances(law: torch.Tensor, most: int) -> torch.Tensor:
     """
     best = law.topk(most, dim=-1).values  # [B, w, K]
     place = torch.arange(most, device=law.device)
-    accepted = 0.25 / (place + 1) + 0.66 * 0.77**place * best[..., :1]  # [B, w, K]
+    after = (place - 1).clamp(min=0)
+    later = 0.1 / (after + 1).sqrt() + 0.36 * 0.68**after * best[..., :1]
+    accepted = torch.where(place == 0, 0.25 + 0.64 * best[..., :1], later)  # [B, w, K]
     reached = torch.cat([torch.ones_like(best[..., :1]), (1 - accepted).cumprod(-1)[..., :-1]], dim=-1)
     # whatever is drawn before a child, at least so much is left to draw it from
     beyond = law.sum(-1, keepdim=True) - best.sum(-1, keepdim=True)

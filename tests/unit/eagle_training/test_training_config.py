@@ -72,6 +72,7 @@ def test_numbers_as_yaml_reads_them() -> None:
         ({"generation": {"slots": 0}}, "slots must be at least 1"),
         ({"head": ["eagle3"]}, "head in the config must hold names and values, not list"),
         ({"writer": "gpt"}, "writer must be one of target, int8"),
+        ({"texts": ["a", "b"], "validate_on": ["b", "c"]}, "validate_on names c, which is not among the folders"),
     ],
 )
 def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:

@@ -20,12 +20,13 @@ from hf_polyspec.eagle.dataset import (
     draft_vocabulary,
     load_corpus,
     plan_batches,
+    spread,
 )
 from hf_polyspec.eagle.feature_cache import FeatureCache
 from hf_polyspec.eagle.features import target_parts
 from hf_polyspec.eagle.fresh import init_for
 from hf_polyspec.eagle.losses import TargetView
-from hf_polyspec.eagle.shards import SAMPLED, Sample, ShardWriter, read_progress, read_samples
+from hf_polyspec.eagle.shards import GREEDY, SAMPLED, Sample, ShardWriter, read_progress, read_samples
 
 
 def text(number: int, length: int, prompt: int = 2) -> Text:
@@ -168,6 +169,13 @@ def test_reader_and_cache_give_the_targets_states(
     changed = [Text(one.number, one.tokens[::-1].copy(), one.prompt_length, one.kind) for one in corpus.train]
     renewed = FeatureCache(tmp_path, reader, changed, head.config.feature_size, parts.hidden_size, "tiny")
     assert renewed.remembered == 0
+
+
+def test_spread_takes_texts_from_all_over() -> None:
+    texts = [Text(number, np.arange(4), 1, GREEDY) for number in range(10)]
+    assert [text.number for text in spread(texts, 3)] == [0, 4, 8]
+    assert spread(texts, 10) == spread(texts, 50) == texts
+    assert spread([], 3) == []
 
 
 def test_folders_add_up_and_keep_their_texts_apart(texts_folder: Path, tmp_path: Path) -> None:

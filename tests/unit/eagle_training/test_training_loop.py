@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_polyspec.eagle.dataset import Corpus, load_corpus
+from hf_polyspec.eagle.dataset import Corpus, load_corpus, spread
 from hf_polyspec.eagle.losses import LossSums, eagle3_loss
 from hf_polyspec.eagle.modeling import EagleHead
 from hf_polyspec.eagle.shards import GREEDY, SAMPLED
@@ -51,12 +52,12 @@ class Setting:
     def trainer(self, name: str, algorithm: str = "eagle3", corpus: Corpus | None = None, **changes: Any) -> Trainer:
         whole = "softmax_ids" in changes
         head = {"algorithm": algorithm, "draft_vocab_size": None if whole else 30}
-        init_from = changes.pop("init_from", None)
+        given = {key: changes.pop(key, None) for key in ("init_from", "texts", "validate_on")}
         config = build_config(
             {
                 "target": "tiny",
                 "output": str(self.folder / name),
-                "init_from": init_from,
+                **given,
                 "head": head,
                 "optimization": {**OPTIMIZATION, **changes},
             }
@@ -343,8 +344,8 @@ def test_validation_looks_at_answers_and_spoils_no_features(setting: Setting) ->
     trainer = setting.trainer("run", learn_prompts=True, validation_texts=3)
     found = trainer.validate()
     for kinds, texts in (
-        (("greedy", "sampled"), trainer.corpus.validation[:3]),
-        (("learned_greedy", "learned_sampled"), trainer.corpus.train[:: -(-len(trainer.corpus.train) // 3)]),
+        (("greedy", "sampled"), spread(trainer.corpus.validation, 3)),
+        (("learned_greedy", "learned_sampled"), spread(trainer.corpus.train, 3)),
     ):
         rows = sum(len(text) - text.prompt_length - 1 for text in texts)
         assert len(texts) <= 3
@@ -354,6 +355,23 @@ def test_validation_looks_at_answers_and_spoils_no_features(setting: Setting) ->
     _, view = trainer._load([trainer.corpus.train[0]], 0)
     assert trainer.source.remembered > 0  # type: ignore[union-attr]
     assert torch.equal(view.best, plain._load([plain.corpus.train[0]], 0)[1].best)
+
+
+def test_validation_on_some_of_the_folders(setting: Setting, tmp_path: Path) -> None:
+    """A head to go on with may have learned what this run holds out of its old texts."""
+    again = tmp_path / "again"
+    shutil.copytree(setting.texts, again)
+    folders = [str(setting.texts), str(again)]
+    corpus = load_corpus([setting.texts, again], 64, 0.2, seed=0)
+    new = [text for text in corpus.validation if text.number >> 40 == 1]
+    assert new
+    assert len(new) < len(corpus.validation)
+    trainer = setting.trainer("run", corpus=corpus, texts=folders, validate_on=[str(again)])
+    assert trainer.held_out == new
+    assert setting.trainer("all", corpus=corpus, texts=folders).held_out == corpus.validation
+    none_held = Corpus(corpus.train, [text for text in corpus.validation if text not in new])
+    with pytest.raises(ValueError, match="no text of the folders in validate_on is held out"):
+        setting.trainer("none", corpus=none_held, texts=folders, validate_on=str(again))
 
 
 @pytest.mark.parametrize(("schedule", "expected"), [("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)])
