@@ -130,6 +130,15 @@ _CHAIN: dict[str, tuple[str, Any]] = {
         "polyspec_draft_temperature",
         Annotated[float | None, typer.Option(help="Below 1: draw likelier drafts than a drafter's own law would.")],
     ),
+    "copies": (
+        "polyspec_draft_copies",
+        Annotated[
+            bool | None,
+            typer.Option(
+                "--copies/--no-copies", help="Mix what followed the same tokens before into a head's guesses."
+            ),
+        ],
+    ),
     "confidence": (
         "assistant_confidence_threshold",
         Annotated[float | None, typer.Option(help="0 to 1: a draft ends where the drafter is less sure.")],

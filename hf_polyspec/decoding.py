@@ -67,6 +67,7 @@ def decode(
     polyspec_bias_budget: float | None = None,
     polyspec_draft_vocabulary: int | str | None = None,
     polyspec_draft_temperature: float | None = None,
+    polyspec_draft_copies: bool | None = None,
     polyspec_pack: bool | None = None,
     streamer: Any = None,
     tokenizer: Any = None,

@@ -48,6 +48,8 @@ class PolySpecOptions:
             head's config says which ids are frequent, and for all elsewhere.
         polyspec_draft_temperature: above 0; a drafting model or head draws from its law to the power of one over
             this, normalised: below 1 likelier drafts. None for what a head's config says, and for 1 elsewhere.
+        polyspec_draft_copies: whether an EAGLE head's guesses are mixed with what followed the same tokens earlier in
+            the text.
         polyspec_pack: whether float assistants on a CPU multiply in a faster layout while the chain runs
             (`hf_polyspec.pack`; the same within rounding, and a second copy of their matrices).
     """
@@ -65,6 +67,7 @@ class PolySpecOptions:
     polyspec_bias_budget: float = 0.0
     polyspec_draft_vocabulary: int | Literal["auto"] | None = None
     polyspec_draft_temperature: float | None = None
+    polyspec_draft_copies: bool = True
     polyspec_pack: bool = True
 
     def __post_init__(self) -> None:
@@ -77,6 +80,7 @@ class PolySpecOptions:
         if self.polyspec_draft_vocabulary != "auto":
             _require_count("polyspec_draft_vocabulary", self.polyspec_draft_vocabulary, hint=' or "auto"')
         require_temperature("polyspec_draft_temperature", self.polyspec_draft_temperature)
+        _require_choice("polyspec_draft_copies", self.polyspec_draft_copies, (True, False))
         _require_choice("polyspec_pack", self.polyspec_pack, (True, False))
         threshold = self.assistant_confidence_threshold
         if threshold is not None and not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):

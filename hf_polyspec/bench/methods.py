@@ -42,6 +42,7 @@ OPTIONS = {
     "control": "polyspec_control",
     "confidence": "assistant_confidence_threshold",
     "draft-temperature": "polyspec_draft_temperature",
+    "copies": "polyspec_draft_copies",
 }
 """Short names for the options of a chain."""
 
@@ -52,11 +53,18 @@ def _whole(text: str) -> int:
     return int(text)
 
 
+def _yes(text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise ValueError(text)
+    return text == "yes"
+
+
 _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "verification": (str, "a word"),
     "control": (str, "a word"),
     "confidence": (float, "a number"),
     "draft-temperature": (float, "a number"),
+    "copies": (_yes, "yes or no"),
 }
 """How values are read, and what to call them; those of other options are whole numbers."""
 _WHOLE: tuple[Callable[[str], Any], str] = (_whole, "a whole number")

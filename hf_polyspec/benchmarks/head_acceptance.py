@@ -45,17 +45,17 @@ class Setting:
 
 # The whole law, whatever the model recommends in its generation config.
 _SAMPLED = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+_CHAIN = {"num_assistant_tokens": 5}
+_TREE = {"polyspec_tree_tokens": 16, "polyspec_tree_depth": 10}
+_ALONE = {"polyspec_draft_copies": False}
 SETTINGS = (
-    Setting("chain of 5, greedy", {"num_assistant_tokens": 5, "do_sample": False}),
-    Setting("tree of 16, greedy", {"polyspec_tree_tokens": 16, "polyspec_tree_depth": 10, "do_sample": False}),
-    Setting(
-        "tree of 16, temperature 1",
-        {"polyspec_tree_tokens": 16, "polyspec_tree_depth": 10, "do_sample": True, **_SAMPLED},
-    ),
-    Setting(
-        "chain of 5, temperature 1",
-        {"num_assistant_tokens": 5, "do_sample": True, **_SAMPLED},
-    ),
+    Setting("chain of 5, greedy", {**_CHAIN, "do_sample": False}),
+    Setting("tree of 16, greedy", {**_TREE, "do_sample": False}),
+    Setting("tree of 16, temperature 1", {**_TREE, "do_sample": True, **_SAMPLED}),
+    Setting("chain of 5, temperature 1", {**_CHAIN, "do_sample": True, **_SAMPLED}),
+    Setting("chain of 5, greedy, nothing copied", {**_CHAIN, "do_sample": False, **_ALONE}),
+    Setting("tree of 16, greedy, nothing copied", {**_TREE, "do_sample": False, **_ALONE}),
+    Setting("tree of 16, temperature 1, nothing copied", {**_TREE, "do_sample": True, **_SAMPLED, **_ALONE}),
 )
 ALL = "all"
 _COMMON = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}

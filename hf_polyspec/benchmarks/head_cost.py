@@ -110,7 +110,7 @@ def _head_step(target: Any, head: EagleHead, working: WorkingVocabulary, context
 
     def step() -> None:
         out = head.step(token, hidden, place, None, cache)
-        working.logits(out).argmax(-1).tolist()
+        working.spread(working.score(out)).argmax(-1).tolist()
         cache.crop(context)
 
     return step
@@ -127,7 +127,7 @@ def _tree_level(
 
     def step() -> None:
         out = head.step(tokens, features, places, sees, cache)
-        working.best(out, width)[1].tolist()
+        working.best(working.score(out), width)[1].tolist()
         cache.crop(context)
 
     return step

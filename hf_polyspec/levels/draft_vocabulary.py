@@ -110,17 +110,15 @@ class WorkingVocabulary:
             return logits.index_select(-1, self._usable.to(logits.device))
         return logits if self._ids is not None else logits[..., : self.vocabulary]
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[..., H]` -> raw logits over the chain's ids, `[..., V]`; -inf where there are none."""
-        scored = self.score(hidden)
+    def spread(self, scored: torch.Tensor) -> torch.Tensor:
+        """Logits `[..., N]` of the ids scored at present -> over the chain's ids, `[..., V]`; -inf for the others."""
         if self._ids is None:
             return fit_vocabulary(scored, self.vocabulary)
         everything = scored.new_full((*scored.shape[:-1], self.vocabulary), float("-inf"))
         return everything.index_copy_(-1, self._ids, scored)
 
-    def best(self, hidden: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The likeliest next tokens: log-probabilities and ids, each `[..., min(count, N)]`."""
-        scored = self.score(hidden)
+    def best(self, scored: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The likeliest of the ids scored at present: log-probabilities and ids, each `[..., min(count, N)]`."""
         values, columns = scored.topk(min(count, scored.shape[-1]), dim=-1)
         log_p = values - scored.logsumexp(-1, keepdim=True)
         return log_p, columns if self._ids is None else self._ids[columns]

@@ -18,6 +18,7 @@ from ..options import DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K
 from ..runner import Pass
 from ..trees import depths
 from .base import Proposal, TreeProposal
+from .copying import CopiedPaths, CopyMemory
 from .draft_vocabulary import WorkingVocabulary
 from .drawn_tree import grow_drawn
 from .eagle_memory import FeatureMemo, PairMemo, Pairs, left_mask
@@ -58,6 +59,7 @@ class EagleDrafter(SequentialDrafter):
             none.
         draft_vocabulary: ids scored, see `WorkingVocabulary`.
         draft_temperature: see `SequentialDrafter`.
+        copies: mixes what followed the last few tokens before into the head's guesses; None for the head alone.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class EagleDrafter(SequentialDrafter):
         tree_top_k: int = DEFAULT_TREE_TOP_K,
         draft_vocabulary: int | Literal["auto"] | None = None,
         draft_temperature: float = 1.0,
+        copies: CopyMemory | None = None,
     ) -> None:
         super().__init__(
             name=name,
@@ -93,6 +96,7 @@ class EagleDrafter(SequentialDrafter):
         self.tree_top_k = tree_top_k
         self.grows_trees = tree_tokens > 0
         self.draft_vocabulary = draft_vocabulary
+        self.copies = copies
         self.chunk = _CHUNK
         self.features: list[FeatureMemo] = []
         self.pairs = PairMemo(head)
@@ -197,6 +201,8 @@ class EagleDrafter(SequentialDrafter):
         self._sizes = [TreeSize(self.tree_depth, max(1, self.tree_tokens)) for _ in range(batch)]
         self._shown, self._prompt, self._padding = None, None, []
         self._unread, self._columns = [], 0
+        if self.copies is not None:
+            self.copies.forget()
 
     def _notice(self, columns: list[int]) -> None:
         """Have the likeliest ids of the level above join the working vocabulary, at these columns of its last pass."""
@@ -230,16 +236,19 @@ class EagleDrafter(SequentialDrafter):
         A row with tokens that the level above has not read (`late`) takes them in first, one a step, while other rows
         already draft: each step is one column for all rows.
         """
-        hidden = self._catch_up(rows)
+        hidden, copied, working = self._catch_up(rows), self._copied(rows), self._working
         late = [row.ids[row.end + 1 :] for row in rows]
         going = [places > 0 for places in room]
         laws: list[torch.Tensor | None] = []
         step = 0
         while any(going):
             drawing = [alive and step >= len(more) for alive, more in zip(going, late, strict=True)]
-            laws.append(
-                self.draw(context, tokens, self._working.logits(hidden), drawing, going, law) if any(drawing) else None
-            )
+            if any(drawing):
+                copied.extend(tokens)
+                logits = working.spread(copied.mixed(working.score(hidden), working.target_ids))
+                laws.append(self.draw(context, tokens, logits, drawing, going, law))
+            else:
+                laws.append(None)
             for b, places in enumerate(room):
                 going[b] = going[b] and len(tokens[b]) < places
             if any(going):
@@ -260,20 +269,28 @@ class EagleDrafter(SequentialDrafter):
         """Trees of the likeliest nodes; where the verifier samples, of nodes drawn."""
         hidden, seen = self._take_in(rows)
         first = torch.tensor([[max(0, len(row.ids) - 1 - row.padding)] for row in rows])
-        total, working = [size.nodes for size in self._sizes], self._working
+        total, working, copied = [size.nodes for size in self._sizes], self._working, self._copied(rows)
         top_k, threshold, ends = self.tree_top_k, self.confidence_threshold, self.eos
 
         def step_level(tokens: torch.Tensor, features: torch.Tensor, level: int, sees: torch.Tensor) -> torch.Tensor:
             before = seen[:, None].expand(-1, tokens.shape[1], -1).to(sees.device)
             places = (first + level - 1).expand(-1, tokens.shape[1])
+            copied.descend(tokens, sees)
             return self._step(tokens, features, places, torch.cat([before, sees], dim=2)[:, None])
 
+        def score(states: torch.Tensor) -> torch.Tensor:
+            return copied.mixed(working.score(states), working.target_ids)
+
         if not law.do_sample:
-            grown = grow(hidden, room, total, working.best, step_level, top_k=top_k, threshold=threshold, ends=ends)
+
+            def best(states: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+                return working.best(score(states), count)
+
+            grown = grow(hidden, room, total, best, step_level, top_k=top_k, threshold=threshold, ends=ends)
             return TreeProposal(grown.tokens, grown.parents, self._own(grown))
 
         def guess(states: torch.Tensor) -> torch.Tensor:
-            return law.probabilities(law.proposal_scores(working.score(states)) / self.draft_temperature)
+            return law.probabilities(law.proposal_scores(score(states)) / self.draft_temperature)
 
         ids, draw = working.target_ids, law.draw_distinct
         grown, drawn = grow_drawn(
@@ -282,6 +299,11 @@ class EagleDrafter(SequentialDrafter):
         q = drawn.laws.new_zeros(*drawn.laws.shape[:2], self.vocabulary)
         q.index_copy_(-1, ids, drawn.laws)
         return TreeProposal(grown.tokens, grown.parents, self._own(grown), drawn.nodes, q)
+
+    def _copied(self, rows: list[Pairs]) -> CopiedPaths:
+        if self.copies is None:
+            return CopiedPaths([])
+        return self.copies.follow([row.ids[row.padding :] for row in rows])
 
     def _take_in(self, rows: list[Pairs]) -> tuple[torch.Tensor, torch.Tensor]:
         """The head's output after each context, `[B, 1, H]`, and which columns of its cache belong to it, `[B, S]`."""

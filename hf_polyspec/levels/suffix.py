@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..context import Context, Prompt, common_prefix
+from ..context import Context, Prompt
 from ..distributions import LawMaker
 from ..errors import LevelError
 from .base import Drafter, Proposal
-from .suffix_automaton import ROOT, SEPARATOR, Seen, SuffixAutomaton
+from .suffix_automaton import ROOT, SEPARATOR, FollowedText, Seen, SuffixAutomaton
 
 MAX_TOKENS = 24
 MIN_PROBABILITY = 0.2
@@ -36,11 +36,9 @@ def escape(length: int) -> float:
 
 
 @dataclass
-class _Row:
+class _Row(FollowedText):
     """One row: its text, the automaton over it, and where it stands in the corpus after each id."""
 
-    ids: list[int] = field(default_factory=list)
-    automaton: SuffixAutomaton = field(default_factory=SuffixAutomaton)
     matches: list[tuple[int, int]] = field(default_factory=list)
     draft: list[Seen] = field(default_factory=list)
     rejected: float = PRIOR
@@ -57,17 +55,9 @@ class _Row:
             self.expected += 1 - again / (followed + escape(length))
         self.rejected += kept < min(proposed, len(self.draft))
 
-    def follow(self, ids: list[int], corpus: SuffixAutomaton | None) -> None:
-        """Bring everything to `ids`; what the last ones have beyond the common prefix is taken back first."""
-        shared = common_prefix(self.ids, ids)
-        surplus = len(self.ids) - shared
-        if surplus > self.automaton.undoable:
-            self.automaton = SuffixAutomaton()
-            self.automaton.extend(ids)
-        else:
-            self.automaton.pop(surplus)
-            self.automaton.extend(ids[shared:])
-        self.ids = ids
+    def search(self, ids: list[int], corpus: SuffixAutomaton | None) -> None:
+        """Bring everything to `ids`."""
+        shared = self.follow(ids)
         if corpus is not None:
             del self.matches[shared:]
             state, length = self.matches[-1] if self.matches else (ROOT, 0)
@@ -201,7 +191,7 @@ class SuffixDrafter(Drafter):
         return MIN_PROBABILITY if device.type == "cpu" else EAGER_PROBABILITY
 
     def _continue(self, row: _Row, ids: list[int], limit: int, floor: float) -> list[int]:
-        row.follow(ids, self.corpus)
+        row.search(ids, self.corpus)
         source = row.automaton
         state, length = source.repeated()
         if self.corpus is not None and row.matches and row.matches[-1][1] > length:

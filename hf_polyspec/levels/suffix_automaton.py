@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from ..context import common_prefix
 
 # What was changed: container, key, and the value before (None: the key was not there).
 _Change = tuple["list[int] | dict[int, int]", int, "int | None"]
@@ -148,24 +151,38 @@ class SuffixAutomaton:
         found: list[int] = []
         seen: list[Seen] = []
         probability = 1.0
-        before = self.links[self.last]
         while len(found) < limit:
-            if state == self.last:
-                state, length = before, self.lengths[before]
-            token = self.likeliest[state]
-            if token < 0 or state <= ROOT:
+            here = self.following(state, length)
+            if here is None:
                 break
-            target = self.edges[state][token]
-            # The newest occurrence of the repeated suffix has not been followed by anything yet.
-            followed = max(1, self.counts[state] - (state == before))
-            again = min(followed, self.counts[target])
-            probability *= again / (followed + escape(length))
+            token, target, (again, followed, matched) = here
+            probability *= again / (followed + escape(matched))
             if probability < floor:
                 break
             found.append(token)
-            seen.append((again, followed, length))
-            state, length = target, length + 1
+            seen.append((again, followed, matched))
+            state, length = target, matched + 1
         return found, seen
+
+    def following(self, state: int, length: int) -> tuple[int, int, Seen] | None:
+        """What most often followed a place in the text; at the end of the text, its longest repeated suffix.
+
+        Args:
+            state, length: from `repeated` or `step`.
+
+        Returns:
+            The id, the state after it, and what it is judged by; None where nothing followed.
+        """
+        before = self.links[self.last]
+        if state == self.last:
+            state, length = before, self.lengths[before]
+        token = self.likeliest[state] if state > ROOT else -1
+        if token < 0:
+            return None
+        target = self.edges[state][token]
+        # The newest occurrence of the repeated suffix has not been followed by anything yet.
+        followed = max(1, self.counts[state] - (state == before))
+        return token, target, (min(followed, self.counts[target]), followed, length)
 
     def _add_state(self, length: int, edges: dict[int, int], count: int, likeliest: int) -> int:
         self.lengths.append(length)
@@ -210,3 +227,28 @@ class SuffixAutomaton:
             state = self.links[state]
             if state < 0:
                 return
+
+
+@dataclass
+class FollowedText:
+    """A text that grows, and now and then goes back, with the automaton over it."""
+
+    ids: list[int] = field(default_factory=list)
+    automaton: SuffixAutomaton = field(default_factory=SuffixAutomaton)
+
+    def follow(self, ids: list[int]) -> int:
+        """Bring the automaton to `ids`; what the last ones have beyond the common prefix is taken back first.
+
+        Returns:
+            Length of the common prefix.
+        """
+        shared = common_prefix(self.ids, ids)
+        surplus = len(self.ids) - shared
+        if surplus > self.automaton.undoable:
+            self.automaton = SuffixAutomaton()
+            self.automaton.extend(ids)
+        else:
+            self.automaton.pop(surplus)
+            self.automaton.extend(ids[shared:])
+        self.ids = ids
+        return shared

@@ -41,6 +41,9 @@ def test_options_reach_generate_under_their_own_names() -> None:
     sharper = parse("polyspec:head@draft-temperature=0.8", KNOWN)
     assert sharper.chain_options == {"polyspec_draft_temperature": 0.8}
     assert parse(sharper.name, KNOWN) == sharper
+    assert parse("polyspec:head@copies=no", KNOWN).chain_options == {"polyspec_draft_copies": False}
+    with pytest.raises(ValueError, match="yes or no"):
+        parse("polyspec:head@copies=maybe", KNOWN)
     assert method.label(1) == method.name
     assert method.label(4) == "polyspec:int8,head@block=12,tree=30,verification=token,batch=4"
     assert Method("plain").label(8) == "plain@batch=8"

@@ -75,9 +75,10 @@ def test_scores_are_those_of_the_whole_head_restricted(
         working.see(joining)
         if joining == [30]:
             working.pin([26, 28])
-        expected = working.restriction()(ids, full.logits(hidden))
-        torch.testing.assert_close(working.logits(hidden), expected, rtol=1e-4, atol=1e-4)
-        log_p, best = working.best(hidden, 5)
+        expected = working.restriction()(ids, full.spread(full.score(hidden)))
+        scored = working.score(hidden)
+        torch.testing.assert_close(working.spread(scored), expected, rtol=1e-4, atol=1e-4)
+        log_p, best = working.best(scored, 5)
         reference = expected.log_softmax(-1).topk(5)
         torch.testing.assert_close(log_p, reference.values, rtol=1e-4, atol=1e-4)
         assert torch.equal(best, reference.indices)
@@ -117,8 +118,8 @@ def test_only_ids_of_the_slice_of_the_prompt_and_of_late_are_drafted(monkeypatch
     seen: list[tuple[list[int], list[int]]] = []
     genuine = module.WorkingVocabulary.best
 
-    def spy(self: WorkingVocabulary, hidden: torch.Tensor, count: int) -> Any:
-        found = genuine(self, hidden, count)
+    def spy(self: WorkingVocabulary, scored: torch.Tensor, count: int) -> Any:
+        found = genuine(self, scored, count)
         seen.append((self.target_ids.tolist(), found[1].flatten().tolist()))
         return found
 

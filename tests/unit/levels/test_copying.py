@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What followed the same tokens before, mixed into a head's guesses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, head_for, noisy, prompts, tiny
+from transformers import PreTrainedModel
+
+from hf_polyspec.levels.copying import MOST, CopyMemory, weight
+from hf_polyspec.trees import ROOT, path_to
+
+IDS = torch.arange(VOCABULARY)
+
+
+def ends(text: list[int], part: list[int]) -> list[int]:
+    """Where a part of a text ends, everywhere it occurs."""
+    return [end for end in range(len(part), len(text) + 1) if text[end - len(part) : end] == part]
+
+
+def suggested(text: list[int], path: list[int]) -> tuple[int, float] | None:
+    """By looking everywhere: what most often followed the longest suffix of text and path that was followed at all."""
+    whole = text + path
+    repeated = next((e for n in range(len(text), 0, -1) if len(e := ends(text, text[-n:])) > 1), [])
+    for length in range(len(whole), 0, -1):
+        found = ends(text, whole[-length:])
+        followers = [text[end] for end in found if end < len(text)]
+        if followers:
+            counts = Counter(followers)
+            most = max(counts.values())
+            token = [token for token in followers if counts[token] == most][-1]
+            # the end of the text, where nothing follows yet, is left out for the longest repeated suffix alone
+            return token, weight(most, len(found) - (found == repeated), length)
+    return None
+
+
+def expected(scores: torch.Tensor, text: list[int], path: list[int]) -> torch.Tensor:
+    """The mixture, from its formula."""
+    q, found = scores.softmax(-1), suggested(text, path)
+    if found is None:
+        return q
+    token, w = found
+    return (1 - w) * q + w * torch.nn.functional.one_hot(torch.tensor(token), len(q))
+
+
+def texts(count: int, ids: int = 4, length: int = 24) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(ids, (length + 3 * i,), generator=generator).tolist() for i in range(count)]
+
+
+def test_long_and_unanimous_matches_weigh_most() -> None:
+    assert 0 < weight(1, 1, 1) < weight(1, 1, 2) < weight(1, 1, 5) < weight(1, 1, 1000) < MOST
+    assert weight(2, 4, 3) == weight(1, 2, 3) == weight(1, 1, 3) / 2
+    assert weight(1, 1, 1000) == pytest.approx(MOST, rel=1e-3)
+
+
+def test_chains_are_mixed_with_what_followed() -> None:
+    rows, memory = texts(3), CopyMemory()
+    generator = torch.Generator().manual_seed(7)
+    for cut in (10, 14, 13, 20, 20):  # on, back, and on again
+        copied = memory.follow([row[:cut] for row in rows])
+        chains: list[list[int]] = [[], [], []]
+        for _ in range(4):
+            copied.extend(chains)
+            scores = torch.randn(3, 1, VOCABULARY, generator=generator, dtype=torch.float64)
+            found = copied.mixed(scores, IDS).softmax(-1)
+            for b, chain in enumerate(chains):
+                torch.testing.assert_close(found[b, 0], expected(scores[b, 0], rows[b][:cut], chain))
+                if b or len(chain) < 2:  # a row that has stopped is asked about as well
+                    chain.append(int(torch.randint(4, (), generator=generator)))
+
+
+def test_every_node_of_a_tree_has_its_own_path() -> None:
+    rows, memory = texts(2), CopyMemory()
+    generator = torch.Generator().manual_seed(3)
+    copied = memory.follow(rows)
+    tokens: list[list[int]] = [[], []]
+    parents: list[list[int]] = [[], []]
+    for level in range(4):
+        width = 1 if level == 0 else 3
+        scores = torch.randn(2, width, VOCABULARY, generator=generator, dtype=torch.float64)
+        found = copied.mixed(scores, IDS).softmax(-1)
+        for b in range(2):
+            front = [ROOT] if level == 0 else range(len(tokens[b]) - 3, len(tokens[b]))
+            for i, node in enumerate(front):
+                path = [tokens[b][at] for at in path_to(node, parents[b])] if node != ROOT else []
+                torch.testing.assert_close(found[b, i], expected(scores[b, i], rows[b], path))
+        before = len(tokens[0])
+        sees = torch.zeros(2, 3, before + 3, dtype=torch.bool)
+        for b in range(2):
+            for i in range(3):
+                parent = ROOT if level == 0 else before - 3 + int(torch.randint(3, (), generator=generator))
+                parents[b].append(parent)
+                tokens[b].append(int(torch.randint(4, (), generator=generator)))
+                sees[b, i, path_to(before + i, parents[b])] = True
+        copied.descend(torch.tensor([row[before:] for row in tokens]), sees)
+
+
+def test_ids_that_are_not_scored_are_not_copied() -> None:
+    text = [1, 2, 3, 9, 1, 2, 3]
+    scores = torch.randn(1, 1, 3, generator=torch.Generator().manual_seed(0))
+    copied = CopyMemory().follow([text])
+    assert torch.equal(copied.mixed(scores, torch.tensor([4, 5, 6])), scores)
+    raised = copied.mixed(scores, torch.tensor([4, 9, 6]))
+    assert raised[0, 0, 1] > scores[0, 0, 1]
+    assert torch.equal(raised[..., [0, 2]], scores[..., [0, 2]])
+    # nothing occurred before, so there is nothing to copy
+    assert torch.equal(CopyMemory().follow([[1, 2, 3]]).mixed(scores, torch.tensor([1, 2, 3])), scores)
+
+
+@torch.no_grad()
+def in_circles(target: PreTrainedModel) -> PreTrainedModel:
+    """The target with the last token alone deciding about the next, so that greedy text soon repeats itself."""
+    for name, matrix in target.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            matrix.zero_()
+    return target
+
+
+@pytest.mark.usefixtures("enabled")
+@pytest.mark.parametrize("trees", [0, 8])
+@pytest.mark.parametrize(("batch", "middles"), [(1, 0), (3, 1)])
+def test_greedy_text_is_the_targets_own_and_repetitions_are_guessed(trees: int, batch: int, middles: int) -> None:
+    target, inputs = in_circles(tiny()), prompts(batch)
+    levels: list[Any] = [noisy(target)] * middles
+    options = {"max_new_tokens": 40, "do_sample": False}
+    plain = target.generate(**inputs, **options)
+    head = head_for([target, *levels][-1])
+    accepted = {}
+    for copies in (True, False):
+        output = target.generate(
+            **inputs, **options, assistant_models=[*levels, head], polyspec_tree_tokens=trees,
+            polyspec_draft_copies=copies, return_dict_in_generate=True,
+        )  # fmt: skip
+        assert torch.equal(output.sequences, plain)
+        accepted[copies] = output.polyspec.levels[-1].accepted
+    # a random head cannot know the circle
+    assert accepted[True] > accepted[False] + 10
+
+
+@pytest.mark.usefixtures("enabled")
+def test_another_answer_than_yes_or_no_is_refused() -> None:
+    target = tiny()
+    with pytest.raises(ValueError, match="polyspec_draft_copies"):
+        target.generate(
+            **prompts(1), max_new_tokens=4, assistant_models=[head_for(target)], polyspec_draft_copies="some"
+        )
