@@ -77,15 +77,15 @@ def first_prompts(source: str, limit: int) -> dict[str, list[str]]:
 
 
 def measure(
-    target: Any, assistants: Sequence[Any], ids: torch.Tensor, setting: Setting, new_tokens: int
+    target: Any, assistants: Sequence[Any], ids: torch.Tensor, setting: Setting, new_tokens: int, seed: int = 0
 ) -> tuple[int, int]:
     """Tokens emitted and passes of the target for one prompt.
 
     Args:
         target: the model; assistants: the levels below it.
-        ids: the prompt, `[1, n]`; setting: the way of drafting; new_tokens: how many to generate.
+        ids: the prompt, `[1, n]`; setting: the way of drafting; new_tokens: how many to generate; seed: of sampling.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     output = generate(
         target,
         input_ids=ids,
@@ -106,21 +106,29 @@ def average(
     prompts: dict[str, list[torch.Tensor]],
     settings: Sequence[Setting],
     new_tokens: int,
+    seeds: int = 1,
 ) -> dict[tuple[str, str], float]:
     """Mean acceptance lengths: tokens emitted by passes of the target, over all prompts of a task.
 
     Args:
         target: the model; assistants: the levels below it.
         prompts: ids `[1, n]` by task.
-        settings: the ways of drafting; new_tokens: of each answer.
+        settings: the ways of drafting; new_tokens: of each answer; seeds: how often each prompt is answered where text
+            is sampled.
 
     Returns:
         A length for each setting's name and task, and for each setting over all tasks, as the task "all".
     """
     counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
-    work = [(setting, task, ids) for setting in settings for task in prompts for ids in prompts[task]]
-    for setting, task, ids in track(work, "answers", console=Console(stderr=True)):
-        found = measure(target, assistants, ids, setting, new_tokens)
+    work = [
+        (setting, task, ids, seed)
+        for setting in settings
+        for task in prompts
+        for ids in prompts[task]
+        for seed in range(seeds if setting.options["do_sample"] else 1)
+    ]
+    for setting, task, ids, seed in track(work, "answers", console=Console(stderr=True)):
+        found = measure(target, assistants, ids, setting, new_tokens, seed)
         for key in ((setting.name, task), (setting.name, ALL)):
             counts[key] = [old + new for old, new in zip(counts[key], found, strict=True)]
     return {key: tokens / max(passes, 1) for key, (tokens, passes) in counts.items()}
@@ -148,6 +156,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=arguments.count, default=2, help="questions a task")
     parser.add_argument("--new-tokens", type=arguments.count, default=128)
     parser.add_argument("--setting", action="append", help="part of a setting's name; default: all")
+    parser.add_argument("--seeds", type=arguments.count, default=1, help="samples of each prompt at temperature 1")
     parser.add_argument("--json", type=Path)
     wanted = parser.parse_args(words)
     settings, questions = chosen_settings(wanted.setting), first_prompts(wanted.questions, wanted.limit)
@@ -157,7 +166,7 @@ def main(words: Sequence[str] | None = None) -> None:
         task: [encode(tokenizer, text, target.device)["input_ids"] for text in texts]
         for task, texts in questions.items()
     }
-    lengths = average(target, assistants, prompts, settings, wanted.new_tokens)
+    lengths = average(target, assistants, prompts, settings, wanted.new_tokens, wanted.seeds)
     table = Table("tokens a pass", *prompts, ALL, title=describe())
     for setting in settings:
         table.add_row(setting.name, *(f"{lengths[setting.name, task]:.2f}" for task in [*prompts, ALL]))
