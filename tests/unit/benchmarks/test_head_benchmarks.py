@@ -77,7 +77,8 @@ def test_acceptance_lengths_are_tokens_over_passes_of_all_prompts() -> None:
     texts = {"qa": [prompts(1, seed=seed)["input_ids"] for seed in (3, 4)], "rag": [prompts(1, 6)["input_ids"]]}
     settings = head_acceptance.chosen_settings(["greedy", "chain"])
     assert [setting.name for setting in settings] == [
-        "chain of 5, greedy", "tree of 16, greedy", "chain of 5, temperature 1"
+        "chain of 5, greedy", "tree of 16, greedy", "chain of 5, temperature 1", "chain of 5, greedy, nothing copied",
+        "tree of 16, greedy, nothing copied",
     ]  # fmt: skip
     lengths = head_acceptance.average(target, [drafter], texts, settings, new_tokens=17)
     counts = {}
@@ -108,6 +109,16 @@ def test_acceptance_lengths_are_tokens_over_passes_of_all_prompts() -> None:
     assert lengths["chain of 5, temperature 1", "all"] > 1
 
 
+def test_sampled_prompts_are_answered_as_often_as_asked() -> None:
+    target = tiny(num_hidden_layers=4)
+    drafter, ids = noisy(target, 0.05, seed=2), prompts(1, seed=3)["input_ids"]
+    (setting,) = head_acceptance.chosen_settings(["chain of 5, temperature 1"])
+    found = [head_acceptance.measure(target, [drafter], ids, setting, 17, seed) for seed in (0, 1, 2)]
+    assert len({passes for _, passes in found}) > 1
+    lengths = head_acceptance.average(target, [drafter], {"qa": [ids]}, [setting], new_tokens=17, seeds=3)
+    assert lengths[setting.name, "qa"] == pytest.approx(sum(t for t, _ in found) / sum(p for _, p in found))
+
+
 def test_what_the_acceptance_command_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_pair(tmp_path)
     target = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
@@ -118,7 +129,7 @@ def test_what_the_acceptance_command_writes(tmp_path: Path, capsys: pytest.Captu
     head_acceptance.main([*given, "--limit", "1", "--new-tokens", "6", "--setting", "greedy", "--json", str(kept)])
     rows = json.loads(kept.read_text())["rows"]
     assert [row["task"] for row in rows if row["setting"] == "tree of 16, greedy"].count("all") == 1
-    assert len(rows) == 2 * 7
+    assert len(rows) == 4 * 7  # chain and tree, with and without what is copied; six tasks and all
     assert all(1 <= row["length"] <= 6 for row in rows)
     assert "tokens a pass" in capsys.readouterr().out
 
