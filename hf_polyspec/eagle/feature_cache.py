@@ -14,10 +14,8 @@ import numpy as np
 import torch
 
 from hf_polyspec.eagle.dataset import Batch, TargetReader, Text
-from hf_polyspec.eagle.kept_states import Seen
+from hf_polyspec.eagle.kept_states import Seen, as_kept
 from hf_polyspec.eagle.losses import TargetView
-
-_HALF_MAX = 65504.0
 
 
 class FeatureCache:
@@ -114,8 +112,8 @@ class FeatureCache:
 
     def _remember(self, batch: Batch, view: TargetView) -> None:
         parts = {
-            "features": view.features.float().clamp(-_HALF_MAX, _HALF_MAX).cpu().numpy(),
-            "final": view.final.float().clamp(-_HALF_MAX, _HALF_MAX).cpu().numpy(),
+            "features": as_kept(view.features).numpy(),
+            "final": as_kept(view.final).numpy(),
             "best": view.best.cpu().numpy(),
         }
         for row, text in enumerate(batch.texts):

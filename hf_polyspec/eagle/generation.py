@@ -117,7 +117,7 @@ class Generator:
         rank: number of this process.
         world: how many processes share the work.
         writer_name: what the shards say about who wrote them.
-        watched: indices into `hidden_states` that a head will read, for settings that keep states.
+        watched: indices into `hidden_states` whose states are kept, None for none.
         whose_states: see `kept_states.identity`.
 
     Raises:

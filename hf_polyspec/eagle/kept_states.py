@@ -50,8 +50,27 @@ def joined_states(hidden_states: Sequence[torch.Tensor | None], layers: Sequence
         `[B, T, F + H_t]` in half precision on the CPU.
     """
     features, final = select_features(hidden_states, layers), select_features(hidden_states, [-1])
-    joined = torch.cat([features, final.to(features.device)], dim=-1)
-    return joined.float().clamp(-_HALF_MAX, _HALF_MAX).half().cpu()
+    return as_kept(torch.cat([features, final.to(features.device)], dim=-1))
+
+
+def as_kept(states: torch.Tensor) -> torch.Tensor:
+    """States in the precision in which they are kept on disk, on the CPU; no finite one becomes infinite."""
+    return states.float().clamp(-_HALF_MAX, _HALF_MAX).half().cpu()
+
+
+def save_whole(tensors: dict[str, npt.NDArray[Any]], path: Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file that appears under its name only when it is whole and on disk.
+
+    Args:
+        tensors: what it holds.
+        path: the file; a kill leaves a `.partial` one beside it at most.
+        metadata: kept in its header.
+    """
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata=metadata)
+    with partial.open("rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(partial, path)
 
 
 def identity(target: str, revision: str | None, model: str, layers: Sequence[int]) -> str:
@@ -73,16 +92,13 @@ def save_seen(shard: Path, texts: Sequence[tuple[int, Seen]], whose: str) -> Non
         texts: sample numbers and what was seen of each.
         whose: see `identity`.
     """
-    path = _beside(shard)
-    partial = path.with_suffix(".partial")
     tensors: dict[str, npt.NDArray[Any]] = {
         "states": np.concatenate([seen.states for _, seen in texts]),
         "best": np.concatenate([seen.best for _, seen in texts]),
         "offsets": np.cumsum([0, *(len(seen.best) for _, seen in texts)]).astype(np.int64),
         "numbers": np.array([number for number, _ in texts], dtype=np.int64),
     }
-    save_file(tensors, partial, metadata={"identity": whose})
-    os.replace(partial, path)
+    save_whole(tensors, _beside(shard), {"identity": whose})
 
 
 def read_seen(folder: Path, whose: str) -> Iterator[tuple[int, Seen]]:

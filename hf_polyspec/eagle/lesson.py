@@ -14,6 +14,7 @@ from hf_polyspec.eagle.fresh import config_for, init_for, with_whole_vocabulary
 from hf_polyspec.eagle.jobs import stop_ids
 from hf_polyspec.eagle.losses import OBJECTIVES, LossSums, TargetView, Teacher, eagle1_loss, eagle3_loss
 from hf_polyspec.eagle.modeling import EagleHead
+from hf_polyspec.eagle.slots import cannot_keep, serves_slots
 from hf_polyspec.eagle.softmax_ids import SoftmaxIds, check_size
 from hf_polyspec.eagle.training_config import TrainingConfig
 from hf_polyspec.eagle.vocabulary import readable_rows
@@ -112,10 +113,12 @@ def check_lesson(config: TrainingConfig, target: PreTrainedModel) -> None:
 
     Raises:
         ValueError, TypeError, OSError: the head to go on with cannot be loaded or does not fit, or there are no such
-            ids to compare head and target on.
+            ids to compare head and target on, or states are to be kept of a model that cannot run in slots.
     """
     if config.init_from is not None:
         _continued(config.init_from, config.head.draft_vocab_size is None, target)
+    if config.generation.keep_states and config.texts is None and not serves_slots(target):
+        raise cannot_keep(target)
     wanted, parts = config.optimization.softmax_ids, target_parts(target)
     if wanted is not None:
         check_size(wanted, parts.vocab_size)

@@ -8,7 +8,6 @@ sample with everything that belongs to it or no trace of it, and the sample is t
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +15,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
-from hf_polyspec.eagle.kept_states import Seen, save_seen
+from hf_polyspec.eagle.kept_states import Seen, save_seen, save_whole
 
 GREEDY = 0
 SAMPLED = 1
@@ -94,7 +92,6 @@ class ShardWriter:
         if not self.samples and not self.rejected:
             return None
         path = self.folder / f"shard-{self.rank:03d}-{self.next_index:05d}.safetensors"
-        temporary = path.with_suffix(".partial")
         lengths = [len(sample.tokens) for sample in self.samples]
         tensors: dict[str, npt.NDArray[np.generic]] = {
             "tokens": np.array([i for sample in self.samples for i in sample.tokens], dtype=self.dtype),
@@ -107,10 +104,7 @@ class ShardWriter:
         seen = [(sample.number, sample.seen) for sample in self.samples if sample.seen is not None]
         if seen:
             save_seen(path, seen, self.whose_states)
-        save_file(tensors, temporary, metadata={"provenance": json.dumps(self.provenance)})
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        save_whole(tensors, path, {"provenance": json.dumps(self.provenance)})
         self.samples, self.rejected = [], []
         self.next_index += 1
         return path

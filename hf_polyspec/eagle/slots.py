@@ -368,8 +368,13 @@ def open_batch(
     if serves_slots(model):
         return SlotBatch(model, slots, capacity, watched=watched)
     if watched is not None:
-        raise ValueError(f"keep_states needs a model that can run in slots, and {type(model).__name__} cannot")
+        raise cannot_keep(model)
     return DrainedBatch(model, slots, capacity)
+
+
+def cannot_keep(model: PreTrainedModel) -> ValueError:
+    """What to say where states are to be kept of a model that cannot run in slots."""
+    return ValueError(f"keep_states needs a model that can run in slots, and {type(model).__name__} cannot")
 
 
 def serves_slots(model: PreTrainedModel, cache_dtype: torch.dtype | None = None) -> bool:

@@ -52,6 +52,15 @@ class CopyMemory:
         """Drop all texts."""
         self._rows = []
 
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Go on with some of the rows; one that is wanted twice is indexed anew in its second place.
+
+        Args:
+            rows: which, in their new order.
+        """
+        if self._rows:
+            self._rows = [FollowedText() if r in rows[:i] else self._rows[r] for i, r in enumerate(rows)]
+
     def follow(self, texts: Sequence[list[int]]) -> CopiedPaths:
         """Bring each row to its text.
 
@@ -93,7 +102,7 @@ class CopiedPaths:
             self._taken[b] = len(chains[b])
 
     def descend(self, tokens: torch.Tensor, sees: torch.Tensor) -> None:
-        """Follow a level's nodes, which are asked about from now on.
+        """Follow a level's nodes, which are asked about from now on; one host synchronisation.
 
         Args:
             tokens: `[B, k]`.
@@ -113,7 +122,7 @@ class CopiedPaths:
                 state, length = places[parent]
                 asked.append(step(state, length, token))
             self._asked[b] = asked
-            self._fed[b] += self._asked[b]
+            self._fed[b] += asked
 
     def mixed(self, scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The head's scores with those of copied ids raised.

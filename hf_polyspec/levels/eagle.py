@@ -167,6 +167,8 @@ class EagleDrafter(SequentialDrafter):
         self._sizes = [copy.copy(self._sizes[row]) for row in rows]
         self._shown = None
         self.pairs.keep_rows(rows)
+        if self.copies is not None:
+            self.copies.keep_rows(rows)
 
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
         rows = self._known_pairs(context)

@@ -15,7 +15,13 @@ import torch
 import typer
 import yaml
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner
 
 from hf_polyspec.eagle.command import duration, train_eagle
@@ -112,6 +118,24 @@ def test_from_target_to_head(run_file: Path, target_folder: Path, tmp_path: Path
     assert (run / "head" / "model.safetensors").read_bytes() == before
 
 
+def test_states_that_cannot_be_kept_are_told_before_anything_is_there(
+    run_file: Path, chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = MistralConfig(
+        vocab_size=45, hidden_size=32, intermediate_size=32, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=4, max_position_embeddings=64,
+    )  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(tmp_path / "sliding")
+    chat_tokenizer.save_pretrained(str(tmp_path / "sliding"))
+    values = yaml.safe_load(run_file.read_text())
+    values["target"] = str(tmp_path / "sliding")
+    values["generation"]["keep_states"] = True
+    run_file.write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match="keep_states needs a model that can run in slots"):
+        call("--config", run_file)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("changes", [{}, {"reader": "int8"}, {"optimization": {"learn_prompts": True}}])
 def test_states_that_the_writer_kept_are_not_read_again(
     run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
@@ -134,6 +158,8 @@ def test_states_that_the_writer_kept_are_not_read_again(
 
     monkeypatch.setattr(TargetReader, "read", noted)
     call("--config", kept)
+    assert list((tmp_path / "kept" / "texts").glob("states-*"))
+    assert not list((tmp_path / "run" / "texts").glob("states-*"))
     if changes:  # what another model computed, or knows nothing of prompts, is of no use
         assert read
         return

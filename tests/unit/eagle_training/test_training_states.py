@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,14 +109,6 @@ def test_long_texts_are_cut_with_their_states(
     for text in cut:
         batch = collate([text])
         torch.testing.assert_close(cache.read(batch).features, reader.read(batch).features, rtol=2e-3, atol=2e-3)
-
-
-def test_nothing_is_kept_unless_asked(
-    chat_target: PreTrainedModel, chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    Generator(chat_target, chat_tokenizer, tmp_path, replace(SETTINGS, keep_states=False)).run()
-    assert list(tmp_path.glob("shard-*"))
-    assert not list(tmp_path.glob("states-*"))
 
 
 def test_models_outside_slots_are_refused(chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import torch
 from tiny_models import VOCABULARY, head_for, noisy, prompts, tiny
 from transformers import PreTrainedModel
 
-from hf_polyspec.levels.copying import MOST, CopyMemory, weight
+from hf_polyspec.distributions import LawMaker
+from hf_polyspec.levels.copying import MOST, CopiedPaths, CopyMemory, weight
+from hf_polyspec.levels.eagle import EagleDrafter
 from hf_polyspec.trees import ROOT, path_to
 
 IDS = torch.arange(VOCABULARY)
@@ -110,6 +112,85 @@ def test_ids_that_are_not_scored_are_not_copied() -> None:
     assert torch.equal(raised[..., [0, 2]], scores[..., [0, 2]])
     # nothing occurred before, so there is nothing to copy
     assert torch.equal(CopyMemory().follow([[1, 2, 3]]).mixed(scores, torch.tensor([1, 2, 3])), scores)
+
+
+def test_rows_that_stay_are_not_indexed_anew() -> None:
+    rows, memory = texts(3), CopyMemory()
+    memory.follow(rows)
+    before = [row.automaton for row in memory._rows]
+    memory.keep_rows([2, 0, 2])
+    copied = memory.follow([rows[2], rows[0], rows[2]])
+    after = [row.automaton for row in memory._rows]
+    assert after[0] is before[2]
+    assert after[1] is before[0]
+    assert after[2] is not before[2]
+    scores = torch.randn(3, 1, VOCABULARY, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for b, text in enumerate((rows[2], rows[0], rows[2])):
+        torch.testing.assert_close(copied.mixed(scores, IDS).softmax(-1)[b, 0], expected(scores[b, 0], text, []))
+
+
+class Watched(EagleDrafter):
+    """Keeps, of each proposal: the mixtures computed, the laws drawn from, and the laws handed up."""
+
+    mixtures: list[torch.Tensor]
+    draws: list[torch.Tensor]
+    seen: list[tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]]
+
+    def _watched(self, proposal: Any) -> Any:
+        if proposal is not None and proposal.q is not None:
+            self.seen.append((list(self.mixtures), list(self.draws), proposal.q))
+        return proposal
+
+    def propose(self, context: Any, limits: list[int], law: Any) -> Any:
+        self.mixtures.clear()
+        self.draws.clear()
+        return self._watched(super().propose(context, limits, law))
+
+    def propose_tree(self, context: Any, limits: list[int], law: Any) -> Any:
+        self.mixtures.clear()
+        self.draws.clear()
+        return self._watched(super().propose_tree(context, limits, law))
+
+
+@pytest.mark.usefixtures("enabled")
+@pytest.mark.parametrize("trees", [0, 8])
+def test_the_mixture_is_what_is_drawn_from_and_handed_up(trees: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("mixtures", "draws", "seen"):
+        monkeypatch.setattr(Watched, name, [], raising=False)
+    changed: list[float] = []
+    mix, draw = CopiedPaths.mixed, LawMaker.draw
+
+    def mixed(self: CopiedPaths, scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        found = mix(self, scores, ids)
+        changed.append(float((found.softmax(-1) - scores.softmax(-1)).abs().max()))
+        Watched.mixtures.append(found.softmax(-1))
+        return found
+
+    def drawn(self: LawMaker, weights: torch.Tensor) -> torch.Tensor:
+        Watched.draws.append(weights.clone())
+        return draw(self, weights)
+
+    monkeypatch.setattr(CopiedPaths, "mixed", mixed)
+    monkeypatch.setattr(LawMaker, "draw", drawn)
+    monkeypatch.setattr("hf_polyspec.chain.EagleDrafter", Watched)
+    target, ids = in_circles(tiny()), prompts(1)["input_ids"]
+    with torch.no_grad():
+        target.lm_head.weight.mul_(20)  # draws hardly ever leave the circle
+    torch.manual_seed(2)
+    target.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=True, top_k=0,
+        assistant_models=[head_for(target)], polyspec_tree_tokens=trees,
+    )  # fmt: skip
+    assert max(changed) > 0.2, "the text repeats itself, so there was something to copy"
+    assert len(Watched.seen) > 5
+    for mixtures, draws, q in Watched.seen:
+        torch.testing.assert_close(draws[0][0], mixtures[0][0, 0])  # the first draw, at the context's end
+        for i in range(q.shape[1]):
+            if trees:
+                assert any(torch.equal(q[0, i], weights) for law in draws for weights in law)
+            else:
+                torch.testing.assert_close(q[0, i], mixtures[i][0, 0])
+                assert torch.equal(q[0, i], draws[i][0])
 
 
 @torch.no_grad()
