@@ -20,7 +20,7 @@ from .lending import FEW, is_copy
 from .levels.base import Drafter
 from .levels.candidate_generator import CandidateGeneratorDrafter
 from .levels.causal_lm import CausalLMDrafter
-from .levels.copying import CopyMemory
+from .levels.draft_memory import DraftMemory
 from .levels.eagle import EagleDrafter
 from .levels.joined import JoinedDrafter
 from .levels.verifier import Verifier
@@ -274,7 +274,7 @@ def _head_level(assistants: Sequence[Any], place: int, setting: Setting, target:
         tree_top_k=options.polyspec_tree_top_k,
         draft_vocabulary=options.polyspec_draft_vocabulary,
         draft_temperature=options.polyspec_draft_temperature or head.config.draft_temperature,
-        copies=CopyMemory() if options.polyspec_draft_copies else None,
+        memory=DraftMemory() if options.polyspec_draft_copies else None,
     )
 
 

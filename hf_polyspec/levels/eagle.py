@@ -16,13 +16,14 @@ from ..eagle.modeling import EagleHead
 from ..errors import LevelError
 from ..options import DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K
 from ..runner import Pass
-from ..trees import depths
+from ..trees import ROOT, depths
 from .base import Proposal, TreeProposal
-from .copying import CopiedPaths, CopyMemory
+from .draft_memory import DraftMemory
 from .draft_vocabulary import WorkingVocabulary
 from .drawn_tree import grow_drawn
 from .eagle_memory import FeatureMemo, PairMemo, Pairs, left_mask
 from .eagle_tree import Grown, grow
+from .pointers import PointerMixture
 from .sequential import SequentialDrafter
 from .tree_size import TreeSize
 
@@ -59,7 +60,7 @@ class EagleDrafter(SequentialDrafter):
             none.
         draft_vocabulary: ids scored, see `WorkingVocabulary`.
         draft_temperature: see `SequentialDrafter`.
-        copies: mixes what followed the last few tokens before into the head's guesses; None for the head alone.
+        memory: what is mixed into the head's guesses; None for the head alone.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class EagleDrafter(SequentialDrafter):
         tree_top_k: int = DEFAULT_TREE_TOP_K,
         draft_vocabulary: int | Literal["auto"] | None = None,
         draft_temperature: float = 1.0,
-        copies: CopyMemory | None = None,
+        memory: DraftMemory | None = None,
     ) -> None:
         super().__init__(
             name=name,
@@ -96,7 +97,7 @@ class EagleDrafter(SequentialDrafter):
         self.tree_top_k = tree_top_k
         self.grows_trees = tree_tokens > 0
         self.draft_vocabulary = draft_vocabulary
-        self.copies = copies
+        self.memory = memory
         self.chunk = _CHUNK
         self.features: list[FeatureMemo] = []
         self.pairs = PairMemo(head)
@@ -105,6 +106,8 @@ class EagleDrafter(SequentialDrafter):
         self._columns = 0  # of the passes in `_unread`
         self._sizes: list[TreeSize] = []
         self._shown: Pass | None = None
+        self._chains: list[list[int]] = []  # drafted last
+        self._samples = False
         self._prompt: Prompt | None = None
         self._padding: list[int] = []
 
@@ -126,18 +129,20 @@ class EagleDrafter(SequentialDrafter):
         self._columns += passed.fed
         if self._columns >= _UNREAD:
             self._read()
-        self._shown = passed if self.working is not None and self.working.sliced else None
+        self._shown = passed
 
     def observe(self, drafted: list[int], accepted: list[int]) -> None:
         super().observe(drafted, accepted)
-        self._notice(accepted)
+        chains = [chain[:count] for chain, count in zip(self._chains, drafted, strict=True)]
+        paths = [list(range(kept)) for kept in accepted]
+        self._notice(chains, [list(range(ROOT, len(chain) - 1)) for chain in chains], paths)
 
     def observe_tree(self, tree: TreeProposal, paths: list[list[int]]) -> None:
         self.stats.accepted += sum(len(path) for path in paths)
         if self.schedule != "constant":
             for size, parents, path in zip(self._sizes, tree.parents, paths, strict=True):
                 size.observe(max(depths(parents), default=0), len(path))
-        self._notice([path[-1] + 1 if path else 0 for path in paths])
+        self._notice(tree.tokens, tree.parents, paths)
 
     def _read(self) -> None:
         """Store the features of all passes seen since the last time, fused at once."""
@@ -165,10 +170,10 @@ class EagleDrafter(SequentialDrafter):
         self.features = [self.features[row] for row in rows]
         # A row that is wanted twice goes on with two sizes.
         self._sizes = [copy.copy(self._sizes[row]) for row in rows]
-        self._shown = None
+        self._shown, self._chains = None, [self._chains[row] for row in rows]
         self.pairs.keep_rows(rows)
-        if self.copies is not None:
-            self.copies.keep_rows(rows)
+        if self.memory is not None:
+            self.memory.keep_rows(rows)
 
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
         rows = self._known_pairs(context)
@@ -179,6 +184,7 @@ class EagleDrafter(SequentialDrafter):
             with self.stats.timed():
                 q = self._draft(context, rows, tokens, room, law)
         self.stats.drafted += sum(len(row) for row in tokens)
+        self._chains, self._samples = tokens, law.do_sample
         return Proposal(tokens, q, [[self.index] * len(row) for row in tokens])
 
     def propose_tree(self, context: Context, limits: list[int], law: LawMaker) -> TreeProposal | None:
@@ -193,6 +199,7 @@ class EagleDrafter(SequentialDrafter):
             return None
         with self.stats.timed():
             tree = self._grow(rows, room, law)
+        self._samples = law.do_sample
         for nodes, parents in zip(tree.tokens, tree.parents, strict=True):
             self.stats.record_tree(len(nodes), max(depths(parents), default=0))
         return tree
@@ -202,18 +209,22 @@ class EagleDrafter(SequentialDrafter):
         self.pairs = PairMemo(self.head)
         self._sizes = [TreeSize(self.tree_depth, max(1, self.tree_tokens)) for _ in range(batch)]
         self._shown, self._prompt, self._padding = None, None, []
+        self._chains = [[] for _ in range(batch)]
         self._unread, self._columns = [], 0
-        if self.copies is not None:
-            self.copies.forget()
+        if self.memory is not None:
+            self.memory.begin(batch)
 
-    def _notice(self, columns: list[int]) -> None:
-        """Have the likeliest ids of the level above join the working vocabulary, at these columns of its last pass."""
+    def _notice(self, tokens: list[list[int]], parents: list[list[int]], paths: list[list[int]]) -> None:
+        """Learn from the last pass of the level above, which accepted these paths of these trees."""
         if self._shown is None or self.working is None:
             return
-        logits = self._shown.logits
-        at = logits[torch.arange(len(columns), device=logits.device), torch.tensor(columns, device=logits.device)]
-        self.working.see(at.topk(min(_LIKELY, at.shape[-1]), dim=-1).indices.flatten().tolist())
-        self._shown = None
+        logits, self._shown = self._shown.logits, None
+        if self.working.sliced:
+            # the likeliest ids where it drew its last token
+            at = logits[list(range(len(paths))), [path[-1] + 1 if path else 0 for path in paths]]
+            self.working.see(at.topk(min(_LIKELY, at.shape[-1]), dim=-1).indices.flatten().tolist())
+        if self.memory is not None:
+            self.memory.learn(tokens, parents, paths, logits, self._samples)
 
     def _known_pairs(self, context: Context) -> list[Pairs]:
         """Per row, all pairs of this context whose features the level above has computed."""
@@ -238,7 +249,7 @@ class EagleDrafter(SequentialDrafter):
         A row with tokens that the level above has not read (`late`) takes them in first, one a step, while other rows
         already draft: each step is one column for all rows.
         """
-        hidden, copied, working = self._catch_up(rows), self._copied(rows), self._working
+        hidden, pointed, working = self._catch_up(rows), self._pointed(rows), self._working
         late = [row.ids[row.end + 1 :] for row in rows]
         going = [places > 0 for places in room]
         laws: list[torch.Tensor | None] = []
@@ -246,8 +257,8 @@ class EagleDrafter(SequentialDrafter):
         while any(going):
             drawing = [alive and step >= len(more) for alive, more in zip(going, late, strict=True)]
             if any(drawing):
-                copied.extend(tokens)
-                logits = working.spread(copied.mixed(working.score(hidden), working.target_ids))
+                pointed.extend(tokens)
+                logits = working.spread(pointed.mixed(working.score(hidden), working.target_ids))
                 laws.append(self.draw(context, tokens, logits, drawing, going, law))
             else:
                 laws.append(None)
@@ -271,17 +282,17 @@ class EagleDrafter(SequentialDrafter):
         """Trees of the likeliest nodes; where the verifier samples, of nodes drawn."""
         hidden, seen = self._take_in(rows)
         first = torch.tensor([[max(0, len(row.ids) - 1 - row.padding)] for row in rows])
-        total, working, copied = [size.nodes for size in self._sizes], self._working, self._copied(rows)
+        total, working, pointed = [size.nodes for size in self._sizes], self._working, self._pointed(rows)
         top_k, threshold, ends = self.tree_top_k, self.confidence_threshold, self.eos
 
         def step_level(tokens: torch.Tensor, features: torch.Tensor, level: int, sees: torch.Tensor) -> torch.Tensor:
             before = seen[:, None].expand(-1, tokens.shape[1], -1).to(sees.device)
             places = (first + level - 1).expand(-1, tokens.shape[1])
-            copied.descend(tokens, sees)
+            pointed.descend(tokens, sees)
             return self._step(tokens, features, places, torch.cat([before, sees], dim=2)[:, None])
 
         def score(states: torch.Tensor) -> torch.Tensor:
-            return copied.mixed(working.score(states), working.target_ids)
+            return pointed.mixed(working.score(states), working.target_ids)
 
         if not law.do_sample:
 
@@ -302,10 +313,10 @@ class EagleDrafter(SequentialDrafter):
         q.index_copy_(-1, ids, drawn.laws)
         return TreeProposal(grown.tokens, grown.parents, self._own(grown), drawn.nodes, q)
 
-    def _copied(self, rows: list[Pairs]) -> CopiedPaths:
-        if self.copies is None:
-            return CopiedPaths([])
-        return self.copies.follow([row.ids[row.padding :] for row in rows])
+    def _pointed(self, rows: list[Pairs]) -> PointerMixture:
+        if self.memory is None:
+            return PointerMixture([])
+        return self.memory.follow([row.ids[row.padding :] for row in rows])
 
     def _take_in(self, rows: list[Pairs]) -> tuple[torch.Tensor, torch.Tensor]:
         """The head's output after each context, `[B, 1, H]`, and which columns of its cache belong to it, `[B, S]`."""

@@ -12,8 +12,10 @@ from tiny_models import VOCABULARY, head_for, noisy, prompts, tiny
 from transformers import PreTrainedModel
 
 from hf_polyspec.distributions import LawMaker
-from hf_polyspec.levels.copying import MOST, CopiedPaths, CopyMemory, weight
+from hf_polyspec.levels.copying import MOST, copy_weight
+from hf_polyspec.levels.draft_memory import DraftMemory
 from hf_polyspec.levels.eagle import EagleDrafter
+from hf_polyspec.levels.pointers import PointerMixture
 from hf_polyspec.trees import ROOT, path_to
 
 IDS = torch.arange(VOCABULARY)
@@ -36,7 +38,7 @@ def suggested(text: list[int], path: list[int]) -> tuple[int, float] | None:
             most = max(counts.values())
             token = [token for token in followers if counts[token] == most][-1]
             # the end of the text, where nothing follows yet, is left out for the longest repeated suffix alone
-            return token, weight(most, len(found) - (found == repeated), length)
+            return token, copy_weight(most, len(found) - (found == repeated), length)
     return None
 
 
@@ -54,14 +56,20 @@ def texts(count: int, ids: int = 4, length: int = 24) -> list[list[int]]:
     return [torch.randint(ids, (length + 3 * i,), generator=generator).tolist() for i in range(count)]
 
 
+def remembering(rows: int) -> DraftMemory:
+    memory = DraftMemory()
+    memory.begin(rows)
+    return memory
+
+
 def test_long_and_unanimous_matches_weigh_most() -> None:
-    assert 0 < weight(1, 1, 1) < weight(1, 1, 2) < weight(1, 1, 5) < weight(1, 1, 1000) < MOST
-    assert weight(2, 4, 3) == weight(1, 2, 3) == weight(1, 1, 3) / 2
-    assert weight(1, 1, 1000) == pytest.approx(MOST, rel=1e-3)
+    assert 0 < copy_weight(1, 1, 1) < copy_weight(1, 1, 2) < copy_weight(1, 1, 5) < copy_weight(1, 1, 1000) < MOST
+    assert copy_weight(2, 4, 3) == copy_weight(1, 2, 3) == copy_weight(1, 1, 3) / 2
+    assert copy_weight(1, 1, 1000) == pytest.approx(MOST, rel=1e-3)
 
 
 def test_chains_are_mixed_with_what_followed() -> None:
-    rows, memory = texts(3), CopyMemory()
+    rows, memory = texts(3), remembering(3)
     generator = torch.Generator().manual_seed(7)
     for cut in (10, 14, 13, 20, 20):  # on, back, and on again
         copied = memory.follow([row[:cut] for row in rows])
@@ -77,7 +85,7 @@ def test_chains_are_mixed_with_what_followed() -> None:
 
 
 def test_every_node_of_a_tree_has_its_own_path() -> None:
-    rows, memory = texts(2), CopyMemory()
+    rows, memory = texts(2), remembering(2)
     generator = torch.Generator().manual_seed(3)
     copied = memory.follow(rows)
     tokens: list[list[int]] = [[], []]
@@ -105,22 +113,22 @@ def test_every_node_of_a_tree_has_its_own_path() -> None:
 def test_ids_that_are_not_scored_are_not_copied() -> None:
     text = [1, 2, 3, 9, 1, 2, 3]
     scores = torch.randn(1, 1, 3, generator=torch.Generator().manual_seed(0))
-    copied = CopyMemory().follow([text])
+    copied = remembering(1).follow([text])
     assert torch.equal(copied.mixed(scores, torch.tensor([4, 5, 6])), scores)
     raised = copied.mixed(scores, torch.tensor([4, 9, 6]))
     assert raised[0, 0, 1] > scores[0, 0, 1]
     assert torch.equal(raised[..., [0, 2]], scores[..., [0, 2]])
     # nothing occurred before, so there is nothing to copy
-    assert torch.equal(CopyMemory().follow([[1, 2, 3]]).mixed(scores, torch.tensor([1, 2, 3])), scores)
+    assert torch.equal(remembering(1).follow([[1, 2, 3]]).mixed(scores, torch.tensor([1, 2, 3])), scores)
 
 
 def test_rows_that_stay_are_not_indexed_anew() -> None:
-    rows, memory = texts(3), CopyMemory()
+    rows, memory = texts(3), remembering(3)
     memory.follow(rows)
-    before = [row.automaton for row in memory._rows]
+    before = [row.text.automaton for row in memory._copies]
     memory.keep_rows([2, 0, 2])
     copied = memory.follow([rows[2], rows[0], rows[2]])
-    after = [row.automaton for row in memory._rows]
+    after = [row.text.automaton for row in memory._copies]
     assert after[0] is before[2]
     assert after[1] is before[0]
     assert after[2] is not before[2]
@@ -158,9 +166,9 @@ def test_the_mixture_is_what_is_drawn_from_and_handed_up(trees: int, monkeypatch
     for name in ("mixtures", "draws", "seen"):
         monkeypatch.setattr(Watched, name, [], raising=False)
     changed: list[float] = []
-    mix, draw = CopiedPaths.mixed, LawMaker.draw
+    mix, draw = PointerMixture.mixed, LawMaker.draw
 
-    def mixed(self: CopiedPaths, scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def mixed(self: PointerMixture, scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         found = mix(self, scores, ids)
         changed.append(float((found.softmax(-1) - scores.softmax(-1)).abs().max()))
         Watched.mixtures.append(found.softmax(-1))
@@ -170,7 +178,7 @@ def test_the_mixture_is_what_is_drawn_from_and_handed_up(trees: int, monkeypatch
         Watched.draws.append(weights.clone())
         return draw(self, weights)
 
-    monkeypatch.setattr(CopiedPaths, "mixed", mixed)
+    monkeypatch.setattr(PointerMixture, "mixed", mixed)
     monkeypatch.setattr(LawMaker, "draw", drawn)
     monkeypatch.setattr("hf_polyspec.chain.EagleDrafter", Watched)
     target, ids = in_circles(tiny()), prompts(1)["input_ids"]
