@@ -135,7 +135,7 @@ _CHAIN: dict[str, tuple[str, Any]] = {
         Annotated[
             bool | None,
             typer.Option(
-                "--copies/--no-copies", help="Mix what followed the same tokens before into a head's guesses."
+                "--copies/--no-copies", help="Mix what is known from the text and from rejected guesses into a head's."
             ),
         ],
     ),

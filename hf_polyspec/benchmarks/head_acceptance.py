@@ -53,9 +53,9 @@ SETTINGS = (
     Setting("tree of 16, greedy", {**_TREE, "do_sample": False}),
     Setting("tree of 16, temperature 1", {**_TREE, "do_sample": True, **_SAMPLED}),
     Setting("chain of 5, temperature 1", {**_CHAIN, "do_sample": True, **_SAMPLED}),
-    Setting("chain of 5, greedy, nothing copied", {**_CHAIN, "do_sample": False, **_ALONE}),
-    Setting("tree of 16, greedy, nothing copied", {**_TREE, "do_sample": False, **_ALONE}),
-    Setting("tree of 16, temperature 1, nothing copied", {**_TREE, "do_sample": True, **_SAMPLED, **_ALONE}),
+    Setting("chain of 5, greedy, head alone", {**_CHAIN, "do_sample": False, **_ALONE}),
+    Setting("tree of 16, greedy, head alone", {**_TREE, "do_sample": False, **_ALONE}),
+    Setting("tree of 16, temperature 1, head alone", {**_TREE, "do_sample": True, **_SAMPLED, **_ALONE}),
 )
 ALL = "all"
 _COMMON = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}

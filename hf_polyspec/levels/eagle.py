@@ -250,7 +250,7 @@ class EagleDrafter(SequentialDrafter):
         already draft: each step is one column for all rows.
         """
         hidden, pointed, working = self._catch_up(rows), self._pointed(rows), self._working
-        late = [row.ids[row.end + 1 :] for row in rows]
+        ids, late = working.target_ids, [row.ids[row.end + 1 :] for row in rows]
         going = [places > 0 for places in room]
         laws: list[torch.Tensor | None] = []
         step = 0
@@ -258,7 +258,7 @@ class EagleDrafter(SequentialDrafter):
             drawing = [alive and step >= len(more) for alive, more in zip(going, late, strict=True)]
             if any(drawing):
                 pointed.extend(tokens)
-                logits = working.spread(pointed.mixed(working.score(hidden), working.target_ids))
+                logits = working.spread(pointed.mixed(working.score(hidden), ids))
                 laws.append(self.draw(context, tokens, logits, drawing, going, law))
             else:
                 laws.append(None)
@@ -283,6 +283,7 @@ class EagleDrafter(SequentialDrafter):
         hidden, seen = self._take_in(rows)
         first = torch.tensor([[max(0, len(row.ids) - 1 - row.padding)] for row in rows])
         total, working, pointed = [size.nodes for size in self._sizes], self._working, self._pointed(rows)
+        ids = working.target_ids
         top_k, threshold, ends = self.tree_top_k, self.confidence_threshold, self.eos
 
         def step_level(tokens: torch.Tensor, features: torch.Tensor, level: int, sees: torch.Tensor) -> torch.Tensor:
@@ -292,7 +293,7 @@ class EagleDrafter(SequentialDrafter):
             return self._step(tokens, features, places, torch.cat([before, sees], dim=2)[:, None])
 
         def score(states: torch.Tensor) -> torch.Tensor:
-            return pointed.mixed(working.score(states), working.target_ids)
+            return pointed.mixed(working.score(states), ids)
 
         if not law.do_sample:
 
@@ -305,7 +306,7 @@ class EagleDrafter(SequentialDrafter):
         def guess(states: torch.Tensor) -> torch.Tensor:
             return law.probabilities(law.proposal_scores(score(states)) / self.draft_temperature)
 
-        ids, draw = working.target_ids, law.draw_distinct
+        draw = law.draw_distinct
         grown, drawn = grow_drawn(
             hidden, room, total, guess, ids, step_level, draw, top_k=top_k, threshold=threshold, ends=ends
         )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -52,6 +52,8 @@ class PointerMixture:
         self._fed: list[list[tuple[Place, ...]]] = [[] for _ in rows]
         self._asked = [[root] for root in self._roots]
         self._taken = [0] * len(rows)
+        self._ids: torch.Tensor | None = None
+        self._sorted: Any = None
 
     def extend(self, chains: list[list[int]]) -> None:
         """Follow the chains drafted so far, which are asked about from now on.
@@ -104,13 +106,23 @@ class PointerMixture:
         if not raised:
             return scores
         nodes, tokens, shares = (list(column) for column in zip(*raised, strict=True))
-        at = torch.tensor(nodes, device=scores.device)
-        found, columns = (ids == torch.tensor(tokens, device=ids.device)[:, None]).nonzero(as_tuple=True)
+        found, columns = self._columns_of(tokens, ids)
+        at = torch.tensor(nodes, device=scores.device)[found]
         log_share = torch.tensor(shares, dtype=scores.dtype, device=scores.device)[found]
-        flat, at = scores.flatten(0, 1).clone(), at[found]
+        flat = scores.flatten(0, 1).clone()
+        whole = flat.logsumexp(-1)  # [B n]
         # q + share [x = c] is the mixture but for a factor, which leaves all other scores as they are
-        flat[at, columns] = torch.logaddexp(flat[at, columns], flat[at].logsumexp(-1) + log_share)
+        flat[at, columns] = torch.logaddexp(flat[at, columns], whole[at] + log_share)
         return flat.view_as(scores)
+
+    def _columns_of(self, tokens: list[int], ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which of the tokens are among the ids, and where: places in both lists."""
+        if self._ids is not ids:  # the same ones all through a round
+            self._ids, self._sorted = ids, ids.sort()
+        wanted = torch.tensor(tokens, device=ids.device)
+        at = torch.searchsorted(self._sorted.values, wanted).clamp(max=len(ids) - 1)
+        found = (self._sorted.values[at] == wanted).nonzero().flatten()
+        return found, self._sorted.indices[at[found]]
 
     def _step(self, row: int, places: tuple[Place, ...], token: int) -> tuple[Place, ...]:
         return tuple(pointer.step(place, token) for pointer, place in zip(self._rows[row], places, strict=True))

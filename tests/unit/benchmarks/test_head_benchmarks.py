@@ -77,8 +77,8 @@ def test_acceptance_lengths_are_tokens_over_passes_of_all_prompts() -> None:
     texts = {"qa": [prompts(1, seed=seed)["input_ids"] for seed in (3, 4)], "rag": [prompts(1, 6)["input_ids"]]}
     settings = head_acceptance.chosen_settings(["greedy", "chain"])
     assert [setting.name for setting in settings] == [
-        "chain of 5, greedy", "tree of 16, greedy", "chain of 5, temperature 1", "chain of 5, greedy, nothing copied",
-        "tree of 16, greedy, nothing copied",
+        "chain of 5, greedy", "tree of 16, greedy", "chain of 5, temperature 1", "chain of 5, greedy, head alone",
+        "tree of 16, greedy, head alone",
     ]  # fmt: skip
     lengths = head_acceptance.average(target, [drafter], texts, settings, new_tokens=17)
     counts = {}
