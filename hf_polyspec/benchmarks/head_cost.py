@@ -2,7 +2,8 @@
 """What a draft step of an EAGLE head costs beside a target step: `python -m hf_polyspec.benchmarks.head_cost`.
 
 Target steps, chain steps and tree levels take turns in one process, so that a machine that slows down slows all of
-them; medians and their ratios to the target's step are printed.
+them; medians and their ratios to the target's step are printed. Guesses are mixed as in a chain with what is known from
+the text and from rejected guesses, of which every node finds some.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from rich.table import Table
 
 from ..eagle import EagleHead, feature_layers, init_for, select_features
 from ..eagle.features import bind, target_parts
+from ..levels.draft_memory import DraftMemory
 from ..levels.draft_vocabulary import WorkingVocabulary
+from ..levels.pointers import PointerMixture
 from . import arguments
 from .environment import describe
 
 PROMPT_IDS = 64
 WIDTHS = (4, 10)
+DEPTH = 5
 TARGET = "target step"
 
 
@@ -104,13 +108,37 @@ def _filled(target: Any, head: EagleHead, context: int) -> tuple[Any, torch.Tens
     return cache, hidden[:, -1:]
 
 
+class _Rounds:
+    """Rounds of `DEPTH` steps after a text that comes a second time, and of which every guess was rejected once."""
+
+    def __init__(self, target: Any, context: int) -> None:
+        ids = _ids(target, max(context, DEPTH)).flatten().tolist()
+        self.text = ids + ids
+        self.memory = DraftMemory()
+        self.memory.begin(1)
+        self.memory.follow([self.text])
+        logits = torch.randn(1, DEPTH + 1, target_parts(target).vocab_size, device=target.device)
+        self.memory.learn([ids[:DEPTH]], [list(range(-1, DEPTH - 1))], [[]], logits, sampled=False)
+        self.depth = DEPTH
+
+    def next(self) -> tuple[PointerMixture, list[int]]:
+        """What is mixed in at the next step, and the ids drafted before it."""
+        if self.depth == DEPTH:
+            self.pointed, self.depth = self.memory.follow([self.text]), 0
+        self.depth += 1
+        return self.pointed, self.text[: self.depth]
+
+
 def _head_step(target: Any, head: EagleHead, working: WorkingVocabulary, context: int) -> Callable[[], Any]:
     cache, hidden = _filled(target, head, context)
-    token, place = _ids(target, 1), torch.tensor([[context]])
+    token, place, rounds = _ids(target, 1), torch.tensor([[context]]), _Rounds(target, context)
+    ids = working.target_ids
 
     def step() -> None:
+        pointed, drafted = rounds.next()
+        pointed.extend([drafted])
         out = head.step(token, hidden, place, None, cache)
-        working.spread(working.score(out)).argmax(-1).tolist()
+        working.spread(pointed.mixed(working.score(out), ids)).argmax(-1).tolist()
         cache.crop(context)
 
     return step
@@ -124,10 +152,14 @@ def _tree_level(
     places = torch.full((1, width), context)
     own = torch.eye(width, dtype=torch.bool)
     sees = torch.cat([torch.ones(width, context, dtype=torch.bool), own], dim=1)[None, None].to(target.device)
+    rounds, ids = _Rounds(target, context), working.target_ids
 
     def step() -> None:
+        pointed, drafted = rounds.next()
+        level = torch.full_like(tokens, drafted[-1])
+        pointed.descend(level, own.repeat(1, len(drafted))[None].to(target.device))
         out = head.step(tokens, features, places, sees, cache)
-        working.best(working.score(out), width)[1].tolist()
+        working.best(pointed.mixed(working.score(out), ids), width)[1].tolist()
         cache.crop(context)
 
     return step
