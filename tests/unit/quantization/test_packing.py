@@ -143,6 +143,9 @@ def test_a_replaced_forward_is_left_alone(model: PreTrainedModel) -> None:
 def test_sixteen_bits_are_summed_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
     dice = torch.Generator().manual_seed(1)
     linear = nn.Linear(300, 40).to(dtype)
+    with torch.no_grad():  # drawn anew each time, one sum in some thousands cancels to less than float32 can tell
+        for parameter in linear.parameters():
+            parameter.uniform_(-(300**-0.5), 300**-0.5, generator=dice)
     x = torch.randn(7, 300, generator=dice).to(dtype)
     wanted = torch.nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double())
     with torch.no_grad():
