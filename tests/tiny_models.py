@@ -83,3 +83,22 @@ def head_for(model: PreTrainedModel, algorithm: str = "eagle3", seed: int = 5, *
         torch.manual_seed(seed)
         head: EagleHead = init_for(model, algorithm, **settings).eval()
     return head
+
+
+@torch.no_grad()
+def in_circles(target: PreTrainedModel) -> PreTrainedModel:
+    """The target with the last token alone deciding about the next, so that greedy text soon repeats itself."""
+    for name, matrix in target.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            matrix.zero_()
+    return target
+
+
+def accepted_greedily(
+    target: PreTrainedModel, levels: list[Any], inputs: dict[str, torch.Tensor], **options: Any
+) -> int:
+    """Tokens of the lowest level that are accepted in 40 greedy ones, which must be those of plain generation."""
+    length = {"max_new_tokens": 40, "do_sample": False}
+    output = target.generate(**inputs, **length, assistant_models=levels, return_dict_in_generate=True, **options)
+    assert torch.equal(output.sequences, target.generate(**inputs, **length))
+    return int(output.polyspec.levels[-1].accepted)

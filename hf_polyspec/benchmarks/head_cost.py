@@ -27,6 +27,7 @@ from ..eagle.features import bind, target_parts
 from ..levels.draft_memory import DraftMemory
 from ..levels.draft_vocabulary import WorkingVocabulary
 from ..levels.pointers import PointerMixture
+from ..trees import ROOT
 from . import arguments
 from .environment import describe
 
@@ -118,7 +119,7 @@ class _Rounds:
         self.memory.begin(1)
         self.memory.follow([self.text])
         logits = torch.randn(1, DEPTH + 1, target_parts(target).vocab_size, device=target.device)
-        self.memory.learn([ids[:DEPTH]], [list(range(-1, DEPTH - 1))], [[]], logits, sampled=False)
+        self.memory.learn([ids[:DEPTH]], [list(range(ROOT, DEPTH - 1))], [[]], logits, sampled=False)
         self.depth = DEPTH
 
     def next(self) -> tuple[PointerMixture, list[int]]:

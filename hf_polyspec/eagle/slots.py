@@ -351,8 +351,7 @@ def open_batch(
         model: the causal LM that writes.
         slots: rows of the batch.
         capacity: tokens a row can hold, prompt and answer together.
-        compact: keep keys and values in bfloat16 where that works. The model's attention is changed, so this is for
-            copies.
+        compact: keep keys and values in bfloat16 where that works; changes the model's attention: for copies only.
         watched: as for `SlotBatch`.
 
     Raises:

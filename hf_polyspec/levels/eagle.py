@@ -105,7 +105,7 @@ class EagleDrafter(SequentialDrafter):
         self._unread: list[tuple[list[list[int]], list[list[int]] | None, int, torch.Tensor]] = []
         self._columns = 0  # of the passes in `_unread`
         self._sizes: list[TreeSize] = []
-        self._shown: Pass | None = None
+        self._shown: torch.Tensor | None = None  # logits of the last pass above
         self._chains: list[list[int]] = []  # drafted last
         self._samples = False
         self._prompt: Prompt | None = None
@@ -129,7 +129,7 @@ class EagleDrafter(SequentialDrafter):
         self._columns += passed.fed
         if self._columns >= _UNREAD:
             self._read()
-        self._shown = passed
+        self._shown = passed.logits
 
     def observe(self, drafted: list[int], accepted: list[int]) -> None:
         super().observe(drafted, accepted)
@@ -218,7 +218,7 @@ class EagleDrafter(SequentialDrafter):
         """Learn from the last pass of the level above, which accepted these paths of these trees."""
         if self._shown is None or self.working is None:
             return
-        logits, self._shown = self._shown.logits, None
+        logits, self._shown = self._shown, None
         if self.working.sliced:
             # the likeliest ids where it drew its last token
             at = logits[list(range(len(paths))), [path[-1] + 1 if path else 0 for path in paths]]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -52,8 +52,7 @@ class PointerMixture:
         self._fed: list[list[tuple[Place, ...]]] = [[] for _ in rows]
         self._asked = [[root] for root in self._roots]
         self._taken = [0] * len(rows)
-        self._ids: torch.Tensor | None = None
-        self._sorted: Any = None
+        self._sorted: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # ids, in order, and from where
 
     def extend(self, chains: list[list[int]]) -> None:
         """Follow the chains drafted so far, which are asked about from now on.
@@ -117,12 +116,13 @@ class PointerMixture:
 
     def _columns_of(self, tokens: list[int], ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Which of the tokens are among the ids, and where: places in both lists."""
-        if self._ids is not ids:  # the same ones all through a round
-            self._ids, self._sorted = ids, ids.sort()
+        if self._sorted is None or self._sorted[0] is not ids:  # the same ones all through a round
+            self._sorted = (ids, *ids.sort())
+        _, in_order, columns = self._sorted
         wanted = torch.tensor(tokens, device=ids.device)
-        at = torch.searchsorted(self._sorted.values, wanted).clamp(max=len(ids) - 1)
-        found = (self._sorted.values[at] == wanted).nonzero().flatten()
-        return found, self._sorted.indices[at[found]]
+        at = torch.searchsorted(in_order, wanted).clamp(max=len(ids) - 1)
+        found = (in_order[at] == wanted).nonzero().flatten()
+        return found, columns[at[found]]
 
     def _step(self, row: int, places: tuple[Place, ...], token: int) -> tuple[Place, ...]:
         return tuple(pointer.step(place, token) for pointer, place in zip(self._rows[row], places, strict=True))

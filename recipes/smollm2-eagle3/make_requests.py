@@ -22,12 +22,12 @@ NUMBERS = [str(number) for number in range(3, 98)]
 
 def fill(dice: random.Random, form: str, words: dict[str, list[str]]) -> str:
     """One filling of a form: `{city2}` is another city than `{city}`, and so on."""
-    slots = [slot for _, slot, _, _ in Formatter().parse(form) if slot]
+    slots = dict.fromkeys(slot for _, slot, _, _ in Formatter().parse(form) if slot)
     values: dict[str, str] = {}
     for slot in slots:
         kind = slot.rstrip("0123456789")
         left = [word for word in words[kind] if word not in values.values()]
-        values.setdefault(slot, dice.choice(left))
+        values[slot] = dice.choice(left)
     text = form.format(**values)
     return text[0].upper() + text[1:]
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, head_for, noisy, prompts, tiny
-from transformers import PreTrainedModel
+from tiny_models import VOCABULARY, accepted_greedily, head_for, in_circles, noisy, prompts, tiny
 
 from hf_polyspec.distributions import LawMaker
 from hf_polyspec.levels.copying import MOST, copy_weight
@@ -201,34 +200,20 @@ def test_the_mixture_is_what_is_drawn_from_and_handed_up(trees: int, monkeypatch
                 assert torch.equal(q[0, i], draws[i][0])
 
 
-@torch.no_grad()
-def in_circles(target: PreTrainedModel) -> PreTrainedModel:
-    """The target with the last token alone deciding about the next, so that greedy text soon repeats itself."""
-    for name, matrix in target.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            matrix.zero_()
-    return target
-
-
 @pytest.mark.usefixtures("enabled")
 @pytest.mark.parametrize("trees", [0, 8])
 @pytest.mark.parametrize(("batch", "middles"), [(1, 0), (3, 1)])
-def test_greedy_text_is_the_targets_own_and_repetitions_are_guessed(trees: int, batch: int, middles: int) -> None:
+def test_repetitions_are_guessed(trees: int, batch: int, middles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_polyspec.levels.recycling.RecyclePointer.suggestion", lambda *_: None)
     target, inputs = in_circles(tiny()), prompts(batch)
     levels: list[Any] = [noisy(target)] * middles
-    options = {"max_new_tokens": 40, "do_sample": False}
-    plain = target.generate(**inputs, **options)
-    head = head_for([target, *levels][-1])
-    accepted = {}
-    for copies in (True, False):
-        output = target.generate(
-            **inputs, **options, assistant_models=[*levels, head], polyspec_tree_tokens=trees,
-            polyspec_draft_copies=copies, return_dict_in_generate=True,
-        )  # fmt: skip
-        assert torch.equal(output.sequences, plain)
-        accepted[copies] = output.polyspec.levels[-1].accepted
+    levels.append(head_for([target, *levels][-1]))
+    helped, alone = (
+        accepted_greedily(target, levels, inputs, polyspec_tree_tokens=trees, polyspec_draft_copies=copies)
+        for copies in (True, False)
+    )
     # a random head cannot know the circle
-    assert accepted[True] > accepted[False] + 10
+    assert helped > alone + 10
 
 
 @pytest.mark.usefixtures("enabled")
