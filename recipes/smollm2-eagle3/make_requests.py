@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests with long answers for training a head: writing, roles to play, reasoning, explanations, code, extraction.
 
-The forms of requests.yaml are filled from its lists, every filling drawn anew: a few make thousands of requests.
+The forms of requests.yaml, or of another such file, are filled from its lists, every filling drawn anew: a few make
+thousands of requests.
 
     python make_requests.py --each 200 --seed 3 --out requests.jsonl
+    python make_requests.py --forms requests-longer.yaml --each 200 --seed 3 --out more.jsonl
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from string import Formatter
 
 import yaml
 
-SOURCE = Path(__file__).with_name("requests.yaml")
 NUMBERS = [str(number) for number in range(3, 98)]
 
 
@@ -32,9 +33,9 @@ def fill(dice: random.Random, form: str, words: dict[str, list[str]]) -> str:
     return text[0].upper() + text[1:]
 
 
-def requests(dice: random.Random, count: int) -> list[str]:
-    """So many requests of every kind, less those that came twice."""
-    source = yaml.safe_load(SOURCE.read_text(encoding="utf-8"))
+def requests(dice: random.Random, count: int, forms: Path) -> list[str]:
+    """So many requests of every kind of a file of forms, less those that came twice."""
+    source = yaml.safe_load(forms.read_text(encoding="utf-8"))
     words = {**source["words"], "number": NUMBERS}
     kinds = source["forms"].values()
     return list(dict.fromkeys(fill(dice, dice.choice(forms), words) for forms in kinds for _ in range(count)))
@@ -43,12 +44,16 @@ def requests(dice: random.Random, count: int) -> list[str]:
 def main() -> None:
     """Writes the requests, one JSON object a line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    own = Path(__file__).with_name("requests.yaml")
+    parser.add_argument("--forms", type=Path, default=own, help="lists of words, and the forms that they fill")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--each", type=int, default=200, help="requests of each kind")
     parser.add_argument("--seed", type=int, default=0)
     wanted = parser.parse_args()
+    if not wanted.forms.is_file():
+        parser.error(f"--forms: there is no file {wanted.forms}.")
     dice = random.Random(wanted.seed)
-    made = requests(dice, wanted.each)
+    made = requests(dice, wanted.each, wanted.forms)
     dice.shuffle(made)
     wanted.out.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in made), encoding="utf-8")
     print(f"{len(made)} requests in {wanted.out}")

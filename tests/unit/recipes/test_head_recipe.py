@@ -45,17 +45,27 @@ def test_heads_of_other_shapes_have_no_mean(tmp_path: Path) -> None:
     assert not (tmp_path / "mean").exists()
 
 
-def test_requests_are_different_and_complete(tmp_path: Path) -> None:
+@pytest.mark.parametrize("forms", ["requests.yaml", "requests-longer.yaml"])
+def test_requests_are_different_and_complete(tmp_path: Path, forms: str) -> None:
     out = tmp_path / "requests.jsonl"
-    done = script("make_requests.py", "--each", "300", "--seed", "4", "--out", out)
+    words = ("--forms", RECIPE / forms, "--each", "300", "--seed", "4", "--out")
+    done = script("make_requests.py", *words, out)
     assert done.returncode == 0, done.stderr
     made = [json.loads(line)["prompt"] for line in out.read_text(encoding="utf-8").splitlines()]
-    assert 1000 < len(made) <= 6 * 300
+    assert 1000 < len(made) <= 7 * 300
     assert len(set(made)) == len(made)
     assert not any("{" in prompt or "  " in prompt for prompt in made)
     again = tmp_path / "again.jsonl"
-    script("make_requests.py", "--each", "300", "--seed", "4", "--out", again)
+    script("make_requests.py", *words, again)
     assert again.read_bytes() == out.read_bytes()
+
+
+def test_a_file_of_forms_that_is_not_there_is_named(tmp_path: Path) -> None:
+    done = script("make_requests.py", "--forms", tmp_path / "none.yaml", "--out", tmp_path / "requests.jsonl")
+    assert done.returncode == 2
+    assert "there is no file" in done.stderr
+    assert "none.yaml" in done.stderr
+    assert not (tmp_path / "requests.jsonl").exists()
 
 
 def test_a_numbered_slot_is_another_word(monkeypatch: pytest.MonkeyPatch) -> None:
