@@ -33,9 +33,9 @@ def fill(dice: random.Random, form: str, words: dict[str, list[str]]) -> str:
     return text[0].upper() + text[1:]
 
 
-def requests(dice: random.Random, count: int, forms: Path) -> list[str]:
+def requests(dice: random.Random, count: int, path: Path) -> list[str]:
     """So many requests of every kind of a file of forms, less those that came twice."""
-    source = yaml.safe_load(forms.read_text(encoding="utf-8"))
+    source = yaml.safe_load(path.read_text(encoding="utf-8"))
     words = {**source["words"], "number": NUMBERS}
     kinds = source["forms"].values()
     return list(dict.fromkeys(fill(dice, dice.choice(forms), words) for forms in kinds for _ in range(count)))

@@ -45,14 +45,14 @@ def test_heads_of_other_shapes_have_no_mean(tmp_path: Path) -> None:
     assert not (tmp_path / "mean").exists()
 
 
-@pytest.mark.parametrize("forms", ["requests.yaml", "requests-longer.yaml"])
-def test_requests_are_different_and_complete(tmp_path: Path, forms: str) -> None:
+@pytest.mark.parametrize(("forms", "kinds"), [("requests.yaml", 6), ("requests-longer.yaml", 7)])
+def test_requests_are_different_and_complete(tmp_path: Path, forms: str, kinds: int) -> None:
     out = tmp_path / "requests.jsonl"
     words = ("--forms", RECIPE / forms, "--each", "300", "--seed", "4", "--out")
     done = script("make_requests.py", *words, out)
     assert done.returncode == 0, done.stderr
     made = [json.loads(line)["prompt"] for line in out.read_text(encoding="utf-8").splitlines()]
-    assert 1000 < len(made) <= 7 * 300
+    assert 1000 < len(made) <= kinds * 300
     assert len(set(made)) == len(made)
     assert not any("{" in prompt or "  " in prompt for prompt in made)
     again = tmp_path / "again.jsonl"
