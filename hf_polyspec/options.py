@@ -49,7 +49,8 @@ class PolySpecOptions:
         polyspec_draft_temperature: above 0; a drafting model or head draws from its law to the power of one over
             this, normalised: below 1 likelier drafts. None for what a head's config says, and for 1 elsewhere.
         polyspec_draft_copies: whether an EAGLE head's guesses are mixed with what followed the same tokens earlier in
-            the text, and with what the level above said after guesses that it rejected.
+            the text, with what the level above foresaw of the prompt, and with what it said after guesses that it
+            rejected.
         polyspec_pack: whether float assistants on a CPU multiply in a faster layout while the chain runs
             (`hf_polyspec.pack`; the same within rounding, and a second copy of their matrices).
     """

@@ -110,7 +110,7 @@ def _filled(target: Any, head: EagleHead, context: int) -> tuple[Any, torch.Tens
 
 
 class _Rounds:
-    """Rounds of `DEPTH` steps after a text that comes a second time, and of which every guess was rejected once."""
+    """Rounds of `DEPTH` steps after a text that comes a second time, was foreseen, and had every guess rejected once."""
 
     def __init__(self, target: Any, context: int) -> None:
         ids = _ids(target, max(context, DEPTH)).flatten().tolist()
@@ -118,6 +118,7 @@ class _Rounds:
         self.memory = DraftMemory()
         self.memory.begin(1)
         self.memory.follow([self.text])
+        self.memory.foreseen[0].learn(self.text, self.text[1:])
         logits = torch.randn(1, DEPTH + 1, target_parts(target).vocab_size, device=target.device)
         self.memory.learn([ids[:DEPTH]], [list(range(ROOT, DEPTH - 1))], [[]], logits, sampled=False)
         self.depth = DEPTH

@@ -9,12 +9,17 @@ import torch
 
 from ..trees import path_to
 from .copying import CopyPointer
+from .foreseen import ForeseenPointer
 from .pointers import Place, PointerMixture
 from .recycling import WEIGHTS, RecyclePointer, Said, said_after
 
 
 class DraftMemory:
-    """The texts of a batch, and what the level above said about what was drafted after them."""
+    """The texts of a batch, what the level above foresaw of them, and what it said about what was drafted after them.
+
+    Attributes:
+        foreseen: of each row, what the level above foresaw of its prompt.
+    """
 
     def __init__(self) -> None:
         self.begin(0)
@@ -22,6 +27,7 @@ class DraftMemory:
     def begin(self, batch: int) -> None:
         """Forget everything; so many rows are to come."""
         self._copies = [CopyPointer() for _ in range(batch)]
+        self.foreseen = [ForeseenPointer() for _ in range(batch)]
         self._recycled = [RecyclePointer() for _ in range(batch)]
 
     def keep_rows(self, rows: Sequence[int]) -> None:
@@ -31,6 +37,7 @@ class DraftMemory:
             rows: which, in their new order.
         """
         self._copies = [CopyPointer() if r in rows[:i] else self._copies[r] for i, r in enumerate(rows)]
+        self.foreseen = [self.foreseen[r].copied() for r in rows]
         self._recycled = [self._recycled[r].copied() for r in rows]
 
     def follow(self, texts: Sequence[list[int]]) -> PointerMixture:
@@ -39,7 +46,7 @@ class DraftMemory:
         Args:
             texts: the ids of each row, without padding.
         """
-        rows = list(zip(self._copies, self._recycled, strict=True))
+        rows = list(zip(self._copies, self.foreseen, self._recycled, strict=True))
         for row, text in zip(rows, texts, strict=True):
             for pointer in row:
                 pointer.follow(text)

@@ -17,7 +17,7 @@ from torch import nn
 from ..distributions import fit_vocabulary
 from ..eagle.configuration import EagleHeadConfig
 from ..eagle.modeling import EagleHead
-from ..eagle.vocabulary import SLICES, VocabularySlice
+from ..eagle.vocabulary import SLICES, VocabularySlice, lm_head_logits
 from ..processors import DraftVocabularyProcessor
 
 AUTO_ROWS = 4096
@@ -109,6 +109,21 @@ class WorkingVocabulary:
         if self._usable is not None and self._rows is None:
             return logits.index_select(-1, self._usable.to(logits.device))
         return logits if self._ids is not None else logits[..., : self.vocabulary]
+
+    def likeliest(self, final: torch.Tensor) -> torch.Tensor | None:
+        """What the level above holds likeliest among the ids scored at present.
+
+        Args:
+            final: `[..., H]`, states that its lm_head reads.
+
+        Returns:
+            Ids `[...]`; None where all ids are scored, which would cost too much, or the head scores by rows of its
+            own.
+        """
+        if self._rows is None or self._ids is None or self.head.config.own_lm_head:
+            return None
+        final = final.to(self.head.device, self.head.dtype)
+        return self._ids[lm_head_logits(self.head, final, self._rows).argmax(-1).to(self.device)]
 
     def spread(self, scored: torch.Tensor) -> torch.Tensor:
         """Logits `[..., N]` of the ids scored at present -> over the chain's ids, `[..., V]`; -inf for the others."""

@@ -11,6 +11,7 @@ import torch
 
 from ..context import Context, Prompt
 from ..distributions import LawMaker
+from ..eagle.configuration import LAST_HIDDEN_STATE
 from ..eagle.features import select_features
 from ..eagle.modeling import EagleHead
 from ..errors import LevelError
@@ -21,8 +22,9 @@ from .base import Proposal, TreeProposal
 from .draft_memory import DraftMemory
 from .draft_vocabulary import WorkingVocabulary
 from .drawn_tree import grow_drawn
-from .eagle_memory import FeatureMemo, PairMemo, Pairs, left_mask
+from .eagle_memory import FeatureMemo, PairMemo, Pairs, left_mask, padding_of
 from .eagle_tree import Grown, grow
+from .foreseen import PromptStates
 from .pointers import PointerMixture
 from .sequential import SequentialDrafter
 from .tree_size import TreeSize
@@ -90,7 +92,8 @@ class EagleDrafter(SequentialDrafter):
             draft_temperature=draft_temperature,
         )
         self.head = head
-        self.reads_layers = list(layers)
+        self.layers = list(layers)
+        self.reads_layers = self.layers if memory is None else [*layers, LAST_HIDDEN_STATE]
         self.device = device
         self.tree_tokens = tree_tokens
         self.tree_depth = tree_depth
@@ -110,6 +113,7 @@ class EagleDrafter(SequentialDrafter):
         self._samples = False
         self._prompt: Prompt | None = None
         self._padding: list[int] = []
+        self._prompt_states = PromptStates()
 
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
         super().begin(index, batch, vocabulary)
@@ -124,7 +128,9 @@ class EagleDrafter(SequentialDrafter):
 
     def watch(self, passed: Pass) -> None:
         # Fused when they are needed, or many: while the head is not asked, watching costs next to nothing.
-        states = select_features(passed.output.hidden_states, self.reads_layers)  # [B, F, n H]
+        states = select_features(passed.output.hidden_states, self.layers)  # [B, F, n H]
+        if self.memory is not None:
+            self._prompt_states.keep(passed)
         self._unread.append((passed.read, passed.kept, passed.fed, states))
         self._columns += passed.fed
         if self._columns >= _UNREAD:
@@ -173,6 +179,7 @@ class EagleDrafter(SequentialDrafter):
         self._shown, self._chains = None, [self._chains[row] for row in rows]
         self.pairs.keep_rows(rows)
         if self.memory is not None:
+            self._prompt_states.keep_rows(rows)
             self.memory.keep_rows(rows)
 
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
@@ -210,7 +217,7 @@ class EagleDrafter(SequentialDrafter):
         self._sizes = [TreeSize(self.tree_depth, max(1, self.tree_tokens)) for _ in range(batch)]
         self._shown, self._prompt, self._padding = None, None, []
         self._chains = [[] for _ in range(batch)]
-        self._unread, self._columns = [], 0
+        self._unread, self._columns, self._prompt_states = [], 0, PromptStates()
         if self.memory is not None:
             self.memory.begin(batch)
 
@@ -230,9 +237,11 @@ class EagleDrafter(SequentialDrafter):
         """Per row, all pairs of this context whose features the level above has computed."""
         self._read()
         if context.prompt is not self._prompt:
-            self._prompt, self._padding = context.prompt, _padding(context)
+            self._prompt, self._padding = context.prompt, padding_of(context)
             for ids in context.ids:
                 self._working.pin(ids)
+        if self.memory is not None:
+            self._prompt_states.tell(self.memory.foreseen, self._working, self._padding)
         rows = []
         for ids, memo, padding in zip(context.ids, self.features, self._padding, strict=True):
             self._working.see(ids[-_LATEST:])
@@ -362,15 +371,6 @@ class EagleDrafter(SequentialDrafter):
     def _working(self) -> WorkingVocabulary:
         assert self.working is not None, "begin() comes first"
         return self.working
-
-
-def _padding(context: Context) -> list[int]:
-    """Per row, leading positions that have no token: left padding, or embeddings."""
-    prompt = context.prompt
-    if prompt.mask is None:
-        return [prompt.hidden] * context.batch
-    empty = (prompt.mask.cumsum(-1) == 0).sum(-1).tolist()
-    return [max(prompt.hidden, int(columns)) for columns in empty]
 
 
 def _column(late: list[int], drawn: list[int], step: int) -> int:

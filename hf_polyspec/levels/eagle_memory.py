@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..context import common_prefix
+from ..context import Context, common_prefix
 from ..eagle.attention import HeadCache
 from ..eagle.modeling import EagleHead
 
@@ -83,6 +83,15 @@ class Pairs:
             return 0
         same = common_prefix(self.ids, other.ids) - 1
         return max(0, min(same, self.end, other.end) - self.begin)
+
+
+def padding_of(context: Context) -> list[int]:
+    """Per row, leading positions that have no token: left padding, or embeddings."""
+    prompt = context.prompt
+    if prompt.mask is None:
+        return [prompt.hidden] * context.batch
+    empty = (prompt.mask.cumsum(-1) == 0).sum(-1).tolist()
+    return [max(prompt.hidden, int(columns)) for columns in empty]
 
 
 class PairMemo:

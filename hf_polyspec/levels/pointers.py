@@ -38,6 +38,28 @@ class Pointer(Protocol):
         """What is likely there; None where nothing is known."""
 
 
+class TailPointer:
+    """What is common to pointers that remember the last few ids.
+
+    Args:
+        longest: most ids that matter.
+    """
+
+    def __init__(self, longest: int) -> None:
+        self._longest = longest
+        self._tail: Place = ()
+
+    def follow(self, ids: list[int]) -> None:
+        """Go on from a text, without padding."""
+        self._tail = tuple(ids[-self._longest :])
+
+    def root(self) -> Place:
+        return self._tail
+
+    def step(self, place: Place, token: int) -> Place:
+        return (*place, token)[-self._longest :]
+
+
 class PointerMixture:
     """What pointers suggest after each node of the trees, or at the end of the chains, that grow from some texts.
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .pointers import Place, Suggestion
+from .pointers import Place, Suggestion, TailPointer
 
 WEIGHTS = (0.35, 0.6, 0.75)
 """Weights of what was said after the last 1, 2 and 3 ids in the last round.
@@ -35,16 +35,12 @@ Said = tuple[Sequence[int], Sequence[float]]
 """The likeliest ids of a law, and their probabilities among themselves."""
 
 
-class RecyclePointer:
+class RecyclePointer(TailPointer):
     """The pointer to what the level above said after the last few ids of one row, in a round of late."""
 
     def __init__(self) -> None:
-        self._tail: Place = ()
+        super().__init__(len(WEIGHTS))
         self._rounds: deque[dict[Place, Said]] = deque(maxlen=KEPT)  # latest first
-
-    def follow(self, ids: list[int]) -> None:
-        """Go on from a text, without padding."""
-        self._tail = tuple(ids[-len(WEIGHTS) :])
 
     def learn(self, said: dict[Place, Said]) -> None:
         """Take in a round.
@@ -63,12 +59,6 @@ class RecyclePointer:
         other = RecyclePointer()
         other._rounds = self._rounds.copy()
         return other
-
-    def root(self) -> Place:
-        return self._tail
-
-    def step(self, place: Place, token: int) -> Place:
-        return (*place, token)[-len(WEIGHTS) :]
 
     def suggestion(self, place: Place) -> Suggestion | None:
         for length in range(len(place), 0, -1):
