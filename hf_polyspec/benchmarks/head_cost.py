@@ -110,7 +110,7 @@ def _filled(target: Any, head: EagleHead, context: int) -> tuple[Any, torch.Tens
 
 
 class _Rounds:
-    """Rounds of `DEPTH` steps after a text that comes a second time, was foreseen, and had every guess rejected once."""
+    """Rounds of `DEPTH` steps after a text that comes again and was foreseen, and whose guesses were rejected once."""
 
     def __init__(self, target: Any, context: int) -> None:
         ids = _ids(target, max(context, DEPTH)).flatten().tolist()
