@@ -141,11 +141,12 @@ class FbgemmProduct:
             tensor = torch._make_per_channel_quantized_tensor(signed, scales.double(), zeros, 0)
             self._packed = torch.ops.quantized.linear_prepack(tensor, None)
         self._matmul = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        # Without VNNI pairs of products are added in 16 bits and would saturate: smaller digits then.
-        self.reach = 127.0 if torch.cpu._is_vnni_supported() else 63.0
+        # Without VNNI pairs of products are added in 16 bits: unsigned bytes up to 127 then, 2 * 127 * 128 < 2^15.
+        self._zero = 128 if torch.cpu._is_vnni_supported() else 64
+        self.reach = self._zero - 1.0
 
     def __call__(self, digits: Tensor) -> Tensor:
-        y: Tensor = self._matmul(digits, 1.0, 128, self._packed)
+        y: Tensor = self._matmul(digits, 1.0, self._zero, self._packed)
         return y
 
 

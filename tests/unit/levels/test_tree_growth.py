@@ -216,7 +216,7 @@ def test_only_the_hidden_states_a_head_reads_are_kept(middles: int, monkeypatch:
         found = [index for index, state in enumerate(passed.output.hidden_states) if state is not None]
         kept.append(found)
         # releases that cannot choose hand out all
-        assert found == (list(self.reads_layers) if CHOOSES_HIDDEN_STATES else list(range(9)))
+        assert found == (sorted(index % 9 for index in self.reads_layers) if CHOOSES_HIDDEN_STATES else list(range(9)))
         genuine(self, passed)
 
     monkeypatch.setattr(EagleDrafter, "watch", watch)
