@@ -25,7 +25,6 @@ Greedy chains of the head that ships over 60 questions of Spec-Bench took 2438 p
 with 0.1, 0.25 and 0.45, 2442 with 0.2, 0.45 and 0.65. Where what is held likeliest is suggested whether or not it comes
 next in the prompt, they take 2474."""
 
-
 _CHUNK = 1024
 """Places whose laws are looked at together."""
 

@@ -293,7 +293,8 @@ def build_int8_kernel(source: Source, bias: Tensor | None, activation_bits: int 
         if activation_bits is None:
             return _widened_int8(weight, bias)
     if activation_bits == 8 and x86:
-        return IntegerDot(weight, bias, digits=1)
+        # without VNNI one digit holds less than 8 bits
+        return IntegerDot(weight, bias, digits=1 if torch.cpu._is_vnni_supported() else 2)
     if not weight.symmetric:
         return IntegerDot(weight, bias) if x86 else Dequantized(source, bias)
     few = WeightOnlyInt8(weight, bias)
