@@ -8,18 +8,18 @@ model.generate(**inputs, assistant_models=[middle, drafter])
 
 from typing import Any
 
-from .candidates import PolySpecCandidateGenerator
-from .context import Context
-from .decoding import decode
 from .errors import LevelError, RollbackError
-from .integration import PolySpecGenerationMixin, attach, detach, disable, enable, generate
-from .levels.base import Drafter, Proposal
+from .exactness.context import Context
+from .exactness.processors import DraftVocabularyProcessor, rank_tokens
+from .exactness.proposal import Proposal
+from .generation.candidates import PolySpecCandidateGenerator
+from .generation.decoding import decode
+from .generation.doors import PolySpecGenerationMixin, attach, detach, disable, enable, generate
+from .generation.options import PolySpecOptions
+from .levels.base import Drafter
 from .levels.suffix import SuffixDrafter
-from .options import PolySpecOptions
-from .processors import DraftVocabularyProcessor, rank_tokens
-from .telemetry import LevelStats, PolySpecStats
-
-__version__ = "0.1.0"
+from .telemetry.counters import LevelStats, PolySpecStats
+from .version import __version__ as __version__
 
 __all__ = [
     "Context",

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_polyspec.context import Context, Prompt, common_prefix
 from hf_polyspec.control import OnlineControl, forget
-from hf_polyspec.distributions import LawMaker
-from hf_polyspec.levels.base import Drafter, Proposal
+from hf_polyspec.exactness.context import Context, Prompt, common_prefix
+from hf_polyspec.exactness.distributions import LawMaker
+from hf_polyspec.exactness.passes import Pass
+from hf_polyspec.exactness.proposal import Proposal
+from hf_polyspec.host.runner import ModelRunner
+from hf_polyspec.levels.base import Drafter
 from hf_polyspec.levels.verifier import Verifier
-from hf_polyspec.runner import ModelRunner, Pass
 
 VOCABULARY = 8
 LAW = LawMaker([], False, torch.device("cpu"))

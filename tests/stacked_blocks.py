@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_polyspec.cache import RollbackCache
+from hf_polyspec.cpu.block_products import block_products
+from hf_polyspec.host.cache import RollbackCache
 from hf_polyspec.quantization import pack, quantize_model
-from hf_polyspec.quantization.block_products import block_products
 
 Tiny = Callable[..., PreTrainedModel]
 DEPTH = 5

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from hf_polyspec.context import Context
-from hf_polyspec.runner import ModelRunner, Pass
+from hf_polyspec.exactness.context import Context
+from hf_polyspec.exactness.passes import Pass
+from hf_polyspec.host.runner import ModelRunner
 
 
 @contextmanager

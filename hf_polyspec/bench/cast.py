@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..assistants import end_ids, load_assistant
-from ..chain import check_assistants
+from ..cpu.packing import is_packed, pack
 from ..eagle.modeling import EagleHead
-from ..integration import generate
+from ..generation.chain import check_assistants
+from ..generation.doors import generate
 from ..levels.base import Drafter
-from ..models import load_model, load_tokenizer
+from ..models.assistants import end_ids, load_assistant
+from ..models.by_name import load_model, load_tokenizer
 from ..quantization.model import sharing_copy
-from ..quantization.packing import is_packed, pack
 from .conversation import cut_at_end, pad_left, stop_ids
 from .memory import PeakMeter, weight_bytes
 from .methods import ASSISTED, CHAIN, EARLY_EXIT, PACKED, PLANNED, PROMPT_LOOKUP, Method
 
 if TYPE_CHECKING:
-    from ..planning.plan import Plan
+    from ..generation.plan import Plan
 
 LOOKUP_TOKENS = 10
 """What transformers' documentation uses for prompt_lookup_num_tokens."""
@@ -276,7 +276,7 @@ def load_plan(path: str) -> Plan:
     Raises:
         ValueError: there is none in the file.
     """
-    from ..planning.plan import Plan
+    from ..generation.plan import Plan
 
     return Plan.load(Path(path).expanduser())
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..benchmarks.environment import describe
+from ..models.environment import describe
 from .breakdown import TOKENS, measure
 from .cast import Ask, Cast, CastRequest, load_cast
 from .conversation import encode, messages

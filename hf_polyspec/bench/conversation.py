@@ -84,6 +84,6 @@ def stop_ids(tokenizer: Any, model: Any, names: Sequence[str] | None) -> list[in
         if missing:
             raise ValueError(f"The tokenizer has no token {missing[0]!r}, which is to end an answer.")
         return [int(vocabulary[name]) for name in names]
-    from ..assistants import end_ids
+    from ..models.assistants import end_ids
 
     return end_ids(model)

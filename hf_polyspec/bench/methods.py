@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from ..options import PolySpecOptions
+from ..generation.options import PolySpecOptions
 
 PLAIN = "plain"
 PACKED = "plain-packed"

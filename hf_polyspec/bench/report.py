@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..display import LEVEL_COLOURS
+from ..telemetry.display import LEVEL_COLOURS
 from .charts import Bar, bars, histogram, stack
 from .journal import write_text
 from .methods import PACKED, PLAIN

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..models import check_device, read_dtype
+from ..models.by_name import check_device, read_dtype
 from .cast import CastRequest
 from .methods import Method, expand, sweep
 from .presets import Preset, load_preset

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..display import token_pieces
+from ..telemetry.display import token_pieces
 from .cast import Ask, Cast, Outcome
 from .conversation import decode, encode, messages
 from .journal import Journal, Line, read_lines

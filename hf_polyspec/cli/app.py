@@ -61,7 +61,7 @@ def _run_as_program(run: Callable[[], Any]) -> NoReturn:
 
 def _is_users(error: Exception) -> bool:
     """Whether an exception says something about the input; anything else is a bug and keeps its traceback."""
-    from .errors import LevelError
+    from ..errors import LevelError
 
     return isinstance(error, (ValueError, TypeError, OSError, ImportError, LevelError))
 
@@ -182,7 +182,7 @@ def _root(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> None:
     if version:
-        from . import __version__
+        from ..version import __version__
 
         typer.echo(f"polyspec {__version__}")
         raise typer.Exit
@@ -267,7 +267,7 @@ def inspect(
 ) -> None:
     """What hf_polyspec sees in a model, folder or EAGLE head, and which place in a chain it can take."""
     _quiet()
-    from .inspection import inspect_name
+    from ..models.inspection import inspect_name
 
     found = inspect_name(name, target)
     table = Table(box=box.SIMPLE, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
@@ -280,7 +280,7 @@ def inspect(
 
 def _chain_options(**given: Any) -> dict[str, Any]:
     """The options of the chain that were given, checked before a model is loaded."""
-    from .options import PolySpecOptions
+    from ..generation.options import PolySpecOptions
 
     options = {name: value for name, value in given.items() if value is not None}
     PolySpecOptions(**options)
@@ -305,7 +305,7 @@ def _planned(request: Any, plan: Path | None) -> tuple[Any, bool]:
         return request, False
     from dataclasses import replace
 
-    from .planning.plan import Plan
+    from ..generation.plan import Plan
 
     found = Plan.load(plan)
     return replace(request, options={**(request.options or {}), "polyspec_plan": found}), found.packed
@@ -322,12 +322,12 @@ def _load(
 ) -> tuple[Any, Any, list[Any], list[str]]:
     """Target, tokenizer, assistants and what to call them."""
     _quiet()
-    from .assistants import check_assistant_names, load_assistant
-    from .chain import check_assistants
+    from ..generation.chain import check_assistants
+    from ..models.assistants import check_assistant_names, load_assistant
+    from ..models.by_name import check_device, load_model, load_tokenizer, read_dtype, short_name
+    from ..models.packaged import PACKAGE, first_time
+    from ..quantization import pack as pack_model
     from .demo import DEFAULT_MODEL, default_assistants
-    from .models import check_device, load_model, load_tokenizer, read_dtype, short_name
-    from .packaged import PACKAGE, first_time
-    from .quantization import pack as pack_model
 
     name = model or DEFAULT_MODEL
     words = assistant or default_assistants(name)
@@ -352,7 +352,7 @@ def _load(
 
 
 def _write_page(path: Path, tokenizer: Any, answers: list[Any]) -> None:
-    from .display import html_page, stats_html, tokens_html
+    from ..telemetry.display import html_page, stats_html, tokens_html
 
     parts = []
     for answer in answers:

@@ -41,9 +41,11 @@ COMMANDS = {
     "score": Command(
         f"{PACKAGE}.metrics.command", "score_command", "metrics", "Score bench outputs: quality beside plain decoding."
     ),
-    "train-eagle": Command(f"{PACKAGE}.eagle.command", "train_eagle", "training", "Train an EAGLE head for a model."),
+    "train-eagle": Command(
+        f"{PACKAGE}.eagle.training.command", "train_eagle", "training", "Train an EAGLE head for a model."
+    ),
     "quantize": Command(
-        f"{PACKAGE}.quantization.command", "quantize_command", "quantization", "Write a quantised copy of a model."
+        f"{PACKAGE}.cli.quantize", "quantize_command", "quantization", "Write a quantised copy of a model."
     ),
 }
 

@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TextStreamer
 
-from .integration import attach
-from .models import short_name
-from .packaged import HEAD, PACKAGE
-from .telemetry import PolySpecStats
+from ..generation.doors import attach
+from ..models.by_name import short_name
+from ..models.packaged import HEAD, PACKAGE
+from ..telemetry.counters import PolySpecStats
 
 DEFAULT_MODEL = PACKAGE
 # A text to be edited: much of the answer stands in the prompt, which is where n-grams draft well. On free prose they

@@ -2,7 +2,7 @@
 """What a running chain knows of itself: seconds of passes by their size, and acceptance by position.
 
 Both forget slowly, so that they follow a text that becomes easier or a machine that becomes busier, and both are
-turned into the tables of `planning.cost_model`, which says what to expect of sizes that were never run.
+turned into the tables of `planning.theory.cost_model`, which says what to expect of sizes that were never run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ..planning.cost_model import Acceptance, SecondsTable
+from ..planning.theory.cost_model import Acceptance, SecondsTable
 
 NEWEST = 0.25
 """Weight of the newest pass in the average of its size."""

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
-from ..context import Context
+from ..exactness.context import Context
 from ..levels.base import Drafter
 from ..levels.verifier import Emission, Verifier
-from ..planning.cost_model import Prediction
-from ..telemetry import Check, Decision
+from ..planning.theory.cost_model import Prediction
+from ..telemetry.counters import Check, Decision
 from .budget import Budget, Schedule
 from .estimates import Knowledge
 from .memory import recall, remember

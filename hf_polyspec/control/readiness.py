@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..context import Context
+from ..exactness.context import Context
+from ..host.runner import ModelRunner
 from ..levels.base import Drafter
 from ..levels.eagle import EagleDrafter
 from ..levels.verifier import Verifier
-from ..runner import ModelRunner
 from .estimates import Knowledge, Times
 from .setups import Chain
 

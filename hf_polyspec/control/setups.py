@@ -12,7 +12,7 @@ from ..levels.base import Drafter
 from ..levels.eagle import EagleDrafter
 from ..levels.sequential import SequentialDrafter
 from ..levels.verifier import NoDraft, Verifier
-from ..planning.cost_model import Acceptance, Member, Prediction, SecondsTable, predict
+from ..planning.theory.cost_model import Acceptance, Member, Prediction, SecondsTable, predict
 from .estimates import EXPECTED, OPTIMISTIC, Knowledge
 
 DRAFTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24)

@@ -9,19 +9,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hf_polyspec.quantization.block_parts import BlockParts
-from hf_polyspec.quantization.by_rows import Kernel
-from hf_polyspec.quantization.joint_product import JointProduct
-from hf_polyspec.quantization.linear import QuantizedLinear
+from hf_polyspec.cpu.block_parts import BlockParts
+from hf_polyspec.cpu.joint_product import JointProduct
+from hf_polyspec.integers.linear import Kernel, QuantizedLinear
 
 if TYPE_CHECKING:
-    from hf_polyspec.compiled.product import Product
-    from hf_polyspec.compiled.whole_block import BlockProducts, BlockShape
+    from hf_polyspec.cpu.compiled.product import Product
+    from hf_polyspec.cpu.compiled.whole_block import BlockProducts, BlockShape
 
 
 def block_products(parts: BlockParts, dtype: torch.dtype, rows: int = 1) -> BlockProducts | None:
     """The matrices of a layer, where compiled products are what computes all of them with so many rows of a dtype."""
-    from hf_polyspec.compiled.whole_block import BlockProducts
+    from hf_polyspec.cpu.compiled.whole_block import BlockProducts
 
     joint = compiled_product(parts.joint, dtype, rows)
     output = compiled_product(parts.output, dtype, rows)
@@ -35,7 +34,7 @@ def block_products(parts: BlockParts, dtype: torch.dtype, rows: int = 1) -> Bloc
 
 def block_shape(parts: BlockParts) -> BlockShape:
     """What a layer is besides its matrices."""
-    from hf_polyspec.compiled.whole_block import BlockShape
+    from hf_polyspec.cpu.compiled.whole_block import BlockShape
 
     attention, (first, second) = parts.attention, parts.norms
     norms = (first.weight, first.variance_epsilon), (second.weight, second.variance_epsilon)
@@ -57,8 +56,8 @@ def joint_output(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 def compiled_product(layers: Sequence[nn.Module], dtype: torch.dtype, rows: int) -> Product | None:
     """The compiled product that gives the outputs of layers, if it is the one that would be used."""
-    from hf_polyspec.compiled.digits import DigitProduct
-    from hf_polyspec.compiled.product import CompiledProduct
+    from hf_polyspec.cpu.compiled.digits import DigitProduct
+    from hf_polyspec.cpu.compiled.product import CompiledProduct
 
     kernel = joint_kernel(layers, dtype, rows)
     return kernel if isinstance(kernel, CompiledProduct | DigitProduct) else None

@@ -4,15 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 from torch import Tensor
 
-
-class Kernel(Protocol):
-    """What a layer calls: `[..., K]` in, `[..., N]` out, same dtype."""
-
-    def __call__(self, x: Tensor) -> Tensor: ...
+from hf_polyspec.integers.linear import Kernel
 
 
 class ByRows:

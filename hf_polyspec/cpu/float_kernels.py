@@ -9,8 +9,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from hf_polyspec.compiled import ROWS, compiles, left_to_torch
-from hf_polyspec.quantization.by_rows import Kernel
+from hf_polyspec.cpu.compiled import ROWS, compiles, left_to_torch
+from hf_polyspec.integers.linear import Kernel
 
 
 class PackedFloat:
@@ -74,7 +74,7 @@ def pack_float(weight: Tensor, bias: Tensor | None) -> Kernel:
     By as many rows as `left_to_torch` leaves to it.
     """
     if compiles():
-        from hf_polyspec.compiled.product import CompiledProduct
+        from hf_polyspec.cpu.compiled.product import CompiledProduct
 
         return CompiledProduct(weight, bias)
     return _pack_for_torch(weight, bias)

@@ -10,9 +10,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from hf_polyspec.compiled import compiles
-from hf_polyspec.quantization.block_parts import hooked, looks_like_llama
-from hf_polyspec.quantization.fused_block import FusedBlock
+from hf_polyspec.cpu.block_parts import hooked, looks_like_llama
+from hf_polyspec.cpu.compiled import compiles
+from hf_polyspec.cpu.fused_block import FusedBlock
 
 # Blocks that turned out to be, or not to be, what they look like.
 _TRIED: WeakKeyDictionary[nn.Module, tuple[object, bool]] = WeakKeyDictionary()

@@ -13,21 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from hf_polyspec.cache import RollbackCache
-from hf_polyspec.compiled import computes, left_to_torch
-from hf_polyspec.quantization.block_parts import BlockParts, matters, plain_turns, readable_mask, readable_turns
-from hf_polyspec.quantization.block_products import block_products, block_shape, joint_output, new_states
-from hf_polyspec.quantization.fused_stack import (
-    Link,
-    Plan,
-    follow_trail,
-    leave_trail,
-    stack_output,
-    waiting_output,
-)
+from hf_polyspec.cpu.block_parts import BlockParts, matters, plain_turns, readable_mask, readable_turns
+from hf_polyspec.cpu.block_products import block_products, block_shape, joint_output, new_states
+from hf_polyspec.cpu.compiled import computes, left_to_torch
+from hf_polyspec.cpu.fused_stack import Link, Plan, follow_trail, leave_trail, stack_output, waiting_output
+from hf_polyspec.host.cache import RollbackCache
 
 if TYPE_CHECKING:
-    from hf_polyspec.compiled.whole_block import BlockProducts
+    from hf_polyspec.cpu.compiled.whole_block import BlockProducts
 
 
 class FusedBlock:
@@ -77,7 +70,7 @@ class FusedBlock:
             x: `[B, F, H]`; mask: as for torch's scaled_dot_product_attention; past: a cache or None.
             turns: cosines and sines `[B or 1, F, D]`.
         """
-        from hf_polyspec.compiled.tasks import profiling
+        from hf_polyspec.cpu.compiled.tasks import profiling
 
         # One task would be one bar in a profile; the steps show what the time goes to.
         one_task = not (self._left_to_torch(x) or profiling())
@@ -111,15 +104,15 @@ class FusedBlock:
     def _at_once(
         self, x: Tensor, mask: Tensor | None, past: RollbackCache, turns: tuple[Tensor, Tensor], products: BlockProducts
     ) -> Tensor:
-        from hf_polyspec.compiled.attention import plain_mask
-        from hf_polyspec.compiled.whole_block import whole_block
+        from hf_polyspec.cpu.compiled.attention import plain_mask
+        from hf_polyspec.cpu.compiled.whole_block import whole_block
 
         shape = block_shape(self.parts)
         room = past.extend(self.parts.attention.layer_idx, new_states(shape, x), x)
         return whole_block(x, products, shape, turns, None if mask is None else plain_mask(mask), room)
 
     def _in_steps(self, x: Tensor, mask: Tensor | None, past: Any, turns: tuple[Tensor, Tensor]) -> Tensor:
-        from hf_polyspec.compiled.blocks import gated, rms_norm, rotate
+        from hf_polyspec.cpu.compiled.blocks import gated, rms_norm, rotate
 
         attention, (first, second) = self.parts.attention, self.parts.norms
         y, _ = rms_norm(x, first.weight, first.variance_epsilon)
@@ -140,7 +133,7 @@ class FusedBlock:
 
 
 def _attention(module: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    from hf_polyspec.compiled.attention import attend, readable
+    from hf_polyspec.cpu.compiled.attention import attend, readable
 
     alike = keys.dtype is queries.dtype and values.stride() == keys.stride() and values.shape == keys.shape
     if alike and readable(keys) and (mask is None or mask.shape[3] == keys.shape[2]):

@@ -18,15 +18,15 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from hf_polyspec.cache import RollbackCache, RollbackLayer
-from hf_polyspec.quantization.block_parts import plain_turns
-from hf_polyspec.quantization.block_products import block_products, block_shape, new_states
-from hf_polyspec.quantization.joint_product import change_count
+from hf_polyspec.cpu.block_parts import plain_turns
+from hf_polyspec.cpu.block_products import block_products, block_shape, new_states
+from hf_polyspec.cpu.joint_product import change_count
+from hf_polyspec.host.cache import RollbackCache, RollbackLayer
 
 if TYPE_CHECKING:
-    from hf_polyspec.compiled.whole_block import BlockProducts, BlockShape
-    from hf_polyspec.compiled.whole_stack import Room, StackTask
-    from hf_polyspec.quantization.fused_block import FusedBlock
+    from hf_polyspec.cpu.compiled.whole_block import BlockProducts, BlockShape
+    from hf_polyspec.cpu.compiled.whole_stack import Room, StackTask
+    from hf_polyspec.cpu.fused_block import FusedBlock
 
 Turns = tuple[Tensor, Tensor]
 _PATIENCE = 64
@@ -85,7 +85,7 @@ class Plan:
 
     def run(self, x: Tensor, turns: Turns, mask: Tensor | None, rooms: Sequence[Room]) -> StackTask:
         """Compute the blocks, see `StackTask`."""
-        from hf_polyspec.compiled.whole_stack import StackTask
+        from hf_polyspec.cpu.compiled.whole_stack import StackTask
 
         tasks: dict[str, StackTask] = self._own.__dict__
         key = f"{tuple(x.shape)} {torch.get_num_threads()}"
@@ -110,7 +110,7 @@ class _Waiting:
 
     def expects(self, block: FusedBlock, x: Tensor, mask: Tensor | None, past: Any, turns: object) -> bool:
         """Whether this is how the next block should be called."""
-        from hf_polyspec.compiled.samples import same_bytes
+        from hf_polyspec.cpu.compiled.samples import same_bytes
 
         before = self._outputs[self._next - 1]
         return (
@@ -220,7 +220,7 @@ def stack_output(block: FusedBlock, x: Tensor, mask: Tensor | None, past: Rollba
     Returns:
         `[B, F, H]`, None if there is nothing to compute together.
     """
-    from hf_polyspec.compiled.attention import plain_mask
+    from hf_polyspec.cpu.compiled.attention import plain_mask
 
     if block.link.next() is None or _rows(x) > _ROWS:
         return None
@@ -273,7 +273,7 @@ def _plan(chain: Sequence[FusedBlock], x: Tensor) -> Plan | None:
 
 
 def _made(chain: Sequence[FusedBlock], x: Tensor) -> Plan | None:
-    from hf_polyspec.quantization.watch import Watch
+    from hf_polyspec.cpu.watch import Watch
 
     blocks: list[FusedBlock] = []
     kind = None

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hf_polyspec.quantization.by_rows import Kernel
+from hf_polyspec.integers.linear import Kernel
 
 if TYPE_CHECKING:
-    from hf_polyspec.quantization.linear import QuantizedLinear
+    from hf_polyspec.integers.linear import QuantizedLinear
 
 SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"),

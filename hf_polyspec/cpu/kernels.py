@@ -9,25 +9,22 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_polyspec.compiled import compiles
-from hf_polyspec.quantization.by_rows import ByRows, Kernel
-from hf_polyspec.quantization.float_kernels import pack_for_many_rows, packed_size, packs, room_for
-from hf_polyspec.quantization.weights import QuantizedWeight
+from hf_polyspec.cpu.by_rows import ByRows
+from hf_polyspec.cpu.compiled import compiles
+from hf_polyspec.cpu.float_kernels import pack_for_many_rows, packed_size, packs, room_for
+from hf_polyspec.integers.linear import Kernel, Source
+from hf_polyspec.integers.weights import QuantizedWeight
 
 _INT4_GROUPS = (256, 128, 64, 32)
 _TINY = 1e-12
 INT8_FEW_ROWS = 12
 INT4_FEW_ROWS = 16
-
-
-Source = Callable[[], QuantizedWeight]
 
 
 class IntegerDot:
@@ -305,8 +302,8 @@ def build_int8_kernel(source: Source, bias: Tensor | None, activation_bits: int 
 
 def _compiled_int8(weight: QuantizedWeight, bias: Tensor | None, digits: int) -> Kernel | None:
     """The product for any number of rows, on CPUs with dot products of bytes."""
-    from hf_polyspec.compiled.digits import WIDEST, DigitProduct
-    from hf_polyspec.compiled.dots import has_dots
+    from hf_polyspec.cpu.compiled.digits import WIDEST, DigitProduct
+    from hf_polyspec.cpu.compiled.dots import has_dots
 
     if not has_dots() or weight.codes.shape[1] > WIDEST:
         return None
@@ -314,7 +311,7 @@ def _compiled_int8(weight: QuantizedWeight, bias: Tensor | None, digits: int) ->
 
 
 def _widened_int8(weight: QuantizedWeight, bias: Tensor | None) -> Kernel:
-    from hf_polyspec.compiled.product import CompiledProduct
+    from hf_polyspec.cpu.compiled.product import CompiledProduct
 
     signed = (weight.codes.to(torch.int16) - 128).to(torch.int8)
     zeros = None if weight.symmetric else weight.zeros[:, 0].float() - 128

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_polyspec.compiled import compiles, left_to_torch
-from hf_polyspec.quantization.by_rows import Kernel
-from hf_polyspec.quantization.float_kernels import multiplies, pack_float, packed_size, packs, room_for
-from hf_polyspec.quantization.fusable import fusable, fused_blocks
-from hf_polyspec.quantization.fused_block import FusedBlock
-from hf_polyspec.quantization.joint_product import SIBLINGS, JointProduct, change_count, sampled
+from hf_polyspec.cpu.compiled import compiles, left_to_torch
+from hf_polyspec.cpu.float_kernels import multiplies, pack_float, packed_size, packs, room_for
+from hf_polyspec.cpu.fusable import fusable, fused_blocks
+from hf_polyspec.cpu.fused_block import FusedBlock
+from hf_polyspec.cpu.joint_product import SIBLINGS, JointProduct, change_count, sampled
+from hf_polyspec.integers.linear import Kernel
 
 Model = TypeVar("Model", bound=nn.Module)
 Marks = tuple[object, ...]

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_polyspec.quantization.by_rows import Kernel
-from hf_polyspec.quantization.joint_product import SIBLINGS, JointProduct
-from hf_polyspec.quantization.linear import QuantizedLinear
-from hf_polyspec.quantization.weights import QuantizedWeight
+from hf_polyspec.cpu.joint_product import SIBLINGS, JointProduct
+from hf_polyspec.integers.linear import Kernel, QuantizedLinear
+from hf_polyspec.integers.weights import QuantizedWeight
 
 
 class SharedInput(JointProduct):

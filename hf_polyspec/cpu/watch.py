@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_polyspec.compiled.samples import Samples
-from hf_polyspec.quantization.block_parts import BlockParts, fits, global_hooks, has_hooks
-from hf_polyspec.quantization.block_products import joint_kernel, product_of
-from hf_polyspec.quantization.joint_product import JointProduct, change_count, sampled
+from hf_polyspec.cpu.block_parts import BlockParts, fits, global_hooks, has_hooks
+from hf_polyspec.cpu.block_products import joint_kernel, product_of
+from hf_polyspec.cpu.compiled.samples import Samples
+from hf_polyspec.cpu.joint_product import JointProduct, change_count, sampled
 
 _SETTINGS = ("is_causal", "head_dim", "scaling", "num_key_value_groups", "layer_idx", "config")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from hf_polyspec.eagle.attention import HeadCache
 from hf_polyspec.eagle.configuration import EagleHeadConfig
-from hf_polyspec.eagle.export import export_official, export_speculators
 from hf_polyspec.eagle.features import bind, feature_layers, select_features, target_parts
+from hf_polyspec.eagle.formats.export import export_official, export_speculators
 from hf_polyspec.eagle.fresh import init_for
 from hf_polyspec.eagle.modeling import EagleHead, EagleHeadOutput
 from hf_polyspec.eagle.vocabulary import VocabularySlice

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
-from hf_polyspec.compiled import computes
+from hf_polyspec.cpu.compiled import computes
 from hf_polyspec.eagle.configuration import EagleHeadConfig
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -35,7 +35,7 @@ class EagleRMSNorm(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if hidden.dtype is self.weight.dtype and computes(hidden):
-            from hf_polyspec.compiled.blocks import rms_norm
+            from hf_polyspec.cpu.compiled.blocks import rms_norm
 
             return rms_norm(hidden.contiguous(), self.weight.contiguous(), self.eps)[0]
         if hidden.dtype == self.weight.dtype == torch.float32:  # one call instead of six
@@ -311,7 +311,7 @@ def _compiled(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float | None
 ) -> torch.Tensor | None:
     """The same in compiled code, if keys, values and mask lie as it reads them."""
-    from hf_polyspec.compiled.attention import attend, readable
+    from hf_polyspec.cpu.compiled.attention import attend, readable
 
     batch, heads, fed, size = query.shape
     alike = key.dtype is value.dtype is query.dtype and key.shape == value.shape and key.stride() == value.stride()

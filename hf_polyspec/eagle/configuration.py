@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from hf_polyspec.options import require_temperature
+from hf_polyspec.defaults import require_temperature
 
 ALGORITHMS = ("eagle1", "eagle3")
 

@@ -111,7 +111,7 @@ class EagleHead(PreTrainedModel):
                 asks for a variant that is not supported (named).
             OSError: If there is no checkpoint.
         """
-        from hf_polyspec.eagle.loading import load_head
+        from hf_polyspec.eagle.formats.loading import load_head
 
         return load_head(super().from_pretrained, pretrained_model_name_or_path, args, kwargs)
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..context import Context
-from ..distributions import LawMaker
-from ..telemetry import LevelStats
-from ..verification import Verdict, overlap, verify_block, verify_tokens
-from .base import Proposal
+from ..telemetry.counters import LevelStats
+from .context import Context
+from .distributions import LawMaker
+from .proposal import Proposal
+from .verification import Verdict, overlap, verify_block, verify_tokens
 
 
 @dataclass(frozen=True)

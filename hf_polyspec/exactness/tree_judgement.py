@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from ..context import Context
-from ..distributions import LawMaker
-from ..telemetry import LevelStats
-from ..trees import ROOT, depths, path_to
-from ..verification import verify_tokens
-from .base import TreeProposal
+from ..telemetry.counters import LevelStats
+from .context import Context
+from .distributions import LawMaker
+from .proposal import TreeProposal
+from .tree_geometry import ROOT, depths, path_to
+from .verification import verify_tokens
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator
 
+from ..exactness.context import Context, Prompt
+from ..exactness.distributions import LawMaker
+from ..host.compatibility import check_options, vocabulary_size
 from .chain import Setting, build_below, check_assistants
-from .compatibility import check_options, vocabulary_size
-from .context import Context, Prompt
-from .distributions import LawMaker
 from .options import PolySpecOptions
 
 

@@ -13,20 +13,21 @@ from torch import nn
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.utils import output_capturing
 
-from .compatibility import check_model, check_vocabularies, inner_model, vocabulary_size
-from .eagle.features import bind, feature_layers, target_parts
-from .eagle.modeling import EagleHead
-from .lending import FEW, is_copy
-from .levels.base import Drafter
-from .levels.candidate_generator import CandidateGeneratorDrafter
-from .levels.causal_lm import CausalLMDrafter
-from .levels.draft_memory import DraftMemory
-from .levels.eagle import EagleDrafter
-from .levels.joined import JoinedDrafter
-from .levels.verifier import Verifier
-from .options import DEFAULT_DRAFT_TOKENS, PolySpecOptions
-from .runner import ModelRunner
-from .trees import hindrance
+from ..defaults import DEFAULT_DRAFT_TOKENS
+from ..eagle.features import bind, feature_layers, target_parts
+from ..eagle.modeling import EagleHead
+from ..host.compatibility import check_model, check_vocabularies, inner_model, vocabulary_size
+from ..host.lending import FEW, is_copy
+from ..host.runner import ModelRunner
+from ..host.trees import hindrance
+from ..levels.base import Drafter
+from ..levels.candidate_generator import CandidateGeneratorDrafter
+from ..levels.causal_lm import CausalLMDrafter
+from ..levels.draft_memory import DraftMemory
+from ..levels.eagle import EagleDrafter
+from ..levels.joined import JoinedDrafter
+from ..levels.verifier import Verifier
+from .options import PolySpecOptions
 
 CHOOSES_HIDDEN_STATES = hasattr(output_capturing, "resolve_hidden_states_indices")
 """Whether this transformers release returns single hidden states by their place in the tuple."""

@@ -13,19 +13,19 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .cache import read_cache, write_cache
+from ..control import OnlineControl
+from ..exactness.context import EMBEDDED, Context, Prompt
+from ..exactness.distributions import LawMaker
+from ..host.cache import read_cache, write_cache
+from ..host.compatibility import check_cache, check_options
+from ..host.runner import ModelRunner
+from ..levels.verifier import NoDraft, Verifier
+from ..telemetry.counters import PolySpecStats
 from .chain import Setting, build_chain, check_assistants, levels_of
-from .compatibility import check_cache, check_options
-from .context import EMBEDDED, Context, Prompt
-from .control import OnlineControl
-from .distributions import LawMaker
-from .levels.verifier import NoDraft, Verifier
 from .loop import DecodingLoop, Stopping
 from .options import PolySpecOptions
 from .outputs import Recorder, Wanted
-from .planning.plan import resolve_plan
-from .runner import ModelRunner
-from .telemetry import PolySpecStats
+from .plan import resolve_plan
 
 SYNCED_GPUS = (
     "synced_gpus (DeepSpeed ZeRO-3, FSDP) needs all processes to run the same number of forward passes, "
@@ -131,13 +131,13 @@ def decode(
 
 
 def _by_name(model: Any, assistants: Any) -> Any:
-    from .assistants import by_name  # loaders of every kind, which most chains never need
+    from ..models.assistants import by_name  # loaders of every kind, which most chains never need
 
     return by_name(model, assistants)
 
 
 def _packed(assistants: list[Any], model: Any) -> AbstractContextManager[None]:
-    from .quantization.packing import packed_assistants
+    from ..cpu.packing import packed_assistants
 
     return packed_assistants(assistants, model)
 

@@ -17,10 +17,10 @@ from typing import Any
 from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from .compatibility import check_cache_implementation, inner_model
+from ..host.compatibility import check_cache_implementation, inner_model
 from .decoding import SYNCED_GPUS, decode
 from .options import PolySpecOptions
-from .planning.plan import resolve_plan
+from .plan import resolve_plan
 
 _MARK = "_polyspec_wraps"
 _POSITIONAL = (

@@ -17,9 +17,9 @@ import torch
 from transformers import StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
-from .context import Context
-from .distributions import LawMaker
-from .levels.verifier import Emission, Verifier
+from ..exactness.context import Context
+from ..exactness.distributions import LawMaker
+from ..levels.verifier import Emission, Verifier
 from .outputs import Recorder
 
 

@@ -3,21 +3,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
+from ..defaults import (
+    DEFAULT_BLOCK_SIZE,
+    DEFAULT_DIRECT_TOKENS,
+    DEFAULT_TREE_DEPTH,
+    DEFAULT_TREE_TOP_K,
+    require_choice,
+    require_count,
+    require_temperature,
+)
+
 Verification = Literal["auto", "token", "block"]
 Schedule = Literal["constant", "heuristic", "heuristic_transient"]
 Control = Literal["fixed", "online"]
-
-DEFAULT_DRAFT_TOKENS = 5
-DEFAULT_BLOCK_SIZE = 8
-DEFAULT_DIRECT_TOKENS = 4
-DEFAULT_TREE_DEPTH = 5
-DEFAULT_TREE_TOP_K = 8
 
 
 @dataclass(frozen=True)
@@ -72,25 +75,23 @@ class PolySpecOptions:
     polyspec_pack: bool = True
 
     def __post_init__(self) -> None:
-        _require_count("num_assistant_tokens", self.num_assistant_tokens)
-        _require_count("polyspec_block_size", self.polyspec_block_size)
-        _require_count("polyspec_direct_tokens", self.polyspec_direct_tokens, least=0)
-        _require_count("polyspec_tree_tokens", self.polyspec_tree_tokens, least=0)
-        _require_count("polyspec_tree_depth", self.polyspec_tree_depth)
-        _require_count("polyspec_tree_top_k", self.polyspec_tree_top_k)
+        require_count("num_assistant_tokens", self.num_assistant_tokens)
+        require_count("polyspec_block_size", self.polyspec_block_size)
+        require_count("polyspec_direct_tokens", self.polyspec_direct_tokens, least=0)
+        require_count("polyspec_tree_tokens", self.polyspec_tree_tokens, least=0)
+        require_count("polyspec_tree_depth", self.polyspec_tree_depth)
+        require_count("polyspec_tree_top_k", self.polyspec_tree_top_k)
         if self.polyspec_draft_vocabulary != "auto":
-            _require_count("polyspec_draft_vocabulary", self.polyspec_draft_vocabulary, hint=' or "auto"')
+            require_count("polyspec_draft_vocabulary", self.polyspec_draft_vocabulary, hint=' or "auto"')
         require_temperature("polyspec_draft_temperature", self.polyspec_draft_temperature)
-        _require_choice("polyspec_draft_copies", self.polyspec_draft_copies, (True, False))
-        _require_choice("polyspec_pack", self.polyspec_pack, (True, False))
+        require_choice("polyspec_draft_copies", self.polyspec_draft_copies, (True, False))
+        require_choice("polyspec_pack", self.polyspec_pack, (True, False))
         threshold = self.assistant_confidence_threshold
         if threshold is not None and not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
             raise ValueError(f"assistant_confidence_threshold must be a number from 0 to 1, got {threshold!r}.")
-        _require_choice(
-            "num_assistant_tokens_schedule", self.num_assistant_tokens_schedule, (None, *get_args(Schedule))
-        )
-        _require_choice("polyspec_verification", self.polyspec_verification, get_args(Verification))
-        _require_choice("polyspec_control", self.polyspec_control, get_args(Control))
+        require_choice("num_assistant_tokens_schedule", self.num_assistant_tokens_schedule, (None, *get_args(Schedule)))
+        require_choice("polyspec_verification", self.polyspec_verification, get_args(Verification))
+        require_choice("polyspec_control", self.polyspec_control, get_args(Control))
         budget = self.polyspec_bias_budget
         if isinstance(budget, bool) or not (isinstance(budget, (int, float)) and 0 <= budget <= 1):
             raise ValueError(f"polyspec_bias_budget must be a number from 0 to 1, got {budget!r}.")
@@ -153,21 +154,3 @@ class PolySpecOptions:
 def _transformers_defaults(config: Any) -> dict[str, Any]:
     getter = getattr(config, "_get_default_generation_params", None)
     return dict(getter()) if callable(getter) else {}
-
-
-def _require_count(name: str, value: Any, least: int = 1, hint: str = "") -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise ValueError(f"{name} must be a whole number of at least {least}{hint}, got {value!r}.")
-
-
-def require_temperature(name: str, value: Any) -> None:
-    """Raises a `ValueError` for what is neither None nor a finite number above 0."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value is not None and not (number and 0 < value < math.inf):
-        raise ValueError(f"{name} must be a number above 0, got {value!r}.")
-
-
-def _require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        listed = ", ".join(repr(choice) for choice in choices if choice is not None)
-        raise ValueError(f"{name} must be one of {listed}, got {value!r}.")

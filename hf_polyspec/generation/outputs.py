@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .levels.verifier import Emission
+from ..levels.verifier import Emission
 
 Layers = tuple[torch.Tensor, ...]
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from ..options import PolySpecOptions
-from ..quantization.packing import is_packed
+from ..cpu.packing import is_packed
+from .options import PolySpecOptions
 
 FORMAT = 1
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation_autoset")

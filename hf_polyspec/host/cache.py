@@ -17,7 +17,7 @@ import torch
 from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from .errors import RollbackError
+from ..errors import RollbackError
 
 _FIRST_CAPACITY = 64
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..exactness.context import common_prefix
 from .compatibility import inner_model
-from .context import common_prefix
 
 if TYPE_CHECKING:
     from .runner import ModelRunner

@@ -5,42 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..errors import LevelError, RollbackError
+from ..exactness.context import EMBEDDED, Context, Prompt, common_prefix
+from ..exactness.passes import Pass
+from ..exactness.tree_geometry import depths
+from ..telemetry.counters import LevelStats
 from .cache import RollbackCache
 from .compatibility import forward_arguments, input_device
-from .context import EMBEDDED, Context, Prompt, common_prefix
-from .errors import LevelError, RollbackError
 from .lending import WORTH, borrow
-from .telemetry import LevelStats
-from .trees import additive, depths, tree_mask
+from .trees import additive, tree_mask
 
 if TYPE_CHECKING:
-    from .levels.base import TreeProposal
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One forward pass over the uncached end of each row and its draft.
-
-    Attributes:
-        logits: `[B, K + 1, V]` on the chain's device, float32 or wider: row i predicts the token after the context
-            and the first i draft tokens. Entries beyond a row's draft length mean nothing.
-        output: the model's own output (hidden states and attentions, when asked for).
-        fed: columns F of this pass; a row's tokens end at the right edge.
-        read: per row, the ids the model has now read; the last F of them were fed in this pass.
-        kept: for a pass over trees, once judged: per row, the fed columns of context and accepted path, whose ids end
-            `read`.
-    """
-
-    logits: torch.Tensor
-    output: Any
-    fed: int
-    read: list[list[int]] = field(default_factory=list)
-    kept: list[list[int]] | None = None
+    from ..exactness.proposal import TreeProposal
 
 
 class ModelRunner:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The members of a chain: verifiers and drafters."""
 
-from .base import Drafter, Proposal
+from ..exactness.proposal import Proposal
+from .base import Drafter
 
 __all__ = ["Drafter", "Proposal"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.functional import one_hot
 
-from .base import Proposal
+from ..exactness.proposal import Proposal
 
 
 @dataclass

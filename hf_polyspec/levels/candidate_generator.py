@@ -8,10 +8,11 @@ import inspect
 import torch
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from ..context import Context
-from ..distributions import LawMaker, fit_vocabulary
 from ..errors import LevelError
-from .base import Drafter, Proposal
+from ..exactness.context import Context
+from ..exactness.distributions import LawMaker, fit_vocabulary
+from ..exactness.proposal import Proposal
+from .base import Drafter
 
 
 class CandidateGeneratorDrafter(Drafter):

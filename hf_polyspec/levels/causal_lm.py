@@ -6,10 +6,10 @@ from __future__ import annotations
 import torch
 from transformers import LogitsProcessor
 
-from ..context import Context
-from ..distributions import LawMaker, fit_vocabulary
-from ..runner import ModelRunner
-from .base import Proposal
+from ..exactness.context import Context
+from ..exactness.distributions import LawMaker, fit_vocabulary
+from ..exactness.proposal import Proposal
+from ..host.runner import ModelRunner
 from .sequential import SequentialDrafter
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..trees import path_to
+from ..exactness.tree_geometry import path_to
 from .copying import CopyPointer
 from .foreseen import ForeseenPointer
 from .pointers import Place, PointerMixture

@@ -14,11 +14,11 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ..distributions import fit_vocabulary
 from ..eagle.configuration import EagleHeadConfig
 from ..eagle.modeling import EagleHead
 from ..eagle.vocabulary import SLICES, VocabularySlice, lm_head_logits
-from ..processors import DraftVocabularyProcessor
+from ..exactness.distributions import fit_vocabulary
+from ..exactness.processors import DraftVocabularyProcessor
 
 AUTO_ROWS = 4096
 """Rows that "auto" asks for, where the head knows at least twice as many."""

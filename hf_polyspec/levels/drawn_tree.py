@@ -19,7 +19,7 @@ from functools import cache
 
 import torch
 
-from ..trees import ROOT
+from ..exactness.tree_geometry import ROOT
 from .eagle_tree import Grown, Pool, Step, best_nodes, unsure
 
 Guess = Callable[[torch.Tensor], torch.Tensor]

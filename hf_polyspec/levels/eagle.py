@@ -9,16 +9,16 @@ from typing import Literal
 
 import torch
 
-from ..context import Context, Prompt
-from ..distributions import LawMaker
+from ..defaults import DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K
 from ..eagle.configuration import LAST_HIDDEN_STATE
 from ..eagle.features import select_features
 from ..eagle.modeling import EagleHead
 from ..errors import LevelError
-from ..options import DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K
-from ..runner import Pass
-from ..trees import ROOT, depths
-from .base import Proposal, TreeProposal
+from ..exactness.context import Context, Prompt
+from ..exactness.distributions import LawMaker
+from ..exactness.passes import Pass
+from ..exactness.proposal import Proposal, TreeProposal
+from ..exactness.tree_geometry import ROOT, depths
 from .draft_memory import DraftMemory
 from .draft_vocabulary import WorkingVocabulary
 from .drawn_tree import grow_drawn

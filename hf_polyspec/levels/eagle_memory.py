@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..context import Context, common_prefix
 from ..eagle.attention import HeadCache
 from ..eagle.modeling import EagleHead
+from ..exactness.context import Context, common_prefix
 
 _ROOM = 256
 

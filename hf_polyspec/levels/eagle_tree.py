@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..trees import ROOT
+from ..exactness.tree_geometry import ROOT
 
 Step = Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor], torch.Tensor]
 """(tokens `[B, k]`, features `[B, k, H]`, depth, who sees which node fed so far `[B, k, N]`) -> `[B, k, H]`."""

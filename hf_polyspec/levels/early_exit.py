@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compatibility import inner_model
-from ..models import short_name
+from ..host.compatibility import inner_model
+from ..models.by_name import short_name
 from ..quantization.model import sharing_copy
 
 PREFIX = "early-exit"

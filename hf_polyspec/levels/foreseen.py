@@ -14,7 +14,7 @@ import torch
 
 from ..eagle.configuration import LAST_HIDDEN_STATE
 from ..eagle.features import select_features
-from ..runner import Pass
+from ..exactness.passes import Pass
 from .draft_vocabulary import WorkingVocabulary
 from .pointers import Place, Suggestion, TailPointer
 

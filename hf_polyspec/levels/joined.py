@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import torch
 
-from ..context import Context
-from ..distributions import LawMaker
-from ..runner import Pass
-from ..trees import graft
-from .base import Drafter, Proposal, TreeProposal
+from ..exactness.context import Context
+from ..exactness.distributions import LawMaker
+from ..exactness.passes import Pass
+from ..exactness.proposal import Proposal, TreeProposal
+from ..exactness.tree_geometry import graft
+from .base import Drafter
 
 SURE = 2
 

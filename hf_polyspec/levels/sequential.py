@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from transformers import LogitsProcessor
 
-from ..context import Context
-from ..distributions import LawMaker
+from ..exactness.context import Context
+from ..exactness.distributions import LawMaker
 from .base import Drafter
 
 

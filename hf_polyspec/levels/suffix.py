@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..context import Context, Prompt
-from ..distributions import LawMaker
 from ..errors import LevelError
-from .base import Drafter, Proposal
+from ..exactness.context import Context, Prompt
+from ..exactness.distributions import LawMaker
+from ..exactness.proposal import Proposal
+from .base import Drafter
 from .suffix_automaton import ROOT, SEPARATOR, FollowedText, Seen, SuffixAutomaton
 
 MAX_TOKENS = 24

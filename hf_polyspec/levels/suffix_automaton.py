@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from ..context import common_prefix
+from ..exactness.context import common_prefix
 
 # What was changed: container, key, and the value before (None: the key was not there).
 _Change = tuple["list[int] | dict[int, int]", int, "int | None"]

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from ..context import Context
-from ..distributions import LawMaker
-from .base import Drafter, Proposal
+from ..exactness.context import Context
+from ..exactness.distributions import LawMaker
+from ..exactness.proposal import Proposal
+from .base import Drafter
 
 _SLEEPS = 2e-3
 AHEAD = 512

@@ -12,16 +12,18 @@ from typing import Any
 
 import torch
 
-from ..context import Context
-from ..distributions import LawMaker, fit_vocabulary
-from ..lending import WORTH
-from ..runner import ModelRunner, Pass
-from ..telemetry import Check
-from ..trees import depths
-from .base import Drafter, Proposal, TreeProposal
+from ..exactness.context import Context
+from ..exactness.distributions import LawMaker, fit_vocabulary
+from ..exactness.judgement import Judgement, judge, record
+from ..exactness.passes import Pass
+from ..exactness.proposal import Proposal, TreeProposal
+from ..exactness.tree_geometry import depths
+from ..exactness.tree_judgement import judge_tree, record_tree
+from ..host.lending import WORTH
+from ..host.runner import ModelRunner
+from ..telemetry.counters import Check
+from .base import Drafter
 from .block import Block
-from .judgement import Judgement, judge, record
-from .tree_judgement import judge_tree, record_tree
 
 
 @dataclass(frozen=True)

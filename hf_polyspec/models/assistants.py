@@ -8,13 +8,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from .eagle.formats_files import read_config, read_tensors
-from .levels.early_exit import PREFIX, early_exit, parse_early_exit
-from .levels.suffix import SuffixDrafter
-from .levels.synthetic import parse_synthetic
-from .models import load_model, read_dtype, resolve, short_name
-from .quantization import quantize_model
-from .quantization.joint_product import change_count
+from ..cpu.joint_product import change_count
+from ..eagle.formats.files import read_config, read_tensors
+from ..levels.early_exit import PREFIX, early_exit, parse_early_exit
+from ..levels.suffix import SuffixDrafter
+from ..levels.synthetic import parse_synthetic
+from ..quantization import quantize_model
+from .by_name import load_model, read_dtype, resolve, short_name
 
 _BITS = {"int8": 8, "int4": 4}
 _EAGLE_MODEL_TYPE = "polyspec_eagle"
@@ -46,7 +46,7 @@ def load_assistant(name: str, target: Any, dtype: str | torch.dtype, device: str
     if layers is not None:
         return early_exit(target, layers)
     if is_eagle_head(name):
-        from .eagle import EagleHead
+        from ..eagle import EagleHead
 
         # Heads are stored in 16 bits, which CPUs multiply slowly: one runs in the type that was asked for.
         wanted = read_dtype(dtype)

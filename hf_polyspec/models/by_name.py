@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..quantization.checkpoint import load_quantized
+from ..quantization.config import GPTQ_METHODS
 from .packaged import HEAD, PACKAGE, head_folder, smollm2_folder
-from .quantization.checkpoint import load_quantized
-from .quantization.config import GPTQ_METHODS
 
 Loaded = TypeVar("Loaded")
 

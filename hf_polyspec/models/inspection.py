@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from ..host.compatibility import check_model, check_vocabularies, layer_types
 from .assistants import is_eagle_head
-from .compatibility import check_model, check_vocabularies, layer_types
-from .models import load_config, load_tokenizer, resolve
+from .by_name import load_config, load_tokenizer, resolve
 
 
 @dataclass
@@ -132,7 +132,7 @@ def _fit(model: Any, target: str) -> str:
 
 
 def _inspect_head(name: str, target: str | None) -> Inspection:
-    from .eagle import EagleHead
+    from ..eagle import EagleHead
 
     head = EagleHead.from_pretrained(resolve(name)[0])
     config = head.config

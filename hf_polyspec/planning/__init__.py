@@ -11,22 +11,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cost_model import Acceptance, Member, Prediction, SecondsTable, predict
-    from .plan import Plan
+    from ..generation.plan import Plan
     from .planner import Planned, Wish, make_plan
     from .plot import draw_plan
+    from .theory.cost_model import Acceptance, Member, Prediction, SecondsTable, predict
 
 _HOMES = {
-    "Acceptance": "cost_model",
-    "Member": "cost_model",
-    "Plan": "plan",
+    "Acceptance": "theory.cost_model",
+    "Member": "theory.cost_model",
+    "Plan": ".generation.plan",
     "Planned": "planner",
-    "Prediction": "cost_model",
-    "SecondsTable": "cost_model",
+    "Prediction": "theory.cost_model",
+    "SecondsTable": "theory.cost_model",
     "Wish": "planner",
     "make_plan": "planner",
     "draw_plan": "plot",
-    "predict": "cost_model",
+    "predict": "theory.cost_model",
 }
 
 __all__ = [

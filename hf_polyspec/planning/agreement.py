@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ..cache import RollbackCache
-from ..distributions import LawMaker
-from ..levels.base import Drafter, TreeProposal
+from ..exactness.distributions import LawMaker
+from ..exactness.proposal import TreeProposal
+from ..exactness.tree_geometry import ROOT
+from ..host.cache import RollbackCache
+from ..levels.base import Drafter
 from ..levels.verifier import Verifier
-from ..trees import ROOT
-from .cost_model import SecondsTable
 from .costs import draft_lengths
 from .readings import NEVER, Array, Reading, logits_along
 from .rig import rig
 from .texts import Law, Text
+from .theory.cost_model import SecondsTable
 
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
 

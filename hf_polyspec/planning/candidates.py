@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..compatibility import input_device
 from ..eagle.modeling import EagleHead
+from ..host.compatibility import input_device
 from ..levels.base import Drafter
 from .agreement import TREES
 from .replay import Chain

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from transformers.utils import logging
 
-from ..assistants import check_assistant_names, load_assistant
-from ..eagle.prompts import prompt_ids, read_prompts
-from ..models import check_device, load_model, load_tokenizer, read_dtype, short_name
-from ..quantization.packing import pack as pack_model
+from ..cpu.packing import pack as pack_model
+from ..eagle.training.prompts import prompt_ids, read_prompts
+from ..models.assistants import check_assistant_names, load_assistant
+from ..models.by_name import check_device, load_model, load_tokenizer, read_dtype, short_name
 from .gauge import TakenAgain
 from .planner import Planned, Wish, make_plan
 from .plot import draw_plan, require_matplotlib

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ..levels.verifier import Verifier
-from .cost_model import SecondsTable
 from .rig import Offer, rig
 from .texts import Law, context_of
+from .theory.cost_model import SecondsTable
 from .turns import Turn, settled
 
 TOKENS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)

@@ -18,14 +18,14 @@ from typing import Any, Protocol
 
 import torch
 
-from ..quantization.packing import packed_assistants
+from ..cpu.packing import packed_assistants
 from .agreement import DraftRecord, TreeSize, time_drafts
 from .candidates import Level
-from .cost_model import SecondsTable
 from .costs import TOKENS, Drafted, Read, Shape, Switched, What, draft_lengths, kind, pass_of, stopwatches
 from .overheads import OverheadProbe
 from .replay import Chain, Measurements
 from .texts import Law, time_plain
+from .theory.cost_model import SecondsTable
 from .turns import Turn, over_turns, settled
 
 Job = tuple[int, int, TreeSize | None]

@@ -105,7 +105,7 @@ def measure_overheads(target: Any, middle: Any | None, prompt: Sequence[int], re
 
 def _unaccounted(target: Any, members: list[Any], prompt: Sequence[int], tokens: int) -> tuple[float, int, int]:
     """Wall seconds outside the levels, target rounds and middle rounds of one generation."""
-    from ..integration import generate
+    from ..generation.doors import generate
 
     ids = torch.tensor([list(prompt)], device=target.device)
     started = time.perf_counter()

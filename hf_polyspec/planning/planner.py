@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from ..chain import check_assistants
-from ..compatibility import inner_model
-from ..lending import is_copy
-from ..quantization.packing import is_packed, packed_assistants
+from ..cpu.packing import is_packed, packed_assistants
+from ..generation.chain import check_assistants
+from ..generation.plan import Plan, mark_of
+from ..host.compatibility import inner_model
+from ..host.lending import is_copy
 from .agreement import TREES, DraftRecord, TreeSize, record_drafts
 from .candidates import Level, describe_chain, describe_sizes, kind_of, options_of
 from .costs import measure_costs, steps
 from .overheads import Overheads, measure_overheads
-from .plan import Plan, mark_of
 from .readings import Reading, edge, read_model, survival, windows
 from .reasons import Dropped, reasons
 from .replay import Measurements
@@ -97,8 +97,8 @@ class Planned:
 
     def plan(self, candidate: Candidate | None = None) -> Plan:
         """The plan for a candidate, by default the best."""
-        from .. import __version__
-        from ..benchmarks.environment import describe
+        from ..models.environment import describe
+        from ..version import __version__
 
         choice = candidate or self.best
         shown = [c for c in self.candidates if c.measured is not None]

@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..distributions import fit_vocabulary
+from ..exactness.distributions import fit_vocabulary
 from ..levels.verifier import Verifier
-from ..telemetry import LevelStats
+from ..telemetry.counters import LevelStats
 from .rig import Offer, rig
 from .texts import Law, Text, context_of
 

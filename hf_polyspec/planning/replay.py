@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..lending import WORTH
+from ..host.lending import WORTH
 from .agreement import DraftRecord, Flags, TreeSize
-from .cost_model import SecondsTable
 from .costs import ModelCosts
 from .overheads import Overheads
 from .readings import Array, survival, windows
 from .texts import Text
+from .theory.cost_model import SecondsTable
 
 
 @dataclass(frozen=True)

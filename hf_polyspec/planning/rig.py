@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from ..chain import Setting, build_chain
-from ..context import Context
-from ..distributions import LawMaker
-from ..levels.base import Drafter, Proposal
+from ..exactness.context import Context
+from ..exactness.distributions import LawMaker
+from ..exactness.proposal import Proposal
+from ..generation.chain import Setting, build_chain
+from ..generation.options import PolySpecOptions
+from ..host.runner import ModelRunner
+from ..levels.base import Drafter
 from ..levels.verifier import Verifier
-from ..options import PolySpecOptions
-from ..runner import ModelRunner
 
 
 class Offer(Drafter):

@@ -14,9 +14,9 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from ..context import Context, Prompt
-from ..distributions import LawMaker
-from ..randomness import Randomness
+from ..exactness.context import Context, Prompt
+from ..exactness.distributions import LawMaker
+from ..exactness.randomness import Randomness
 
 PROMPTS = (
     "Why is the sky blue? Explain it in a few sentences.",

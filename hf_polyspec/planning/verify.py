@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from ..integration import generate
+from ..generation.doors import generate
 from .candidates import Level, options_of
 from .gauge import Gauge
 from .replay import Measurements, replay

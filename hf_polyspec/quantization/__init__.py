@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantised and packed models: cheaper levels for a chain, and the checkpoints they are kept in."""
 
+from hf_polyspec.cpu.packing import is_packed, pack, unpack
+from hf_polyspec.integers.linear import QuantizedLinear
+from hf_polyspec.integers.weights import QuantizedWeight, round_to_nearest
 from hf_polyspec.quantization.awq import fold_scales
 from hf_polyspec.quantization.bridge import PolySpecQuantizer
 from hf_polyspec.quantization.calibrate import choose_layer_bits, input_moments, sensitivity
 from hf_polyspec.quantization.checkpoint import load_quantized, save_quantized
 from hf_polyspec.quantization.config import PolySpecQuantizationConfig
 from hf_polyspec.quantization.libraries import quantize_with_library
-from hf_polyspec.quantization.linear import Int4Linear, Int8Linear, QuantizedLinear
+from hf_polyspec.quantization.linear import Int4Linear, Int8Linear
 from hf_polyspec.quantization.measure import Comparison, SpeedRatio, agreement, compare, speed_ratios
 from hf_polyspec.quantization.mixed import MixedBits, bits_for_agreement
 from hf_polyspec.quantization.model import quantize_model
-from hf_polyspec.quantization.packing import is_packed, pack, unpack
 from hf_polyspec.quantization.recovery import Recovery, RecoveryOptions, recover
-from hf_polyspec.quantization.weights import QuantizedWeight, round_to_nearest
 
 __all__ = [
     "Comparison",

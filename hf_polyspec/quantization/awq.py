@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_polyspec.quantization.linear import float_weight
+from hf_polyspec.cpu.packing import PackedForward
+from hf_polyspec.integers.linear import float_weight
+from hf_polyspec.integers.weights import round_to_nearest
 from hf_polyspec.quantization.model import is_linear, output_head, replace_module, sharing_copy
-from hf_polyspec.quantization.packing import PackedForward
-from hf_polyspec.quantization.weights import round_to_nearest
 
 STEPS = 20
 """Exponents tried, from 0 (no scaling) to 1."""

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from hf_polyspec.cpu.shared_input import share_inputs
+from hf_polyspec.integers.gptq_format import GPTQ_TENSORS, from_gptq
+from hf_polyspec.integers.linear import float_weight
 from hf_polyspec.quantization.config import METHOD, PolySpecQuantizationConfig
-from hf_polyspec.quantization.gptq_format import GPTQ_TENSORS, from_gptq
-from hf_polyspec.quantization.linear import float_weight, quantized_linear
+from hf_polyspec.quantization.linear import quantized_linear
 from hf_polyspec.quantization.model import is_linear, replace_module
-from hf_polyspec.quantization.shared_input import share_inputs
 
 
 class StoredLinear(nn.Module):

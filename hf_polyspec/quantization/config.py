@@ -9,7 +9,7 @@ from typing import Any
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_polyspec.quantization.weights import check_bits
+from hf_polyspec.integers.weights import check_bits
 
 METHOD = "hf_polyspec"
 GPTQ_METHODS = ("gptq", "auto-round", "auto_round", "intel/auto-round", METHOD)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_polyspec.quantization.weights import QuantizedWeight, check_bits, group_index, search_scales
+from hf_polyspec.integers.weights import QuantizedWeight, check_bits, group_index, search_scales
 
 _BLOCK = 128
 

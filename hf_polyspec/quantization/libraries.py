@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_polyspec.integers.gptq_format import storable
+from hf_polyspec.integers.linear import float_weight
 from hf_polyspec.quantization.checkpoint import load_quantized
-from hf_polyspec.quantization.gptq_format import storable
-from hf_polyspec.quantization.linear import float_weight
 from hf_polyspec.quantization.model import is_linear, output_head, quantize_model
 
 

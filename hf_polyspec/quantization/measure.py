@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_polyspec.cache import RollbackCache
+from hf_polyspec.host.cache import RollbackCache
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_polyspec.quantization.linear import float_weight, quantized_linear
+from hf_polyspec.integers.linear import float_weight
+from hf_polyspec.quantization.linear import quantized_linear
 from hf_polyspec.quantization.measure import agreement
 from hf_polyspec.quantization.model import Progress, output_head, replace_module, round_layer, sharing_copy
 

@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hf_polyspec.quantization.gptq_format import storable
-from hf_polyspec.quantization.linear import Int8Linear, QuantizedLinear, float_weight, quantized_linear
-from hf_polyspec.quantization.packing import unfuse
-from hf_polyspec.quantization.shared_input import share_inputs
+from hf_polyspec.cpu.packing import unfuse
+from hf_polyspec.cpu.shared_input import share_inputs
+from hf_polyspec.integers.gptq_format import storable
+from hf_polyspec.integers.linear import QuantizedLinear, float_weight
+from hf_polyspec.integers.weights import QuantizedWeight, check_bits, round_to_nearest, search_scales
+from hf_polyspec.quantization.linear import Int8Linear, quantized_linear
 from hf_polyspec.quantization.store import LayerStore
-from hf_polyspec.quantization.weights import QuantizedWeight, check_bits, round_to_nearest, search_scales
 
 ModuleFilter = Callable[[str, nn.Module], bool]
 Model = TypeVar("Model", bound=nn.Module)

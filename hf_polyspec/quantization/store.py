@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_polyspec.quantization.weights import QuantizedWeight
+from hf_polyspec.integers.weights import QuantizedWeight
 
 _SETTINGS = "settings.json"
 

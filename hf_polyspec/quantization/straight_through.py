@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_polyspec.quantization.linear import Int8Linear, float_weight, quantized_linear
+from hf_polyspec.cpu.shared_input import share_inputs
+from hf_polyspec.integers.linear import float_weight
+from hf_polyspec.integers.weights import QuantizedWeight
+from hf_polyspec.quantization.linear import Int8Linear, quantized_linear
 from hf_polyspec.quantization.model import is_linear, output_head, quantized_layers, replace_module, sharing_copy
-from hf_polyspec.quantization.shared_input import share_inputs
-from hf_polyspec.quantization.weights import QuantizedWeight
 
 ADAPTER = "default"
 # A weight nearer than this to the edge of its cell starts a little inside it, so that rounding gives its code back.

@@ -10,7 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from .telemetry import LevelStats, PolySpecStats
+from .counters import LevelStats, PolySpecStats
 
 MAX_GROUP = 8
 """Tokens that may wait for the rest of a character; valid UTF-8 needs at most four bytes."""

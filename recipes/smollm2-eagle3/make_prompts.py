@@ -20,7 +20,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from hf_polyspec.eagle.shards import GREEDY, read_samples
+from hf_polyspec.eagle.training.shards import GREEDY, read_samples
 
 NAMES = [
     "Ana",

@@ -20,11 +20,12 @@ import pytest
 import torch
 from transformers import LogitsProcessor
 
-from hf_polyspec.context import Context, Prompt
-from hf_polyspec.distributions import LawMaker
-from hf_polyspec.levels.base import Drafter, Proposal
+from hf_polyspec.exactness.context import Context, Prompt
+from hf_polyspec.exactness.distributions import LawMaker
+from hf_polyspec.exactness.passes import Pass
+from hf_polyspec.exactness.proposal import Proposal
+from hf_polyspec.levels.base import Drafter
 from hf_polyspec.levels.verifier import Emission, Verifier
-from hf_polyspec.runner import Pass
 
 CPU = torch.device("cpu")
 EXACT = 1e-9

@@ -27,13 +27,14 @@ from enumeration import (
     true_law,
 )
 
-from hf_polyspec.context import Context
-from hf_polyspec.distributions import LawMaker
-from hf_polyspec.levels import judgement as judgement_module
-from hf_polyspec.levels.base import Drafter, Proposal
+from hf_polyspec.exactness import judgement as judgement_module
+from hf_polyspec.exactness.context import Context
+from hf_polyspec.exactness.distributions import LawMaker
+from hf_polyspec.exactness.proposal import Proposal
+from hf_polyspec.exactness.verification import Verdict
+from hf_polyspec.levels.base import Drafter
 from hf_polyspec.levels.causal_lm import CausalLMDrafter
 from hf_polyspec.levels.verifier import Emission, Verifier
-from hf_polyspec.verification import Verdict
 
 
 def lm_drafter(model: TableModel, draft_tokens: int = 2, confidence: float = 0.0) -> CausalLMDrafter:

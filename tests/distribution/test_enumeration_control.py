@@ -22,9 +22,10 @@ from enumeration import (
 )
 from transformers import LogitsProcessor
 
-from hf_polyspec.context import Context
-from hf_polyspec.distributions import LawMaker
-from hf_polyspec.levels.base import Drafter, Proposal
+from hf_polyspec.exactness.context import Context
+from hf_polyspec.exactness.distributions import LawMaker
+from hf_polyspec.exactness.proposal import Proposal
+from hf_polyspec.levels.base import Drafter
 from hf_polyspec.levels.causal_lm import CausalLMDrafter
 from hf_polyspec.levels.verifier import Emission, NoDraft, Verifier
 
@@ -173,7 +174,7 @@ def test_one_judged_token_is_exactly_as_far_from_its_law_as_reported() -> None:
 
 def test_a_budget_that_forgets_what_it_introduced_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reporting half of it is no bound for one token."""
-    from hf_polyspec.levels import judgement
+    from hf_polyspec.exactness import judgement
 
     genuine = judgement._introduced
     monkeypatch.setattr(judgement, "_introduced", lambda *given: [0.5 * bias for bias in genuine(*given)])

@@ -19,10 +19,11 @@ from enumeration import (
     true_law,
 )
 
-from hf_polyspec.context import Context
-from hf_polyspec.distributions import LawMaker
+from hf_polyspec.exactness.context import Context
+from hf_polyspec.exactness.distributions import LawMaker
+from hf_polyspec.exactness.proposal import Proposal
 from hf_polyspec.levels import block as block_module
-from hf_polyspec.levels.base import Drafter, Proposal
+from hf_polyspec.levels.base import Drafter
 from hf_polyspec.levels.causal_lm import CausalLMDrafter
 from hf_polyspec.levels.verifier import Emission, Verifier
 

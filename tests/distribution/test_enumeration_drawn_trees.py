@@ -26,17 +26,19 @@ from enumeration import (
 )
 from test_enumeration_trees import Continues, TreeTable
 
-from hf_polyspec.context import Context
-from hf_polyspec.distributions import LawMaker
-from hf_polyspec.levels import drawn_tree, tree_judgement
+from hf_polyspec.exactness import tree_judgement
+from hf_polyspec.exactness.context import Context
+from hf_polyspec.exactness.distributions import LawMaker
+from hf_polyspec.exactness.proposal import Proposal, TreeProposal
+from hf_polyspec.exactness.tree_geometry import ROOT, depths, graft, path_to
+from hf_polyspec.exactness.verification import Verdict, verify_tokens
+from hf_polyspec.levels import drawn_tree
 from hf_polyspec.levels import joined as joined_module
-from hf_polyspec.levels.base import Drafter, Proposal, TreeProposal
+from hf_polyspec.levels.base import Drafter
 from hf_polyspec.levels.joined import JoinedDrafter
 from hf_polyspec.levels.verifier import Verifier
 from hf_polyspec.planning.agreement import Along
 from hf_polyspec.planning.readings import NEVER, survival
-from hf_polyspec.trees import ROOT, depths, graft, path_to
-from hf_polyspec.verification import Verdict, verify_tokens
 
 
 class Sketch(Drafter):

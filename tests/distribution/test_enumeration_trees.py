@@ -28,16 +28,17 @@ from enumeration import (
 )
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
-from hf_polyspec.context import Context
-from hf_polyspec.distributions import LawMaker
+from hf_polyspec.exactness.context import Context
+from hf_polyspec.exactness.distributions import LawMaker
+from hf_polyspec.exactness.passes import Pass
+from hf_polyspec.exactness.proposal import Proposal, TreeProposal
+from hf_polyspec.exactness.tree_geometry import ROOT, depths, path_to
+from hf_polyspec.exactness.tree_judgement import TreeJudgement
 from hf_polyspec.levels import joined as joined_module
 from hf_polyspec.levels import verifier as verifier_module
-from hf_polyspec.levels.base import Drafter, Proposal, TreeProposal
+from hf_polyspec.levels.base import Drafter
 from hf_polyspec.levels.joined import JoinedDrafter
-from hf_polyspec.levels.tree_judgement import TreeJudgement
 from hf_polyspec.levels.verifier import Verifier
-from hf_polyspec.runner import Pass
-from hf_polyspec.trees import ROOT, depths, path_to
 
 
 class TreeTable(TableModel):

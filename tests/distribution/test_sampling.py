@@ -23,8 +23,8 @@ from transformers.generation.logits_process import (
 )
 
 import hf_polyspec
-from hf_polyspec.levels import judgement
-from hf_polyspec.verification import Verdict
+from hf_polyspec.exactness import judgement
+from hf_polyspec.exactness.verification import Verdict
 
 VOCABULARY, LENGTH, DRAWS = 12, 3, 4000
 PROMPT = torch.tensor([[3, 7, 1, 7]])

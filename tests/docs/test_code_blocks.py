@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 import hf_polyspec
-from hf_polyspec.cli import app
+from hf_polyspec.cli.app import app
 from hf_polyspec.eagle.fresh import init_for
-from hf_polyspec.eagle.training_config import build_config
+from hf_polyspec.eagle.training.config import build_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

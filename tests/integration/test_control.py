@@ -12,18 +12,18 @@ import torch
 from tiny_models import head_for, noisy, prompts, tiny
 from watched_passes import watched_caches
 
-from hf_polyspec import decoding
-from hf_polyspec.chain import Setting, build_chain
-from hf_polyspec.compatibility import vocabulary_size
-from hf_polyspec.context import Context, Prompt
 from hf_polyspec.control import OnlineControl, forget
 from hf_polyspec.control.setups import Setup
-from hf_polyspec.distributions import LawMaker
+from hf_polyspec.exactness.context import Context, Prompt
+from hf_polyspec.exactness.distributions import LawMaker
+from hf_polyspec.generation import decoding
+from hf_polyspec.generation.chain import Setting, build_chain
+from hf_polyspec.generation.options import PolySpecOptions
+from hf_polyspec.host.compatibility import vocabulary_size
+from hf_polyspec.host.runner import ModelRunner
 from hf_polyspec.levels.eagle import EagleDrafter
 from hf_polyspec.levels.suffix import SuffixDrafter
 from hf_polyspec.levels.verifier import NoDraft
-from hf_polyspec.options import PolySpecOptions
-from hf_polyspec.runner import ModelRunner
 
 WINDOWS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
 KINDS: dict[str, dict[str, Any]] = {"llama": {}, "gpt2": {}, "mistral": {"sliding_window": 5}, "gemma3_text": WINDOWS}
@@ -170,7 +170,7 @@ def test_what_was_learnt_is_remembered_until_the_target_goes() -> None:
 
 
 def test_a_callers_drafter_comes_back_as_it_was() -> None:
-    from hf_polyspec.levels.base import Proposal
+    from hf_polyspec.exactness.proposal import Proposal
     from hf_polyspec.levels.sequential import SequentialDrafter
 
     class Mine(SequentialDrafter):

@@ -12,8 +12,8 @@ from tiny_models import head_for, noisy, prompts
 from transformers import PreTrainedModel
 
 from hf_polyspec import SuffixDrafter
-from hf_polyspec.integration import generate
-from hf_polyspec.lending import WORTH
+from hf_polyspec.generation.doors import generate
+from hf_polyspec.host.lending import WORTH
 from hf_polyspec.levels.block import Block
 from hf_polyspec.quantization import quantize_model
 

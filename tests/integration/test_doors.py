@@ -77,7 +77,7 @@ def recipe(model: PreTrainedModel, **options: Any) -> Any:
 
 
 def function(model: PreTrainedModel, **options: Any) -> Any:
-    return hf_polyspec.integration.generate(model, **options)
+    return hf_polyspec.generation.doors.generate(model, **options)
 
 
 DOORS: list[Callable[..., Any]] = [enabled, attached, mixed_in, callable_given, recipe, function]

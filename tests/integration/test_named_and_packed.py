@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import hf_polyspec
-from hf_polyspec.assistants import by_name
-from hf_polyspec.compiled import compiles
-from hf_polyspec.quantization import agreement, float_kernels, is_packed, packing
-from hf_polyspec.quantization.by_rows import Kernel
+from hf_polyspec.cpu import float_kernels, packing
+from hf_polyspec.cpu.compiled import compiles
+from hf_polyspec.integers.linear import Kernel
+from hf_polyspec.models.assistants import by_name
+from hf_polyspec.quantization import agreement, is_packed
 from hf_polyspec.quantization.model import merged_adapters, quantized_layers
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}

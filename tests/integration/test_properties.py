@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from watched_passes import watched_caches, watched_passes
 
 import hf_polyspec
+from hf_polyspec.host.runner import ModelRunner
 from hf_polyspec.levels.suffix import SuffixDrafter
-from hf_polyspec.runner import ModelRunner
 
 WINDOWS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
 KINDS: dict[str, dict[str, Any]] = {"llama": {}, "gpt2": {}, "mistral": {"sliding_window": 5}, "gemma3_text": WINDOWS}

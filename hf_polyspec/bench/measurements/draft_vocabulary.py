@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many lm_head rows an EAGLE head should score: `python -m hf_polyspec.benchmarks.draft_vocabulary`.
+"""How many lm_head rows an EAGLE head should score: `polyspec measure draft-vocabulary`.
 
 For each size, all prompts are answered with the head below the target; what counts is how many tokens a target pass
 emits and how long a head step takes. Sizes take turns prompt by prompt, so that a machine that slows down slows all.
@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ..eagle import EagleHead
-from ..integration import generate
-from ..telemetry import LevelStats
+from ...eagle import EagleHead
+from ...generation.doors import generate
+from ...models.environment import describe
+from ...telemetry.counters import LevelStats
 from . import arguments
-from .environment import describe
 from .head_cost import load
 
 SIZES: tuple[int | None, ...] = (2048, 4096, 8192, 16384, 32768, None)
@@ -168,7 +168,7 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def _encode(tokenizer: Any, prompts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-    from ..demo import encode
+    from ...cli.demo import encode
 
     return [encode(tokenizer, prompt, "cpu") for prompt in prompts]
 

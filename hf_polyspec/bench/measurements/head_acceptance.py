@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a head's guesses are worth under its target: `python -m hf_polyspec.benchmarks.head_acceptance`.
+"""What a head's guesses are worth under its target: `polyspec measure head-acceptance`.
 
 The first questions of every task of a question file are answered with the head as a chain, as a tree, and sampled;
 the table shows mean acceptance lengths (tokens a pass of the target), which do not depend on the machine.
@@ -20,14 +20,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ..assistants import load_assistant
-from ..bench.questions import read_questions, select
-from ..demo import encode
-from ..integration import generate
-from ..models import load_model, load_tokenizer
-from ..quantization import pack
+from ...cli.demo import encode
+from ...generation.doors import generate
+from ...models.assistants import load_assistant
+from ...models.by_name import load_model, load_tokenizer
+from ...models.environment import describe
+from ...quantization import pack
+from ..questions import read_questions, select
 from . import arguments
-from .environment import describe
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a draft step of an EAGLE head costs beside a target step: `python -m hf_polyspec.benchmarks.head_cost`.
+"""What a draft step of an EAGLE head costs beside a target step: `polyspec measure head-cost`.
 
 Target steps, chain steps and tree levels take turns in one process, so that a machine that slows down slows all of
 them; medians and their ratios to the target's step are printed. Guesses are mixed as in a chain with what is known from
@@ -22,14 +22,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..eagle import EagleHead, feature_layers, init_for, select_features
-from ..eagle.features import bind, target_parts
-from ..levels.draft_memory import DraftMemory
-from ..levels.draft_vocabulary import WorkingVocabulary
-from ..levels.pointers import PointerMixture
-from ..trees import ROOT
+from ...eagle import EagleHead, feature_layers, init_for, select_features
+from ...eagle.features import bind, target_parts
+from ...exactness.tree_geometry import ROOT
+from ...levels.draft_memory import DraftMemory
+from ...levels.draft_vocabulary import WorkingVocabulary
+from ...levels.pointers import PointerMixture
+from ...models.environment import describe
 from . import arguments
-from .environment import describe
 
 PROMPT_IDS = 64
 WIDTHS = (4, 10)
@@ -187,8 +187,8 @@ def load(model: str, head: str | None) -> tuple[Any, EagleHead, Any]:
     Raises:
         ValueError: one of them cannot be loaded, or the head is none or does not fit.
     """
-    from ..assistants import load_assistant
-    from ..models import load_model, load_tokenizer
+    from ...models.assistants import load_assistant
+    from ...models.by_name import load_model, load_tokenizer
 
     target = load_model(model)
     if head is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of a three-level run is not spent in the models: `python -m hf_polyspec.benchmarks.overhead`.
+"""How much of a three-level run is not spent in the models: `polyspec measure overhead`.
 
 Time inside models is taken by hooks around their forward; everything else of `generate()` is overhead: drafting
 without a model, comparing, sampling, rolling caches back, streaming, stopping.
@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from ..integration import generate
+from ...generation.doors import generate
+from ...models.environment import describe
 from . import arguments
-from .environment import describe
 
 PROMPT = "Explain in a few sentences why the sky is blue, then repeat your explanation in simpler words."
 
@@ -86,9 +86,9 @@ def measure(target: Any, assistants: Sequence[Any], inputs: dict[str, torch.Tens
 
 def main() -> None:
     """Measure SmolLM2-135M-Instruct with an 8-bit copy of itself and a suffix drafter below."""
-    from ..levels.suffix import SuffixDrafter
-    from ..models import load_model, load_tokenizer
-    from ..quantization import quantize_model
+    from ...levels.suffix import SuffixDrafter
+    from ...models.by_name import load_model, load_tokenizer
+    from ...quantization import quantize_model
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--new-tokens", type=arguments.count, default=128)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pass over several tokens costs: `python -m hf_polyspec.benchmarks.pass_times --form bfloat16 --form ...`.
+"""What a pass over several tokens costs: `polyspec measure pass-times --form bfloat16 --form ...`.
 
 One model in several forms, all in one process, passes taking turns, so that a machine that slows down slows all of
 them. A form is a dtype, maybe with what is done to it: bfloat16, bfloat16+pack, float32+int8, float32+int8a8 (with
@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from ..models import load_model, read_dtype, short_name
-from ..quantization import pack, quantize_model
-from ..quantization.measure import pass_times
+from ...models.by_name import load_model, read_dtype, short_name
+from ...models.environment import describe
+from ...quantization import pack, quantize_model
+from ...quantization.measure import pass_times
 from . import arguments
-from .environment import describe
 
 FORMS: dict[str, Callable[[Any], Any]] = {
     "": lambda model: model,

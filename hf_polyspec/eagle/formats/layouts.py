@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from hf_polyspec.eagle.configuration import EagleHeadConfig
-from hf_polyspec.eagle.formats_config import Tensors, derive_config
+from hf_polyspec.eagle.formats.config import Tensors, derive_config
 from hf_polyspec.eagle.modeling import EagleHead
 
 _PREFIXES = ("model.", "eagle_module.")

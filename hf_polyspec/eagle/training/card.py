@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from hf_polyspec.eagle.dataset import Corpus
-from hf_polyspec.eagle.losses import OBJECTIVES
 from hf_polyspec.eagle.modeling import EagleHead
-from hf_polyspec.eagle.shards import GREEDY, read_provenance
-from hf_polyspec.eagle.training_config import TrainingConfig
-from hf_polyspec.packaged import PACKAGE
-from hf_polyspec.processors import rank_tokens
+from hf_polyspec.eagle.training.config import TrainingConfig
+from hf_polyspec.eagle.training.dataset import Corpus
+from hf_polyspec.eagle.training.losses import OBJECTIVES
+from hf_polyspec.eagle.training.shards import GREEDY, read_provenance
+from hf_polyspec.exactness.processors import rank_tokens
+from hf_polyspec.models.packaged import PACKAGE
 
 # a working vocabulary larger than this costs more than it brings
 _MOST_FREQUENT = 32_000

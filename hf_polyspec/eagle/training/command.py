@@ -20,16 +20,16 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_polyspec.eagle.card import DTYPES, RunFacts, publish
-from hf_polyspec.eagle.dataset import load_corpus
-from hf_polyspec.eagle.generation import GenerationState, Generator
-from hf_polyspec.eagle.kept_states import identity
-from hf_polyspec.eagle.lesson import check_lesson, layers_to_read
-from hf_polyspec.eagle.prompts import read_excluded, read_prompts
-from hf_polyspec.eagle.shards import read_progress
-from hf_polyspec.eagle.training import Progress, Trainer
-from hf_polyspec.eagle.training_config import TrainingConfig, build_config, load_config, section_of
-from hf_polyspec.models import resolve
+from hf_polyspec.eagle.training.card import DTYPES, RunFacts, publish
+from hf_polyspec.eagle.training.config import TrainingConfig, build_config, load_config, section_of
+from hf_polyspec.eagle.training.dataset import load_corpus
+from hf_polyspec.eagle.training.generation import GenerationState, Generator
+from hf_polyspec.eagle.training.kept_states import identity
+from hf_polyspec.eagle.training.lesson import check_lesson, layers_to_read
+from hf_polyspec.eagle.training.loop import Progress, Trainer
+from hf_polyspec.eagle.training.prompts import read_excluded, read_prompts
+from hf_polyspec.eagle.training.shards import read_progress
+from hf_polyspec.models.by_name import resolve
 from hf_polyspec.quantization.model import quantize_model
 
 _REPORT_SECONDS = 30.0

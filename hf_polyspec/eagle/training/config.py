@@ -13,8 +13,8 @@ from typing import Any, TypeVar, cast
 import yaml
 
 from hf_polyspec.eagle.configuration import ALGORITHMS
-from hf_polyspec.eagle.generation import GenerationSettings
-from hf_polyspec.eagle.losses import OBJECTIVES
+from hf_polyspec.eagle.training.generation import GenerationSettings
+from hf_polyspec.eagle.training.losses import OBJECTIVES
 
 T = TypeVar("T")
 

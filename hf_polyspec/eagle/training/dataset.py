@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 from hf_polyspec.eagle.configuration import EagleHeadConfig
 from hf_polyspec.eagle.features import TargetParts, feature_layers, select_features
-from hf_polyspec.eagle.losses import TargetView
-from hf_polyspec.eagle.prompts import sample_random
-from hf_polyspec.eagle.shards import read_samples
+from hf_polyspec.eagle.training.losses import TargetView
+from hf_polyspec.eagle.training.prompts import sample_random
+from hf_polyspec.eagle.training.shards import read_samples
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_polyspec.eagle.dataset import Batch, TargetReader, Text
-from hf_polyspec.eagle.kept_states import Seen, as_kept
-from hf_polyspec.eagle.losses import TargetView
+from hf_polyspec.eagle.training.dataset import Batch, TargetReader, Text
+from hf_polyspec.eagle.training.kept_states import Seen, as_kept
+from hf_polyspec.eagle.training.losses import TargetView
 
 
 class FeatureCache:

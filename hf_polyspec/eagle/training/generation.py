@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_polyspec.eagle.jobs import Job, draw, stop_ids
-from hf_polyspec.eagle.prompts import (
+from hf_polyspec.eagle.training.jobs import Job, draw, stop_ids
+from hf_polyspec.eagle.training.prompts import (
     ChatFrame,
     PromptFilter,
     asked,
@@ -30,9 +30,9 @@ from hf_polyspec.eagle.prompts import (
     sample_random,
     whole_sentences,
 )
-from hf_polyspec.eagle.shards import GREEDY, SAMPLED, Sample, ShardWriter, read_progress, read_samples
-from hf_polyspec.eagle.slots import open_batch
-from hf_polyspec.eagle.stopping import StopRequest
+from hf_polyspec.eagle.training.shards import GREEDY, SAMPLED, Sample, ShardWriter, read_progress, read_samples
+from hf_polyspec.eagle.training.slots import open_batch
+from hf_polyspec.eagle.training.stopping import StopRequest
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_polyspec.eagle.kept_states import UNKNOWN, Seen
+from hf_polyspec.eagle.training.kept_states import UNKNOWN, Seen
 
 
 @dataclass

@@ -8,17 +8,17 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_polyspec.eagle.configuration import EagleHeadConfig
-from hf_polyspec.eagle.dataset import Corpus, draft_vocabulary
 from hf_polyspec.eagle.features import TargetParts, bind, feature_layers, target_parts
 from hf_polyspec.eagle.fresh import config_for, init_for, with_whole_vocabulary
-from hf_polyspec.eagle.jobs import stop_ids
-from hf_polyspec.eagle.losses import OBJECTIVES, LossSums, TargetView, Teacher, eagle1_loss, eagle3_loss
 from hf_polyspec.eagle.modeling import EagleHead
-from hf_polyspec.eagle.slots import cannot_keep, serves_slots
-from hf_polyspec.eagle.softmax_ids import SoftmaxIds, check_size
-from hf_polyspec.eagle.training_config import TrainingConfig
+from hf_polyspec.eagle.training.config import TrainingConfig
+from hf_polyspec.eagle.training.dataset import Corpus, draft_vocabulary
+from hf_polyspec.eagle.training.jobs import stop_ids
+from hf_polyspec.eagle.training.losses import OBJECTIVES, LossSums, TargetView, Teacher, eagle1_loss, eagle3_loss
+from hf_polyspec.eagle.training.slots import cannot_keep, serves_slots
+from hf_polyspec.eagle.training.softmax_ids import SoftmaxIds, check_size
 from hf_polyspec.eagle.vocabulary import readable_rows
-from hf_polyspec.models import resolve
+from hf_polyspec.models.by_name import resolve
 
 
 class LearningHead(nn.Module):

@@ -13,9 +13,12 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_polyspec.eagle.checkpoints import Checkpoints, RunState
-from hf_polyspec.eagle.curve import append_row, forget_after, put_validation, tracker_values
-from hf_polyspec.eagle.dataset import (
+from hf_polyspec.eagle.features import target_parts
+from hf_polyspec.eagle.modeling import EagleHead
+from hf_polyspec.eagle.training.checkpoints import Checkpoints, RunState
+from hf_polyspec.eagle.training.config import TrainingConfig
+from hf_polyspec.eagle.training.curve import append_row, forget_after, put_validation, tracker_values
+from hf_polyspec.eagle.training.dataset import (
     Batch,
     Corpus,
     TargetReader,
@@ -26,18 +29,15 @@ from hf_polyspec.eagle.dataset import (
     spread,
     text_number,
 )
-from hf_polyspec.eagle.feature_cache import FeatureCache
-from hf_polyspec.eagle.features import target_parts
-from hf_polyspec.eagle.kept_states import identity, read_seen
-from hf_polyspec.eagle.lesson import LearningHead, build_head, build_softmax_ids
-from hf_polyspec.eagle.losses import LossSums, TargetView, Teacher, noisy
-from hf_polyspec.eagle.modeling import EagleHead
-from hf_polyspec.eagle.optimizers import build_optimizers
-from hf_polyspec.eagle.prompts import sample_random
-from hf_polyspec.eagle.shards import GREEDY
-from hf_polyspec.eagle.stopping import StopRequest
-from hf_polyspec.eagle.training_config import TrainingConfig
-from hf_polyspec.eagle.validation import KIND_NAMES, Acceptance, count_acceptance
+from hf_polyspec.eagle.training.feature_cache import FeatureCache
+from hf_polyspec.eagle.training.kept_states import identity, read_seen
+from hf_polyspec.eagle.training.lesson import LearningHead, build_head, build_softmax_ids
+from hf_polyspec.eagle.training.losses import LossSums, TargetView, Teacher, noisy
+from hf_polyspec.eagle.training.optimizers import build_optimizers
+from hf_polyspec.eagle.training.prompts import sample_random
+from hf_polyspec.eagle.training.shards import GREEDY
+from hf_polyspec.eagle.training.stopping import StopRequest
+from hf_polyspec.eagle.training.validation import KIND_NAMES, Acceptance, count_acceptance
 
 
 @dataclass(frozen=True)

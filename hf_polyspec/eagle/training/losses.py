@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from hf_polyspec.eagle.features import TargetParts
 from hf_polyspec.eagle.modeling import EagleHead
-from hf_polyspec.eagle.unroll import shifted, unroll
+from hf_polyspec.eagle.training.unroll import shifted, unroll
 from hf_polyspec.eagle.vocabulary import readable_rows
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from hf_polyspec.eagle.training_config import OptimizationSettings
+from hf_polyspec.eagle.training.config import OptimizationSettings
 
 
 def build_optimizers(module: nn.Module, plan: OptimizationSettings) -> list[torch.optim.Optimizer]:

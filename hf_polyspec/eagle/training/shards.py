@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
-from hf_polyspec.eagle.kept_states import Seen, save_seen, save_whole
+from hf_polyspec.eagle.training.kept_states import Seen, save_seen, save_whole
 
 GREEDY = 0
 SAMPLED = 1

@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hf_polyspec.eagle.attention import sdpa
-from hf_polyspec.eagle.kept_states import joined_states
+from hf_polyspec.eagle.training.kept_states import joined_states
 
 
 class SlotLayer(CacheLayerMixin):

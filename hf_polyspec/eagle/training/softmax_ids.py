@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_polyspec.eagle.dataset import Text, draft_vocabulary
-from hf_polyspec.eagle.prompts import sample_random
+from hf_polyspec.eagle.training.dataset import Text, draft_vocabulary
+from hf_polyspec.eagle.training.prompts import sample_random
 
 _OTHERS = 8
 """One in so many ids is any of the vocabulary, so that none is never told to be unlikely."""

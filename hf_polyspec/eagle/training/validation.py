@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hf_polyspec.eagle.dataset import Batch
-from hf_polyspec.eagle.losses import TargetView
 from hf_polyspec.eagle.modeling import EagleHead
-from hf_polyspec.eagle.shards import GREEDY, SAMPLED
-from hf_polyspec.eagle.unroll import shifted, unroll
+from hf_polyspec.eagle.training.dataset import Batch
+from hf_polyspec.eagle.training.losses import TargetView
+from hf_polyspec.eagle.training.shards import GREEDY, SAMPLED
+from hf_polyspec.eagle.training.unroll import shifted, unroll
 
 KIND_NAMES = {GREEDY: "greedy", SAMPLED: "sampled"}
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .theory_checks import check_at_least, check_count, check_positive, check_times
-from .theory_lengths import expected_length
+from .checks import check_at_least, check_count, check_positive, check_times
+from .lengths import expected_length
 
 
 def lemma_time_per_token(pass_times: Sequence[float], lengths: Sequence[float], beta: float) -> float:

@@ -13,8 +13,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .theory_checks import check_at_least, check_positive
-from .theory_costs import exact_time_per_token
+from .checks import check_at_least, check_positive
+from .costs import exact_time_per_token
 
 
 @dataclass(frozen=True)

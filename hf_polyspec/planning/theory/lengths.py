@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .theory_checks import check_at_least, check_positive, check_probability
+from .checks import check_at_least, check_positive, check_probability
 
 
 def expected_length(agreement: float, proposed: float) -> float:

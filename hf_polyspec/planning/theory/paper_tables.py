@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's own measurements beside what its theory, as printed and as corrected, says about them.
 
-``python -m hf_polyspec.planning.paper_tables`` prints the tables of docs/theory.md. Speed-ups and lengths are
+``python -m hf_polyspec.planning.theory.paper_tables`` prints the tables of docs/theory.md. Speed-ups and lengths are
 the paper's (arXiv 2510.26527, Tables 1 to 3), everything else is computed here.
 """
 

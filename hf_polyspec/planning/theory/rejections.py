@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .theory_checks import check_at_least, check_probability
+from .checks import check_at_least, check_probability
 
 
 def agreement(p: Tensor, q: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from .theory_checks import check_at_least, check_count, check_positive, check_probability, check_times
-from .theory_lengths import expected_length, law_mean, length_law
+from .checks import check_at_least, check_count, check_positive, check_probability, check_times
+from .lengths import expected_length, law_mean, length_law
 
 
 class Round(NamedTuple):

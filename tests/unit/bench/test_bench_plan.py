@@ -9,7 +9,7 @@ import pytest
 
 from hf_polyspec.bench.cast import Ask, CastRequest, load_cast
 from hf_polyspec.bench.methods import PLAIN, PLANNED, Method
-from hf_polyspec.planning.plan import Plan, mark_of
+from hf_polyspec.generation.plan import Plan, mark_of
 
 
 @pytest.mark.parametrize(("chosen", "levels"), [((0,), ["target", "small"]), ((0, 1), ["target", "small", "suffix"])])

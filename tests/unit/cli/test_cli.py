@@ -12,8 +12,8 @@ from transformers import AutoConfig, BartConfig, BartForConditionalGeneration, M
 from typer.testing import CliRunner, Result
 
 import hf_polyspec
-from hf_polyspec import commands
-from hf_polyspec.cli import app
+from hf_polyspec.cli import commands
+from hf_polyspec.cli.app import app
 from hf_polyspec.eagle import EagleHead, EagleHeadConfig
 
 
@@ -72,7 +72,7 @@ def test_demo_of_a_sampled_text_does_not_claim_identity(folders: tuple[str, str]
 
 
 def test_demo_reports_a_difference_with_its_logits(folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_polyspec import demo
+    from hf_polyspec.cli import demo
 
     truthful = demo.answer
 
@@ -205,7 +205,7 @@ def test_refused_before_any_model_is_loaded(
 ) -> None:
     given = arguments if "--model" in arguments else ("--model", folders[0], *arguments)
     if "--model" not in arguments:
-        monkeypatch.setattr("hf_polyspec.models.load_model", lambda *a: pytest.fail("a model was loaded"))
+        monkeypatch.setattr("hf_polyspec.models.by_name.load_model", lambda *a: pytest.fail("a model was loaded"))
     assert said in refused("demo", *given)
 
 
@@ -223,7 +223,7 @@ def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def bug(name: str, target: str | None) -> None:
         raise AttributeError("not the user's fault")
 
-    monkeypatch.setattr("hf_polyspec.inspection.inspect_name", bug)
+    monkeypatch.setattr("hf_polyspec.models.inspection.inspect_name", bug)
     assert isinstance(run("inspect", "x").exception, AttributeError)
 
 

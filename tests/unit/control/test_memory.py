@@ -15,6 +15,7 @@ from hf_polyspec.control import forget
 from hf_polyspec.control.estimates import Knowledge
 from hf_polyspec.control.memory import recall, remember, weight_bytes
 from hf_polyspec.eagle import EagleHead
+from hf_polyspec.host.runner import ModelRunner
 from hf_polyspec.levels.base import Drafter
 from hf_polyspec.levels.causal_lm import CausalLMDrafter
 from hf_polyspec.levels.eagle import EagleDrafter
@@ -23,7 +24,6 @@ from hf_polyspec.levels.joined import JoinedDrafter
 from hf_polyspec.levels.suffix import SuffixDrafter
 from hf_polyspec.levels.verifier import NoDraft
 from hf_polyspec.quantization import quantize_model
-from hf_polyspec.runner import ModelRunner
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from hf_polyspec.control.budget import FIRST_INTERVAL
 from hf_polyspec.control.setups import DRAFTS
 from hf_polyspec.levels.base import Drafter
 from hf_polyspec.levels.verifier import Verifier
-from hf_polyspec.planning.cost_model import Acceptance, Member, SecondsTable, predict
+from hf_polyspec.planning.theory.cost_model import Acceptance, Member, SecondsTable, predict
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 from tiny_models import VOCABULARY, prompts, tiny
 
 import hf_polyspec
-from hf_polyspec.benchmarks.worst_case import KINDS, bootstrap_median, compare, useless
+from hf_polyspec.bench.measurements.worst_case import KINDS, bootstrap_median, compare, useless
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from hf_polyspec.quantization import fused_block
+from hf_polyspec.cpu import fused_block
 
 
 @pytest.fixture
 def tasks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many blocks every task computed."""
-    from hf_polyspec.compiled import whole_block, whole_stack
+    from hf_polyspec.cpu.compiled import whole_block, whole_stack
 
     found: list[int] = []
     run = whole_block.run_blocks

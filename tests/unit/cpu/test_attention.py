@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_polyspec.compiled import compiles
+from hf_polyspec.cpu.compiled import compiles
 
 if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)
 
-from hf_polyspec.compiled.attention import attend, plain_mask, readable
+from hf_polyspec.cpu.compiled.attention import attend, plain_mask, readable
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALLOWED = {torch.float32: 4e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

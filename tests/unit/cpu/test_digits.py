@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_polyspec.compiled import compiles
+from hf_polyspec.cpu.compiled import compiles
 
 if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)
 
-from hf_polyspec.compiled import attention, blocks, digits, dots, numbers, product, whole_block
-from hf_polyspec.compiled.digits import CHUNK, WIDEST, DigitProduct
-from hf_polyspec.compiled.dots import BLOCK, has_dots, in_blocks
-from hf_polyspec.compiled.vectors import LANES
-from hf_polyspec.quantization import kernels
-from hf_polyspec.quantization.weights import round_to_nearest
+from hf_polyspec.cpu import kernels
+from hf_polyspec.cpu.compiled import attention, blocks, digits, dots, numbers, product, whole_block
+from hf_polyspec.cpu.compiled.digits import CHUNK, WIDEST, DigitProduct
+from hf_polyspec.cpu.compiled.dots import BLOCK, has_dots, in_blocks
+from hf_polyspec.cpu.compiled.vectors import LANES
+from hf_polyspec.integers.weights import round_to_nearest
 
 needs_dots = pytest.mark.skipif(not has_dots(), reason="this CPU has no dot products of bytes")
 TYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from hf_polyspec.compiled import compiles, support
+from hf_polyspec.cpu.compiled import compiles, support
 
 if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)
 
-from hf_polyspec.quantization import fusable, is_packed, pack, packing, quantize_model, unpack
-from hf_polyspec.quantization.fused_block import FusedBlock
-from hf_polyspec.quantization.packing import packed_assistants
+from hf_polyspec.cpu import fusable, packing
+from hf_polyspec.cpu.fused_block import FusedBlock
+from hf_polyspec.cpu.packing import packed_assistants
+from hf_polyspec.quantization import is_packed, pack, quantize_model, unpack
 
 Tiny = Callable[..., PreTrainedModel]
 FAMILIES = ["llama", "mistral", "qwen2"]
@@ -247,7 +248,7 @@ def test_threads_share_fused_blocks(tiny: Tiny) -> None:
 def test_without_compiled_functions_nothing_is_fused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (support, fusable, packing):
         monkeypatch.setattr(module, "compiles", lambda: False)
-    monkeypatch.setattr("hf_polyspec.quantization.float_kernels.compiles", lambda: False)
+    monkeypatch.setattr("hf_polyspec.cpu.float_kernels.compiles", lambda: False)
     plain, packed = _pair(tiny)
     assert is_packed(packed)
     assert not blocks(packed)
@@ -261,7 +262,7 @@ def test_a_packed_model_from_elsewhere_runs_without_compiled_functions(
 ) -> None:
     """Pickled where they run, read where they do not."""
     plain, packed = _pair(tiny)
-    for name in [name for name in sys.modules if name.startswith("hf_polyspec.compiled.")]:
+    for name in [name for name in sys.modules if name.startswith("hf_polyspec.cpu.compiled.")]:
         if not name.endswith("support"):
             monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(support, "compiles", lambda: False)

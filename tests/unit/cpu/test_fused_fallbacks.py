@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_polyspec.bench.breakdown import kind_of
-from hf_polyspec.cache import RollbackCache
-from hf_polyspec.compiled import ROWS, compiles, computes
+from hf_polyspec.cpu.compiled import ROWS, compiles, computes
+from hf_polyspec.host.cache import RollbackCache
 
 if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)
 
 from tiny_models import head_for
 
-from hf_polyspec.integration import generate
-from hf_polyspec.quantization import fusable, pack, quantize_model
-from hf_polyspec.quantization.fused_block import FusedBlock
+from hf_polyspec.cpu import fusable
+from hf_polyspec.cpu.fused_block import FusedBlock
+from hf_polyspec.generation.doors import generate
+from hf_polyspec.quantization import pack, quantize_model
 
 Tiny = Callable[..., PreTrainedModel]
 IDS = torch.randint(3, 48, (1, 12), generator=torch.Generator().manual_seed(5))

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from hf_polyspec.cache import RollbackCache
-from hf_polyspec.compiled import compiles
+from hf_polyspec.cpu.compiled import compiles
+from hf_polyspec.host.cache import RollbackCache
 
 if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)
 
 from stacked_blocks import DEPTH, IDS, Tiny, learned, packed_model, passes, run, same, together
 
-from hf_polyspec.compiled import support
-from hf_polyspec.compiled.samples import Samples
-from hf_polyspec.quantization import fused_stack
+from hf_polyspec.cpu import fused_stack
+from hf_polyspec.cpu.compiled import support
+from hf_polyspec.cpu.compiled.samples import Samples
 
 FORMS = ["float32", "bfloat16", "float16", "int8", "int8 bfloat16"]
 

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_polyspec.cache import RollbackCache
-from hf_polyspec.compiled import ROWS, compiles, left_to_torch, support
+from hf_polyspec.cpu.compiled import ROWS, compiles, left_to_torch, support
+from hf_polyspec.host.cache import RollbackCache
 
 if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)
 
 from stacked_blocks import DEPTH, learned, packed_model, run
 
-from hf_polyspec.quantization.float_kernels import PackedFloat, pack_float, pack_for_many_rows
+from hf_polyspec.cpu.float_kernels import PackedFloat, pack_float, pack_for_many_rows
 
 Tiny = Callable[..., PreTrainedModel]
 IDS = torch.randint(3, 48, (2, ROWS), generator=torch.Generator().manual_seed(6))
@@ -97,7 +97,7 @@ def test_layers_of_integers_are_one_task_with_any_number_of_rows(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_kernels_for_many_rows(multiplies: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_polyspec.quantization import float_kernels
+    from hf_polyspec.cpu import float_kernels
 
     if multiplies and dtype is torch.bfloat16 and not torch.cpu._is_avx512_supported():
         pytest.skip("torch packs no bfloat16 on this CPU")

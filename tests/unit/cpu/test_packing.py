@@ -14,9 +14,10 @@ import torch.nn.utils.prune
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_polyspec.quantization import is_packed, pack, packing, quantize_model, unpack
-from hf_polyspec.quantization.float_kernels import pack_float, packs
-from hf_polyspec.quantization.packing import PackedForward
+from hf_polyspec.cpu import packing
+from hf_polyspec.cpu.float_kernels import pack_float, packs
+from hf_polyspec.cpu.packing import PackedForward
+from hf_polyspec.quantization import is_packed, pack, quantize_model, unpack
 
 Tiny = Callable[..., PreTrainedModel]
 IDS = torch.randint(48, (1, 12), generator=torch.Generator().manual_seed(5))

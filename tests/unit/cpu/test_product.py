@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_polyspec.compiled import compiles
+from hf_polyspec.cpu.compiled import compiles
 
 if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)
 
-from hf_polyspec.compiled.product import CHUNK, CompiledProduct
-from hf_polyspec.compiled.tasks import part_size
+from hf_polyspec.cpu.compiled.product import CHUNK, CompiledProduct
+from hf_polyspec.cpu.compiled.tasks import part_size
 
 FLOAT_TYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = [*((dtype, dtype) for dtype in FLOAT_TYPES), *((torch.int8, dtype) for dtype in FLOAT_TYPES)]
@@ -198,7 +198,7 @@ def test_outputs_lie_on_the_cpu_whatever_the_default_device() -> None:
 
 def _on_default_device(product: CompiledProduct, x: Tensor) -> str:
     """Where the output lies under another default device; nothing is computed, as memory could be written at 0."""
-    from hf_polyspec.compiled import product as module
+    from hf_polyspec.cpu.compiled import product as module
 
     given: list[Tensor] = []
     with pytest.MonkeyPatch.context() as patch, torch.device("meta"):

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_polyspec.compiled import compiles
+from hf_polyspec.cpu.compiled import compiles
 
 if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)
 
 import hf_polyspec
-from hf_polyspec.compiled.dots import has_dots
+from hf_polyspec.cpu.compiled.dots import has_dots
 from hf_polyspec.quantization import pack
 
 Tiny = Callable[..., PreTrainedModel]

@@ -15,15 +15,15 @@ import pytest
 import torch
 from torch import nn
 
-from hf_polyspec.compiled import compiles
+from hf_polyspec.cpu.compiled import compiles
 
 if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)
 
 from stacked_blocks import DEPTH, IDS, Tiny, learned, packed_model, passes, run, same, together
 
+from hf_polyspec.cpu.packing import packed_assistants
 from hf_polyspec.quantization import is_packed, pack, unpack
-from hf_polyspec.quantization.packing import packed_assistants
 
 
 def _double(model: Any) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_polyspec.cache import RollbackCache
-from hf_polyspec.compiled import compiles
+from hf_polyspec.cpu.compiled import compiles
+from hf_polyspec.host.cache import RollbackCache
 
 if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)

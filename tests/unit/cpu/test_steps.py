@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from hf_polyspec.compiled import compiles
+from hf_polyspec.cpu.compiled import compiles
 
 if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)
 
-from hf_polyspec.compiled.blocks import gated, rms_norm, rotate
-from hf_polyspec.compiled.numbers import exponential
+from hf_polyspec.cpu.compiled.blocks import gated, rms_norm, rotate
+from hf_polyspec.cpu.compiled.numbers import exponential
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIXTEEN = TYPES[1:]

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_polyspec.cache import RollbackCache
-from hf_polyspec.compiled import compiles
+from hf_polyspec.cpu.compiled import compiles
+from hf_polyspec.host.cache import RollbackCache
 
 if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)
 
-from hf_polyspec.compiled import whole_block
-from hf_polyspec.compiled.dots import has_dots
-from hf_polyspec.compiled.whole_stack import StackTask
+from hf_polyspec.cpu.compiled import whole_block
+from hf_polyspec.cpu.compiled.dots import has_dots
+from hf_polyspec.cpu.compiled.whole_stack import StackTask
+from hf_polyspec.host.runner import ModelRunner
 from hf_polyspec.quantization import is_packed, pack, quantize_model
-from hf_polyspec.runner import ModelRunner
 
 Tiny = Callable[..., PreTrainedModel]
 PROMPT = 45
@@ -158,7 +158,7 @@ def test_several_callers_at_once(tiny: Tiny) -> None:
 def test_eight_bits(tiny: Tiny, blocks: list[int], dots: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With dot products of bytes, and with weights widened in registers."""
     if not dots:
-        monkeypatch.setattr("hf_polyspec.compiled.dots.has_dots", lambda: False)
+        monkeypatch.setattr("hf_polyspec.cpu.compiled.dots.has_dots", lambda: False)
     model = quantize_model(copy.deepcopy(tiny("llama", initializer_range=0.1)), 8)
     wanted, _ = _passes(model, 3)
     assert not blocks
@@ -242,8 +242,8 @@ def test_a_runner_rolls_back_what_was_written(tiny: Tiny) -> None:
 
 @torch.no_grad()
 def _run(runner: ModelRunner, ids: list[int], draft: list[int]) -> Tensor:
-    from hf_polyspec.context import Context, Prompt
-    from hf_polyspec.telemetry import LevelStats
+    from hf_polyspec.exactness.context import Context, Prompt
+    from hf_polyspec.telemetry.counters import LevelStats
 
     places = torch.arange(len(ids))[None]
     prompt = Prompt(len(ids), None, places)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_polyspec.compiled import compiles
+from hf_polyspec.cpu.compiled import compiles
 from hf_polyspec.eagle import attention
 from hf_polyspec.eagle.attention import EagleRMSNorm, HeadCache, sdpa
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_polyspec.eagle import EagleHead, EagleHeadConfig
-from hf_polyspec.eagle.export import export_official, export_speculators
+from hf_polyspec.eagle.formats.export import export_official, export_speculators
 
 V, H = 41, 16
 SIZES = {

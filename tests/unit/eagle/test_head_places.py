@@ -14,15 +14,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_polyspec.eagle import (
-    EagleHead,
-    EagleHeadConfig,
-    bind,
-    feature_layers,
-    formats_files,
-    init_for,
-    select_features,
-)
+from hf_polyspec.eagle import EagleHead, EagleHeadConfig, bind, feature_layers, init_for, select_features
+from hf_polyspec.eagle.formats import files as formats_files
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_polyspec.eagle.formats_layers import listed_layers
+from hf_polyspec.eagle.formats.layers import listed_layers
 
 KEY = "eagle_aux_hidden_state_layer_ids"
 

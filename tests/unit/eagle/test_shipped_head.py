@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_polyspec.assistants import is_eagle_head, load_assistant
-from hf_polyspec.demo import default_assistants
+from hf_polyspec.cli.demo import default_assistants
 from hf_polyspec.eagle import bind
-from hf_polyspec.models import resolve
-from hf_polyspec.packaged import HEAD, PACKAGE, head_folder
+from hf_polyspec.models.assistants import is_eagle_head, load_assistant
+from hf_polyspec.models.by_name import resolve
+from hf_polyspec.models.packaged import HEAD, PACKAGE, head_folder
 
 # SmolLM2-135M-Instruct's shape; two layers of it carry the head as well as thirty
 SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}

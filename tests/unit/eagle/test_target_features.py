@@ -11,15 +11,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_polyspec.eagle import (
-    EagleHead,
-    EagleHeadConfig,
-    bind,
-    feature_layers,
-    init_for,
-    select_features,
-    target_parts,
-)
+from hf_polyspec.eagle import EagleHead, EagleHeadConfig, bind, feature_layers, init_for, select_features, target_parts
 
 V, LAYERS = 61, 7
 COMMON = {

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_polyspec.randomness import TorchRandomness
-from hf_polyspec.verification import overlap, verify_block, verify_tokens
+from hf_polyspec.exactness.randomness import TorchRandomness
+from hf_polyspec.exactness.verification import overlap, verify_block, verify_tokens
 
 RULES = [verify_tokens, verify_block]
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, PromptLookupCandidateGenerator
 
 import hf_polyspec
-from hf_polyspec.distributions import LawMaker
+from hf_polyspec.exactness.distributions import LawMaker
 from hf_polyspec.levels.candidate_generator import CandidateGeneratorDrafter
 
 PROMPT = torch.tensor([[3, 7, 1, 7, 3, 7]])
@@ -145,7 +145,7 @@ def test_an_assisted_generator_as_a_level_hands_up_the_law_it_drew_from(target: 
     small = noisy(target, 0.1, 3)
     drafter = CandidateGeneratorDrafter(assisted(target, small, do_sample=True))
     drafter.begin(1, 1, 12)
-    from hf_polyspec.context import Context, Prompt
+    from hf_polyspec.exactness.context import Context, Prompt
 
     context = Context(PROMPT.tolist(), Prompt(6, None, torch.arange(6)[None]))
     proposal = drafter.propose(context, [3], LawMaker([], True, torch.device("cpu")))

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from hf_polyspec.cache import RollbackCache, read_cache, write_cache
-from hf_polyspec.context import EMBEDDED, Context, Prompt, common_prefix
 from hf_polyspec.errors import LevelError, RollbackError
-from hf_polyspec.runner import ModelRunner
-from hf_polyspec.telemetry import LevelStats
+from hf_polyspec.exactness.context import EMBEDDED, Context, Prompt, common_prefix
+from hf_polyspec.host.cache import RollbackCache, read_cache, write_cache
+from hf_polyspec.host.runner import ModelRunner
+from hf_polyspec.telemetry.counters import LevelStats
 
 VOCABULARY = 16
 

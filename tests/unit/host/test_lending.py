@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_polyspec import SuffixDrafter
-from hf_polyspec.context import Context, Prompt
 from hf_polyspec.control import OnlineControl
-from hf_polyspec.integration import generate
-from hf_polyspec.lending import WORTH, borrow, is_copy
+from hf_polyspec.exactness.context import Context, Prompt
+from hf_polyspec.generation.doors import generate
+from hf_polyspec.host.lending import WORTH, borrow, is_copy
+from hf_polyspec.host.runner import ModelRunner
 from hf_polyspec.levels.block import Block
 from hf_polyspec.levels.eagle import EagleDrafter
 from hf_polyspec.levels.verifier import Verifier
 from hf_polyspec.quantization import quantize_model
-from hf_polyspec.runner import ModelRunner
-from hf_polyspec.telemetry import LevelStats
+from hf_polyspec.telemetry.counters import LevelStats
 
 Tiny = Callable[..., PreTrainedModel]
 LONG = prompts(1, WORTH + 8)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, accepted_greedily, head_for, in_circles, noisy, prompts, tiny
 
-from hf_polyspec.distributions import LawMaker
+from hf_polyspec.exactness.distributions import LawMaker
+from hf_polyspec.exactness.tree_geometry import ROOT, path_to
 from hf_polyspec.levels.copying import MOST, copy_weight
 from hf_polyspec.levels.draft_memory import DraftMemory
 from hf_polyspec.levels.eagle import EagleDrafter
 from hf_polyspec.levels.pointers import PointerMixture
-from hf_polyspec.trees import ROOT, path_to
 
 IDS = torch.arange(VOCABULARY)
 
@@ -179,7 +179,7 @@ def test_the_mixture_is_what_is_drawn_from_and_handed_up(trees: int, monkeypatch
 
     monkeypatch.setattr(PointerMixture, "mixed", mixed)
     monkeypatch.setattr(LawMaker, "draw", drawn)
-    monkeypatch.setattr("hf_polyspec.chain.EagleDrafter", Watched)
+    monkeypatch.setattr("hf_polyspec.generation.chain.EagleDrafter", Watched)
     target, ids = in_circles(tiny()), prompts(1)["input_ids"]
     with torch.no_grad():
         target.lm_head.weight.mul_(20)  # draws hardly ever leave the circle

@@ -12,7 +12,7 @@ from tiny_models import noisy, tiny
 from transformers import GenerationMixin
 
 import hf_polyspec
-from hf_polyspec.benchmarks.overhead import measure
+from hf_polyspec.bench.measurements.overhead import measure
 
 READS = ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero")
 

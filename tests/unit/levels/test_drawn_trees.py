@@ -9,17 +9,17 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, head_for, noisy, prompts, tiny
 
-from hf_polyspec.context import Context, Prompt
-from hf_polyspec.distributions import LawMaker
 from hf_polyspec.eagle import EagleHead
 from hf_polyspec.eagle.configuration import EagleHeadConfig
-from hf_polyspec.levels.base import TreeProposal
+from hf_polyspec.exactness.context import Context, Prompt
+from hf_polyspec.exactness.distributions import LawMaker
+from hf_polyspec.exactness.proposal import TreeProposal
+from hf_polyspec.exactness.tree_geometry import ROOT, depths
+from hf_polyspec.exactness.tree_judgement import judge_tree, record_tree
 from hf_polyspec.levels.drawn_tree import DrawnNodes, grow_drawn
 from hf_polyspec.levels.eagle import EagleDrafter
 from hf_polyspec.levels.eagle_tree import Grown
-from hf_polyspec.levels.tree_judgement import judge_tree, record_tree
-from hf_polyspec.telemetry import LevelStats
-from hf_polyspec.trees import ROOT, depths
+from hf_polyspec.telemetry.counters import LevelStats
 
 CPU = torch.device("cpu")
 LAW = torch.tensor([0.4, 0.2, 0.1, 0.1, 0.1, 0.05, 0.05])
@@ -162,7 +162,7 @@ def sampled(target: Any, levels: list[Any], batch: int = 1, **options: Any) -> A
 def test_a_head_draws_over_its_targets_vocabulary(
     batch: int, middles: int, slice_: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_polyspec.chain.EagleDrafter", Kept)
+    monkeypatch.setattr("hf_polyspec.generation.chain.EagleDrafter", Kept)
     monkeypatch.setattr(Kept, "trees", [], raising=False)
     target = tiny()
     levels = [noisy(target)] * middles
@@ -180,7 +180,7 @@ def test_a_head_draws_over_its_targets_vocabulary(
 
 def test_laws_are_those_of_the_temperature_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """With top_k=2 two ids have all the weight, and almost all of it is one id's when the text is nearly greedy."""
-    monkeypatch.setattr("hf_polyspec.chain.EagleDrafter", Kept)
+    monkeypatch.setattr("hf_polyspec.generation.chain.EagleDrafter", Kept)
     target = tiny()
     head = head_for(target)
     counts: dict[str, int] = {}
@@ -205,7 +205,7 @@ def test_a_head_says_how_sharply_it_draws(tmp_path: Any, monkeypatch: pytest.Mon
             super().__init__(*parts, **named)
             found.append(self.draft_temperature)
 
-    monkeypatch.setattr("hf_polyspec.chain.EagleDrafter", Noted)
+    monkeypatch.setattr("hf_polyspec.generation.chain.EagleDrafter", Noted)
     target = tiny()
     head = head_for(target)
     sampled(target, [head])

@@ -12,13 +12,13 @@ import torch
 from tiny_models import VOCABULARY, head_for, noisy, prompts, tiny
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_polyspec.chain import check_assistants
-from hf_polyspec.context import Context, Prompt
-from hf_polyspec.distributions import LawMaker
 from hf_polyspec.eagle import EagleHead, feature_layers, select_features
+from hf_polyspec.exactness.context import Context, Prompt
+from hf_polyspec.exactness.distributions import LawMaker
+from hf_polyspec.exactness.passes import Pass
+from hf_polyspec.generation.chain import check_assistants
 from hf_polyspec.levels.eagle import EagleDrafter
 from hf_polyspec.levels.eagle_memory import FeatureMemo, PairMemo, Pairs
-from hf_polyspec.runner import Pass
 
 pytestmark = pytest.mark.usefixtures("enabled")
 
@@ -124,7 +124,7 @@ def simulate(head: EagleHead, above: PreTrainedModel, ids: list[int], known: int
 def test_drafted_tokens_equal_a_simulation(
     algorithm: str, batch: int, middles: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_polyspec.chain.EagleDrafter", Spy)
+    monkeypatch.setattr("hf_polyspec.generation.chain.EagleDrafter", Spy)
     monkeypatch.setattr(Spy, "seen", [], raising=False)
     target = tiny()
     levels: list[Any] = [noisy(target)] * middles
@@ -217,7 +217,7 @@ def test_rows_that_end_early_leave_the_batch() -> None:
 
 
 def test_a_prompt_in_pieces_is_drafted_from_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_polyspec.chain.EagleDrafter", Spy)
+    monkeypatch.setattr("hf_polyspec.generation.chain.EagleDrafter", Spy)
     monkeypatch.setattr(Spy, "seen", [], raising=False)
     target = tiny()
     head, inputs = head_for(target), prompts(2, length=17)

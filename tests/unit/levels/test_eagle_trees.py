@@ -13,14 +13,15 @@ from scipy import stats
 from tiny_models import VOCABULARY, head_for, noisy, prompts, tiny
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from hf_polyspec.context import Context, Prompt
 from hf_polyspec.eagle import EagleHead, feature_layers, select_features
-from hf_polyspec.levels.base import TreeProposal
+from hf_polyspec.exactness.context import Context, Prompt
+from hf_polyspec.exactness.proposal import TreeProposal
+from hf_polyspec.exactness.tree_geometry import ROOT, depths, path_to
+from hf_polyspec.host.runner import ModelRunner
+from hf_polyspec.host.trees import ancestors, hindrance
 from hf_polyspec.levels.eagle import EagleDrafter
 from hf_polyspec.levels.eagle_tree import grow
-from hf_polyspec.runner import ModelRunner
-from hf_polyspec.telemetry import LevelStats
-from hf_polyspec.trees import ROOT, ancestors, depths, hindrance, path_to
+from hf_polyspec.telemetry.counters import LevelStats
 
 WINDOWED: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -161,7 +162,7 @@ def simulate(head: EagleHead, above: PreTrainedModel, ids: list[int], known: int
 def test_grown_trees_equal_a_simulation(
     algorithm: str, batch: int, middles: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_polyspec.chain.EagleDrafter", Spy)
+    monkeypatch.setattr("hf_polyspec.generation.chain.EagleDrafter", Spy)
     monkeypatch.setattr(Spy, "seen", [], raising=False)
     target = tiny()
     levels: list[Any] = [noisy(target)] * middles

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import hf_polyspec
-from hf_polyspec.assistants import check_assistant_names, load_assistant
 from hf_polyspec.levels.early_exit import early_exit, layer_list
+from hf_polyspec.models.assistants import check_assistant_names, load_assistant
 
 Tiny = Callable[..., PreTrainedModel]
 FAMILIES = ("llama", "qwen2", "qwen3_moe", "gemma3_text", "gpt_neox", "opt", "gpt2", "bloom", "mpt", "falcon", "biogpt")

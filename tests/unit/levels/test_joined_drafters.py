@@ -12,12 +12,13 @@ from tiny_models import head_for, noisy, tiny
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from hf_polyspec import SuffixDrafter
-from hf_polyspec.chain import check_assistants
-from hf_polyspec.context import Context, Prompt
-from hf_polyspec.distributions import LawMaker
-from hf_polyspec.levels.base import Drafter, Proposal, TreeProposal
+from hf_polyspec.exactness.context import Context, Prompt
+from hf_polyspec.exactness.distributions import LawMaker
+from hf_polyspec.exactness.proposal import Proposal, TreeProposal
+from hf_polyspec.exactness.tree_geometry import ROOT, graft, path_to
+from hf_polyspec.generation.chain import check_assistants
+from hf_polyspec.levels.base import Drafter
 from hf_polyspec.levels.joined import JoinedDrafter
-from hf_polyspec.trees import ROOT, graft, path_to
 
 TREES = {"polyspec_tree_tokens": 8, "polyspec_tree_depth": 3, "polyspec_tree_top_k": 3}
 # A text that repeats, so that suffixes are found.

@@ -10,10 +10,10 @@ import torch
 from tiny_models import VOCABULARY, accepted_greedily, head_for, in_circles, noisy, prompts, tiny
 
 from hf_polyspec import SuffixDrafter
+from hf_polyspec.exactness.tree_geometry import ROOT, path_to
 from hf_polyspec.levels.draft_memory import DraftMemory
 from hf_polyspec.levels.pointers import PointerMixture
 from hf_polyspec.levels.recycling import HALVED, KEPT, LIKELIEST, WEIGHTS, RecyclePointer, said_after
-from hf_polyspec.trees import ROOT, path_to
 
 IDS = torch.arange(VOCABULARY)
 

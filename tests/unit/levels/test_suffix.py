@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_polyspec.context import EMBEDDED, Context, Prompt
-from hf_polyspec.distributions import LawMaker
 from hf_polyspec.errors import LevelError
+from hf_polyspec.exactness.context import EMBEDDED, Context, Prompt
+from hf_polyspec.exactness.distributions import LawMaker
 from hf_polyspec.levels.suffix import MIN_PROBABILITY, MOST_DOUBT, SuffixDrafter, escape
 
 LAW = LawMaker([], False, torch.device("cpu"))

@@ -16,8 +16,8 @@ import pytest
 import torch
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
-from hf_polyspec.context import Context, Prompt
-from hf_polyspec.distributions import LawMaker
+from hf_polyspec.exactness.context import Context, Prompt
+from hf_polyspec.exactness.distributions import LawMaker
 from hf_polyspec.levels.base import Drafter
 from hf_polyspec.levels.candidate_generator import CandidateGeneratorDrafter
 from hf_polyspec.levels.suffix import SuffixDrafter

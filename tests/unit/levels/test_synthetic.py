@@ -13,8 +13,8 @@ from tiny_models import prompts
 from transformers import PreTrainedModel
 
 import hf_polyspec
-from hf_polyspec.assistants import check_assistant_names
 from hf_polyspec.levels.synthetic import SyntheticLevel, parse_synthetic
+from hf_polyspec.models.assistants import check_assistant_names
 
 NEW = 60
 # Two-sided normal quantile: a right level fails a test of its rate with probability 1e-4. The seeds are fixed.

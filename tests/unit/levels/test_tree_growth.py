@@ -12,17 +12,18 @@ from scipy import stats
 from tiny_models import head_for, noisy, prompts, tiny
 from transformers import PreTrainedModel
 
-from hf_polyspec.chain import CHOOSES_HIDDEN_STATES
-from hf_polyspec.context import Context, Prompt
-from hf_polyspec.distributions import LawMaker
 from hf_polyspec.eagle import init_for
-from hf_polyspec.levels.base import Drafter, Proposal, TreeProposal
+from hf_polyspec.exactness.context import Context, Prompt
+from hf_polyspec.exactness.distributions import LawMaker
+from hf_polyspec.exactness.proposal import Proposal, TreeProposal
+from hf_polyspec.exactness.tree_geometry import ROOT, depths, path_to
+from hf_polyspec.exactness.tree_judgement import judge_tree, record_tree
+from hf_polyspec.generation.chain import CHOOSES_HIDDEN_STATES
+from hf_polyspec.levels.base import Drafter
 from hf_polyspec.levels.eagle import EagleDrafter
 from hf_polyspec.levels.eagle_tree import Grown, grow
-from hf_polyspec.levels.tree_judgement import judge_tree, record_tree
 from hf_polyspec.levels.tree_size import TreeSize
-from hf_polyspec.telemetry import LevelStats
-from hf_polyspec.trees import ROOT, depths, path_to
+from hf_polyspec.telemetry.counters import LevelStats
 
 TREES = {"polyspec_tree_tokens": 12, "polyspec_tree_depth": 4, "polyspec_tree_top_k": 3}
 # After any token: 0 with probability 1/2, 1 with 1/4, 2 with 1/8.
@@ -158,7 +159,7 @@ class Told(EagleDrafter):
 
 
 def test_each_row_has_a_size_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_polyspec.chain.EagleDrafter", Told)
+    monkeypatch.setattr("hf_polyspec.generation.chain.EagleDrafter", Told)
     monkeypatch.setattr(Told, "kept", [], raising=False)
     target = tiny(seed=3)
     inputs = prompts(4)

@@ -14,15 +14,15 @@ from tiny_models import VOCABULARY, head_for, noisy, prompts, tiny
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from hf_polyspec import DraftVocabularyProcessor, rank_tokens
-from hf_polyspec.context import Context, Prompt
-from hf_polyspec.distributions import LawMaker
 from hf_polyspec.eagle import EagleHead
 from hf_polyspec.eagle.vocabulary import RowCache
+from hf_polyspec.exactness.context import Context, Prompt
+from hf_polyspec.exactness.distributions import LawMaker
+from hf_polyspec.host.runner import ModelRunner
 from hf_polyspec.levels import draft_vocabulary as module
 from hf_polyspec.levels.causal_lm import CausalLMDrafter
 from hf_polyspec.levels.draft_vocabulary import WorkingVocabulary
 from hf_polyspec.quantization import quantize_model
-from hf_polyspec.runner import ModelRunner
 
 CPU = torch.device("cpu")
 

@@ -11,9 +11,10 @@ import torch
 from tiny_checkpoints import byte_tokenizer, save_pair
 from transformers import PreTrainedModel
 
-from hf_polyspec import assistants, models, packaged
 from hf_polyspec.eagle import EagleHead, EagleHeadConfig
 from hf_polyspec.levels.suffix import SuffixDrafter
+from hf_polyspec.models import assistants, packaged
+from hf_polyspec.models import by_name as models
 from hf_polyspec.quantization import QuantizedLinear, quantize_model, save_quantized
 
 

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
 
 import hf_polyspec
-from hf_polyspec import demo
-from hf_polyspec.cli import app
-from hf_polyspec.context import Context
+from hf_polyspec.cli import demo
+from hf_polyspec.cli.app import app
 from hf_polyspec.eagle import init_for
-from hf_polyspec.lending import WORTH, is_copy
-from hf_polyspec.levels.base import TreeProposal
+from hf_polyspec.exactness.context import Context
+from hf_polyspec.exactness.proposal import TreeProposal
+from hf_polyspec.host.lending import WORTH, is_copy
 from hf_polyspec.levels.eagle import EagleDrafter
 from hf_polyspec.levels.suffix import SuffixDrafter
 from hf_polyspec.planning import Plan, Wish, draw_plan, make_plan

@@ -16,11 +16,11 @@ from tiny_models import prompts, tiny
 from transformers import PreTrainedModel
 
 import hf_polyspec
+from hf_polyspec.generation.plan import fingerprint, mark_of
+from hf_polyspec.integers.linear import QuantizedLinear
 from hf_polyspec.levels.suffix import SuffixDrafter
 from hf_polyspec.planning import Plan
-from hf_polyspec.planning.plan import fingerprint, mark_of
 from hf_polyspec.quantization import quantize_model
-from hf_polyspec.quantization.linear import QuantizedLinear
 
 MakePlan = Callable[..., Plan]
 

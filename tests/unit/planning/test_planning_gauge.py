@@ -16,6 +16,7 @@ from tiny_models import noisy, prompts, tiny
 from transformers import PreTrainedModel
 
 import hf_polyspec
+from hf_polyspec.cpu import packing
 from hf_polyspec.levels.suffix import SuffixDrafter
 from hf_polyspec.planning import Planned, Wish, make_plan
 from hf_polyspec.planning.gauge import TakenAgain
@@ -26,8 +27,8 @@ from hf_polyspec.planning.search import Candidate, spread
 from hf_polyspec.planning.texts import generation_config, law_of, write_texts
 from hf_polyspec.planning.turns import over_turns, settled
 from hf_polyspec.planning.verify import verify
-from hf_polyspec.quantization import packing, quantize_model
-from hf_polyspec.telemetry import LevelStats
+from hf_polyspec.quantization import quantize_model
+from hf_polyspec.telemetry.counters import LevelStats
 
 PACKING = 0.05
 """Seconds of packing a middle, in every call."""

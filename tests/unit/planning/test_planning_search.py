@@ -14,7 +14,6 @@ import pytest
 from hf_polyspec.planning import replay as replay_module
 from hf_polyspec.planning.agreement import Draft, DraftRecord
 from hf_polyspec.planning.candidates import BLOCKS, MODEL_DRAFTS, Level, options_of, subsets
-from hf_polyspec.planning.cost_model import SecondsTable
 from hf_polyspec.planning.costs import ModelCosts, Shape
 from hf_polyspec.planning.overheads import Overheads
 from hf_polyspec.planning.readings import NEVER, survival, windows
@@ -23,6 +22,7 @@ from hf_polyspec.planning.replay import Chain, Measurements, replay
 from hf_polyspec.planning.search import Candidate, search, spread
 from hf_polyspec.planning.texts import Text
 from hf_polyspec.planning.theory import chain_rounds
+from hf_polyspec.planning.theory.cost_model import SecondsTable
 from hf_polyspec.planning.verify import calls, verify
 
 TOKENS = 300

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from hf_polyspec.exactness.verification import verify_block, verify_tokens
 from hf_polyspec.planning.readings import edge, reading_of, survival
 from hf_polyspec.planning.texts import Law, Text
-from hf_polyspec.verification import verify_block, verify_tokens
 
 VALUES, LENGTH = 3, 3
 TEXTS = list(product(range(VALUES), repeat=LENGTH))

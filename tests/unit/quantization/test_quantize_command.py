@@ -19,8 +19,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from hf_polyspec.cli.quantize import quantize_command
 from hf_polyspec.quantization import SpeedRatio, load_quantized
-from hf_polyspec.quantization.command import quantize_command
 from hf_polyspec.quantization.measure import Comparison
 from hf_polyspec.quantization.model import quantized_layers
 from hf_polyspec.quantization.report import Report, print_report

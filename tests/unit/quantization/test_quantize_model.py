@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_polyspec.compatibility import vocabulary_size
+from hf_polyspec.host.compatibility import vocabulary_size
+from hf_polyspec.integers.linear import QuantizedLinear
 from hf_polyspec.quantization import (
     Int4Linear,
     Int8Linear,
@@ -23,7 +24,6 @@ from hf_polyspec.quantization import (
     sensitivity,
     speed_ratios,
 )
-from hf_polyspec.quantization.linear import QuantizedLinear
 from hf_polyspec.quantization.model import quantized_layers
 from hf_polyspec.quantization.store import LayerStore
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from hf_polyspec.integers.gptq_format import to_gptq
+from hf_polyspec.integers.weights import round_to_nearest
 from hf_polyspec.quantization import QuantizedWeight, load_quantized, quantize_model, save_quantized
 from hf_polyspec.quantization.config import read_config
-from hf_polyspec.quantization.gptq_format import to_gptq
 from hf_polyspec.quantization.model import linear_layers, quantized_layers, replace_module, sharing_copy
-from hf_polyspec.quantization.weights import round_to_nearest
 
 Tiny = Callable[..., PreTrainedModel]
 IDS = torch.randint(48, (1, 20), generator=torch.Generator().manual_seed(5))

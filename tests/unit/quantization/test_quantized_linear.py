@@ -11,9 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_polyspec.quantization import Int4Linear, Int8Linear, QuantizedLinear, QuantizedWeight, round_to_nearest
-from hf_polyspec.quantization.gptq import round_with_feedback
-from hf_polyspec.quantization.kernels import (
+from hf_polyspec.cpu.kernels import (
     INT8_FEW_ROWS,
     Dequantized,
     FbgemmProduct,
@@ -23,9 +21,12 @@ from hf_polyspec.quantization.kernels import (
     WeightOnlyInt8,
     int4_run_group,
 )
-from hf_polyspec.quantization.linear import float_weight, quantized_linear
-from hf_polyspec.quantization.shared_input import SharedInput
-from hf_polyspec.quantization.weights import group_index, search_scales
+from hf_polyspec.cpu.shared_input import SharedInput
+from hf_polyspec.integers.linear import float_weight
+from hf_polyspec.integers.weights import group_index, search_scales
+from hf_polyspec.quantization import Int4Linear, Int8Linear, QuantizedLinear, QuantizedWeight, round_to_nearest
+from hf_polyspec.quantization.gptq import round_with_feedback
+from hf_polyspec.quantization.linear import quantized_linear
 
 BF16 = torch.finfo(torch.bfloat16).eps
 X86 = torch.backends.quantized.engine in ("x86", "fbgemm")
@@ -173,7 +174,7 @@ def test_expanded_matrix_is_the_same_whether_kept_or_not(monkeypatch: pytest.Mon
     first = kept(x)
     torch.testing.assert_close(first, exact)
     assert torch.equal(kept(x), first)
-    monkeypatch.setattr("hf_polyspec.quantization.kernels.room_for", lambda _: False)
+    monkeypatch.setattr("hf_polyspec.cpu.kernels.room_for", lambda _: False)
     fleeting = Dequantized(lambda: weight, bias)
     assert torch.equal(fleeting(x), fleeting(x))
     assert not fleeting._kept

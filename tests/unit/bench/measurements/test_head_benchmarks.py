@@ -15,7 +15,7 @@ from tiny_models import VOCABULARY, head_for, noisy, prompts, tiny
 from transformers import AutoModelForCausalLM
 
 from hf_polyspec import generate
-from hf_polyspec.benchmarks import arguments, draft_vocabulary, head_acceptance, head_cost
+from hf_polyspec.bench.measurements import arguments, draft_vocabulary, head_acceptance, head_cost
 from hf_polyspec.eagle import EagleHead
 
 

@@ -14,8 +14,8 @@ import torch
 from tiny_checkpoints import save_pair
 from torch import nn
 
-from hf_polyspec.benchmarks import arguments, pass_times
-from hf_polyspec.compiled import compiles
+from hf_polyspec.bench.measurements import arguments, pass_times
+from hf_polyspec.cpu.compiled import compiles
 from hf_polyspec.quantization import Int4Linear, Int8Linear, is_packed
 
 FORMS = ["float32", "bfloat16+pack", "float32+int8", "bfloat16+int8a8", "float32+int4"]

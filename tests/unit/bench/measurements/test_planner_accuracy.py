@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from hf_polyspec.benchmarks.planner_accuracy import accuracy, told
+from hf_polyspec.bench.measurements.planner_accuracy import accuracy, told
 from hf_polyspec.planning.planner import Planned
 from hf_polyspec.planning.replay import Chain, Replayed
 from hf_polyspec.planning.search import Candidate

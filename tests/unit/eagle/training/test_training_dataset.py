@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from hf_polyspec.eagle.dataset import (
+from hf_polyspec.eagle.features import target_parts
+from hf_polyspec.eagle.fresh import init_for
+from hf_polyspec.eagle.training.dataset import (
     Batch,
     Corpus,
     TargetReader,
@@ -22,11 +24,9 @@ from hf_polyspec.eagle.dataset import (
     plan_batches,
     spread,
 )
-from hf_polyspec.eagle.feature_cache import FeatureCache
-from hf_polyspec.eagle.features import target_parts
-from hf_polyspec.eagle.fresh import init_for
-from hf_polyspec.eagle.losses import TargetView
-from hf_polyspec.eagle.shards import GREEDY, SAMPLED, Sample, ShardWriter, read_progress, read_samples
+from hf_polyspec.eagle.training.feature_cache import FeatureCache
+from hf_polyspec.eagle.training.losses import TargetView
+from hf_polyspec.eagle.training.shards import GREEDY, SAMPLED, Sample, ShardWriter, read_progress, read_samples
 
 
 def text(number: int, length: int, prompt: int = 2) -> Text:

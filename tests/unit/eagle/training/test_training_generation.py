@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_polyspec.eagle.generation import GenerationSettings, GenerationState, Generator
-from hf_polyspec.eagle.jobs import draw
-from hf_polyspec.eagle.prompts import prompt_ids, read_prompts
-from hf_polyspec.eagle.shards import GREEDY, SAMPLED, Sample, read_progress, read_samples, read_shard
+from hf_polyspec.eagle.training.generation import GenerationSettings, GenerationState, Generator
+from hf_polyspec.eagle.training.jobs import draw
+from hf_polyspec.eagle.training.prompts import prompt_ids, read_prompts
+from hf_polyspec.eagle.training.shards import GREEDY, SAMPLED, Sample, read_progress, read_samples, read_shard
 
 SETTINGS = GenerationSettings(
     max_tokens=500, slots=8, max_new_tokens=12, max_prompt_tokens=16, shard_tokens=60, min_words=2, seed=5

@@ -15,12 +15,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_polyspec.eagle.dataset import Corpus, load_corpus, spread
-from hf_polyspec.eagle.losses import LossSums, eagle3_loss
 from hf_polyspec.eagle.modeling import EagleHead
-from hf_polyspec.eagle.shards import GREEDY, SAMPLED
-from hf_polyspec.eagle.training import Progress, Trainer
-from hf_polyspec.eagle.training_config import OptimizationSettings, build_config
+from hf_polyspec.eagle.training.config import OptimizationSettings, build_config
+from hf_polyspec.eagle.training.dataset import Corpus, load_corpus, spread
+from hf_polyspec.eagle.training.loop import Progress, Trainer
+from hf_polyspec.eagle.training.losses import LossSums, eagle3_loss
+from hf_polyspec.eagle.training.shards import GREEDY, SAMPLED
 
 OPTIMIZATION: dict[str, Any] = {
     "epochs": 3,
@@ -224,7 +224,7 @@ def test_one_row_in_so_many_drafts_on(setting: Setting, monkeypatch: pytest.Monk
         kept.append(parts[-2:])
         return eagle3_loss(*parts, **rest)
 
-    monkeypatch.setattr("hf_polyspec.eagle.lesson.eagle3_loss", noted)
+    monkeypatch.setattr("hf_polyspec.eagle.training.lesson.eagle3_loss", noted)
     setting.trainer("stride", row_stride=3, epochs=2).run()
     begins = [int(rows[0]) - first for rows, first in kept if rows is not None]
     assert len(begins) == len(kept) > 10
@@ -242,7 +242,7 @@ def test_rows_of_prompts_are_left_out_without_a_difference(setting: Setting, mon
         firsts.append(parts[-1])
         return eagle3_loss(*parts, **rest)
 
-    monkeypatch.setattr("hf_polyspec.eagle.lesson.eagle3_loss", noted)
+    monkeypatch.setattr("hf_polyspec.eagle.training.lesson.eagle3_loss", noted)
     short = setting.trainer("short", epochs=1, steps=1)
     short.run()
     assert max(firsts) > 0

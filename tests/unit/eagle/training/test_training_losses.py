@@ -13,10 +13,11 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from hf_polyspec.eagle.dataset import Text
 from hf_polyspec.eagle.features import target_parts
 from hf_polyspec.eagle.fresh import init_for
-from hf_polyspec.eagle.losses import (
+from hf_polyspec.eagle.modeling import EagleHead
+from hf_polyspec.eagle.training.dataset import Text
+from hf_polyspec.eagle.training.losses import (
     OBJECTIVES,
     TargetView,
     Teacher,
@@ -26,9 +27,8 @@ from hf_polyspec.eagle.losses import (
     negative_log_acceptance,
     noisy,
 )
-from hf_polyspec.eagle.modeling import EagleHead
-from hf_polyspec.eagle.shards import GREEDY
-from hf_polyspec.eagle.softmax_ids import SoftmaxIds
+from hf_polyspec.eagle.training.shards import GREEDY
+from hf_polyspec.eagle.training.softmax_ids import SoftmaxIds
 
 PROMPT, LENGTHS = 4, (11, 8)
 

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_polyspec.eagle.dataset import load_corpus, plan_batches
-from hf_polyspec.eagle.shards import read_samples
+from hf_polyspec.eagle.training.dataset import load_corpus, plan_batches
+from hf_polyspec.eagle.training.shards import read_samples
 
 SCRIPT = """
 import torch, typer

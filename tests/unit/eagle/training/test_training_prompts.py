@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from hf_polyspec.eagle.prompts import (
+from hf_polyspec.eagle.training.prompts import (
     PromptFilter,
     chat_frame,
     prompt_ids,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from hf_polyspec.compiled import compiles
-from hf_polyspec.eagle.slots import DrainedBatch, SlotBatch, compact_attention, open_batch, serves_slots
+from hf_polyspec.cpu.compiled import compiles
+from hf_polyspec.eagle.training.slots import DrainedBatch, SlotBatch, compact_attention, open_batch, serves_slots
 
 
 def alone(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
@@ -163,7 +163,7 @@ def test_compact_attention_is_attention() -> None:
 def test_compact_attention_is_compiled_where_keys_lie_as_they_are_kept(
     as_kept: bool, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hf_polyspec.compiled import attention
+    from hf_polyspec.cpu.compiled import attention
 
     calls = []
     attend = attention.attend

@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_polyspec.eagle.dataset import TargetReader, collate, load_corpus
-from hf_polyspec.eagle.feature_cache import FeatureCache
 from hf_polyspec.eagle.features import target_parts
 from hf_polyspec.eagle.fresh import config_for
-from hf_polyspec.eagle.generation import GenerationSettings, GenerationState, Generator
-from hf_polyspec.eagle.kept_states import identity, read_seen
-from hf_polyspec.eagle.prompts import read_prompts
-from hf_polyspec.eagle.shards import read_progress
+from hf_polyspec.eagle.training.dataset import TargetReader, collate, load_corpus
+from hf_polyspec.eagle.training.feature_cache import FeatureCache
+from hf_polyspec.eagle.training.generation import GenerationSettings, GenerationState, Generator
+from hf_polyspec.eagle.training.kept_states import identity, read_seen
+from hf_polyspec.eagle.training.prompts import read_prompts
+from hf_polyspec.eagle.training.shards import read_progress
 
 SETTINGS = GenerationSettings(
     max_tokens=600, slots=6, max_new_tokens=12, max_prompt_tokens=16, shard_tokens=90, min_words=2, seed=5,

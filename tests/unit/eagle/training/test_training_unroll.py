@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_polyspec.eagle.fresh import init_for
 from hf_polyspec.eagle.modeling import EagleHead
-from hf_polyspec.eagle.unroll import UnrolledAttention, shifted, unroll
+from hf_polyspec.eagle.training.unroll import UnrolledAttention, shifted, unroll
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "eagle3": {"algorithm": "eagle3"},

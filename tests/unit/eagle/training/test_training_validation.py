@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from hf_polyspec.eagle.dataset import TargetReader, collate, load_corpus
 from hf_polyspec.eagle.features import target_parts
 from hf_polyspec.eagle.fresh import init_for
-from hf_polyspec.eagle.shards import GREEDY, SAMPLED
-from hf_polyspec.eagle.validation import Acceptance, count_acceptance, passes_over
+from hf_polyspec.eagle.training.dataset import TargetReader, collate, load_corpus
+from hf_polyspec.eagle.training.shards import GREEDY, SAMPLED
+from hf_polyspec.eagle.training.validation import Acceptance, count_acceptance, passes_over
 
 STEPS, RANKS = 3, (1, 2, 5)
 

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from hf_polyspec.models import load_model, load_tokenizer
+from hf_polyspec.models.by_name import load_model, load_tokenizer
 from hf_polyspec.quantization.checkpoint import save_quantized
 from hf_polyspec.quantization.libraries import LIBRARIES, check_library
 from hf_polyspec.quantization.model import METHODS

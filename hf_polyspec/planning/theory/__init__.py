@@ -4,12 +4,12 @@
 =====================  ==============================================================================
 file                   what it answers
 =====================  ==============================================================================
-``theory_lengths``     how many tokens a pass emits: law, mean, variance; Theorem 3.3 as printed
-``theory_costs``       what a token costs: Lemma 3.1 as printed, its exact form, the chain recursion
-``theory_rounds``      rounds with their overshoot, the best block sizes
-``theory_insertion``   whether another model pays: conditions C1 and C2 of Theorem 3.2 as printed, and
+``lengths``            how many tokens a pass emits: law, mean, variance; Theorem 3.3 as printed
+``costs``              what a token costs: Lemma 3.1 as printed, its exact form, the chain recursion
+``rounds``             rounds with their overshoot, the best block sizes
+``insertion``          whether another model pays: conditions C1 and C2 of Theorem 3.2 as printed, and
                        the exact test
-``theory_rejections``  how often a verifier says no: sums of total variation, the linear Pareto front of
+``rejections``         how often a verifier says no: sums of total variation, the linear Pareto front of
                        lossy acceptance, the lenient middle
 =====================  ==============================================================================
 
@@ -21,7 +21,7 @@ or bonus token included. Times may be in any unit as long as it is the same one 
 
 from __future__ import annotations
 
-from .theory_costs import (
+from .costs import (
     chain_cost,
     chain_cost_from_lengths,
     committed_lengths,
@@ -29,7 +29,7 @@ from .theory_costs import (
     implied_beta,
     lemma_time_per_token,
 )
-from .theory_insertion import (
+from .insertion import (
     Inequality,
     Insertion,
     condition_c1,
@@ -40,7 +40,7 @@ from .theory_insertion import (
     lemma_change_inside,
     smallest_beta_for_c2,
 )
-from .theory_lengths import (
+from .lengths import (
     agreement_for_length,
     expected_length,
     law_mean,
@@ -54,7 +54,7 @@ from .theory_lengths import (
     printed_variance,
     second_moment,
 )
-from .theory_rejections import (
+from .rejections import (
     ParetoPoint,
     acceptance_probability,
     accumulated_bias,
@@ -69,7 +69,7 @@ from .theory_rejections import (
     smallest_bias,
     total_variation,
 )
-from .theory_rounds import (
+from .rounds import (
     BestBlock,
     Round,
     best_block,

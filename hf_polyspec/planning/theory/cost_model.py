@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from .theory_checks import check_at_least, check_probability
-from .theory_rounds import block_law
+from .checks import check_at_least, check_probability
+from .rounds import block_law
 
 
 @dataclass(frozen=True)

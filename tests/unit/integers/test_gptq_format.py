@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_polyspec.quantization.gptq_format import from_gptq, pack_codes, storable, to_gptq, unpack_codes
-from hf_polyspec.quantization.weights import QuantizedWeight, group_index
+from hf_polyspec.integers.gptq_format import from_gptq, pack_codes, storable, to_gptq, unpack_codes
+from hf_polyspec.integers.weights import QuantizedWeight, group_index
 
 
 def _word(value: int) -> int:

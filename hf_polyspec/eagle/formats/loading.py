@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from hf_polyspec.eagle.configuration import EagleHeadConfig
-from hf_polyspec.eagle.formats import account, check_mapping, convert
-from hf_polyspec.eagle.formats_files import HUB_ARGUMENTS, read_config, read_tensors
+from hf_polyspec.eagle.formats.files import HUB_ARGUMENTS, read_config, read_tensors
+from hf_polyspec.eagle.formats.layouts import account, check_mapping, convert
 from hf_polyspec.eagle.modeling import EagleHead
 
 # Arguments of from_pretrained that have no say in how a head is read.

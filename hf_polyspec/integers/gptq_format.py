@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hf_polyspec.quantization.weights import QuantizedWeight, check_bits, group_index
+from hf_polyspec.integers.weights import QuantizedWeight, check_bits, group_index
 
 GPTQ_TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 _WORD = 32

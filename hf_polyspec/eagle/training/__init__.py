@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of EAGLE heads: texts, features, losses, the loop and its command."""

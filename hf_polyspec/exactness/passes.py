@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one forward pass said, and which ids it had read when it did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass over the uncached end of each row and its draft.
+
+    Attributes:
+        logits: `[B, K + 1, V]` on the chain's device, float32 or wider: row i predicts the token after the context
+            and the first i draft tokens. Entries beyond a row's draft length mean nothing.
+        output: the model's own output (hidden states and attentions, when asked for).
+        fed: columns F of this pass; a row's tokens end at the right edge.
+        read: per row, the ids the model has now read; the last F of them were fed in this pass.
+        kept: for a pass over trees, once judged: per row, the fed columns of context and accepted path, whose ids end
+            `read`.
+    """
+
+    logits: torch.Tensor
+    output: Any
+    fed: int
+    read: list[list[int]] = field(default_factory=list)
+    kept: list[list[int]] | None = None

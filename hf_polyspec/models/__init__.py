@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models, assistants and heads by name, and what can be said of them."""
