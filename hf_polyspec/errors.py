@@ -8,3 +8,10 @@ class LevelError(RuntimeError):
 
 class RollbackError(RuntimeError):
     """A cache did not have the length it was rolled back to, so nothing computed with it could be trusted."""
+
+
+class ReleaseError(ImportError, ValueError):
+    """The installed transformers is newer than any tested release, and changed something that chains rely on.
+
+    Caught as a missing requirement (ImportError) or, like every other refusal before any work, as a ValueError.
+    """

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_polyspec.cpu.block_products import block_products
 from hf_polyspec.host.cache import RollbackCache
+from hf_polyspec.host.release import GENERATION_CACHE
 from hf_polyspec.quantization import pack, quantize_model
 
 Tiny = Callable[..., PreTrainedModel]
@@ -39,7 +40,7 @@ def _fuses(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def run(model: nn.Module, ids: Tensor, cache: RollbackCache, **given: Any) -> Tensor:
-    logits: Tensor = model(ids, past_key_values=cache, **given).logits
+    logits: Tensor = model(ids, **{GENERATION_CACHE: cache}, **given).logits
     return logits
 
 

@@ -147,10 +147,9 @@ def _start(command: str, output: Path, share: Share) -> None:
 
 
 def _bench(run: Run, output: Path, share: Share) -> None:
-    from transformers.utils import logging
+    from ..host.generation import quiet
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet(errors_only=True)
     cast = load_cast(run.cast)
     methods = _methods(run, cast)
     if share.rank == 0:

@@ -370,10 +370,9 @@ def _console(stderr: bool = False) -> Console:
 
 def _quiet() -> None:
     """Loading bars and advice of the libraries below would break up what is printed here."""
-    from transformers.utils import logging
+    from ..host.generation import quiet
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet(errors_only=True)
 
 
 def _forward(name: str, command: Command) -> None:

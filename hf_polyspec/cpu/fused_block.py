@@ -17,7 +17,9 @@ from hf_polyspec.cpu.block_parts import BlockParts, matters, plain_turns, readab
 from hf_polyspec.cpu.block_products import block_products, block_shape, joint_output, new_states
 from hf_polyspec.cpu.compiled import computes, left_to_torch
 from hf_polyspec.cpu.fused_stack import Link, Plan, follow_trail, leave_trail, stack_output, waiting_output
+from hf_polyspec.host.attention import plain_sdpa
 from hf_polyspec.host.cache import RollbackCache
+from hf_polyspec.host.release import named_cache, parameters_of
 
 if TYPE_CHECKING:
     from hf_polyspec.cpu.compiled.whole_block import BlockProducts
@@ -33,6 +35,8 @@ class FusedBlock:
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
         self.parts = BlockParts(layer)
+        # Layers of one release call their cache alike; one without any never gets one.
+        self.cache_argument = named_cache(parameters_of(type(layer).forward)) or ""
         self.link = Link()
         self.plans: dict[int, Plan] = {}
 
@@ -41,14 +45,14 @@ class FusedBlock:
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         *args: Any,
-        past_key_values: Any = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
         layer: Any = self.layer
         x, turns = hidden_states, position_embeddings
+        past = kwargs.pop(self.cache_argument, None)
         if not args and not any(matters(name, value) for name, value in kwargs.items()):
-            found = waiting_output(self, x, attention_mask, past_key_values, turns)
+            found = waiting_output(self, x, attention_mask, past, turns)
             if found is not None:
                 return found
         if (
@@ -59,8 +63,8 @@ class FusedBlock:
             and readable_mask(attention_mask, x)
             and readable_turns(turns, x, self.parts.attention.head_dim)
         ):
-            return self.compute(x.contiguous(), attention_mask, past_key_values, turns)
-        given = {"past_key_values": past_key_values, "position_embeddings": turns}
+            return self.compute(x.contiguous(), attention_mask, past, turns)
+        given = {self.cache_argument: past, "position_embeddings": turns}
         return type(layer).forward(layer, x, attention_mask, *args, **given, **kwargs)
 
     def compute(self, x: Tensor, mask: Tensor | None, past: Any, turns: tuple[Tensor, Tensor]) -> Tensor:
@@ -138,8 +142,5 @@ def _attention(module: Any, queries: Tensor, keys: Tensor, values: Tensor, mask:
     alike = keys.dtype is queries.dtype and values.stride() == keys.stride() and values.shape == keys.shape
     if alike and readable(keys) and (mask is None or mask.shape[3] == keys.shape[2]):
         return attend(queries, keys, values, mask, module.scaling)
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    out: Tensor = plain(module, queries, keys, values, mask, scaling=module.scaling)[0]
+    out: Tensor = plain_sdpa()(module, queries, keys, values, mask, scaling=module.scaling)[0]
     return out.reshape(out.shape[0], out.shape[1], -1)

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 from hf_polyspec.cpu.compiled import computes
 from hf_polyspec.eagle.configuration import EagleHeadConfig
+from hf_polyspec.host.attention import ACT2FN, ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.utils.generic import ModelOutput
+from transformers import AutoConfig, PreTrainedModel
 
 from hf_polyspec.eagle.attention import (
     ATTENTION,
@@ -24,6 +23,7 @@ from hf_polyspec.eagle.attention import (
 from hf_polyspec.eagle.configuration import EagleHeadConfig
 from hf_polyspec.eagle.masks import attention_mask_4d, default_positions, windowed
 from hf_polyspec.eagle.vocabulary import SLICES, Borrowed, Rows, VocabularySlice, lm_head_logits
+from hf_polyspec.host.modeling import AutoModel, ModelOutput
 
 
 @dataclass

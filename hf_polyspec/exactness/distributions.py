@@ -14,13 +14,13 @@ that may have different lengths. Three kinds of processors are told apart, by ex
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import LogitsProcessor
-from transformers.generation import logits_process as hf
 
 from .context import Context
 from .processors import DraftVocabularyProcessor
@@ -28,8 +28,9 @@ from .randomness import Randomness, TorchRandomness
 
 
 def _types(*names: str) -> frozenset[type]:
-    """Those of the named classes that the installed transformers has."""
-    return frozenset(getattr(hf, name) for name in names if hasattr(hf, name))
+    """Those of the named classes that the installed transformers has beside the base class of all processors."""
+    beside = sys.modules[LogitsProcessor.__module__]
+    return frozenset(getattr(beside, name) for name in names if hasattr(beside, name))
 
 
 POINTWISE = _types(

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
-from transformers.generation.candidate_generator import CandidateGenerator
 
 from ..exactness.context import Context, Prompt
 from ..exactness.distributions import LawMaker
 from ..host.compatibility import check_options, vocabulary_size
+from ..host.generation import CandidateGenerator
 from .chain import Setting, build_below, check_assistants
 from .options import PolySpecOptions
 

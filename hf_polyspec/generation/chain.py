@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.generation.candidate_generator import CandidateGenerator
-from transformers.utils import output_capturing
 
 from ..defaults import DEFAULT_DRAFT_TOKENS
 from ..eagle.features import bind, feature_layers, target_parts
 from ..eagle.modeling import EagleHead
-from ..host.compatibility import check_model, check_vocabularies, inner_model, vocabulary_size
+from ..host.compatibility import check_model, check_vocabularies, vocabulary_size
+from ..host.generation import CHOOSES_HIDDEN_STATES, CandidateGenerator
 from ..host.lending import FEW, is_copy
+from ..host.release import inner_model
 from ..host.runner import ModelRunner
 from ..host.trees import hindrance
 from ..levels.base import Drafter
@@ -28,9 +28,6 @@ from ..levels.eagle import EagleDrafter
 from ..levels.joined import JoinedDrafter
 from ..levels.verifier import Verifier
 from .options import PolySpecOptions
-
-CHOOSES_HIDDEN_STATES = hasattr(output_capturing, "resolve_hidden_states_indices")
-"""Whether this transformers release returns single hidden states by their place in the tuple."""
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.cache_utils import Cache
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..control import OnlineControl
 from ..exactness.context import EMBEDDED, Context, Prompt
 from ..exactness.distributions import LawMaker
 from ..host.cache import read_cache, write_cache
 from ..host.compatibility import check_cache, check_options
+from ..host.generation import GenerateDecoderOnlyOutput, decoder_output
+from ..host.modeling import Cache
+from ..host.release import GENERATION_CACHE, cache_names, cache_of
 from ..host.runner import ModelRunner
 from ..levels.verifier import NoDraft, Verifier
 from ..telemetry.counters import PolySpecStats
@@ -38,7 +39,6 @@ _UNDERSTOOD = {
     "logits_to_keep",
     "output_attentions",
     "output_hidden_states",
-    "past_key_values",
     "position_ids",
     "return_dict",
     "use_cache",
@@ -159,10 +159,11 @@ class _Job:
         self.config = config
         self.options = options
         self.device = input_ids.device
-        extra = [name for name, value in model_kwargs.items() if value is not None and name not in _UNDERSTOOD]
+        understood = _UNDERSTOOD | cache_names(model_kwargs)
+        extra = [name for name, value in model_kwargs.items() if value is not None and name not in understood]
         if extra:
             raise ValueError(f"the forward argument {extra[0]!r} is not supported with assistant_models; leave it out.")
-        self.user_cache: Cache | None = model_kwargs.get("past_key_values")
+        self.user_cache: Cache | None = cache_of(model_kwargs)
         check_cache(self.user_cache)
         self.use_cache = bool(model_kwargs.get("use_cache", True))
         self.context = _context(input_ids, config, model_kwargs)
@@ -248,13 +249,13 @@ class _Job:
             decisions=[] if self.control is None else self.control.decisions,
             bias=self.bias,
         )
-        output = GenerateDecoderOnlyOutput(
+        output = decoder_output(
+            self.user_cache if self.use_cache else None,
             sequences=sequences,
             scores=self.recorder.scores if self.wanted.scores else None,
             logits=self.recorder.logits if self.wanted.logits else None,
             hidden_states=self.recorder.hidden_states if self.wanted.hidden_states else None,
             attentions=self.recorder.attentions if self.wanted.attentions else None,
-            past_key_values=self.user_cache if self.use_cache else None,
         )
         output.polyspec = stats
         return output
@@ -290,14 +291,14 @@ def _context(input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: di
     """
     embeds = model_kwargs.get("inputs_embeds")
     ids = [[int(token) for token in row] for row in input_ids.tolist()]
-    cache = model_kwargs.get("past_key_values")
+    cache = cache_of(model_kwargs)
     past = 0 if cache is None else int(cache.get_seq_length())
     mask = model_kwargs.get("attention_mask")
     width = mask.shape[1] if mask is not None else getattr(config, "_mask_length", None)
     hidden = 0
     if embeds is not None:
         if past:
-            raise ValueError("inputs_embeds with a filled past_key_values is not supported with assistant_models.")
+            raise ValueError(f"inputs_embeds with a filled {GENERATION_CACHE} is not supported with assistant_models.")
         if input_ids.shape[1] != 0:
             raise ValueError("inputs_embeds together with input_ids is not supported with assistant_models; pass one.")
         hidden = embeds.shape[1]

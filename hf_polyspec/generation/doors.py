@@ -9,72 +9,72 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
-import types
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
-from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
-from transformers.generation.stopping_criteria import StopStringCriteria
+from transformers import GenerationConfig, StoppingCriteriaList
 
-from ..host.compatibility import check_cache_implementation, inner_model
+from ..host.compatibility import check_cache_implementation
+from ..host.contract import check_release
+from ..host.generation import StopStringCriteria
+from ..host.patching import patch_all, patch_one, positional_names, unpatch_all, unpatch_one
+from ..host.release import inner_model
 from .decoding import SYNCED_GPUS, decode
 from .options import PolySpecOptions
 from .plan import resolve_plan
 
-_MARK = "_polyspec_wraps"
-_POSITIONAL = (
-    "inputs",
-    "generation_config",
-    "logits_processor",
-    "stopping_criteria",
-    "prefix_allowed_tokens_fn",
-    "synced_gpus",
-    "assistant_model",
-    "streamer",
-)
+_EXTRA = ("assistant_models",)
+
+_inside: ContextVar[frozenset[int]] = ContextVar("polyspec_inside", default=frozenset())
+"""Models whose own generate() the function `generate` is calling at this moment, by id."""
 
 
 def generate(model: Any, *args: Any, assistant_models: Any = None, **kwargs: Any) -> Any:
-    """`model.generate(...)` with `assistant_models=[...]`, for a model that has neither been attached nor enabled."""
-    if assistant_models is None:
-        return model.generate(*args, **kwargs)
-    return _generate(inner_model(model), model.generate, args, assistant_models, kwargs)
+    """`model.generate(...)` with `assistant_models=[...]`, for a model that has neither been attached nor enabled.
+
+    A model whose folder brings a `custom_generate` has a generate() that may lead here again; the second time its
+    class's generate() is meant.
+    """
+    if id(model) in _inside.get():
+        below = functools.partial(type(model).generate, model)
+        return _through(model, below, args, assistant_models, kwargs)
+    token = _inside.set(_inside.get() | {id(model)})
+    try:
+        return _through(model, model.generate, args, assistant_models, kwargs)
+    finally:
+        _inside.reset(token)
 
 
 def enable() -> None:
-    """Let every transformers model take `assistant_models=[...]` in `generate()`. Calling it twice changes nothing."""
-    if not hasattr(GenerationMixin.generate, _MARK):
-        GenerationMixin.generate = _wrap(GenerationMixin.generate)
+    """Let every transformers model take `assistant_models=[...]` in `generate()`. Calling it twice changes nothing.
+
+    Raises:
+        ReleaseError: the installed transformers is newer than any tested one, and changed what a chain relies on.
+    """
+    check_release()
+    patch_all(_door, _EXTRA)
 
 
 def disable() -> None:
-    """Undo `enable()`."""
-    original = getattr(GenerationMixin.generate, _MARK, None)
-    if original is not None:
-        GenerationMixin.generate = original
+    """Undo `enable()`; what others have put in generate()'s place since then stays."""
+    unpatch_all()
 
 
 def attach(model: Any) -> Any:
-    """Let one model take `assistant_models=[...]`; returns the model. For a PEFT model, its base model is changed."""
-    base = inner_model(model)
-    # enable() may be undone later, so what it did to the class does not count.
-    if not hasattr(vars(base).get("generate"), _MARK):
-        base.generate = types.MethodType(_wrap(_unbound(base)), base)
+    """Let one model take `assistant_models=[...]`; returns the model. For a PEFT model, its base model is changed.
+
+    Raises:
+        ReleaseError: as `enable()`.
+    """
+    check_release()
+    patch_one(model, _door, _EXTRA)
     return model
 
 
 def detach(model: Any) -> Any:
     """Undo `attach(model)`; returns the model."""
-    base = inner_model(model)
-    own = vars(base).get("generate")
-    wrapped = getattr(own, _MARK, None)
-    if wrapped is not None:
-        previous = getattr(wrapped, "_polyspec_instance_attribute", None)
-        if previous is None:
-            del base.generate
-        else:
-            base.generate = previous
+    unpatch_one(model)
     return model
 
 
@@ -84,49 +84,32 @@ class PolySpecGenerationMixin:
     def generate(self, *args: Any, assistant_models: Any = None, **kwargs: Any) -> Any:
         """`GenerationMixin.generate` with `assistant_models=[...]`."""
         original: Callable[..., Any] = getattr(super(), "generate")  # noqa: B009 - a mixin's super is known at run time
-        if assistant_models is None:
-            return original(*args, **kwargs)
-        return _generate(self, original, args, assistant_models, kwargs)
+        return _through(self, original, args, assistant_models, kwargs)
 
 
-def _unbound(model: Any) -> Callable[..., Any]:
-    """The model's present generate as a function of the model; an instance attribute (Hub recipes set one) is kept."""
-    own = vars(model).get("generate")
-    if own is None:
-        plain: Callable[..., Any] = type(model).generate
-        return plain
-
-    @functools.wraps(own)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return own(*args, **kwargs)
-
-    call._polyspec_instance_attribute = own  # type: ignore[attr-defined]
-    return call
+def _door(model: Any, below: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    assistant_models = kwargs.pop("assistant_models", None)
+    return _through(model, below, args, assistant_models, kwargs)
 
 
-def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def generate(self: Any, *args: Any, assistant_models: Any = None, **kwargs: Any) -> Any:
-        if assistant_models is None:
-            return original(self, *args, **kwargs)
-        return _generate(self, functools.partial(original, self), args, assistant_models, kwargs)
-
-    signature = inspect.signature(original)
-    if "assistant_models" not in signature.parameters:
-        extra = inspect.Parameter("assistant_models", inspect.Parameter.KEYWORD_ONLY, default=None)
-        parameters = list(signature.parameters.values())
-        place = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-        signature = signature.replace(parameters=[*parameters[:place], extra, *parameters[place:]])
-    generate.__signature__ = signature  # type: ignore[attr-defined]
-    setattr(generate, _MARK, original)
-    return generate
+def _through(
+    model: Any, below: Callable[..., Any], args: tuple[Any, ...], assistant_models: Any, kwargs: dict[str, Any]
+) -> Any:
+    """Call `below`, through `decode` if there are assistants."""
+    if assistant_models is None:
+        return below(*args, **kwargs)
+    if isinstance(kwargs.get("custom_generate"), str):
+        # transformers loads a function from there and hands it everything as it is, checked by nobody.
+        return below(*args, assistant_models=assistant_models, **kwargs)
+    check_release()
+    return _generate(inner_model(model), below, args, assistant_models, kwargs)
 
 
 def _generate(
     model: Any, original: Callable[..., Any], args: tuple[Any, ...], assistant_models: Any, kwargs: dict[str, Any]
 ) -> Any:
     """Call `original` so that it ends in `decode` with everything the caller said."""
-    given = dict(zip(_positional_names(), args, strict=False)) | kwargs
+    given = dict(zip(positional_names(), args, strict=False)) | kwargs
     _refuse_early(model, given)
     bound: dict[str, Any] = {"assistant_models": assistant_models, "streamer": given.get("streamer")}
     given.pop("custom_generate", None)
@@ -139,18 +122,11 @@ def _generate(
     return original(**given, custom_generate=functools.partial(decode, **bound))
 
 
-def _positional_names() -> list[str]:
-    """Names of generate()'s positional arguments; somebody else's patch may hide them behind `*args`."""
-    parameters = inspect.signature(GenerationMixin.generate).parameters.values()
-    names = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and p.name != "self"]
-    return names or list(_POSITIONAL)
-
-
 def _refuse_early(model: Any, given: dict[str, Any]) -> None:
     """What transformers would otherwise act on before `decode` is asked."""
     if given.get("assistant_model") is not None:
         raise ValueError("both assistant_model and assistant_models were given; put all of them into assistant_models.")
-    if given.get("custom_generate") is not None:
+    if given.get("custom_generate") not in (None, decode):
         raise ValueError("custom_generate and assistant_models each replace the decoding loop; give one of them.")
     if given.get("synced_gpus"):
         raise ValueError(SYNCED_GPUS)

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 import torch
 from transformers import StoppingCriteriaList
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
+from ..host.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 from ..levels.verifier import Emission, Verifier
 from .outputs import Recorder
 

@@ -17,6 +17,7 @@ from ..defaults import (
     require_count,
     require_temperature,
 )
+from ..host.generation import host_defaults
 
 Verification = Literal["auto", "token", "block"]
 Schedule = Literal["constant", "heuristic", "heuristic_transient"]
@@ -118,7 +119,7 @@ class PolySpecOptions:
             ValueError: an option is out of range; the sentence names it.
         """
         filled: dict[str, Any] = {}
-        defaults = _transformers_defaults(config)
+        defaults = host_defaults(config)
         for name in cls.names():
             value = explicit.get(name)
             if value is None:
@@ -149,8 +150,3 @@ class PolySpecOptions:
             if values[name] is None:
                 values[name] = value
         return PolySpecOptions(**values)
-
-
-def _transformers_defaults(config: Any) -> dict[str, Any]:
-    getter = getattr(config, "_get_default_generation_params", None)
-    return dict(getter()) if callable(getter) else {}

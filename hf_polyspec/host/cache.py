@@ -18,6 +18,7 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import RollbackError
+from .release import GENERATION_CACHE
 
 _FIRST_CAPACITY = 64
 
@@ -294,8 +295,8 @@ def read_cache(cache: Cache) -> tuple[RollbackCache, int]:
     for index, layer in enumerate(cache.layers):
         if type(layer) not in READABLE_LAYERS:
             raise ValueError(
-                f"past_key_values of type {type(cache).__name__} has {type(layer).__name__} layers, which cannot be "
-                "rolled back after a rejected draft; pass a DynamicCache, or leave past_key_values out."
+                f"{GENERATION_CACHE} of type {type(cache).__name__} has {type(layer).__name__} layers, which cannot be "
+                f"rolled back after a rejected draft; pass a DynamicCache, or leave {GENERATION_CACHE} out."
             )
         if total and layer.is_initialized and layer.keys is not None and layer.keys.numel():
             copy.update(_full_width(layer.keys, total), _full_width(layer.values, total), index)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -14,6 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig, StaticCache
 from transformers.cache_utils import Cache, DynamicCache
 
 from .cache import READABLE_LAYERS
+from .release import GENERATION_CACHE, cache_argument, inner_model, no_cache_argument
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 """Layer types whose cache is a list of keys and values that can be cut; all others keep a state that cannot."""
@@ -80,7 +80,7 @@ def check_cache(cache: Any) -> None:
     if cache is None:
         return
     if not isinstance(cache, Cache):
-        raise ValueError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}.")
+        raise ValueError(f"{GENERATION_CACHE} must be a transformers Cache, got {type(cache).__name__}.")
     if getattr(cache, "offloading", False):
         raise ValueError(
             "an offloaded cache cannot be used with assistant_models; pass a DynamicCache without offloading."
@@ -90,8 +90,8 @@ def check_cache(cache: Any) -> None:
     known = all(type(layer) in READABLE_LAYERS for layer in cache.layers)
     if not known:
         raise ValueError(
-            f"past_key_values of type {type(cache).__name__} cannot be rolled back after a rejected draft; "
-            "pass a DynamicCache, or leave past_key_values out."
+            f"{GENERATION_CACHE} of type {type(cache).__name__} cannot be rolled back after a rejected draft; "
+            f"pass a DynamicCache, or leave {GENERATION_CACHE} out."
         )
 
 
@@ -128,8 +128,8 @@ def check_model(model: nn.Module, role: str) -> None:
         raise ValueError(f"{role} ({kind}) attends to both sides; load it with is_decoder=True in its config.")
     if getattr(config, "model_type", None) in _OWN_CACHE_ENTRIES:
         raise ValueError(f"{role} ({kind}) adds prompt positions of its own to its cache; chains cannot use it.")
-    if "past_key_values" not in forward_arguments(model):
-        raise ValueError(f"{role} ({kind}) keeps no key-value cache; chains cannot use it.")
+    if cache_argument(model) is None:
+        raise ValueError(no_cache_argument(f"{role} ({kind})", model))
     if not hasattr(inner_model(model), "generate") or inner_model(model).get_output_embeddings() is None:
         raise ValueError(f"{role} ({kind}) has no language-modelling head; load it with AutoModelForCausalLM.")
 
@@ -138,16 +138,6 @@ def layer_types(config: Any) -> list[str]:
     """The kinds of layers a model has, as its text config names them."""
     text = config.get_text_config(decoder=True)
     return list(getattr(text, "layer_types", None) or ["full_attention"])
-
-
-def inner_model(model: Any) -> Any:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def forward_arguments(model: Any) -> set[str]:
-    """Names that the model's forward takes; a PEFT wrapper's are those of the model inside."""
-    return set(inspect.signature(inner_model(model).forward).parameters)
 
 
 def input_device(model: Any) -> torch.device:

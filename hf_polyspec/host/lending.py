@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..exactness.context import common_prefix
-from .compatibility import inner_model
+from .release import inner_model
 
 if TYPE_CHECKING:
     from .runner import ModelRunner

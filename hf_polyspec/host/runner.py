@@ -16,8 +16,9 @@ from ..exactness.passes import Pass
 from ..exactness.tree_geometry import depths
 from ..telemetry.counters import LevelStats
 from .cache import RollbackCache
-from .compatibility import forward_arguments, input_device
+from .compatibility import input_device
 from .lending import WORTH, borrow
+from .release import cache_argument, forward_arguments
 from .trees import additive, tree_mask
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class ModelRunner:
         self.use_cache = use_cache
         self.reads_embeds = reads_embeds
         accepted = forward_arguments(model)
+        self._cache_argument = cache_argument(model)
         self._slices_logits = "logits_to_keep" in accepted
         self.takes_positions = "position_ids" in accepted
         rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
@@ -286,7 +288,7 @@ class ModelRunner:
         inputs: dict[str, Any] = {
             "attention_mask": None if mask is None else mask.to(self.model_device),
             "use_cache": self.use_cache,
-            "past_key_values": self.cache if self.use_cache else None,
+            **({} if self._cache_argument is None else {self._cache_argument: self.cache if self.use_cache else None}),
         }
         if self.takes_positions:
             inputs["position_ids"] = self._positions(context, sequences, fed).to(self.model_device)

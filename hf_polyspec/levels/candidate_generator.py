@@ -6,12 +6,12 @@ from __future__ import annotations
 import inspect
 
 import torch
-from transformers.generation.candidate_generator import CandidateGenerator
 
 from ..errors import LevelError
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker, fit_vocabulary
 from ..exactness.proposal import Proposal
+from ..host.generation import CandidateGenerator
 from .base import Drafter
 
 

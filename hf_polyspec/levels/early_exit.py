@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..host.compatibility import inner_model
+from ..host.release import inner_model
 from ..models.by_name import short_name
 from ..quantization.model import sharing_copy
 

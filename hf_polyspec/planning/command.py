@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from transformers.utils import logging
 
 from ..cpu.packing import pack as pack_model
 from ..eagle.training.prompts import prompt_ids, read_prompts
+from ..host.generation import quiet
 from ..models.assistants import check_assistant_names, load_assistant
 from ..models.by_name import check_device, load_model, load_tokenizer, read_dtype, short_name
 from .gauge import TakenAgain
@@ -64,7 +64,7 @@ def plan_command(
     read_dtype(dtype)
     _check_files(plot, out)
     given = None if prompts is None else read_prompts(prompts)
-    logging.disable_progress_bar()
+    quiet()
     target, tokenizer = load_model(model, dtype, device), load_tokenizer(model)
     if pack:
         pack_model(target)

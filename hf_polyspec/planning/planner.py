@@ -14,8 +14,8 @@ from transformers import GenerationConfig
 from ..cpu.packing import is_packed, packed_assistants
 from ..generation.chain import check_assistants
 from ..generation.plan import Plan, mark_of
-from ..host.compatibility import inner_model
 from ..host.lending import is_copy
+from ..host.release import inner_model
 from .agreement import TREES, DraftRecord, TreeSize, record_drafts
 from .candidates import Level, describe_chain, describe_sizes, kind_of, options_of
 from .costs import measure_costs, steps

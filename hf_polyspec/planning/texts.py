@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.generation.streamers import BaseStreamer
 
 from ..exactness.context import Context, Prompt
 from ..exactness.distributions import LawMaker
 from ..exactness.randomness import Randomness
+from ..host.generation import BaseStreamer
 
 PROMPTS = (
     "Why is the sky blue? Explain it in a few sentences.",

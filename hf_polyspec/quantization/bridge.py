@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.quantizers.auto import register_quantizer
-from transformers.quantizers.base import HfQuantizer
 
 from hf_polyspec.cpu.shared_input import share_inputs
+from hf_polyspec.host.quantizers import HfQuantizer, register_quantizer
 from hf_polyspec.integers.gptq_format import GPTQ_TENSORS, from_gptq
 from hf_polyspec.integers.linear import float_weight
 from hf_polyspec.quantization.config import METHOD, PolySpecQuantizationConfig

@@ -6,9 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers.quantizers.auto import register_quantization_config
-from transformers.utils.quantization_config import QuantizationConfigMixin
-
+from hf_polyspec.host.quantizers import QuantizationConfigMixin, register_quantization_config
 from hf_polyspec.integers.weights import check_bits
 
 METHOD = "hf_polyspec"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_polyspec.host.cache import RollbackCache
+from hf_polyspec.host.release import with_cache
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def pass_times(
     for model in models:
         cache = RollbackCache()
         prompt = torch.randint(vocabulary, (1, context), generator=generator)
-        model(prompt.to(_device(model)), past_key_values=cache)
+        model(prompt.to(_device(model)), **with_cache(model, cache))
         caches.append(cache)
     results = []
     for count in rows:
@@ -184,7 +185,7 @@ def _timed_pass(model: nn.Module, ids: Tensor, cache: RollbackCache) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begin = time.perf_counter()
-    model(here, past_key_values=cache)
+    model(here, **with_cache(model, cache))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     taken = time.perf_counter() - begin

@@ -11,6 +11,8 @@ import torch
 from tiny_models import noisy, prompts, tiny
 from transformers import DynamicCache, PreTrainedModel
 
+from hf_polyspec.host.release import GENERATION_CACHE, cache_of
+
 NEW = 12
 WINDOW = 6
 PLAIN: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True}
@@ -33,7 +35,7 @@ def sharing() -> PreTrainedModel:
 
 def filled(model: PreTrainedModel, cache: DynamicCache, prompt: dict[str, torch.Tensor]) -> DynamicCache:
     """The cache after the first turn of a dialogue."""
-    model.generate(**prompt, max_new_tokens=5, past_key_values=cache, do_sample=False)
+    model.generate(**prompt, max_new_tokens=5, **{GENERATION_CACHE: cache}, do_sample=False)
     return cache
 
 
@@ -73,12 +75,16 @@ def test_the_second_turn_of_a_dialogue(enabled, request, kind, batch, configured
         **PLAIN,
     }
     caches = [copy.deepcopy(start), copy.deepcopy(start)]
-    plain = model.generate(**options, past_key_values=caches[0])
+    plain = model.generate(**options, **{GENERATION_CACHE: caches[0]})
     ours = model.generate(
-        **options, past_key_values=caches[1], assistant_models=chain, polyspec_block_size=4, num_assistant_tokens=3
+        **options,
+        **{GENERATION_CACHE: caches[1]},
+        assistant_models=chain,
+        polyspec_block_size=4,
+        num_assistant_tokens=3,
     )
     assert ours.sequences.tolist() == plain.sequences.tolist()
-    assert ours.past_key_values is caches[1]
+    assert cache_of(ours) is caches[1]
     grown = torch.cat([mask, torch.ones(batch, NEW - 1, dtype=torch.long)], dim=1)
     same_cache(caches[1], caches[0], grown)
     # The third turn: plain generation goes on from what the chain left.
@@ -89,7 +95,7 @@ def test_the_second_turn_of_a_dialogue(enabled, request, kind, batch, configured
         "max_new_tokens": 6,
         "do_sample": False,
     }
-    third = [model.generate(**more, past_key_values=cache) for cache in caches]
+    third = [model.generate(**more, **{GENERATION_CACHE: cache}) for cache in caches]
     assert third[1].tolist() == third[0].tolist()
 
 
@@ -105,8 +111,8 @@ def test_a_long_second_turn_in_chunks(target, generate, ids):
         "max_new_tokens": NEW,
         "do_sample": False,
     }
-    plain = target.generate(**options, past_key_values=copy.deepcopy(start))
-    ours = generate(target, **options, past_key_values=copy.deepcopy(start), prefill_chunk_size=4)
+    plain = target.generate(**options, **{GENERATION_CACHE: copy.deepcopy(start)})
+    ours = generate(target, **options, **{GENERATION_CACHE: copy.deepcopy(start)}, prefill_chunk_size=4)
     assert ours.tolist() == plain.tolist()
 
 
@@ -117,19 +123,19 @@ def test_a_cache_that_is_returned_can_be_continued_from(target, generate):
     options = {**prompt, "max_new_tokens": NEW, **PLAIN, "eos_token_id": texts[0][4], "pad_token_id": 2}
     plain, ours = target.generate(**options), generate(target, **options)
     assert ours.sequences.tolist() == plain.sequences.tolist()
-    assert type(ours.past_key_values) is type(plain.past_key_values)
+    assert type(cache_of(ours)) is type(cache_of(plain))
     # Columns after a row's end are fed with pads by plain generation and hold nothing that is looked at.
     ended = torch.cat([prompt["attention_mask"], (plain.sequences[:, 9:-1] != 2).long()], dim=1)
-    same_cache(ours.past_key_values, plain.past_key_values, ended)
+    same_cache(cache_of(ours), cache_of(plain), ended)
 
 
 def test_an_empty_cache_of_the_callers_is_filled(target, generate):
     options = {**prompts(1), "max_new_tokens": NEW, **PLAIN}
     caches = DynamicCache(), DynamicCache()
-    plain = target.generate(**options, past_key_values=caches[0])
-    ours = generate(target, **options, past_key_values=caches[1])
+    plain = target.generate(**options, **{GENERATION_CACHE: caches[0]})
+    ours = generate(target, **options, **{GENERATION_CACHE: caches[1]})
     assert ours.sequences.tolist() == plain.sequences.tolist()
-    assert ours.past_key_values is caches[1]
+    assert cache_of(ours) is caches[1]
     same_cache(caches[1], caches[0])
 
 
@@ -175,8 +181,8 @@ def test_dialogue_with_a_chain_in_every_turn(target, generate):
     caches = DynamicCache(), DynamicCache()
     texts = [prompts(1)["input_ids"]] * 2
     for turn in range(3):
-        plain = target.generate(texts[0], past_key_values=caches[0], max_new_tokens=6, do_sample=False)
-        ours = generate(target, input_ids=texts[1], past_key_values=caches[1], max_new_tokens=6, do_sample=False)
+        plain = target.generate(texts[0], **{GENERATION_CACHE: caches[0]}, max_new_tokens=6, do_sample=False)
+        ours = generate(target, input_ids=texts[1], **{GENERATION_CACHE: caches[1]}, max_new_tokens=6, do_sample=False)
         assert ours.tolist() == plain.tolist()
         more = prompts(1, length=3, seed=20 + turn)["input_ids"]
         texts = [torch.cat([text, more], dim=1) for text in (plain, ours)]

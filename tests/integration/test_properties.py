@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from watched_passes import watched_caches, watched_passes
 
 import hf_polyspec
+from hf_polyspec.host.release import cache_of
 from hf_polyspec.host.runner import ModelRunner
 from hf_polyspec.levels.suffix import SuffixDrafter
 
@@ -137,7 +138,7 @@ def test_caches_hold_what_their_ids_say():
 
     def look(runner: ModelRunner, *_: Any) -> None:
         for row, held in enumerate(runner.memo):
-            fresh = runner.model(input_ids=torch.tensor([held]), use_cache=True).past_key_values
+            fresh = cache_of(runner.model(input_ids=torch.tensor([held]), use_cache=True))
             # A cache with a window keeps fewer columns; those it keeps must agree.
             for mine, theirs in zip(runner.cache.layers, fresh.layers, strict=True):
                 width = min(theirs.keys.shape[2], len(held))

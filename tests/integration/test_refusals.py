@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import hf_polyspec
+from hf_polyspec.host.release import GENERATION_CACHE
 from hf_polyspec.levels.suffix import SuffixDrafter
 
 NEW = 8
@@ -243,7 +244,7 @@ def test_a_forward_pass_that_fails_midway(enabled, target, which, call, inside):
     models = [noisy(target, 0.0), noisy(target, 0.03, seed=1), noisy(target, 0.05, seed=2)]
     prompt = prompts(1)
     cache = DynamicCache()
-    target.generate(**prompt, max_new_tokens=4, do_sample=False, past_key_values=cache)
+    target.generate(**prompt, max_new_tokens=4, do_sample=False, **{GENERATION_CACHE: cache})
     text = target.generate(**prompt, max_new_tokens=4, do_sample=False)
     kept = states(cache)
     calls = {"count": 0}
@@ -260,7 +261,7 @@ def test_a_forward_pass_that_fails_midway(enabled, target, which, call, inside):
     with pytest.raises(hf_polyspec.LevelError) as caught:
         models[0].generate(
             **options,
-            past_key_values=cache,
+            **{GENERATION_CACHE: cache},
             assistant_models=models[1:],
             num_assistant_tokens=2,
             polyspec_block_size=2,
@@ -273,5 +274,5 @@ def test_a_forward_pass_that_fails_midway(enabled, target, which, call, inside):
     for old, new in zip(kept, states(cache), strict=True):
         assert torch.equal(old[0], new[0])
         assert torch.equal(old[1], new[1])
-    again = models[0].generate(**options, past_key_values=cache, assistant_models=models[1:])
+    again = models[0].generate(**options, **{GENERATION_CACHE: cache}, assistant_models=models[1:])
     assert again.tolist() == target.generate(**options).tolist()

@@ -22,6 +22,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from hf_polyspec.host.release import cache_of, with_cache
+
 from ...eagle import EagleHead, feature_layers, init_for, select_features
 from ...eagle.features import bind, target_parts
 from ...exactness.tree_geometry import ROOT
@@ -90,10 +92,10 @@ def _ids(target: Any, count: int) -> torch.Tensor:
 
 def _target_step(target: Any, context: int) -> Callable[[], Any]:
     ids = _ids(target, context + 1)
-    cache = target(ids[:, :-1], use_cache=True).past_key_values
+    cache = cache_of(target(ids[:, :-1], use_cache=True))
 
     def step() -> None:
-        target(ids[:, -1:], past_key_values=cache, use_cache=True).logits.argmax(-1).tolist()
+        target(ids[:, -1:], **with_cache(target, cache), use_cache=True).logits.argmax(-1).tolist()
         cache.crop(-1)
 
     return step

@@ -19,8 +19,8 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers.utils import logging
 
+from ...host.generation import quiet
 from ...models.by_name import load_model, read_dtype, short_name
 from ...models.environment import describe
 from ...quantization import pack, quantize_model
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=arguments.count, default=9)
     parser.add_argument("--json", type=Path, help="write the figures here")
     given = parser.parse_args()
-    logging.disable_progress_bar()
+    quiet()
     forms = given.form or [parse_form(text) for text in DEFAULT]
     found = measure(given.model, forms, given.tokens, given.context, given.rounds)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, title=f"{short_name(given.model)}, ms a pass")

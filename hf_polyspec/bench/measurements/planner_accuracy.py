@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers.utils import logging
 
 from ...cpu.packing import pack as pack_model
 from ...eagle.training.prompts import prompt_ids, read_prompts
+from ...host.generation import quiet
 from ...models.assistants import load_assistant
 from ...models.by_name import load_model, load_tokenizer, short_name
 from ...models.environment import describe
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     given = parser.parse_args()
     given.assistant = given.assistant or ["int8", "suffix"]
-    logging.disable_progress_bar()
+    quiet()
     console = Console(stderr=True)
     last = ""
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from hf_polyspec.eagle.configuration import DEFAULT_ROPE_THETA, LAST_HIDDEN_STATE
 from hf_polyspec.eagle.formats.layers import listed_layers
+from hf_polyspec.host.modeling import LlamaConfig
 
 Tensors = dict[str, torch.Tensor]
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers.utils.hub import cached_file
+
+from hf_polyspec.host.modeling import cached_file
 
 # What `cached_file` understands of the arguments of `from_pretrained`.
 HUB_ARGUMENTS = (

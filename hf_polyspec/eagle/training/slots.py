@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
 
 from hf_polyspec.eagle.attention import sdpa
 from hf_polyspec.eagle.training.kept_states import joined_states
+from hf_polyspec.host.attention import register_attention, sdpa_attention_forward
+from hf_polyspec.host.modeling import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from hf_polyspec.host.release import cache_of, with_cache
 
 
 class SlotLayer(CacheLayerMixin):
@@ -116,8 +116,7 @@ def compact_attention(
 
 
 COMPACT_ATTENTION = "polyspec_compact"
-AttentionInterface.register(COMPACT_ATTENTION, compact_attention)
-AttentionMaskInterface.register(COMPACT_ATTENTION, sdpa_mask)
+register_attention(COMPACT_ATTENTION, compact_attention)
 
 
 class SlotBatch:
@@ -198,7 +197,7 @@ class SlotBatch:
                 input_ids=ids,
                 attention_mask=mask.expand(len(prompts), 1, longest, longest),
                 position_ids=positions,
-                past_key_values=self.cache,
+                **with_cache(self.model, self.cache),
                 use_cache=True,
                 **self._wishes(),
             )
@@ -224,7 +223,7 @@ class SlotBatch:
                 input_ids=tokens[:, None],
                 attention_mask=mask,
                 position_ids=columns,
-                past_key_values=self.cache,
+                **with_cache(self.model, self.cache),
                 use_cache=True,
                 logits_to_keep=1,
                 **self._wishes(),
@@ -299,11 +298,11 @@ class DrainedBatch:
             output = self.model(
                 input_ids=ids,
                 attention_mask=self.mask,
-                past_key_values=self.cache,
+                **with_cache(self.model, self.cache),
                 use_cache=True,
                 **{name: value for name, value in wanted.items() if name in known},
             )
-        self.cache = output.past_key_values
+        self.cache = cache_of(output)
         picked = output.logits[:, -1]  # [R, V]
         logits: torch.Tensor = picked.new_zeros(self.slots, picked.shape[-1])
         logits[order] = picked

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from hf_polyspec.cpu.compiled import compiles, support
+from hf_polyspec.host.release import GENERATION_CACHE
 
 if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)
@@ -81,7 +82,8 @@ def test_with_a_cache(tiny: Tiny, family: str, parts: tuple[int, ...], computed:
     caches = DynamicCache(config=plain.config), DynamicCache(config=plain.config)
     for part in ids.split(parts, 1):
         found, wanted = (
-            _logits(model, part, past_key_values=cache) for model, cache in zip((packed, plain), caches, strict=True)
+            _logits(model, part, **{GENERATION_CACHE: cache})
+            for model, cache in zip((packed, plain), caches, strict=True)
         )
         torch.testing.assert_close(found, wanted, **CLOSE)
     assert computed == [part for part in parts for _ in range(2)]
@@ -97,8 +99,8 @@ def test_padded_rows(tiny: Tiny, family: str, computed: list[int]) -> None:
     computed.clear()
     for part, seen in ((ids[:, :5], mask[:, :5]), (ids[:, 5:], mask)):
         options = {"attention_mask": seen, "position_ids": (seen.cumsum(1) - 1).clamp(min=0)[:, -part.shape[1] :]}
-        found = _logits(packed, part, past_key_values=caches[0], **options)
-        wanted = _logits(plain, part, past_key_values=caches[1], **options)
+        found = _logits(packed, part, **{GENERATION_CACHE: caches[0]}, **options)
+        wanted = _logits(plain, part, **{GENERATION_CACHE: caches[1]}, **options)
         shown = seen[:, -part.shape[1] :].bool()
         torch.testing.assert_close(found[shown], wanted[shown], **CLOSE)
     assert computed == [15, 15, 3, 3]
@@ -119,9 +121,9 @@ def test_trees(tiny: Tiny, family: str, dtype: torch.dtype | None, computed: lis
     computed.clear()
     for model in (plain, packed):
         cache = DynamicCache(config=plain.config)
-        _logits(model, IDS[:, :5], past_key_values=cache)
+        _logits(model, IDS[:, :5], **{GENERATION_CACHE: cache})
         options = {"attention_mask": _tree(dtype), "position_ids": torch.tensor([[5, 6, 6, 7]])}
-        found.append(_logits(model, IDS[:, 5:9], past_key_values=cache, **options))
+        found.append(_logits(model, IDS[:, 5:9], **{GENERATION_CACHE: cache}, **options))
     torch.testing.assert_close(found[1], found[0], **CLOSE)
     assert computed == [5, 5, 4, 4]
 
@@ -130,16 +132,16 @@ def test_a_cache_of_fixed_size(tiny: Tiny) -> None:
     plain, packed = _pair(tiny)
     caches = [StaticCache(config=plain.config, max_cache_len=16) for _ in range(2)]
     for part in IDS.split([5, 3, 1, 3], 1):
-        found = _logits(packed, part, past_key_values=caches[0])
-        torch.testing.assert_close(found, _logits(plain, part, past_key_values=caches[1]), **CLOSE)
+        found = _logits(packed, part, **{GENERATION_CACHE: caches[0]})
+        torch.testing.assert_close(found, _logits(plain, part, **{GENERATION_CACHE: caches[1]}), **CLOSE)
 
 
 def test_a_window_that_slides(tiny: Tiny) -> None:
     plain, packed = _pair(tiny, "mistral", sliding_window=4)
     caches = DynamicCache(config=plain.config), DynamicCache(config=plain.config)
     for part in IDS.split([6, 1, 3, 1, 1], 1):
-        found = _logits(packed, part, past_key_values=caches[0])
-        torch.testing.assert_close(found, _logits(plain, part, past_key_values=caches[1]), **CLOSE)
+        found = _logits(packed, part, **{GENERATION_CACHE: caches[0]})
+        torch.testing.assert_close(found, _logits(plain, part, **{GENERATION_CACHE: caches[1]}), **CLOSE)
 
 
 @pytest.mark.parametrize("settings", [{"attention_bias": True, "mlp_bias": True}, {"head_dim": 12}])

@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from hf_polyspec.bench.breakdown import kind_of
 from hf_polyspec.cpu.compiled import ROWS, compiles, computes
 from hf_polyspec.host.cache import RollbackCache
+from hf_polyspec.host.release import GENERATION_CACHE
 
 if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)
@@ -88,8 +89,8 @@ def _packed(tiny: Tiny, computed: list[FusedBlock], **settings: Any) -> PreTrain
 def _same_with_cache(packed: nn.Module, plain: PreTrainedModel, room: dict[str, float]) -> None:
     caches = DynamicCache(config=plain.config), DynamicCache(config=plain.config)
     for part in IDS.split([6, 1, 4, 1], 1):
-        found = _logits(packed, part, past_key_values=caches[0])
-        torch.testing.assert_close(found, _logits(plain, part, past_key_values=caches[1]), **room)
+        found = _logits(packed, part, **{GENERATION_CACHE: caches[0]})
+        torch.testing.assert_close(found, _logits(plain, part, **{GENERATION_CACHE: caches[1]}), **room)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *SPECIAL])
@@ -321,7 +322,7 @@ def test_a_middle_above_a_head_is_fused_in_every_generation(tiny: Tiny, computed
 def test_a_profile_shows_the_steps(tiny: Tiny, computed: list[FusedBlock]) -> None:
     model = _packed(tiny, computed)
     with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
-        model(IDS, past_key_values=RollbackCache())
+        model(IDS, **{GENERATION_CACHE: RollbackCache()})
     names = {event.name for event in found.events()}
     steps = ("linear", "scaled_dot_product", "rms_norm", "rotate", "gate")
     assert {f"compiled::{step}" for step in steps} <= names

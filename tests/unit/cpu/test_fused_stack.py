@@ -11,6 +11,7 @@ import torch
 
 from hf_polyspec.cpu.compiled import compiles
 from hf_polyspec.host.cache import RollbackCache
+from hf_polyspec.host.release import GENERATION_CACHE
 
 if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)
@@ -129,7 +130,7 @@ def test_hidden_states_asked_for(tiny: Tiny, tasks: list[int], one_by_one: Calla
 
     def states() -> Any:
         cache.shrink(40)
-        return model(IDS[:1, 40:43], past_key_values=cache, output_hidden_states=True).hidden_states
+        return model(IDS[:1, 40:43], **{GENERATION_CACHE: cache}, output_hidden_states=True).hidden_states
 
     wanted = one_by_one(states)
     tasks.clear()

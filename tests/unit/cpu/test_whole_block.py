@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_polyspec.cpu.compiled import compiles
 from hf_polyspec.host.cache import RollbackCache
+from hf_polyspec.host.release import GENERATION_CACHE
 
 if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)
@@ -71,7 +72,7 @@ def _passes(model: nn.Module, rows: int, mask: Tensor | None = None) -> tuple[Te
     for start, end in CUTS:
         seen = None if mask is None else mask[:, :end]
         places = torch.arange(start, end)[None].expand(rows, -1)
-        given = {"attention_mask": seen, "position_ids": places, "past_key_values": cache}
+        given = {"attention_mask": seen, "position_ids": places, GENERATION_CACHE: cache}
         found.append(model(IDS[:rows, start:end], **given).logits)
     return torch.cat(found, 1), cache
 
@@ -97,9 +98,9 @@ def test_a_cache_that_grows_past_its_room(tiny: Tiny, blocks: list[int]) -> None
     ids = torch.randint(3, 48, (2, 80), generator=torch.Generator().manual_seed(6))
     caches, rooms = (RollbackCache(), RollbackCache()), set()
     for part in ids.split([5] * 16, 1):
-        found = packed(part, past_key_values=caches[0]).logits
+        found = packed(part, **{GENERATION_CACHE: caches[0]}).logits
         rooms.add(caches[0].layers[0].keys.stride(1))
-        torch.testing.assert_close(found, plain(part, past_key_values=caches[1]).logits, **CLOSE)
+        torch.testing.assert_close(found, plain(part, **{GENERATION_CACHE: caches[1]}).logits, **CLOSE)
     assert len(rooms) > 1
     assert len(blocks) == 32
 
@@ -128,9 +129,9 @@ def test_masks_that_are_added(tiny: Tiny, blocks: list[int]) -> None:
     found = []
     for model in (packed, plain):
         cache = RollbackCache()
-        model(IDS[:1, :first], past_key_values=cache)
+        model(IDS[:1, :first], **{GENERATION_CACHE: cache})
         places = first + torch.tensor([[0, 1, 1, 2]])
-        given = {"attention_mask": added, "position_ids": places, "past_key_values": cache}
+        given = {"attention_mask": added, "position_ids": places, GENERATION_CACHE: cache}
         found.append(model(IDS[:1, first : first + 4], **given).logits)
     assert len(blocks) == 4
     torch.testing.assert_close(*found, **CLOSE)
@@ -201,7 +202,7 @@ def test_passes_of_any_size_give_the_same_to_the_last_bit(tiny: Tiny, dtype: tor
     found = []
     for size in (60, 1, 3, 7, 13):
         cache = RollbackCache()
-        parts = [packed(part, past_key_values=cache).logits for part in IDS[:1, :60].split(size, 1)]
+        parts = [packed(part, **{GENERATION_CACHE: cache}).logits for part in IDS[:1, :60].split(size, 1)]
         found.append(torch.cat(parts, 1))
     assert all(torch.equal(one, found[0]) for one in found)
 
@@ -224,7 +225,7 @@ def test_a_cache_in_another_dtype_is_not_written_into(tiny: Tiny, blocks: list[i
     for layer in range(2):
         cache.update(*torch.zeros(2, 1, 2, 3, 8, dtype=torch.float64), layer)
     with pytest.raises(RuntimeError):  # as torch's own attention says
-        packed(IDS[:1, :2], past_key_values=cache)
+        packed(IDS[:1, :2], **{GENERATION_CACHE: cache})
     assert not blocks
 
 

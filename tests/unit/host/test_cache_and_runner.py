@@ -12,6 +12,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralCon
 from hf_polyspec.errors import LevelError, RollbackError
 from hf_polyspec.exactness.context import EMBEDDED, Context, Prompt, common_prefix
 from hf_polyspec.host.cache import RollbackCache, read_cache, write_cache
+from hf_polyspec.host.release import GENERATION_CACHE
 from hf_polyspec.host.runner import ModelRunner
 from hf_polyspec.telemetry.counters import LevelStats
 
@@ -134,7 +135,7 @@ def test_a_callers_cache_is_read_and_extended_but_not_disturbed(window: int | No
     ids = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
     mine, reference = DynamicCache(config=model.config), DynamicCache(config=model.config)
     for cache in (mine, reference):
-        model(torch.tensor([ids[:7]]), past_key_values=cache)
+        model(torch.tensor([ids[:7]]), **{GENERATION_CACHE: cache})
     before = [layer.keys.clone() for layer in mine.layers]
     copy, length = read_cache(mine)
     runner, stats = ModelRunner(model, "the target"), LevelStats("the target", 0)
@@ -144,7 +145,7 @@ def test_a_callers_cache_is_read_and_extended_but_not_disturbed(window: int | No
     torch.testing.assert_close(passed.logits[0], fresh(model, ids, 0, 1), atol=2e-5, rtol=1e-4)
     assert all(torch.equal(old, layer.keys) for old, layer in zip(before, mine.layers, strict=True))
     write_cache(runner.cache, mine, length)
-    model(torch.tensor([ids[7:]]), past_key_values=reference)
+    model(torch.tensor([ids[7:]]), **{GENERATION_CACHE: reference})
     for extended, plain in zip(mine.layers, reference.layers, strict=True):
         assert extended.get_seq_length() == plain.get_seq_length()
         torch.testing.assert_close(extended.keys, plain.keys, atol=2e-5, rtol=1e-4)

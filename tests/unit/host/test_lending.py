@@ -20,6 +20,7 @@ from hf_polyspec.control import OnlineControl
 from hf_polyspec.exactness.context import Context, Prompt
 from hf_polyspec.generation.doors import generate
 from hf_polyspec.host.lending import WORTH, borrow, is_copy
+from hf_polyspec.host.release import GENERATION_CACHE
 from hf_polyspec.host.runner import ModelRunner
 from hf_polyspec.levels.block import Block
 from hf_polyspec.levels.eagle import EagleDrafter
@@ -168,10 +169,10 @@ def test_a_text_that_is_continued(pair: tuple[PreTrainedModel, PreTrainedModel])
     caches = DynamicCache(config=target.config), DynamicCache(config=target.config)
     for cache in caches:
         with torch.no_grad():
-            target(LONG["input_ids"][:, : WORTH + 4], past_key_values=cache)
+            target(LONG["input_ids"][:, : WORTH + 4], **{GENERATION_CACHE: cache})
     with fed(middle) as below:
-        found = text(target, LONG, [middle, SuffixDrafter()], past_key_values=caches[0])
-    assert torch.equal(found, text(target, LONG, past_key_values=caches[1]))
+        found = text(target, LONG, [middle, SuffixDrafter()], **{GENERATION_CACHE: caches[0]})
+    assert torch.equal(found, text(target, LONG, **{GENERATION_CACHE: caches[1]}))
     assert max(below) < WORTH
 
 

@@ -17,6 +17,7 @@ from hf_polyspec.exactness.context import Context, Prompt
 from hf_polyspec.exactness.distributions import LawMaker
 from hf_polyspec.exactness.passes import Pass
 from hf_polyspec.generation.chain import check_assistants
+from hf_polyspec.host.release import GENERATION_CACHE
 from hf_polyspec.levels.eagle import EagleDrafter
 from hf_polyspec.levels.eagle_memory import FeatureMemo, PairMemo, Pairs
 
@@ -233,8 +234,8 @@ def test_a_callers_cache_has_no_features_but_works() -> None:
     inputs = prompts(1, length=12)
     cache = DynamicCache()
     with torch.no_grad():
-        target(inputs["input_ids"][:, :8], past_key_values=cache)
-    output = run(target, [head_for(target)], inputs, past_key_values=cache)
+        target(inputs["input_ids"][:, :8], **{GENERATION_CACHE: cache})
+    output = run(target, [head_for(target)], inputs, **{GENERATION_CACHE: cache})
     assert torch.equal(output.sequences, plain(target, inputs))
     assert output.polyspec.levels[1].drafted > 0
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import hf_polyspec
+from hf_polyspec.host.release import GENERATION_CACHE, cache_of
 from hf_polyspec.levels.early_exit import early_exit, layer_list
 from hf_polyspec.models.assistants import check_assistant_names, load_assistant
 
@@ -102,8 +103,8 @@ def test_every_architecture_is_cut_right_or_refused_by_name(tiny: Tiny, title: s
     with torch.no_grad():
         logits = middle(IDS).logits
     assert logits.shape[-1] == model(IDS).logits.shape[-1]
-    cached = middle(IDS[:, :-1], use_cache=True).past_key_values
-    torch.testing.assert_close(middle(IDS[:, -1:], past_key_values=cached).logits[:, -1], logits[:, -1])
+    cached = cache_of(middle(IDS[:, :-1], use_cache=True))
+    torch.testing.assert_close(middle(IDS[:, -1:], **{GENERATION_CACHE: cached}).logits[:, -1], logits[:, -1])
 
 
 # transformers 5.23 warns about a name that PEFT still reads.

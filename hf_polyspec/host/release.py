@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this release of transformers calls things, found by looking at its signatures and fields.
+
+Releases rename arguments (5.24 made `past_key_values` and `cache_params` into `cache`). What something is called is
+asked here once and used everywhere else, so that a new name is one more entry of a tuple, or none: an argument whose
+annotation says that it is a cache is recognised under any name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import transformers
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+NEWEST_TESTED = "5.24"
+"""The newest minor release that this package's whole test suite ran on; pyproject.toml's upper bound is the next."""
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""Names that releases gave the key-value cache, the newest first."""
+
+
+def installed() -> str:
+    """The installed release."""
+    return str(transformers.__version__)
+
+
+def is_newer_than_tested() -> bool:
+    """Whether the installed release is of a later minor than `NEWEST_TESTED`.
+
+    The one place where version numbers are compared: whether somebody ran the tests on a release shows nowhere in it.
+    """
+    return _minor(installed()) > _minor(NEWEST_TESTED)
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+
+
+def inner_model(model: Any) -> Any:
+    """The transformers model inside wrappers of PEFT and torch.compile, or the model itself."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif "_orig_mod" in getattr(model, "_modules", {}):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def parameters_of(function: Any) -> Mapping[str, inspect.Parameter]:
+    """A function's parameters by name; none where it does not tell."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
+def forward_parameters(model: Any) -> dict[str, inspect.Parameter]:
+    """Named parameters of a model's forward.
+
+    A forward that hides behind `*args, **kwargs`, as wrappers write it, is asked what the class below it takes.
+    """
+    inner = inner_model(model)
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    found: dict[str, inspect.Parameter] = {}
+    for function in (inner.forward, *(vars(kind).get("forward") for kind in type(inner).__mro__)):
+        if function is None:
+            continue
+        given = parameters_of(function)
+        for name, parameter in given.items():
+            if parameter.kind not in kinds and name != "self":
+                found.setdefault(name, parameter)
+        named = [p for p in given.values() if p.kind not in kinds and p.name != "self"]
+        if named or inspect.Parameter.VAR_KEYWORD not in {p.kind for p in given.values()}:
+            break
+    return found
+
+
+def forward_arguments(model: Any) -> set[str]:
+    """Names that the model's forward takes; a wrapper's are those of the model inside."""
+    return set(forward_parameters(model))
+
+
+def named_cache(parameters: Mapping[str, Any]) -> str | None:
+    """Which of some parameters (or annotations) is the cache: by a name that releases used, or by its annotation."""
+    for name in CACHE_NAMES:
+        if name in parameters:
+            return name
+    for name, parameter in parameters.items():
+        annotation = getattr(parameter, "annotation", parameter)
+        if "Cache" in str(annotation):
+            return name
+    return None
+
+
+_arguments: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
+
+
+def cache_argument(model: Any) -> str | None:
+    """By which name a model's forward takes its key-value cache; None where it takes none.
+
+    The signature tells. Where it names nothing of the kind, names of other releases are tried on one token: a
+    deprecated name may be taken without being shown.
+    """
+    inner = inner_model(model)
+    if inner not in _arguments:
+        _arguments[inner] = named_cache(forward_parameters(inner)) or _accepted(inner)
+    return _arguments[inner]
+
+
+@torch.no_grad()
+def _accepted(model: Any) -> str | None:
+    """The first known name under which the model fills a cache, tried on one token."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = getattr(embedding, "weight", None)
+    if weight is None or weight.device.type == "meta":
+        return None
+    ids = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
+    for name in CACHE_NAMES:
+        cache = DynamicCache()
+        try:
+            model(input_ids=ids, use_cache=True, **{name: cache})
+        except Exception:
+            continue
+        if int(cache.get_seq_length()) == 1:
+            return name
+    return None
+
+
+def with_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """The cache as an argument of the model's forward, by the name it has there.
+
+    Raises:
+        ValueError: the forward has no such argument.
+    """
+    name = cache_argument(model)
+    if name is None:
+        raise ValueError(no_cache_argument(type(inner_model(model)).__name__, model))
+    return {name: cache}
+
+
+def no_cache_argument(role: str, model: Any) -> str:
+    """The sentence for a model whose forward has no cache under a known name."""
+    known = " or ".join(repr(name) for name in CACHE_NAMES[:2])
+    takes = ", ".join(sorted(forward_arguments(model))[:12]) or "only *args and **kwargs"
+    return (
+        f"the forward() of {role} has no argument {known} (it takes {takes}), and a chain hands every level its "
+        "key-value cache by that name; let the class take it so, or leave the model out."
+    )
+
+
+def cache_of(values: Mapping[str, Any]) -> Any:
+    """The cache among generate()'s `model_kwargs` or a model's output, None where there is none.
+
+    Taken by its name, or under any other name if it is one of transformers' caches.
+    """
+    for name in CACHE_NAMES:
+        if name in values:
+            return values[name]
+    return next((value for value in values.values() if isinstance(value, Cache)), None)
+
+
+def cache_names(values: Mapping[str, Any]) -> set[str]:
+    """All names under which `values` hold a cache."""
+    return {name for name, value in values.items() if name in CACHE_NAMES or isinstance(value, Cache)}
+
+
+GENERATION_CACHE = (
+    named_cache({field.name: field.type for field in fields(GenerateDecoderOnlyOutput)}) or CACHE_NAMES[0]
+)
+"""What generate() of this release calls the cache, in its arguments and in its output."""
