@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_polyspec.cpu.compiled import DTYPES
+from hf_polyspec.host.attention import attention_name
 
 _PARTS = {
     "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
@@ -107,7 +108,7 @@ class BlockParts:
             not self.layer.training
             and self._untouched()
             and attention.is_causal
-            and attention.config._attn_implementation == "sdpa"
+            and attention_name(attention.config) == "sdpa"
             and all(not matters(name, value) for name, value in kwargs.items())
             and all(fits(norm.weight, x) for norm in self.norms)
         )

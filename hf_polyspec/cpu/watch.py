@@ -17,6 +17,7 @@ from hf_polyspec.cpu.block_parts import BlockParts, fits, global_hooks, has_hook
 from hf_polyspec.cpu.block_products import joint_kernel, product_of
 from hf_polyspec.cpu.compiled.samples import Samples
 from hf_polyspec.cpu.joint_product import JointProduct, change_count, sampled
+from hf_polyspec.host.attention import attention_name
 
 _SETTINGS = ("is_causal", "head_dim", "scaling", "num_key_value_groups", "layer_idx", "config")
 
@@ -104,7 +105,7 @@ class Watch:
         for owner, name, value in self._settings:
             if getattr(owner, name) is not value:
                 return False
-        return all(config._attn_implementation == "sdpa" for config in self._configs)
+        return all(attention_name(config) == "sdpa" for config in self._configs)
 
     def _same_norms(self, x: Tensor) -> bool:
         for parameters, weight, start in self._norms:

@@ -23,6 +23,7 @@ from hf_polyspec.eagle.attention import (
 from hf_polyspec.eagle.configuration import EagleHeadConfig
 from hf_polyspec.eagle.masks import attention_mask_4d, default_positions, windowed
 from hf_polyspec.eagle.vocabulary import SLICES, Borrowed, Rows, VocabularySlice, lm_head_logits
+from hf_polyspec.host.attention import attention_name
 from hf_polyspec.host.modeling import AutoModel, ModelOutput
 
 
@@ -288,7 +289,7 @@ class EagleHead(PreTrainedModel):
         return self.norm(stream) if self.config.norm_output else stream
 
     def _attend(self, index: int, mask: torch.Tensor | None, causal: bool, cache: HeadCache | None) -> Attend:
-        function = ATTENTION[self.config._attn_implementation or "sdpa"]
+        function = ATTENTION[attention_name(self.config)]
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             if cache is not None:

@@ -16,7 +16,7 @@ from ..exactness.context import EMBEDDED, Context, Prompt
 from ..exactness.distributions import LawMaker
 from ..host.cache import read_cache, write_cache
 from ..host.compatibility import check_cache, check_options
-from ..host.generation import GenerateDecoderOnlyOutput, decoder_output
+from ..host.generation import GenerateDecoderOnlyOutput, decoder_output, is_callers, mask_length, pad_id
 from ..host.modeling import Cache
 from ..host.release import GENERATION_CACHE, cache_names, cache_of
 from ..host.runner import ModelRunner
@@ -170,8 +170,7 @@ class _Job:
         self.visible = input_ids.shape[1]
         self.stopping = Stopping.sort(criteria, config.max_length or _UNLIMITED)
         self.law = LawMaker(processors, bool(config.do_sample), self.device)
-        pad = getattr(config, "_pad_token_tensor", None)
-        self.pad = int(pad) if pad is not None else 0
+        self.pad = pad_id(config)
         self.wanted = Wanted()
         if config.return_dict_in_generate:
             self.wanted = Wanted(
@@ -271,7 +270,7 @@ class _Job:
         """Whether anybody sees the target's cache after the call."""
         if not self.use_cache or self.user_cache is None:
             return False
-        return bool(self.config.return_dict_in_generate) or bool(getattr(self.user_cache, "_is_user_defined", False))
+        return bool(self.config.return_dict_in_generate) or is_callers(self.user_cache)
 
     def _hand_back(self, chain: Verifier, rows: list[list[int]]) -> None:
         """Extend the cache that generate() prepared, or the caller brought, to all but the last token."""
@@ -294,7 +293,7 @@ def _context(input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: di
     cache = cache_of(model_kwargs)
     past = 0 if cache is None else int(cache.get_seq_length())
     mask = model_kwargs.get("attention_mask")
-    width = mask.shape[1] if mask is not None else getattr(config, "_mask_length", None)
+    width = mask.shape[1] if mask is not None else mask_length(config)
     hidden = 0
     if embeds is not None:
         if past:

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 __all__ = [
     "ACT2FN",
     "ROPE_INIT_FUNCTIONS",
+    "attention_name",
     "dynamic_rope_update",
     "plain_sdpa",
     "register_attention",
@@ -33,3 +34,8 @@ def plain_sdpa() -> Callable[..., Any]:
     """What models with `attn_implementation="sdpa"` call at this moment."""
     found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS["sdpa"]
     return found
+
+
+def attention_name(config: Any) -> str:
+    """Which attention function a model's config has chosen; eager where it chose none."""
+    return getattr(config, "_attn_implementation", None) or "eager"

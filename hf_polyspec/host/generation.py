@@ -29,6 +29,9 @@ __all__ = [
     "StopStringCriteria",
     "decoder_output",
     "host_defaults",
+    "is_callers",
+    "mask_length",
+    "pad_id",
     "quiet",
 ]
 
@@ -45,6 +48,23 @@ def host_defaults(config: Any) -> dict[str, Any]:
     """Values that transformers fills into a generation config where nobody set any."""
     getter = getattr(config, "_get_default_generation_params", None)
     return dict(getter()) if callable(getter) else {}
+
+
+def pad_id(config: Any) -> int:
+    """The id that rows of a prepared generation config go on with when they have ended; 0 where it names none."""
+    pad = getattr(config, "_pad_token_tensor", None)
+    return 0 if pad is None else int(pad)
+
+
+def mask_length(config: Any) -> int | None:
+    """Columns of the attention mask that the caller gave and generate() left out because nothing was padded."""
+    found: int | None = getattr(config, "_mask_length", None)
+    return found
+
+
+def is_callers(cache: Any) -> bool:
+    """Whether a cache came from the caller, who may go on with it."""
+    return bool(getattr(cache, "_is_user_defined", False))
 
 
 def quiet(*, errors_only: bool = False) -> None:

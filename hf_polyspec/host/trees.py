@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..exactness.tree_geometry import ROOT
+from .attention import attention_name
 
 _measured: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
@@ -79,7 +80,7 @@ def _as_float(seen: torch.Tensor, model: Any) -> torch.Tensor:
 def hindrance(model: Any) -> str | None:
     """Why a model cannot check a tree, or None if it can: said by its config, or measured once a model."""
     config = model.config.get_text_config(decoder=True)
-    attention = getattr(config, "_attn_implementation", None) or "eager"
+    attention = attention_name(config)
     if attention not in ("sdpa", "eager"):
         return f"its attention is {attention}; trees need sdpa or eager"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])

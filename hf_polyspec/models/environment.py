@@ -9,7 +9,8 @@ import platform
 from pathlib import Path
 
 import torch
-import transformers
+
+from ..host.release import installed
 
 
 def describe() -> str:
@@ -18,7 +19,7 @@ def describe() -> str:
         _processor(),
         f"{torch.get_num_threads()} of {os.cpu_count()} threads",
         f"torch {torch.__version__}",
-        f"transformers {transformers.__version__}",
+        f"transformers {installed()}",
         f"Python {platform.python_version()}",
         datetime.date.today().isoformat(),
     ]

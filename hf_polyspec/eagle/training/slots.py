@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from hf_polyspec.eagle.attention import sdpa
 from hf_polyspec.eagle.training.kept_states import joined_states
-from hf_polyspec.host.attention import register_attention, sdpa_attention_forward
+from hf_polyspec.host.attention import attention_name, register_attention, sdpa_attention_forward
 from hf_polyspec.host.modeling import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from hf_polyspec.host.release import cache_of, with_cache
 
@@ -357,7 +357,7 @@ def open_batch(
         ValueError: states are to be kept of a model that cannot run in slots.
     """
     if compact and model.dtype == torch.float32 and serves_slots(model):
-        before = model.config._attn_implementation
+        before = attention_name(model.config)
         model.set_attn_implementation(COMPACT_ATTENTION)
         # tried in a wider dtype, which takes the same way without the rounding that would blur the answer
         if serves_slots(model, torch.float64):

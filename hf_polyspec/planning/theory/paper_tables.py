@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .theory import (
+from . import (
     Insertion,
     acceptance_probability,
     agreement_for_length,

@@ -269,5 +269,5 @@ def test_a_packed_model_from_elsewhere_runs_without_compiled_functions(
             monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(support, "compiles", lambda: False)
     for module in ("packing", "float_kernels"):
-        monkeypatch.setattr(f"hf_polyspec.quantization.{module}.compiles", lambda: False)
+        monkeypatch.setattr(f"hf_polyspec.cpu.{module}.compiles", lambda: False)
     torch.testing.assert_close(_logits(pickle.loads(pickle.dumps(packed))), _logits(plain), **CLOSE)
