@@ -106,7 +106,7 @@ _arguments: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
 def cache_argument(model: Any) -> str | None:
     """By which name a model's forward takes its key-value cache; None where it takes none.
 
-    The signature tells. Where it names nothing of the kind, names of other releases are tried on one token: a
+    The signature tells. Where it names nothing of the kind, names that its code mentions are tried on one token: a
     deprecated name may be taken without being shown.
     """
     inner = inner_model(model)
@@ -117,13 +117,14 @@ def cache_argument(model: Any) -> str | None:
 
 @torch.no_grad()
 def _accepted(model: Any) -> str | None:
-    """The first known name under which the model fills a cache, tried on one token."""
+    """The first known name that the code of the model's forward mentions and under which it fills a cache."""
+    mentioned = [name for name in CACHE_NAMES if name in _strings(type(model).forward)]
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     weight = getattr(embedding, "weight", None)
-    if weight is None or weight.device.type == "meta":
+    if not mentioned or weight is None or weight.device.type == "meta":
         return None
     ids = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
-    for name in CACHE_NAMES:
+    for name in mentioned:
         cache = DynamicCache()
         try:
             model(input_ids=ids, use_cache=True, **{name: cache})
@@ -132,6 +133,25 @@ def _accepted(model: Any) -> str | None:
         if int(cache.get_seq_length()) == 1:
             return name
     return None
+
+
+def _strings(function: Any) -> set[str]:
+    """Words that a function, what it wraps and what it closes over are written with."""
+    found: set[str] = set()
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
+        found.update(word for word in (*(code.co_consts if code else ()), *cells) if isinstance(word, str))
+        function = getattr(function, "__wrapped__", None)
+    return found
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 - reading is the test
+    except ValueError:
+        return False
+    return True
 
 
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:
