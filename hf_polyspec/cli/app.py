@@ -18,6 +18,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from .commands import COMMANDS, Command, load_command
+from .measure import measure
 
 # typer brings its own copy of click or uses the installed one, depending on its version.
 _USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -79,6 +80,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(measure)
 
 Assistants = Annotated[
     list[str] | None,

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands of this room have in common: kinds of arguments, and mistakes told in one sentence."""
+"""What the commands of this room have in common: kinds of arguments."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 
@@ -53,12 +51,3 @@ def lines(text: str) -> list[str]:
     if not found:
         raise argparse.ArgumentTypeError(f"{text} holds no lines.")
     return found
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run a command; what its input is to blame for ends it with one sentence on stderr and exit code 2."""
-    try:
-        main()
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)

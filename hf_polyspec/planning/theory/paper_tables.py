@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's own measurements beside what its theory, as printed and as corrected, says about them.
 
-``python -m hf_polyspec.planning.theory.paper_tables`` prints the tables of docs/theory.md. Speed-ups and lengths are
+``polyspec measure paper-tables`` prints the tables of docs/theory.md. Speed-ups and lengths are
 the paper's (arXiv 2510.26527, Tables 1 to 3), everything else is computed here.
 """
 
@@ -343,11 +343,9 @@ def paper_tables() -> dict[str, str]:
     }
 
 
-def main() -> None:
-    """Print every table under its name."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Print every table under its name; there are no options."""
+    if words:
+        raise ValueError(f"paper-tables takes no options, got {' '.join(words)}.")
     for name, text in paper_tables().items():
         print(f"{name}\n\n{text}\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -77,7 +77,7 @@ def test_page_holds_exactly_these_tables() -> None:
     made = tables.paper_tables()
     places = [page.find(f"\n\n{text}") for text in made.values()]
     missing = [name for name, place in zip(made, places, strict=True) if place < 0]
-    assert not missing, f"run python -m hf_polyspec.planning.theory.paper_tables and paste {missing}"
+    assert not missing, f"run polyspec measure paper-tables and paste {missing}"
     assert places == sorted(places)
     # Any other table on the page would be numbers nobody checks; the summary is words.
     rest = page

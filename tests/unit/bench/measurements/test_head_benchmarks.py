@@ -15,7 +15,8 @@ from tiny_models import VOCABULARY, head_for, noisy, prompts, tiny
 from transformers import AutoModelForCausalLM
 
 from hf_polyspec import generate
-from hf_polyspec.bench.measurements import arguments, draft_vocabulary, head_acceptance, head_cost
+from hf_polyspec.bench.measurements import draft_vocabulary, head_acceptance, head_cost
+from hf_polyspec.cli.app import app
 from hf_polyspec.eagle import EagleHead
 
 
@@ -148,43 +149,41 @@ def test_what_the_acceptance_command_refuses(
 ) -> None:
     questions = write_questions(tmp_path / "questions.jsonl")
     with pytest.raises(SystemExit) as ended:
-        arguments.run(
-            lambda: head_acceptance.main(["--assistant", "suffix", "--questions", str(questions), option, value])
-        )
+        app(["measure", "head-acceptance", "--assistant", "suffix", "--questions", str(questions), option, value])
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("main", "words", "said"),
+    ("name", "words", "said"),
     [
-        (head_cost.main, ["--repeats", "0"], "argument --repeats: must be a whole number of at least 1, got '0'."),
-        (head_cost.main, ["--rows", "some"], "argument --rows: must be a whole number of at least 1, got 'some'."),
+        ("head-cost", ["--repeats", "0"], "argument --repeats: must be a whole number of at least 1, got '0'."),
+        ("head-cost", ["--rows", "some"], "argument --rows: must be a whole number of at least 1, got 'some'."),
         (
-            draft_vocabulary.main,
+            "draft-vocabulary",
             ["--head", "x", "--prompts", "none.txt"],
             "--prompts: there is no file none.txt.",
         ),
         (
-            draft_vocabulary.main,
+            "draft-vocabulary",
             ["--head", "x", "--prompts", "blank.txt"],
             "--prompts: blank.txt holds no lines.",
         ),
         (
-            draft_vocabulary.main,
+            "draft-vocabulary",
             ["--head", "x", "--tree-tokens", "-1"],
             "a whole number, 0 for none, got '-1'.",
         ),
-        (head_cost.main, ["--model", "./nowhere"], "There is no folder ./nowhere."),
+        ("head-cost", ["--model", "./nowhere"], "There is no folder ./nowhere."),
     ],
 )
 def test_mistakes_are_one_sentence(
-    main: Any, words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    name: str, words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "blank.txt").write_text("\n  \n")
     with pytest.raises(SystemExit) as ended:
-        arguments.run(lambda: main(words))
+        app(["measure", name, *words])
     assert ended.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].endswith(said)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ import torch
 from tiny_checkpoints import save_pair
 from torch import nn
 
-from hf_polyspec.bench.measurements import arguments, pass_times
+from hf_polyspec.bench.measurements import pass_times
+from hf_polyspec.cli.app import app
 from hf_polyspec.cpu.compiled import compiles
 from hf_polyspec.quantization import Int4Linear, Int8Linear, is_packed
 
@@ -26,9 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_pair(tmp_path_factory.mktemp("passes"))[0])
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["pass_times", *words])
-    arguments.run(pass_times.main)
+def run(*words: str) -> None:
+    app(["measure", "pass-times", *words], standalone_mode=False)
 
 
 def test_every_form_is_timed_at_every_size(
@@ -46,7 +45,7 @@ def test_every_form_is_timed_at_every_size(
     words = [word for form in FORMS for word in ("--form", form)]
     file = tmp_path / "times.json"
     sizes = ("--tokens", "1", "6", "--context", "9", "--rounds", "3")
-    run(monkeypatch, "--model", folder, *words, *sizes, "--json", str(file))
+    run("--model", folder, *words, *sizes, "--json", str(file))
     models, times = seen
     assert [model.dtype for model in models] == [getattr(torch, form.partition("+")[0]) for form in FORMS]
     assert [is_packed(model) for model in models] == [False, True, *3 * [compiles()]]
@@ -73,6 +72,6 @@ def test_what_is_no_form_is_refused(
     words: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        run(monkeypatch, *words)
+        run(*words)
     assert ended.value.code == 2
     assert said in capsys.readouterr().err

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The measurements by name, as `polyspec measure NAME` runs them; listing them imports none."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+_ROOM = "hf_polyspec.bench.measurements"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Where a measurement is.
+
+    Attributes:
+        module: it defines `main(words)`, which parses the words behind the name and prints what it measured.
+        help: one line.
+    """
+
+    module: str
+    help: str
+
+
+MEASUREMENTS = {
+    "draft-vocabulary": Measurement(f"{_ROOM}.draft_vocabulary", "How many lm_head rows an EAGLE head should score."),
+    "head-acceptance": Measurement(f"{_ROOM}.head_acceptance", "What a head's guesses are worth under its target."),
+    "head-cost": Measurement(f"{_ROOM}.head_cost", "What a draft step of a head costs beside a target step."),
+    "overhead": Measurement(f"{_ROOM}.overhead", "How much of a three-level run is not spent in the models."),
+    "paper-tables": Measurement("hf_polyspec.planning.theory.paper_tables", "The tables of docs/theory.md."),
+    "pass-times": Measurement(f"{_ROOM}.pass_times", "What a pass over several tokens costs."),
+    "planner-accuracy": Measurement(f"{_ROOM}.planner_accuracy", "How well the planner predicts."),
+    "worst-case": Measurement(f"{_ROOM}.worst_case", "What the online control costs where nothing can be gained."),
+}
+
+
+def load_measurement(name: str) -> Callable[[Sequence[str]], None]:
+    """The `main` of a measurement; underscores are taken for hyphens.
+
+    Raises:
+        ValueError: no measurement has that name; the sentence lists those there are.
+    """
+    found = MEASUREMENTS.get(name.replace("_", "-"))
+    if found is None:
+        raise ValueError(f"There is no measurement {name!r}; there are {', '.join(MEASUREMENTS)}.")
+    main: Callable[[Sequence[str]], None] = importlib.import_module(found.module).main
+    return main
