@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from ..levels.names import name_of
 from .cast import Ask, Cast
 from .methods import Method
 
@@ -74,8 +75,7 @@ def shares(events: Iterable[Any], wall: float, on_cuda: bool) -> dict[str, dict[
 
 
 def _name(place: int, model: Any) -> str:
-    own = str(getattr(model, "name_or_path", "") or type(model).__name__)
-    return f"{place} {own.rstrip('/').rsplit('/', 1)[-1]}"
+    return f"{place} {name_of(model) or type(model).__name__}"
 
 
 def _level(event: Any) -> str:

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..models.conversation import encode, messages
 from ..models.environment import describe
 from .breakdown import TOKENS, measure
 from .cast import Ask, Cast, CastRequest, load_cast
-from .conversation import encode, messages
 from .journal import Journal, write_json, write_settings
 from .methods import CHAIN, Method
 from .request import Asked, Run, read_request, spelled

@@ -14,9 +14,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..models.conversation import encode, messages
 from ..telemetry.display import token_pieces
 from .cast import Ask, Cast, Outcome
-from .conversation import decode, encode, messages
+from .conversation import decode
 from .journal import Journal, Line, read_lines
 from .methods import CHAIN, PLAIN, Method
 from .questions import Group, make_groups

@@ -326,8 +326,9 @@ def _load(
     """Target, tokenizer, assistants and what to call them."""
     _quiet()
     from ..generation.chain import check_assistants
+    from ..levels.names import short_name
     from ..models.assistants import check_assistant_names, load_assistant
-    from ..models.by_name import check_device, load_model, load_tokenizer, read_dtype, short_name
+    from ..models.by_name import check_device, load_model, load_tokenizer, read_dtype
     from ..models.packaged import PACKAGE, first_time
     from ..quantization import pack as pack_model
     from .demo import DEFAULT_MODEL, default_assistants

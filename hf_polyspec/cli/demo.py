@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,9 @@ from rich.table import Table
 from transformers import TextStreamer
 
 from ..generation.doors import attach
-from ..models.by_name import short_name
+from ..host.configs import generation_config
+from ..levels.names import short_name
+from ..models.conversation import encode_prompt
 from ..models.packaged import HEAD, PACKAGE
 from ..telemetry.counters import PolySpecStats
 
@@ -109,17 +110,6 @@ class ConsoleStreamer(TextStreamer):
         self.console.out(text, end="\n" if stream_end else "", highlight=False)
 
 
-def encode(tokenizer: Any, prompt: str, device: Any) -> dict[str, torch.Tensor]:
-    """The prompt as ids and mask, in the model's chat template if it has one."""
-    if getattr(tokenizer, "chat_template", None):
-        encoded = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
-    else:
-        encoded = tokenizer(prompt, return_tensors="pt")
-    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
-
-
 def answer(
     model: Any, tokenizer: Any, assistants: Sequence[Any], request: Request, name: str, streamer: Any = None
 ) -> Answer:
@@ -136,8 +126,10 @@ def answer(
     Raises:
         ValueError, TypeError: as `generate(assistant_models=...)`.
     """
-    inputs = encode(tokenizer, request.prompt, model.device)
-    arguments: dict[str, Any] = {"generation_config": _generation_config(model, tokenizer, request)}
+    inputs = encode_prompt(tokenizer, request.prompt, model.device)
+    pad = getattr(tokenizer, "pad_token_id", None)
+    config = generation_config(model, request.max_new_tokens, request.temperature, pad)
+    arguments: dict[str, Any] = {"generation_config": config}
     if assistants:
         attach(model)
         arguments |= {"assistant_models": list(assistants), **(request.options or {})}
@@ -253,23 +245,6 @@ def result_table(answers: Sequence[Answer], target: str) -> Table:
             ", ".join(lengths).replace("[", r"\[") or "1 by definition",
         )
     return table
-
-
-def _generation_config(model: Any, tokenizer: Any, request: Request) -> Any:
-    config = copy.deepcopy(model.generation_config)
-    config.max_length = None
-    config.max_new_tokens = request.max_new_tokens
-    config.return_dict_in_generate = True
-    config.do_sample = request.temperature > 0
-    if config.do_sample:
-        config.temperature = request.temperature
-    else:
-        config.temperature = config.top_p = config.top_k = config.min_p = None
-    if config.pad_token_id is None:
-        pad = getattr(tokenizer, "pad_token_id", None)
-        ends = config.eos_token_id
-        config.pad_token_id = pad if pad is not None else ends[0] if isinstance(ends, list) else ends
-    return config
 
 
 def _wait(device: torch.device) -> None:

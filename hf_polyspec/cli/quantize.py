@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from torch import Tensor
 
 from hf_polyspec.models.by_name import load_model, load_tokenizer
+from hf_polyspec.models.conversation import encode_prompt
 from hf_polyspec.quantization.checkpoint import save_quantized
 from hf_polyspec.quantization.libraries import LIBRARIES, check_library
 from hf_polyspec.quantization.model import METHODS
@@ -39,17 +39,6 @@ _HELD_OUT = (
     "Solve for x: 3x + 7 = 22.",
     "Tell me about the history of paper.",
 )
-
-
-def _ids(tokenizer: Any, text: str) -> Tensor:
-    """Prompt ids `[T]`, through the chat template where there is one."""
-    if getattr(tokenizer, "chat_template", None):
-        chat = [{"role": "user", "content": text}]
-        made = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        ids: Tensor = made["input_ids"][0]
-        return ids
-    plain: Tensor = tokenizer(text, return_tensors="pt")["input_ids"][0]
-    return plain
 
 
 def _check(plan: Plan) -> None:
@@ -130,7 +119,10 @@ def _run(model: str, out: Path, plan: Plan, dtype: str, device: str, report: boo
     tokenizer = load_tokenizer(model)
     store = LayerStore(out / "unfinished", {"model": model, "dtype": dtype, **asdict(plan)})
     prompts = Prompts(
-        *([_ids(tokenizer, text).to(original.device) for text in texts] for texts in (_PROMPTS, _HELD_OUT))
+        *(
+            [encode_prompt(tokenizer, text, original.device)["input_ids"][0] for text in texts]
+            for texts in (_PROMPTS, _HELD_OUT)
+        )
     )
     made = Pipeline(original, tokenizer, plan, prompts, store, console).run()
     save_quantized(made.model, out)

@@ -26,6 +26,7 @@ from ..levels.causal_lm import CausalLMDrafter
 from ..levels.draft_memory import DraftMemory
 from ..levels.eagle import EagleDrafter
 from ..levels.joined import JoinedDrafter
+from ..levels.names import name_of
 from ..levels.verifier import Verifier
 from .options import PolySpecOptions
 
@@ -315,6 +316,4 @@ def _show_features(runner: ModelRunner, below: Drafter) -> None:
 
 
 def _display_name(model: Any) -> str:
-    path = str(getattr(inner_model(model), "name_or_path", "") or "")
-    short = path.rstrip("/").rsplit("/", 1)[-1]
-    return short or type(inner_model(model)).__name__
+    return name_of(model) or type(inner_model(model)).__name__

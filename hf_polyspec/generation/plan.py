@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..cpu.packing import is_packed
+from ..levels.names import name_of
 from .options import PolySpecOptions
 
 FORMAT = 1
@@ -264,8 +265,7 @@ def mark_of(member: Any, name: str) -> Mark:
 
 
 def _name(member: Any) -> str:
-    path = str(getattr(member, "name_or_path", "") or getattr(member, "name", "") or "")
-    return path.rstrip("/").rsplit("/", 1)[-1] or type(member).__name__
+    return name_of(member) or type(member).__name__
 
 
 def _is_count(value: Any) -> bool:

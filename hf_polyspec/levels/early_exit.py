@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..host.release import inner_model
-from ..models.by_name import short_name
 from ..quantization.model import sharing_copy
+from .names import name_of
 
 PREFIX = "early-exit"
 _PROBE = (1, 2, 3)
@@ -51,7 +51,7 @@ def early_exit(model: Any, layers: int) -> Any:
     setattr(copy.get_submodule(parent), leaf, nn.ModuleList(kept))
     _shorten(copy.config.get_text_config(decoder=True), layers, depth)
     _check_same_layers(base, copy, place, layers)
-    copy.name_or_path = f"{short_name(str(getattr(base, 'name_or_path', '') or '')) or kind} exit {layers}"
+    copy.name_or_path = f"{name_of(base) or kind} exit {layers}"
     return copy
 
 

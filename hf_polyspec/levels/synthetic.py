@@ -18,6 +18,7 @@ import torch
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
 from ..exactness.proposal import Proposal
+from ..host.configs import generation_config
 from .base import Drafter
 
 _SLEEPS = 2e-3
@@ -130,8 +131,6 @@ class SyntheticLevel(Drafter):
         return self._write_ahead(ids) if first and self.target is not None else None
 
     def _write_ahead(self, ids: list[int]) -> list[int] | None:
-        from ..planning.texts import generation_config
-
         started = time.perf_counter()
         prompt = torch.tensor([ids], device=self.target.device)
         config = generation_config(self.target, self.ahead, 0.0)

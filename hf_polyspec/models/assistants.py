@@ -11,10 +11,11 @@ import torch
 from ..cpu.joint_product import change_count
 from ..eagle.formats.files import read_config, read_tensors
 from ..levels.early_exit import PREFIX, early_exit, parse_early_exit
+from ..levels.names import name_of
 from ..levels.suffix import SuffixDrafter
 from ..levels.synthetic import parse_synthetic
 from ..quantization import quantize_model
-from .by_name import load_model, read_dtype, resolve, short_name
+from .by_name import load_model, read_dtype, resolve
 
 _BITS = {"int8": 8, "int4": 4}
 _EAGLE_MODEL_TYPE = "polyspec_eagle"
@@ -106,7 +107,7 @@ def quantized_copy(model: Any, bits: int) -> Any:
     """A copy of a model with integer weights, named after its bits so that tables can tell the two apart."""
     copy: Any = quantize_model(model, bits)
     # The copy's own attribute: the original keeps its name.
-    copy.name_or_path = f"{short_name(str(model.name_or_path)) or type(model).__name__} int{bits}"
+    copy.name_or_path = f"{name_of(model) or type(model).__name__} int{bits}"
     return copy
 
 

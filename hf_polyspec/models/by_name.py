@@ -133,11 +133,6 @@ def check_device(device: str | torch.device) -> torch.device:
     return place
 
 
-def short_name(name: str) -> str:
-    """The last part of a hub id or folder."""
-    return name.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
-
-
 def _is_gptq(name: str) -> bool:
     """Whether a checkpoint is in GPTQ's format or this package's, which is the same with another name."""
     stored = getattr(load_config(name), "quantization_config", None)

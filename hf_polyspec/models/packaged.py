@@ -56,7 +56,7 @@ def find_gguf() -> Path:
 
 def head_folder() -> Path:
     """The folder of the EAGLE-3 head for SmolLM2-135M-Instruct that ships with this package."""
-    return Path(__file__).parent / "heads" / HEAD
+    return Path(__file__).parents[1] / "heads" / HEAD
 
 
 def smollm2_folder() -> Path:

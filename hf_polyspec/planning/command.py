@@ -14,8 +14,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from ..cpu.packing import pack as pack_model
 from ..eagle.training.prompts import prompt_ids, read_prompts
 from ..host.generation import quiet
+from ..levels.names import short_name
 from ..models.assistants import check_assistant_names, load_assistant
-from ..models.by_name import check_device, load_model, load_tokenizer, read_dtype, short_name
+from ..models.by_name import check_device, load_model, load_tokenizer, read_dtype
 from .gauge import TakenAgain
 from .planner import Planned, Wish, make_plan
 from .plot import draw_plan, require_matplotlib

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from ..host.configs import generation_config
 from .rig import Offer
-from .texts import generation_config
 from .turns import Turn, over_turns
 
 SHORT, LONG = 1, 17

@@ -14,8 +14,9 @@ from transformers import GenerationConfig
 from ..cpu.packing import is_packed, packed_assistants
 from ..generation.chain import check_assistants
 from ..generation.plan import Plan, mark_of
+from ..host.configs import generation_config
 from ..host.lending import is_copy
-from ..host.release import inner_model
+from ..levels.names import name_of
 from .agreement import TREES, DraftRecord, TreeSize, record_drafts
 from .candidates import Level, describe_chain, describe_sizes, kind_of, options_of
 from .costs import measure_costs, steps
@@ -24,7 +25,7 @@ from .readings import Reading, edge, read_model, survival, windows
 from .reasons import Dropped, reasons
 from .replay import Measurements
 from .search import Candidate, best_of_each, search
-from .texts import Law, Text, generation_config, law_of, write_texts
+from .texts import Law, Text, law_of, write_texts
 
 Progress = Callable[[str, int, int], None]
 """(what is going on, steps done, steps in all)"""
@@ -178,8 +179,7 @@ def _levels(target: Any, assistants: Sequence[Any], names: Sequence[str] | None)
 
 
 def _name(member: Any, place: int) -> str:
-    path = str(getattr(inner_model(member), "name_or_path", "") or getattr(member, "name", "") or "")
-    return path.rstrip("/").rsplit("/", 1)[-1] or f"{type(member).__name__} {place}"
+    return name_of(member) or f"{type(member).__name__} {place}"
 
 
 def _measure(levels: Sequence[Level], texts: list[Text], law: Law, wish: Wish, progress: Progress) -> Measurements:

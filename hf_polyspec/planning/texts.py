@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from transformers import GenerationConfig
 from ..exactness.context import Context, Prompt
 from ..exactness.distributions import LawMaker
 from ..exactness.randomness import Randomness
+from ..host.configs import generation_config
 from ..host.generation import BaseStreamer
 
 PROMPTS = (
@@ -78,23 +78,6 @@ def context_of(rows: list[list[int]], prompt: int) -> Context:
     return Context(rows, Prompt(prompt, None, positions))
 
 
-def generation_config(target: Any, new_tokens: int, temperature: float) -> GenerationConfig:
-    """The target's own configuration at this length and temperature; 0 is greedy."""
-    config = copy.deepcopy(target.generation_config)
-    config.max_length = None
-    config.max_new_tokens = new_tokens
-    config.return_dict_in_generate = True
-    config.do_sample = temperature > 0
-    if config.do_sample:
-        config.temperature = temperature
-    else:
-        config.temperature = config.top_p = config.top_k = config.min_p = None
-    if config.pad_token_id is None:
-        ends = config.eos_token_id
-        config.pad_token_id = ends[0] if isinstance(ends, list) else ends
-    return config
-
-
 def law_of(target: Any, prompt: list[int], config: GenerationConfig) -> Law:
     """The processors that generate() makes of a configuration, caught at the door a chain would come in by.
 
@@ -123,7 +106,7 @@ def write_texts(
     Args:
         target: the model.
         prompts: ids of each.
-        config: from `generation_config`.
+        config: from `host.configs.generation_config`.
         advance: called after each.
 
     Returns:

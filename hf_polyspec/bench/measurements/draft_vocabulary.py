@@ -24,6 +24,7 @@ from rich.table import Table
 
 from ...eagle import EagleHead
 from ...generation.doors import generate
+from ...models.conversation import encode_prompt
 from ...models.environment import describe
 from ...telemetry.counters import LevelStats
 from . import arguments
@@ -167,12 +168,6 @@ def table(results: Sequence[Result]) -> Table:
     return found
 
 
-def _encode(tokenizer: Any, prompts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-    from ...cli.demo import encode
-
-    return [encode(tokenizer, prompt, "cpu") for prompt in prompts]
-
-
 def main(words: Sequence[str] | None = None) -> None:
     """Measure, print a table, and write the figures if asked."""
     parser = argparse.ArgumentParser("polyspec measure draft-vocabulary", description=__doc__)
@@ -187,7 +182,7 @@ def main(words: Sequence[str] | None = None) -> None:
     given = parser.parse_args(words)
     target, head, tokenizer = load(given.model, given.head)
     options = {"num_assistant_tokens": given.draft_tokens, "polyspec_tree_tokens": given.tree_tokens}
-    inputs = _encode(tokenizer, given.prompts)
+    inputs = [encode_prompt(tokenizer, prompt, "cpu") for prompt in given.prompts]
     results = measure(target, head, inputs, given.sizes or SIZES, given.new_tokens, **options)
     console = Console()
     console.print(table(results))

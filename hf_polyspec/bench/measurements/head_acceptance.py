@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ...cli.demo import encode
 from ...generation.doors import generate
 from ...models.assistants import load_assistant
 from ...models.by_name import load_model, load_tokenizer
+from ...models.conversation import encode_prompt
 from ...models.environment import describe
 from ...quantization import pack
 from ..questions import read_questions, select
@@ -163,7 +163,7 @@ def main(words: Sequence[str] | None = None) -> None:
     target, tokenizer = pack(load_model(wanted.model)), load_tokenizer(wanted.model)
     assistants = [load_assistant(name, target, "float32", "cpu") for name in wanted.assistant]
     prompts = {
-        task: [encode(tokenizer, text, target.device)["input_ids"] for text in texts]
+        task: [encode_prompt(tokenizer, text, target.device)["input_ids"] for text in texts]
         for task, texts in questions.items()
     }
     lengths = average(target, assistants, prompts, settings, wanted.new_tokens, wanted.seeds)

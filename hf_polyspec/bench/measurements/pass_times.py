@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ...host.generation import quiet
-from ...models.by_name import load_model, read_dtype, short_name
+from ...levels.names import short_name
+from ...models.by_name import load_model, read_dtype
 from ...models.environment import describe
 from ...quantization import pack, quantize_model
 from ...quantization.measure import pass_times

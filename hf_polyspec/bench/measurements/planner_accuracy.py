@@ -20,8 +20,9 @@ from rich.console import Console
 from ...cpu.packing import pack as pack_model
 from ...eagle.training.prompts import prompt_ids, read_prompts
 from ...host.generation import quiet
+from ...levels.names import short_name
 from ...models.assistants import load_assistant
-from ...models.by_name import load_model, load_tokenizer, short_name
+from ...models.by_name import load_model, load_tokenizer
 from ...models.environment import describe
 from ...planning.command import run_best, show_progress, some
 from ...planning.planner import Planned, Progress, Wish, make_plan

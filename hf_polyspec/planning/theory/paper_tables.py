@@ -13,27 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from . import (
-    Insertion,
-    acceptance_probability,
-    agreement_for_length,
-    best_block,
-    chain_rounds,
-    condition_c1,
-    critical_length_before,
-    emitted_law,
-    exact_time_per_token,
-    expected_length,
-    implied_beta,
-    lemma_change_above_drafter,
-    lemma_time_per_token,
-    length_variance,
-    pareto_front,
-    printed_variance,
-    rejection_probability,
-    smallest_beta_for_c2,
-    total_variation,
-)
+from .costs import exact_time_per_token, implied_beta, lemma_time_per_token
+from .insertion import Insertion, condition_c1, critical_length_before, lemma_change_above_drafter, smallest_beta_for_c2
+from .lengths import agreement_for_length, expected_length, length_variance, printed_variance
+from .rejections import acceptance_probability, emitted_law, pareto_front, rejection_probability, total_variation
+from .rounds import best_block, chain_rounds
 
 
 @dataclass(frozen=True)

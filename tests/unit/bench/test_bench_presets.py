@@ -14,10 +14,11 @@ from tiny_checkpoints import byte_tokenizer
 from tiny_models import tiny
 from transformers import PreTrainedTokenizerFast
 
-from hf_polyspec.bench.conversation import encode, messages, stop_ids
+from hf_polyspec.bench.conversation import stop_ids
 from hf_polyspec.bench.journal import read_lines
 from hf_polyspec.bench.presets import Preset, available, load_preset
 from hf_polyspec.eagle import EagleHead, EagleHeadConfig
+from hf_polyspec.models.conversation import encode, messages
 
 LLAMA = {"bos_token": "<s>", "eos_token": "</s>"}
 LLAMA3 = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 import hf_polyspec
 from hf_polyspec.cpu import packing
+from hf_polyspec.host.configs import generation_config
 from hf_polyspec.levels.suffix import SuffixDrafter
 from hf_polyspec.planning import Planned, Wish, make_plan
 from hf_polyspec.planning.gauge import TakenAgain
@@ -24,7 +25,7 @@ from hf_polyspec.planning.overheads import measure_overheads
 from hf_polyspec.planning.readings import read_model
 from hf_polyspec.planning.replay import Measurements
 from hf_polyspec.planning.search import Candidate, spread
-from hf_polyspec.planning.texts import generation_config, law_of, write_texts
+from hf_polyspec.planning.texts import law_of, write_texts
 from hf_polyspec.planning.turns import over_turns, settled
 from hf_polyspec.planning.verify import verify
 from hf_polyspec.quantization import quantize_model
