@@ -18,7 +18,8 @@ from .generation.doors import PolySpecGenerationMixin, attach, detach, disable, 
 from .generation.options import PolySpecOptions
 from .levels.base import Drafter
 from .levels.suffix import SuffixDrafter
-from .telemetry.counters import LevelStats, PolySpecStats
+from .telemetry.counters import LevelStats
+from .telemetry.stats import PolySpecStats
 from .version import __version__ as __version__
 
 __all__ = [

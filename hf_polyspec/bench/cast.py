@@ -20,7 +20,7 @@ from ..generation.doors import generate
 from ..levels.base import Drafter
 from ..models.assistants import end_ids, load_assistant
 from ..models.by_name import load_model, load_tokenizer
-from ..quantization.model import sharing_copy
+from ..quantization.modules import sharing_copy
 from .conversation import cut_at_end, pad_left, stop_ids
 from .memory import PeakMeter, weight_bytes
 from .methods import ASSISTED, CHAIN, EARLY_EXIT, PACKED, PLANNED, PROMPT_LOOKUP, Method

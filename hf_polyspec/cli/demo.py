@@ -19,7 +19,7 @@ from ..host.configs import generation_config
 from ..levels.names import short_name
 from ..models.conversation import encode_prompt
 from ..models.packaged import HEAD, PACKAGE
-from ..telemetry.counters import PolySpecStats
+from ..telemetry.stats import PolySpecStats
 
 DEFAULT_MODEL = PACKAGE
 # A text to be edited: much of the answer stands in the prompt, which is where n-grams draft well. On free prose they

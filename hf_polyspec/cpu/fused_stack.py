@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from threading import local
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import ref
 
 import torch
 from torch import Tensor
 
-from hf_polyspec.cpu.block_parts import plain_turns
+from hf_polyspec.cpu.block_parts import BlockParts, plain_turns
 from hf_polyspec.cpu.block_products import block_products, block_shape, new_states
 from hf_polyspec.cpu.joint_product import change_count
 from hf_polyspec.host.cache import RollbackCache, RollbackLayer
@@ -26,7 +26,6 @@ from hf_polyspec.host.cache import RollbackCache, RollbackLayer
 if TYPE_CHECKING:
     from hf_polyspec.cpu.compiled.whole_block import BlockProducts, BlockShape
     from hf_polyspec.cpu.compiled.whole_stack import Room, StackTask
-    from hf_polyspec.cpu.fused_block import FusedBlock
 
 Turns = tuple[Tensor, Tensor]
 _PATIENCE = 64
@@ -36,6 +35,25 @@ _ROWS_KEPT = 1024
 """Rows of all shapes of inputs together for which a thread keeps tasks, with the memory that they write to."""
 
 
+class Block(Protocol):
+    """What is read of a fused block: its parts, who follows it, and what is kept for those that go together."""
+
+    @property
+    def parts(self) -> BlockParts:
+        """Of its layer."""
+        ...
+
+    @property
+    def link(self) -> Link:
+        """To the block that follows."""
+        ...
+
+    @property
+    def plans(self) -> dict[int, Plan]:
+        """By how many blocks go together."""
+        ...
+
+
 class Link:
     """Which block follows another one.
 
@@ -43,14 +61,14 @@ class Link:
     """
 
     def __init__(self) -> None:
-        self._next: Callable[[], FusedBlock | None] | None = None
+        self._next: Callable[[], Block | None] | None = None
         self._patience, self._seen = 1, 0
 
-    def next(self) -> FusedBlock | None:
+    def next(self) -> Block | None:
         """The block that follows, None if there is none, or it is not known yet."""
         return None if self._next is None else self._next()
 
-    def meet(self, block: FusedBlock) -> None:
+    def meet(self, block: Block) -> None:
         """A block was called with what this link's block gave."""
         if self.next() is not block:
             self._seen += 1
@@ -74,7 +92,7 @@ class Plan:
     """
 
     def __init__(
-        self, blocks: Sequence[FusedBlock], products: Sequence[BlockProducts], watch: Callable[[Tensor], bool]
+        self, blocks: Sequence[Block], products: Sequence[BlockProducts], watch: Callable[[Tensor], bool]
     ) -> None:
         self.blocks = list(blocks)
         self.same = watch
@@ -108,7 +126,7 @@ class _Waiting:
         self._fed, self._next, self._size = task.outputs[0].shape[1], 0, task.outputs[0].nbytes
         self._given: Tensor | None = None
 
-    def expects(self, block: FusedBlock, x: Tensor, mask: Tensor | None, past: Any, turns: object) -> bool:
+    def expects(self, block: Block, x: Tensor, mask: Tensor | None, past: Any, turns: object) -> bool:
         """Whether this is how the next block should be called."""
         from hf_polyspec.cpu.compiled.samples import same_bytes
 
@@ -150,13 +168,11 @@ class _Waiting:
 class _Trail:
     """What the block computed last gave, and how it was called."""
 
-    def __init__(
-        self, block: FusedBlock, given: Tensor, mask: Tensor | None, past: RollbackCache, turns: Turns
-    ) -> None:
+    def __init__(self, block: Block, given: Tensor, mask: Tensor | None, past: RollbackCache, turns: Turns) -> None:
         self._block, self._given, self._past = ref(block), ref(given), ref(past)
         self._mask, self._turns = mask, turns
 
-    def meet(self, block: FusedBlock, x: Tensor, mask: Tensor | None, past: object, turns: object) -> None:
+    def meet(self, block: Block, x: Tensor, mask: Tensor | None, past: object, turns: object) -> None:
         """Tell the block computed last which one follows, if it is this one."""
         before = self._block()
         if (
@@ -180,7 +196,7 @@ class _Own(local):
 _own = _Own()
 
 
-def waiting_output(block: FusedBlock, x: Tensor, mask: Tensor | None, past: Any, turns: Any) -> Tensor | None:
+def waiting_output(block: Block, x: Tensor, mask: Tensor | None, past: Any, turns: Any) -> Tensor | None:
     """The output of a block if it has been computed already with this input; arguments as for the block.
 
     If others wait, they are dropped.
@@ -198,19 +214,19 @@ def waiting_output(block: FusedBlock, x: Tensor, mask: Tensor | None, past: Any,
     return found
 
 
-def leave_trail(block: FusedBlock, given: Tensor, mask: Tensor | None, past: RollbackCache, turns: Turns) -> None:
+def leave_trail(block: Block, given: Tensor, mask: Tensor | None, past: RollbackCache, turns: Turns) -> None:
     """Remember how a block was called that computed by itself, so that the next one is recognised."""
     _own.trail = _Trail(block, given, mask, past, turns)
 
 
-def follow_trail(block: FusedBlock, x: Tensor, mask: Tensor | None, past: RollbackCache, turns: Turns) -> None:
+def follow_trail(block: Block, x: Tensor, mask: Tensor | None, past: RollbackCache, turns: Turns) -> None:
     """Let the block computed last know that this one follows, if it does."""
     trail, _own.trail = _own.trail, None
     if trail is not None:
         trail.meet(block, x, mask, past, turns)
 
 
-def stack_output(block: FusedBlock, x: Tensor, mask: Tensor | None, past: RollbackCache, turns: Turns) -> Tensor | None:
+def stack_output(block: Block, x: Tensor, mask: Tensor | None, past: RollbackCache, turns: Turns) -> Tensor | None:
     """The output of a block, computed together with those of the blocks that follow, which wait from now on.
 
     Args:
@@ -238,13 +254,13 @@ def stack_output(block: FusedBlock, x: Tensor, mask: Tensor | None, past: Rollba
     return found
 
 
-def _chain(block: FusedBlock, past: RollbackCache, new: tuple[int, int, int, int], x: Tensor) -> Iterator[FusedBlock]:
+def _chain(block: Block, past: RollbackCache, new: tuple[int, int, int, int], x: Tensor) -> Iterator[Block]:
     """A block and those that follow, as far as the cache holds as much for them as for the first.
 
     A cache knows how deep its model is, when two models share layers.
     """
     held, first = len(past.layers), -1
-    following: FusedBlock | None = block
+    following: Block | None = block
     while following is not None:
         index = following.parts.attention.layer_idx
         layer = past.layers[index] if index < held else None
@@ -257,7 +273,7 @@ def _chain(block: FusedBlock, past: RollbackCache, new: tuple[int, int, int, int
         following = following.link.next()
 
 
-def _plan(chain: Sequence[FusedBlock], x: Tensor) -> Plan | None:
+def _plan(chain: Sequence[Block], x: Tensor) -> Plan | None:
     """What is kept for a chain, made anew if anything has changed; None if nothing of it can go together."""
     plans = chain[0].plans
     plan = plans.get(len(chain))
@@ -272,10 +288,10 @@ def _plan(chain: Sequence[FusedBlock], x: Tensor) -> Plan | None:
     return plan
 
 
-def _made(chain: Sequence[FusedBlock], x: Tensor) -> Plan | None:
+def _made(chain: Sequence[Block], x: Tensor) -> Plan | None:
     from hf_polyspec.cpu.watch import Watch
 
-    blocks: list[FusedBlock] = []
+    blocks: list[Block] = []
     kind = None
     for block in chain:
         products = block_products(block.parts, x.dtype) if block.parts.ready(x, {}) else None

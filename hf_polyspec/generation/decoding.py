@@ -21,7 +21,7 @@ from ..host.modeling import Cache
 from ..host.release import GENERATION_CACHE, cache_names, cache_of
 from ..host.runner import ModelRunner
 from ..levels.verifier import NoDraft, Verifier
-from ..telemetry.counters import PolySpecStats
+from ..telemetry.stats import PolySpecStats
 from .chain import Setting, build_chain, check_assistants, levels_of
 from .loop import DecodingLoop, Stopping
 from .options import PolySpecOptions

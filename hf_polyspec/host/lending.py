@@ -8,16 +8,14 @@ stays exact (law 1). Keys and values of many tokens are taken; a few are compute
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..exactness.context import common_prefix
+from .cache import RollbackCache
 from .release import inner_model
-
-if TYPE_CHECKING:
-    from .runner import ModelRunner
 
 WORTH = 32
 """Fewer tokens than this are read rather than taken."""
@@ -27,6 +25,16 @@ _ROWS = 64
 """Rows at the beginning and at the end of the embeddings that are compared."""
 # What may differ between a model and its copy in fewer bits.
 _OWN = {"_name_or_path", "architectures", "dtype", "quantization_config", "torch_dtype", "transformers_version"}
+
+
+class Holder(Protocol):
+    """A model with a cache, and the memo of what it holds (law 4)."""
+
+    cache: RollbackCache
+    memo: list[list[int]]
+    use_cache: bool
+    borrows_from: int
+    """Fewest tokens that are taken from another."""
 
 
 def is_copy(model: Any, target: Any) -> bool:
@@ -65,7 +73,7 @@ def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     )
 
 
-def borrow(borrower: ModelRunner, lender: ModelRunner, sequences: list[list[int]]) -> int:
+def borrow(borrower: Holder, lender: Holder, sequences: list[list[int]]) -> int:
     """Fill a cache with what another model has read of these rows and this one has not.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..host.release import inner_model
-from ..quantization.model import sharing_copy
+from ..quantization.modules import sharing_copy
 from .names import name_of
 
 PREFIX = "early-exit"

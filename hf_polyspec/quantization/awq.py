@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hf_polyspec.cpu.packing import PackedForward
 from hf_polyspec.integers.linear import float_weight
 from hf_polyspec.integers.weights import round_to_nearest
-from hf_polyspec.quantization.model import is_linear, output_head, replace_module, sharing_copy
+from hf_polyspec.quantization.modules import is_linear, output_head, replace_module, sharing_copy
 
 STEPS = 20
 """Exponents tried, from 0 (no scaling) to 1."""

@@ -16,7 +16,7 @@ from hf_polyspec.integers.gptq_format import GPTQ_TENSORS, from_gptq
 from hf_polyspec.integers.linear import float_weight
 from hf_polyspec.quantization.config import METHOD, PolySpecQuantizationConfig
 from hf_polyspec.quantization.linear import quantized_linear
-from hf_polyspec.quantization.model import is_linear, replace_module
+from hf_polyspec.quantization.modules import is_linear, replace_module
 
 
 class StoredLinear(nn.Module):

@@ -13,7 +13,8 @@ from huggingface_hub import save_torch_state_dict
 from torch import nn
 
 from hf_polyspec.quantization.config import METHOD, PolySpecQuantizationConfig, read_config
-from hf_polyspec.quantization.model import output_head, quantized_layers
+from hf_polyspec.quantization.model import quantized_layers
+from hf_polyspec.quantization.modules import output_head
 
 
 def checkpoint_config(model: nn.Module) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from hf_polyspec.integers.gptq_format import storable
 from hf_polyspec.integers.linear import float_weight
 from hf_polyspec.quantization.checkpoint import load_quantized
-from hf_polyspec.quantization.model import is_linear, output_head, quantize_model
+from hf_polyspec.quantization.model import quantize_model
+from hf_polyspec.quantization.modules import is_linear, output_head
 
 
 @dataclass(frozen=True)

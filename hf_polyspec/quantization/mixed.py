@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from hf_polyspec.integers.linear import float_weight
 from hf_polyspec.quantization.linear import quantized_linear
 from hf_polyspec.quantization.measure import agreement
-from hf_polyspec.quantization.model import Progress, output_head, replace_module, round_layer, sharing_copy
+from hf_polyspec.quantization.model import Progress, round_layer
+from hf_polyspec.quantization.modules import output_head, replace_module, sharing_copy
 
 
 @dataclass(frozen=True)

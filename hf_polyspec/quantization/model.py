@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,47 +16,16 @@ from hf_polyspec.cpu.shared_input import share_inputs
 from hf_polyspec.integers.gptq_format import storable
 from hf_polyspec.integers.linear import QuantizedLinear, float_weight
 from hf_polyspec.integers.weights import QuantizedWeight, check_bits, round_to_nearest, search_scales
+from hf_polyspec.quantization.awq import fold_for
 from hf_polyspec.quantization.linear import Int8Linear, quantized_linear
+from hf_polyspec.quantization.modules import is_linear, output_head, replace_module, sharing_copy
 from hf_polyspec.quantization.store import LayerStore
 
 ModuleFilter = Callable[[str, nn.Module], bool]
-Model = TypeVar("Model", bound=nn.Module)
 Progress = Callable[[str], None]
 METHODS = ("rtn", "search", "gptq", "awq", "awq+gptq")
 CALIBRATED = ("gptq", "awq", "awq+gptq")
 """Methods that cannot do without calibration."""
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a float linear layer that can be quantised (`nn.Linear` or transformers' `Conv1D`)."""
-    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
-
-
-def sharing_copy(model: Model) -> Model:
-    """A copy of a model's modules that shares the storage of every parameter and buffer.
-
-    Each parameter is a new `nn.Parameter` over the same memory, so moving or casting the copy leaves the original
-    alone; only writing into the tensors in place would be seen by both.
-    """
-    memo: dict[int, object] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer.detach()
-    return copy.deepcopy(model, memo)
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    """The layer that makes the logits, where the model names one."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    return head if isinstance(head, nn.Module) else None
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` is."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
 
 
 def linear_layers(model: nn.Module, modules: ModuleFilter | None = None) -> dict[str, nn.Module]:
@@ -203,8 +172,6 @@ def quantize_model(
         ValueError: Unsupported bits or method, "gptq" or "awq" without calibration, no layer that could be quantised,
             no place to fold scales into.
     """
-    from hf_polyspec.quantization.awq import fold_for
-
     _check_request(model, bits, group_size, method, calibration)
     source, method, calibration = fold_for(method, merged_adapters(model), calibration, bits, group_size, symmetric)
     plan = plan_bits(source, bits, head_bits, layer_bits, modules)

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from hf_polyspec.quantization.awq import fold_for
 from hf_polyspec.quantization.calibrate import choose_layer_bits, input_moments, sensitivity
+from hf_polyspec.quantization.continuations import continuations
 from hf_polyspec.quantization.libraries import LIBRARIES, quantize_with_library
 from hf_polyspec.quantization.mixed import bits_for_agreement
-from hf_polyspec.quantization.model import linear_layers, merged_adapters, output_head, plan_bits, quantize_model
+from hf_polyspec.quantization.model import linear_layers, merged_adapters, plan_bits, quantize_model
+from hf_polyspec.quantization.modules import output_head
 from hf_polyspec.quantization.recovery import Recovery, RecoveryOptions, recover
-from hf_polyspec.quantization.report import continuations
 from hf_polyspec.quantization.store import LayerStore
 
 LONGEST = 512

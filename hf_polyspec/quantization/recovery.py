@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from hf_polyspec.quantization.continuations import Texts, continuations
 from hf_polyspec.quantization.measure import Comparison, compare
 from hf_polyspec.quantization.model import merged_adapters
-from hf_polyspec.quantization.report import Texts, continuations
 from hf_polyspec.quantization.straight_through import Student
 
 STATE = "recovery.pt"

@@ -7,52 +7,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from hf_polyspec.quantization.continuations import continuations
 from hf_polyspec.quantization.measure import Comparison, SpeedRatio, compare, speed_ratios
-
-if TYPE_CHECKING:
-    from hf_polyspec.quantization.recovery import Recovery
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Continuations a model wrote: `[T]` ids each, prompt included, and where each continuation starts."""
-
-    texts: list[Tensor]
-    starts: list[int]
-
-
-@torch.inference_mode()
-def continuations(model: Any, prompts: Sequence[Tensor], new_tokens: int, seed: int, sample: bool = True) -> Texts:
-    """Let a model continue prompts, sampled at temperature 1 or greedily.
-
-    Args:
-        model: A causal LM.
-        prompts: Ids `[T]`.
-        new_tokens: Tokens to add at most.
-        seed: Of the sampling; the global random state is left as it was.
-        sample: Whether to sample.
-    """
-    texts, starts = [], []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        options: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0} if sample else {}
-        for prompt in prompts:
-            ids = prompt[None].to(model.device)
-            mask = torch.ones_like(ids)
-            text = model.generate(
-                ids, attention_mask=mask, max_new_tokens=new_tokens, **(options or {"do_sample": False})
-            )[0]
-            if len(text) > len(prompt):
-                texts.append(text)
-                starts.append(len(prompt))
-    return Texts(texts, starts)
+from hf_polyspec.quantization.recovery import Recovery
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happened in a generation, per level. Counters only: showing them is `display.py`'s business.
+"""What every level of a chain did: counters, checks and decisions. How they are shown, they need not know.
 
 The names are those vLLM, llama.cpp and AIPerf agree on (mean acceptance length counts the recovered or bonus token).
 """
@@ -225,68 +225,6 @@ class LevelStats:
             "mean_tree_depth": self.mean_tree_depth,
             "draft_vocabulary": self.draft_vocabulary,
         }
-
-
-@dataclass
-class PolySpecStats:
-    """What happened in one `generate()` call.
-
-    Attributes:
-        levels: one `LevelStats` per member of the chain, the target first.
-        token_levels: per row, the level that first proposed each emitted token (0: the target drew it itself).
-        new_tokens: emitted tokens, all rows together.
-        seconds: wall time of the whole call.
-        decisions: what an online control changed, and when; empty without one.
-        bias: per row, the expected number of biased tokens that `polyspec_bias_budget` introduced, an upper bound (in
-            expectation) of the total variation between the law of the row and the target's; 0 when exact.
-    """
-
-    levels: list[LevelStats]
-    token_levels: list[list[int]]
-    new_tokens: int
-    seconds: float
-    decisions: list[Decision] = field(default_factory=list)
-    bias: list[float] = field(default_factory=list)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.new_tokens / self.seconds if self.seconds else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists, JSON-serialisable."""
-        return {
-            "new_tokens": self.new_tokens,
-            "seconds": self.seconds,
-            "tokens_per_second": self.tokens_per_second,
-            "levels": [level.to_dict() for level in self.levels],
-            "token_levels": [list(row) for row in self.token_levels],
-            "decisions": [decision.to_dict() for decision in self.decisions],
-            "bias": list(self.bias),
-        }
-
-    def table(self) -> Any:
-        """A `rich.table.Table` with a line per level."""
-        from .display import stats_table
-
-        return stats_table(self)
-
-    def _repr_html_(self) -> str:
-        """The table, where a notebook shows this object."""
-        from .display import stats_html
-
-        return stats_html(self)
-
-    def to_html(self, tokenizer: Any, sequences: Any, prompt_length: int = 0) -> str:
-        """The generated text as HTML, each token coloured by the level that first proposed it.
-
-        Args:
-            tokenizer: turns ids into text.
-            sequences: `[B, L]` ids as `generate()` returned them.
-            prompt_length: columns of `sequences` that are prompt.
-        """
-        from .display import tokens_html
-
-        return tokens_html(self, tokenizer, sequences, prompt_length)
 
 
 def _grow(counts: list[int], length: int) -> None:

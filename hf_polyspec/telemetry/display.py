@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from html import escape
-from typing import Any
+from typing import Any, Protocol
 
 from rich import box
 from rich.table import Table
 
-from .counters import LevelStats, PolySpecStats
+from .counters import LevelStats
 
 MAX_GROUP = 8
 """Tokens that may wait for the rest of a character; valid UTF-8 needs at most four bytes."""
@@ -39,7 +39,36 @@ _HEADINGS = (
 )
 
 
-def stats_table(stats: PolySpecStats) -> Table:
+class Counted(Protocol):
+    """What is shown of a call; `PolySpecStats` says what it means."""
+
+    @property
+    def levels(self) -> list[LevelStats]:
+        """One per member of the chain, the target first."""
+        ...
+
+    @property
+    def token_levels(self) -> list[list[int]]:
+        """Per row, the level that first proposed each emitted token."""
+        ...
+
+    @property
+    def new_tokens(self) -> int:
+        """Emitted tokens, all rows together."""
+        ...
+
+    @property
+    def seconds(self) -> float:
+        """Of the call."""
+        ...
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the call."""
+        ...
+
+
+def stats_table(stats: Counted) -> Table:
     """One line per level: what it drafted, kept and drew, and how long it took.
 
     Args:
@@ -61,7 +90,7 @@ def stats_table(stats: PolySpecStats) -> Table:
     return table
 
 
-def stats_html(stats: PolySpecStats) -> str:
+def stats_html(stats: Counted) -> str:
     """The table of `stats_table` as an HTML fragment for notebooks."""
     head = "".join(f"<th>{name}</th>" for _, name in _HEADINGS)
     rows = "".join(
@@ -71,7 +100,7 @@ def stats_html(stats: PolySpecStats) -> str:
     return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-def tokens_html(stats: PolySpecStats, tokenizer: Any, sequences: Any, prompt_length: int = 0) -> str:
+def tokens_html(stats: Counted, tokenizer: Any, sequences: Any, prompt_length: int = 0) -> str:
     """Generated text with each token coloured by the level that first proposed it.
 
     Tokens that hold only part of a character share one span, in the colour of the first of them. Padding in front
@@ -163,7 +192,7 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _summary(stats: PolySpecStats) -> str:
+def _summary(stats: Counted) -> str:
     return f"{stats.new_tokens} tokens in {stats.seconds:.2f} s, {stats.tokens_per_second:.1f} tokens/s"
 
 
@@ -174,7 +203,7 @@ def _as_rows(sequences: Any) -> list[list[int]]:
     return [[int(token) for token in row] for row in listed]
 
 
-def _check_fit(stats: PolySpecStats, rows: list[list[int]], prompt_length: int) -> None:
+def _check_fit(stats: Counted, rows: list[list[int]], prompt_length: int) -> None:
     if len(rows) != len(stats.token_levels):
         raise ValueError(f"sequences has {len(rows)} row(s), but the statistics are of {len(stats.token_levels)}.")
     for number, (ids, levels) in enumerate(zip(rows, stats.token_levels, strict=True)):
@@ -185,7 +214,7 @@ def _check_fit(stats: PolySpecStats, rows: list[list[int]], prompt_length: int) 
             )
 
 
-def _legend(stats: PolySpecStats) -> str:
+def _legend(stats: Counted) -> str:
     proposed = [level for row in stats.token_levels for level in row]
     items = []
     for level in stats.levels:
@@ -196,7 +225,7 @@ def _legend(stats: PolySpecStats) -> str:
     return f'<div class="polyspec-name">first proposed by: {" &nbsp; ".join(items)}</div>'
 
 
-def _row_html(stats: PolySpecStats, tokenizer: Any, ids: list[int], levels: list[int], prompt_length: int) -> str:
+def _row_html(stats: Counted, tokenizer: Any, ids: list[int], levels: list[int], prompt_length: int) -> str:
     names = {level.index: level.name for level in stats.levels}
     start = _first_real(tokenizer, ids, prompt_length)
     parts = []

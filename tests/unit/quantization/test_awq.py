@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hf_polyspec.quantization import agreement, fold_scales, input_moments, load_quantized, pack, quantize_model
 from hf_polyspec.quantization.awq import Fold, apply_fold, usable_folds
 from hf_polyspec.quantization.checkpoint import save_quantized
-from hf_polyspec.quantization.model import sharing_copy
+from hf_polyspec.quantization.modules import sharing_copy
 
 Tiny = Callable[..., PreTrainedModel]
 IDS = torch.randint(48, (4, 30), generator=torch.Generator().manual_seed(9))

@@ -17,7 +17,8 @@ from hf_polyspec.integers.gptq_format import to_gptq
 from hf_polyspec.integers.weights import round_to_nearest
 from hf_polyspec.quantization import QuantizedWeight, load_quantized, quantize_model, save_quantized
 from hf_polyspec.quantization.config import read_config
-from hf_polyspec.quantization.model import linear_layers, quantized_layers, replace_module, sharing_copy
+from hf_polyspec.quantization.model import linear_layers, quantized_layers
+from hf_polyspec.quantization.modules import replace_module, sharing_copy
 
 Tiny = Callable[..., PreTrainedModel]
 IDS = torch.randint(48, (1, 20), generator=torch.Generator().manual_seed(5))

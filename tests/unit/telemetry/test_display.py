@@ -13,8 +13,9 @@ import torch
 from rich.console import Console
 from tiny_checkpoints import byte_tokenizer
 
-from hf_polyspec.telemetry.counters import LevelStats, PolySpecStats
+from hf_polyspec.telemetry.counters import LevelStats
 from hf_polyspec.telemetry.display import html_page, stats_html, stats_table, tokens_html
+from hf_polyspec.telemetry.stats import PolySpecStats
 
 
 def make_stats(token_levels: list[list[int]], names: tuple[str, ...] = ("big", "mid", "suffix")) -> PolySpecStats:
