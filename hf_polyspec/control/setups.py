@@ -162,7 +162,7 @@ class Forecast:
 
     def best(self, levels: tuple[int, ...]) -> tuple[Setup, Prediction]:
         """The sizes of the highest predicted tokens/s for these levels, lowest first, which is the best of all
-        combinations (`theory_rounds.best_chain_blocks`)."""
+        combinations (`theory.rounds.best_chain_blocks`)."""
         if levels == (0,):
             return PLAIN, self.predict(PLAIN)
         setup = Setup(levels[-2:])

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from hf_polyspec.eagle.attention import HeadCache
 from hf_polyspec.eagle.configuration import EagleHeadConfig
 from hf_polyspec.eagle.features import bind, feature_layers, select_features, target_parts
 from hf_polyspec.eagle.formats.export import export_official, export_speculators
+from hf_polyspec.eagle.formats.loading import load_head
 from hf_polyspec.eagle.fresh import init_for
+from hf_polyspec.eagle.head_cache import HeadCache
 from hf_polyspec.eagle.modeling import EagleHead, EagleHeadOutput
 from hf_polyspec.eagle.vocabulary import VocabularySlice
 
@@ -25,3 +26,6 @@ __all__ = [
     "select_features",
     "target_parts",
 ]
+
+# What a head is does not depend on the files it may come from: the two meet here.
+EagleHead.read_by(load_head)

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -17,14 +18,17 @@ from hf_polyspec.eagle.attention import (
     EagleLayer,
     EagleRMSNorm,
     EagleRotaryEmbedding,
-    HeadCache,
     Rotary,
 )
 from hf_polyspec.eagle.configuration import EagleHeadConfig
+from hf_polyspec.eagle.head_cache import HeadCache
 from hf_polyspec.eagle.masks import attention_mask_4d, default_positions, windowed
 from hf_polyspec.eagle.vocabulary import SLICES, Borrowed, Rows, VocabularySlice, lm_head_logits
 from hf_polyspec.host.attention import attention_name
 from hf_polyspec.host.modeling import AutoModel, ModelOutput
+
+Reader = Callable[[Callable[..., Any], "str | os.PathLike[str] | None", tuple[Any, ...], dict[str, Any]], Any]
+"""From transformers' own loader and the arguments of `from_pretrained` to the head."""
 
 
 @dataclass
@@ -57,6 +61,7 @@ class EagleHead(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "input_ids"
     _supports_sdpa = True
+    _read: ClassVar[Reader]
     d2t: torch.Tensor
 
     def __init__(self, config: EagleHeadConfig) -> None:
@@ -112,9 +117,12 @@ class EagleHead(PreTrainedModel):
                 asks for a variant that is not supported (named).
             OSError: If there is no checkpoint.
         """
-        from hf_polyspec.eagle.formats.loading import load_head
+        return cls._read(super().from_pretrained, pretrained_model_name_or_path, args, kwargs)
 
-        return load_head(super().from_pretrained, pretrained_model_name_or_path, args, kwargs)
+    @classmethod
+    def read_by(cls, reader: Reader) -> None:
+        """Sets what `from_pretrained` reads a checkpoint with; the package `eagle` does so when it is imported."""
+        cls._read = staticmethod(reader)
 
     @property
     def device(self) -> torch.device:

@@ -4,18 +4,52 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-if TYPE_CHECKING:
-    from hf_polyspec.eagle.modeling import EagleHead
+from hf_polyspec.eagle.configuration import EagleHeadConfig
 
 # Embeddings are sometimes padded to a multiple of a power of two; a larger difference is another vocabulary.
 _PADDING = 512
+
+
+class Scorer(Protocol):
+    """A head, as far as its vocabulary is concerned."""
+
+    config: EagleHeadConfig
+    lm_head: nn.Linear
+    """Only there where the config says that it is the head's own."""
+
+    @property
+    def borrowed(self) -> Borrowed:
+        """The target's modules."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Of its weights."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        ...
+
+    def target_ids(self) -> torch.Tensor:
+        """`[Vd]`, the target id of each of its ids."""
+        ...
+
+    def borrowed_rows(self) -> VocabularySlice:
+        """The target's rows for all of its ids."""
+        ...
+
+    def vocabulary_slice(self, target_ids: torch.Tensor) -> VocabularySlice:
+        """The rows of target ids `[N]`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -42,7 +76,7 @@ class Borrowed:
     @classmethod
     def checked(
         cls,
-        head: EagleHead,
+        head: Scorer,
         embed_tokens: nn.Module,
         lm_head: nn.Module | None,
         logit_scale: float,
@@ -69,7 +103,7 @@ class Borrowed:
         return cls(embed_tokens, lm_head, logit_scale, logit_softcap)
 
     @staticmethod
-    def _check_lm_head(head: EagleHead, lm_head: nn.Module | None) -> None:
+    def _check_lm_head(head: Scorer, lm_head: nn.Module | None) -> None:
         if lm_head is None:
             raise ValueError("This head scores tokens with the target's lm_head: bind needs one.")
         config = head.config
@@ -146,7 +180,7 @@ class VocabularySlice:
         return functional.linear(hidden, self.weight, self.bias)
 
     @classmethod
-    def of(cls, head: EagleHead, target_ids: torch.Tensor) -> VocabularySlice:
+    def of(cls, head: Scorer, target_ids: torch.Tensor) -> VocabularySlice:
         """Copies the rows of some target ids out of a head's lm_head; see `EagleHead.vocabulary_slice`."""
         config = head.config
         ids = target_ids.to(head.device).long()
@@ -209,7 +243,7 @@ class RowCache:
     def __init__(self) -> None:
         self._held: WeakKeyDictionary[nn.Module, tuple[Any, VocabularySlice]] = WeakKeyDictionary()
 
-    def slice(self, head: EagleHead, target_ids: torch.Tensor) -> VocabularySlice:
+    def slice(self, head: Scorer, target_ids: torch.Tensor) -> VocabularySlice:
         """`head.vocabulary_slice(target_ids)`, taken from memory if nothing has changed."""
         lm_head = head.lm_head if head.config.own_lm_head else head.borrowed.need_lm_head()
         state = self._state(lm_head), head.dtype, head.device
@@ -234,7 +268,7 @@ class RowCache:
 SLICES = RowCache()
 
 
-def lm_head_logits(head: EagleHead, hidden: torch.Tensor, rows: Rows | None) -> torch.Tensor:
+def lm_head_logits(head: Scorer, hidden: torch.Tensor, rows: Rows | None) -> torch.Tensor:
     """Scores `[..., H]` with a slice, the head's own lm_head or the target's; see `EagleHead.logits`."""
     if rows is None and head.config.own_lm_head:
         own: torch.Tensor = head.lm_head(hidden)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..eagle.attention import HeadCache
+from ..eagle.head_cache import HeadCache
 from ..eagle.modeling import EagleHead
 from ..exactness.context import Context, common_prefix
 

@@ -301,7 +301,7 @@ def _collected(
     below: _Rounds,
     direct: _Direct | None = None,
 ) -> _Rounds:
-    """Rounds of a level over a middle that collects blocks (`theory_rounds.block_law`, start by start)."""
+    """Rounds of a level over a middle that collects blocks (`theory.rounds.block_law`, start by start)."""
     count, most = below.law.shape
     threshold, depth = chain.block, len(chain.levels)
     reached = np.zeros((count, threshold + 1))

@@ -2,7 +2,7 @@
 """Drop-in replacements for `nn.Linear` that compute with integer weights on the kernels that ship in torch.
 
 Both keep the integers compactly, write GPTQ's tensors as their `state_dict()`, and build what the kernel of their
-device wants on the first forward pass. Which kernel that is, and which is fast where, is in `kernels.py`.
+device wants on the first forward pass. Which kernel that is, and which is fast where, is in `cpu/kernels.py`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 
 A chain is described by its members, the target first. Each has a table of seconds by tokens, and says how many of its
 tokens the level above accepts. Rounds are put together from the drafter up by the renewal argument of
-`theory_rounds`; acceptance may fall with the position, pass times may have steps.
+`theory.rounds`; acceptance may fall with the position, pass times may have steps.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def predict(
     """Predict a round of a chain.
 
     Rounds are taken as independent of each other, with the acceptance by position of the tables; a block keeps what
-    its last round ran over, as the engine does (`theory_rounds.block_law`).
+    its last round ran over, as the engine does (`theory.rounds.block_law`).
 
     Args:
         members: the target first; one alone is plain decoding.

@@ -132,9 +132,9 @@ def implied_beta(target_time: float, drafter_time: float, length: float, speed_u
 def chain_cost(pass_times: Sequence[float], agreements: Sequence[float], blocks: Sequence[int]) -> tuple[float, ...]:
     """Time per emitted token of every level of a chain, bottom up.
 
-    C_0 = t_0 and C_i = (t_i + L_i C_(i-1)) / g(a_i, L_i), g = :func:`~.theory_lengths.expected_length`: to
+    C_0 = t_0 and C_i = (t_i + L_i C_(i-1)) / g(a_i, L_i), g = :func:`~.lengths.expected_length`: to
     emit g tokens, level i pays one pass of its own and L_i tokens of the level below. Blocks are taken to
-    be exactly L_i long; :func:`~.theory_rounds.chain_rounds` keeps the overshoot of the last round.
+    be exactly L_i long; :func:`~.rounds.chain_rounds` keeps the overshoot of the last round.
 
     Args:
         pass_times: time of one pass of each model, target first; the last is the drafter's time per token

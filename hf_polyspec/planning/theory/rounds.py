@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rounds with their overshoot, and the block sizes that cost least.
 
-Sequences run from the target down, results of a chain from the drafter up, as in ``theory_costs``.
+Sequences run from the target down, results of a chain from the drafter up, as in ``costs``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def drafted_round(pass_time: float, draft_time: float, agreement: float, propose
         proposed: tokens in the draft.
 
     Returns:
-        The round, of the law of :func:`~.theory_lengths.length_law`.
+        The round, of the law of :func:`~.lengths.length_law`.
 
     Raises:
         ValueError: if a number is out of range.
@@ -60,7 +60,7 @@ def verified_round(pass_time: float, agreement: float, threshold: int, below: Ro
     """A round of a verifier that collects rounds of the level below until a threshold, keeping the overshoot.
 
     The block length B is the first partial sum of the lower rounds' lengths to reach the threshold; given B
-    the emitted length has the law of :func:`~.theory_lengths.length_law`. Exact if every token is accepted
+    the emitted length has the law of :func:`~.lengths.length_law`. Exact if every token is accepted
     independently with the same probability.
 
     Args:
@@ -120,7 +120,7 @@ def block_law(threshold: int, round_law: Sequence[float]) -> tuple[tuple[float, 
 def chain_rounds(pass_times: Sequence[float], agreements: Sequence[float], blocks: Sequence[int]) -> tuple[Round, ...]:
     """Rounds of every verifier of a chain, bottom up, with the overshoot of the last lower round kept.
 
-    The same question as :func:`~.theory_costs.chain_cost`, answered exactly for independent tokens.
+    The same question as :func:`~.costs.chain_cost`, answered exactly for independent tokens.
 
     Args:
         pass_times: time of one pass of each model, target first, the last per drafted token; at least two.
@@ -215,7 +215,7 @@ def best_chain_blocks(
     """Best block of every verifier of a chain, bottom up.
 
     C_i grows with C_(i-1), so choosing the best block at each level, the lowest first, minimises the chain
-    recursion of :func:`~.theory_costs.chain_cost` over all combinations.
+    recursion of :func:`~.costs.chain_cost` over all combinations.
 
     Args:
         pass_times: time of one pass of each model, target first, the last per drafted token; at least two.

@@ -8,7 +8,8 @@ import torch
 
 from hf_polyspec.cpu.compiled import compiles
 from hf_polyspec.eagle import attention
-from hf_polyspec.eagle.attention import EagleRMSNorm, HeadCache, sdpa
+from hf_polyspec.eagle.attention import EagleRMSNorm, sdpa
+from hf_polyspec.eagle.head_cache import HeadCache
 
 if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)

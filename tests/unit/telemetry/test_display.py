@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import html
+import pickle
 import re
 from html.parser import HTMLParser
 from io import StringIO
@@ -13,6 +14,8 @@ import torch
 from rich.console import Console
 from tiny_checkpoints import byte_tokenizer
 
+import hf_polyspec
+from hf_polyspec import telemetry
 from hf_polyspec.telemetry.counters import LevelStats
 from hf_polyspec.telemetry.display import html_page, stats_html, stats_table, tokens_html
 from hf_polyspec.telemetry.stats import PolySpecStats
@@ -186,3 +189,15 @@ def test_page_is_whole_and_escapes_its_titles() -> None:
     assert "<h2>a &amp; b</h2><p>x</p>" in page
     assert "<title>t&lt;</title>" in page
     assert 'charset="utf-8"' in page
+
+
+def test_statistics_are_one_class_by_whatever_name_and_survive_a_pickle() -> None:
+    assert hf_polyspec.PolySpecStats is telemetry.PolySpecStats is PolySpecStats
+    assert hf_polyspec.LevelStats is telemetry.LevelStats is LevelStats
+    stats = make_stats([[2, 1, 0]])
+    again = pickle.loads(pickle.dumps(stats))
+    assert type(again) is PolySpecStats
+    assert again == stats
+    # Where the class stood when the counters and what is shown of them were one file.
+    older = pickle.dumps(stats, protocol=0).replace(b"hf_polyspec.telemetry.stats", b"hf_polyspec.telemetry")
+    assert pickle.loads(older) == stats

@@ -19,7 +19,7 @@ from hf_polyspec.eagle.training.shards import read_samples
 
 SCRIPT = """
 import torch, typer
-from hf_polyspec.eagle.command import train_eagle
+from hf_polyspec.eagle.training.command import train_eagle
 torch.set_num_threads(1)
 typer.run(train_eagle)
 """
