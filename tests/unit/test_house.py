@@ -60,6 +60,10 @@ def test_no_modules_import_each_other(house: House) -> None:
     assert not house.circles()
 
 
+def test_the_host_alone_knows_the_insides_of_transformers(house: House) -> None:
+    assert not house.strange("host")
+
+
 def test_no_file_is_long() -> None:
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
     assert not {str(path.relative_to(PACKAGE)): count for path, count in lengths.items() if count > LONGEST}
