@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -17,6 +20,11 @@ LAST_HIDDEN_STATE = -1
 # Official heads without a base were trained with this one, whatever their target's own base is.
 DEFAULT_ROPE_THETA = 10_000.0
 
+# Fields that list ids of the vocabulary by the thousand: a saved head holds them as tensors beside its weights.
+ID_LISTS = ("frequent_tokens",)
+
+_WITHOUT_LISTS: ContextVar[bool] = ContextVar("_WITHOUT_LISTS", default=False)
+
 # Variants that change what a head computes in ways this implementation does not: better refused than misread.
 _UNSUPPORTED_SWITCHES = {
     "mask_hidden": "parallel drafting (P-EAGLE)",
@@ -24,6 +32,16 @@ _UNSUPPORTED_SWITCHES = {
     "parallel_draft_step": "parallel drafting",
     "use_mtp_layernorm": "multi-token-prediction norms",
 }
+
+
+@contextmanager
+def without_id_lists() -> Iterator[None]:
+    """While it lasts, configs are written without their lists of ids, which whoever writes them puts elsewhere."""
+    before = _WITHOUT_LISTS.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_LISTS.reset(before)
 
 
 class EagleHeadConfig(PreTrainedConfig):
@@ -70,7 +88,8 @@ class EagleHeadConfig(PreTrainedConfig):
         own_lm_head: The checkpoint brings its own lm_head instead of the target's.
         initializer_range: Standard deviation of fresh weights.
         frequent_tokens: Ids that the target's own texts use, the most frequent first (`rank_tokens`): which rows are
-            drafted from where only some are wanted. `None` where nobody counted.
+            drafted from where only some are wanted. `None` where nobody counted. A saved head holds them beside its
+            weights, not in its config.json.
         draft_temperature: What the head draws, it draws from its law to the power of one over this, normalised.
 
     Raises:
@@ -131,6 +150,11 @@ class EagleHeadConfig(PreTrainedConfig):
     def field_names(cls) -> list[str]:
         """Returns the names of the fields that describe a head."""
         return [name for name, kind in EagleHeadConfig.__annotations__.items() if "ClassVar" not in str(kind)]
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The fields as they are written to config.json, where lists of ids stay out of it if a head is saved."""
+        values: dict[str, Any] = super().to_diff_dict()
+        return {name: value for name, value in values.items() if not (_WITHOUT_LISTS.get() and name in ID_LISTS)}
 
     def _derive_defaults(self) -> None:
         eagle3 = self.algorithm == "eagle3"

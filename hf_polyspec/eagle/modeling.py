@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from hf_polyspec.eagle.attention import (
     ATTENTION,
@@ -23,6 +23,7 @@ from hf_polyspec.eagle.attention import (
 from hf_polyspec.eagle.configuration import EagleHeadConfig
 from hf_polyspec.eagle.head_cache import HeadCache
 from hf_polyspec.eagle.masks import attention_mask_4d, default_positions, windowed
+from hf_polyspec.eagle.saving import SavedHead
 from hf_polyspec.eagle.vocabulary import SLICES, Borrowed, Rows, VocabularySlice, lm_head_logits
 from hf_polyspec.host.attention import attention_name
 from hf_polyspec.host.modeling import AutoModel, ModelOutput
@@ -44,7 +45,7 @@ class EagleHeadOutput(ModelOutput):
     hidden: torch.Tensor | None = None
 
 
-class EagleHead(PreTrainedModel):
+class EagleHead(SavedHead):
     """An EAGLE-1, EAGLE-2 or EAGLE-3 draft head for any decoder-only target.
 
     At position i the head reads the target's feature of token i together with the embedding of token i+1,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from hf_polyspec.eagle.configuration import EagleHeadConfig
 from hf_polyspec.eagle.formats.files import HUB_ARGUMENTS, read_config, read_tensors
 from hf_polyspec.eagle.formats.layouts import account, check_mapping, convert
+from hf_polyspec.eagle.id_lists import split_id_lists
 from hf_polyspec.eagle.modeling import EagleHead
 
 # Arguments of from_pretrained that have no say in how a head is read.
@@ -49,7 +51,8 @@ def load_head(
     written = read_config(name, hub)
     tensors = read_tensors(name, hub, prefer_safetensors, variant)
     if written.get("model_type") == EagleHeadConfig.model_type:
-        config = given if isinstance(given, EagleHeadConfig) else EagleHeadConfig(**{**written, **overrides})
+        tensors, lists = split_id_lists(tensors, name)
+        config = _with_lists(given, lists) or EagleHeadConfig(**{**lists, **written, **overrides})
         account(config, tensors)
         if config.maps_vocabulary:
             check_mapping(tensors["d2t"], config)
@@ -60,3 +63,14 @@ def load_head(
     head.name_or_path = name
     head.config._name_or_path = name
     return loaded
+
+
+def _with_lists(given: Any, lists: dict[str, list[int]]) -> EagleHeadConfig | None:
+    """The caller's config with those of the file's lists that it lacks, or `None` where the caller gave none."""
+    if not isinstance(given, EagleHeadConfig):
+        return None
+    config = copy.copy(given)
+    for field, ids in lists.items():
+        if getattr(config, field) is None:
+            setattr(config, field, ids)
+    return config
