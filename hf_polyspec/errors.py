@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exceptions this package raises on its own account; everything else is ValueError or TypeError."""
 
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
 
 class LevelError(RuntimeError):
     """A forward pass failed in the middle of a generation; the message names the level."""
@@ -15,3 +20,24 @@ class ReleaseError(ImportError, ValueError):
 
     Caught as a missing requirement (ImportError) or, like every other refusal before any work, as a ValueError.
     """
+
+
+class DamagedFileError(ValueError):
+    """A file ends early or holds something else than it should; the message names it and says what to do.
+
+    Args:
+        path: the file.
+        what: is wrong with it, without a full stop.
+        remedy: what the user can do, without a full stop.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], what: str, remedy: str) -> None:
+        super().__init__(path, what, remedy)
+        self.path, self.what, self.remedy = Path(path), what, remedy
+
+    def __str__(self) -> str:
+        return f"{self.path} is damaged ({self.what}): {self.remedy}."
+
+
+class FolderInUseError(OSError):
+    """Another process is writing into a folder that takes one writer."""
