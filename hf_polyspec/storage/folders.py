@@ -44,8 +44,8 @@ def filling(
         yield place
         made = sorted(path.relative_to(place) for path in place.rglob("*") if path.is_file())
         _settle(place, made)
-        for name in reversed(last):
-            (wanted / name).unlink(missing_ok=True)
+        for mark in reversed(last):
+            (wanted / mark).unlink(missing_ok=True)
         sync_folder(wanted)
         for pattern in replaces:
             for old in wanted.glob(pattern):

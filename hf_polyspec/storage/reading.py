@@ -78,8 +78,7 @@ def read_json(path: str | os.PathLike[str], kind: type = dict, remedy: str = AGA
         except RecursionError:
             raise ValueError("it is nested too deep") from None
     if not isinstance(value, kind):
-        names = {dict: "an object", list: "a list"}
-        raise DamagedFileError(path, f"it holds {_kind(value)} where {names.get(kind, kind.__name__)} belongs", remedy)
+        raise DamagedFileError(path, f"it holds {_kind(value)} where {_kind(kind())} belongs", remedy)
     return value
 
 
