@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 
 class LevelError(RuntimeError):
@@ -33,7 +32,7 @@ class DamagedFileError(ValueError):
 
     def __init__(self, path: str | os.PathLike[str], what: str, remedy: str) -> None:
         super().__init__(path, what, remedy)
-        self.path, self.what, self.remedy = Path(path), what, remedy
+        self.path, self.what, self.remedy = os.fspath(path), what, remedy
 
     def __str__(self) -> str:
         return f"{self.path} is damaged ({self.what}): {self.remedy}."

@@ -2,14 +2,14 @@
 """Files that grow by lines: a kill costs at most the line that was being written.
 
 A line counts once its line end is on disk. What stands after the last line end was cut off by a kill or a full disk:
-readers pass over it with a note, and writers take it away before they go on.
+readers pass over it with a note in the log, and writers take it away before they go on.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -20,10 +20,8 @@ from .atomic import sync_folder
 
 Value = TypeVar("Value")
 _WINDOW = 1 << 16
-
-
-class TornLineWarning(UserWarning):
-    """A file ended in half a line, which a kill or a full disk had cut off; it was dropped."""
+# A log and not a warning: nothing in the caller's code is wrong, and a run goes on.
+_LOG = logging.getLogger(__name__)
 
 
 def append_lines(path: str | os.PathLike[str], lines: Sequence[str], first: str | None = None) -> None:
@@ -129,11 +127,7 @@ def _drop_torn(handle: int, file: Path) -> int:
 
 
 def _note(file: Path, torn: bytes) -> None:
-    warnings.warn(
-        f"{file} ended in half a line, cut off by a kill or a full disk; it was dropped: {_short(torn)}",
-        TornLineWarning,
-        stacklevel=4,
-    )
+    _LOG.warning("%s ended in half a line, cut off by a kill or a full disk; it is dropped: %s", file, _short(torn))
 
 
 def _short(line: bytes) -> str:

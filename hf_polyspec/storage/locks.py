@@ -14,16 +14,16 @@ from .folders import sweep
 
 
 @contextlib.contextmanager
-def one_writer(folder: str | os.PathLike[str], name: str = "writer") -> Iterator[None]:
+def one_writer(folder: str | os.PathLike[str], rank: int = 0, processes: int = 1) -> Iterator[None]:
     """Be the only one, of all threads and processes, who writes into a folder while the block runs.
 
-    The system gives the lock back when the process ends, however it ends; the file `.NAME.lock` that stays behind
-    means nothing. What killed writers left half written is deleted on entry.
+    The system gives the lock back when the process ends, however it ends; the file `.writer-RANK.lock` that stays
+    behind means nothing. What killed writers left half written is deleted on entry.
 
     Args:
         folder: made if need be.
-        name: of the lock: processes that share a folder by plan, each with files of its own, take one each
-            (`writer-3`); only `writer` and `writer-0` sweep.
+        rank: of this process, where several share a folder by plan, each with files of its own.
+        processes: how many share it; the leftovers of killed ones are then left alone.
 
     Raises:
         FolderInUseError: someone else is writing into it; at once, without waiting.
@@ -33,7 +33,7 @@ def one_writer(folder: str | os.PathLike[str], name: str = "writer") -> Iterator
 
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(place / f".{name}.lock")
+    lock = FileLock(place / f".writer-{rank}.lock")
     try:
         lock.acquire(blocking=False)
     except Timeout:
@@ -41,7 +41,7 @@ def one_writer(folder: str | os.PathLike[str], name: str = "writer") -> Iterator
             f"Another process is writing into {place}: wait until it has ended, or use another folder."
         ) from None
     try:
-        if name in ("writer", "writer-0"):
+        if processes == 1:
             sweep(place)
         yield
     finally:

@@ -72,11 +72,11 @@ def read_json(path: str | os.PathLike[str], kind: type = dict, remedy: str = AGA
     text = read_text(path, remedy)
     if not text.strip():
         raise DamagedFileError(path, "it is empty", remedy)
-    with reading(path, remedy):
-        try:
-            value = json.loads(text)
-        except RecursionError:
-            raise ValueError("it is nested too deep") from None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        where = f" ({error})" if isinstance(error, json.JSONDecodeError) else ""
+        raise DamagedFileError(path, f"it holds no JSON{where}", remedy) from error
     if not isinstance(value, kind):
         raise DamagedFileError(path, f"it holds {_kind(value)} where {_kind(kind())} belongs", remedy)
     return value
