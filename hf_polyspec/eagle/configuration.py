@@ -60,6 +60,8 @@ class EagleHeadConfig(PreTrainedConfig):
         feature_layer_ids: Indices into the target's `hidden_states` (0 is the embedding output, -1 the state
             the lm_head reads), in the order in which they are concatenated; `None` derives the algorithm's
             default from the depth of the target.
+        unsettled_layer_ids: The layer numbers of a published checkpoint whose convention `feature_layer_ids` guesses; a
+            target in which the guess cannot be right settles it. `None` where nothing was guessed.
         num_features: How many target states are concatenated per position.
         intermediate_size: Width of the MLP, I.
         num_hidden_layers: Decoder layers of the head (one in every published head).
@@ -104,6 +106,7 @@ class EagleHeadConfig(PreTrainedConfig):
     hidden_size: int = 4096
     target_hidden_size: int | None = None
     feature_layer_ids: list[int] | None = None
+    unsettled_layer_ids: list[int] | None = None
     num_features: int | None = None
     intermediate_size: int = 11008
     num_hidden_layers: int = 1

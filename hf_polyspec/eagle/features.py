@@ -157,11 +157,17 @@ def feature_layers(config: EagleHeadConfig, num_layers: int) -> list[int]:
     listed = config.feature_layer_ids
     if listed is None:
         listed = default_layers(config, num_layers)
+    elif config.unsettled_layer_ids is not None and max(listed) > num_layers:
+        # outputs of layers that this target does not have: then the numbers are states, as they stand
+        listed = config.unsettled_layer_ids
     outside = [index for index in listed if not (0 <= index < num_layers or index == LAST_HIDDEN_STATE)]
     if outside:
+        guessed = config.unsettled_layer_ids not in (None, list(listed))
+        told = f"{list(listed)} (its file lists {config.unsettled_layer_ids})" if guessed else str(list(listed))
+        last = ": what its last layer gives is there after the final norm only" if outside[0] == num_layers else ""
         raise ValueError(
-            f"This EAGLE head reads hidden states {list(listed)}; a target of {num_layers} layers has no "
-            f"un-normed hidden state {outside[0]}."
+            f"This EAGLE head reads hidden states {told}; a target of {num_layers} layers has no "
+            f"un-normed hidden state {outside[0]}{last}."
         )
     return list(listed)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pickle
@@ -46,6 +47,11 @@ def reading(path: str | os.PathLike[str], remedy: str = AGAIN, what: str | None 
         yield
     except DamagedFileError:
         raise
+    except OSError as error:
+        # the system names the file; torch's reader of an archive that was cut off does not
+        if error.errno != errno.EINVAL or error.filename is not None:
+            raise
+        raise DamagedFileError(path, what or _first_sentence(error), remedy) from error
     except broken as error:
         if "allocate memory" in str(error):  # torch's RuntimeError for a machine that is too small, not a damaged file
             raise

@@ -15,6 +15,7 @@ ROOMS = (
     "errors",
     "defaults",
     "version",
+    "storage",
     "telemetry",
     "exactness",
     "host",

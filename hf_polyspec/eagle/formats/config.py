@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from hf_polyspec.eagle.configuration import DEFAULT_ROPE_THETA, LAST_HIDDEN_STATE
-from hf_polyspec.eagle.formats.layers import listed_layers
+from hf_polyspec.eagle.formats.layers import listed_layers, unsettled_layers
 from hf_polyspec.host.modeling import LlamaConfig
 
 Tensors = dict[str, torch.Tensor]
@@ -101,7 +101,7 @@ def derive_config(config: dict[str, Any], tensors: Tensors, vocab_size: int | No
     fields = _sizes(published, tensors)
     fields.update(_switches(published, tensors, fields["algorithm"]))
     fields.update(_features(published, tensors, fields))
-    fields.update(_vocabulary(published, tensors, vocab_size, fields["algorithm"] == "eagle3"))
+    fields.update(_vocabulary(published, tensors, vocab_size, fields))
     fields["rope_parameters"] = rope_parameters(published.layer)
     fields["sliding_window"] = sliding_window(published.layer, fields["num_hidden_layers"])
     for name in _TOKEN_IDS:
@@ -218,20 +218,41 @@ def _features(published: PublishedConfig, tensors: Tensors, fields: dict[str, An
     target_size = per_feature.shape[0] if per_feature is not None else published.switch("target_hidden_size")
     count = len(layers) if layers else published.switch("num_aux_hidden_states")
     if not target_size:
-        target_size = width // (count or 3)
-    if width % target_size or (layers is not None and len(layers) * target_size != width):
+        # as many states as are listed, or one less (below), of the head's own width if that adds up
+        fits = width % size == 0 and width // size in (count or 3, (count or 3) - 1)
+        target_size = size if fits else width // (count or 3)
+    count = width // target_size
+    if layers is not None and len(layers) == count + 1 and layers[-1] == max(layers):
+        layers = _without_teacher(layers)
+    if width % target_size or (layers is not None and len(layers) != count):
         raise ValueError(
-            f"fc.weight reads features {width} wide, which are not {count or 3} hidden states of "
+            f"fc.weight reads features {width} wide, which are not {len(layers or ()) or 3} hidden states of "
             f"{target_size} (layers {layers})."
         )
+    unsettled = None if last_only or layers is None else unsettled_layers(published.head, published.speculators)
     return {
         "target_hidden_size": target_size,
-        "num_features": width // target_size,
+        "num_features": count,
         "feature_layer_ids": layers,
+        "unsettled_layer_ids": unsettled if unsettled is None else unsettled[:count],
     }
 
 
-def _vocabulary(published: PublishedConfig, tensors: Tensors, vocab_size: int | None, eagle3: bool) -> dict[str, Any]:
+def _without_teacher(layers: list[int]) -> list[int]:
+    """The states that a head reads, of a list that ends with the one its trainer learned the target's law from."""
+    warnings.warn(
+        f"The head's config lists the hidden states {layers}, one more than fc.weight reads; the last one is taken to "
+        "be what the head was taught with, and is not read.",
+        UserWarning,
+        stacklevel=2,
+    )
+    return layers[:-1]
+
+
+def _vocabulary(
+    published: PublishedConfig, tensors: Tensors, vocab_size: int | None, fields: dict[str, Any]
+) -> dict[str, Any]:
+    eagle3 = fields["algorithm"] == "eagle3"
     embedding, lm_head = tensors.get("embed_tokens.weight"), tensors.get("lm_head.weight")
     mapping = tensors.get("d2t")
     if vocab_size is None:
@@ -245,11 +266,15 @@ def _vocabulary(published: PublishedConfig, tensors: Tensors, vocab_size: int | 
         draft_size = mapping.shape[0]
     elif lm_head is not None:
         draft_size = lm_head.shape[0]
+    elif eagle3:
+        draft_size = published.head.get("draft_vocab_size") or vocab_size
+    # the target's lm_head can stand in for one of the same rows and the same width
+    replaceable = draft_size == vocab_size and fields["target_hidden_size"] == fields["hidden_size"]
     return {
         "vocab_size": vocab_size,
         "draft_vocab_size": draft_size,
         "own_embedding": embedding is not None,
-        "own_lm_head": eagle3 or lm_head is not None,
+        "own_lm_head": lm_head is not None or (eagle3 and not replaceable),
     }
 
 

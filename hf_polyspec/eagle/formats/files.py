@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-
+from hf_polyspec.errors import DamagedFileError
 from hf_polyspec.host.modeling import cached_file
+from hf_polyspec.storage import reading as storage
+from hf_polyspec.storage.reading import read_json
 
 # What `cached_file` understands of the arguments of `from_pretrained`.
 HUB_ARGUMENTS = (
@@ -39,15 +39,12 @@ def read_config(source: str, hub: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         OSError: If there is none.
-        ValueError: If it is not a JSON object.
+        DamagedFileError: If it is not a JSON object.
     """
     path = _find(source, "config.json", hub)
     if path is None:
         raise OSError(f"{source!r} has no config.json, so it is not an EAGLE head.")
-    with open(path, encoding="utf-8") as file:
-        config = json.load(file)
-    if not isinstance(config, dict):
-        raise ValueError(f"The config.json of {source!r} is not a JSON object.")
+    config: dict[str, Any] = read_json(path)
     return config
 
 
@@ -67,6 +64,7 @@ def read_tensors(
 
     Raises:
         OSError: If there are no weights.
+        DamagedFileError: If a file cannot be read; the sentence names it.
     """
     order = slice(None) if prefer_safetensors else slice(None, None, -1)
     tried = []
@@ -95,15 +93,18 @@ def _read_whole(source: str, path: str, hub: dict[str, Any]) -> dict[str, torch.
 
 def _read_file(path: str) -> dict[str, torch.Tensor]:
     if path.endswith(".safetensors"):
-        return load_file(path)
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    tensors = loaded.get("state_dict", loaded)
+        return storage.read_tensors(path)
+    loaded = storage.read_state(path)
+    tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(tensors, dict):
+        raise DamagedFileError(path, "it holds no tensors by name", storage.AGAIN)
     return {name: tensor for name, tensor in tensors.items() if torch.is_tensor(tensor)}
 
 
 def _read_shards(source: str, index_path: str, hub: dict[str, Any]) -> dict[str, torch.Tensor]:
-    with open(index_path, encoding="utf-8") as file:
-        shards = sorted(set(json.load(file)["weight_map"].values()))
+    index = read_json(index_path)
+    with storage.reading(index_path, what="it says not which file holds what (weight_map)"):
+        shards = sorted(set(index["weight_map"].values()))
     tensors: dict[str, torch.Tensor] = {}
     for shard in shards:
         if os.path.basename(shard) != shard:

@@ -22,6 +22,7 @@ _PLACES = (
     (("target_layer_ids",), _OUTPUTS),
     (("aux_hidden_states_layer_ids",), _OUTPUTS),
 )
+_GUESSES = {".".join(place): meaning for place, meaning in _PLACES}
 
 
 def listed_layers(config: dict[str, Any], speculators: bool) -> list[int] | None:
@@ -41,24 +42,51 @@ def listed_layers(config: dict[str, Any], speculators: bool) -> list[int] | None
     Raises:
         ValueError: If the list is not a list of layer numbers.
     """
-    found = [(place, _lookup(config, place), meaning) for place, meaning in _PLACES]
-    lists = [(".".join(place), ids, meaning) for place, ids, meaning in found if ids]
-    if not lists:
+    found = _found(config, speculators)
+    if found is None:
         return None
-    name, ids, meaning = lists[0]
-    for other_name, other, _ in lists:
-        if any(not isinstance(index, int) or isinstance(index, bool) or index < 0 for index in other):
-            raise ValueError(f"`{other_name}` must list layer numbers, got {list(other)}.")
-    if speculators:
-        return list(ids)
-    for _, other, _ in lists[1:]:
-        if [index + 1 for index in ids] == list(other):
-            return list(other)
-    meaning = _default_convention(ids) or _guessed(name, ids, meaning)
+    name, ids, meaning = found
+    if meaning is None:
+        meaning = _GUESSES[name]
+        _tell_guess(name, ids, meaning)
     return [index + (meaning == _OUTPUTS) for index in ids]
 
 
-def _guessed(name: str, ids: Sequence[int], meaning: str) -> str:
+def unsettled_layers(config: dict[str, Any], speculators: bool) -> list[int] | None:
+    """The list as it stands in a config where its convention is a guess, which a target's depth may refute.
+
+    Args:
+        config: The checkpoint's config.
+        speculators: Whether it has the speculators layout.
+
+    Returns:
+        The layer numbers, or `None` where there are none or what they mean is known.
+
+    Raises:
+        ValueError: As `listed_layers`.
+    """
+    found = _found(config, speculators)
+    return list(found[1]) if found is not None and found[2] is None else None
+
+
+def _found(config: dict[str, Any], speculators: bool) -> tuple[str, Sequence[int], str | None] | None:
+    """Where a list stands, the list, and what its numbers mean; `None` for a meaning that nothing tells."""
+    lists = [(".".join(place), ids) for place, _ in _PLACES if (ids := _lookup(config, place))]
+    for name, ids in lists:
+        if any(not isinstance(index, int) or isinstance(index, bool) or index < 0 for index in ids):
+            raise ValueError(f"`{name}` must list layer numbers, got {list(ids)}.")
+    if not lists:
+        return None
+    name, ids = lists[0]
+    if speculators:
+        return name, ids, _INPUTS
+    for other_name, other in lists[1:]:
+        if [index + 1 for index in ids] == list(other):
+            return other_name, other, _INPUTS
+    return name, ids, _default_convention(ids)
+
+
+def _tell_guess(name: str, ids: Sequence[int], meaning: str) -> None:
     warnings.warn(
         f"The head's `{name}` {list(ids)} is no default list; taken to mean the {meaning} of these layers. "
         "If acceptance is poor pass feature_layer_ids (indices into the target's hidden_states) to "
@@ -66,7 +94,6 @@ def _guessed(name: str, ids: Sequence[int], meaning: str) -> str:
         UserWarning,
         stacklevel=2,
     )
-    return meaning
 
 
 def _lookup(config: Any, place: Sequence[str]) -> Sequence[Any] | None:

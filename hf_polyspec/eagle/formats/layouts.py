@@ -84,9 +84,11 @@ def convert(
     """
     named = canonical_names(tensors)
     member = named.pop("t2d", None)
-    named = _with_mapping(named, member)
+    named = _with_tied_lm_head(_with_mapping(named, member), config)
     fields = derive_config(config, named, vocab_size=None if member is None else len(member))
     named = _without_identity(named, fields)
+    if overrides and "feature_layer_ids" in overrides:
+        fields["unsettled_layer_ids"] = None
     head_config = EagleHeadConfig(**{**fields, **(overrides or {})})
     account(head_config, named)
     if head_config.maps_vocabulary:
@@ -103,6 +105,17 @@ def _with_mapping(tensors: Tensors, member: torch.Tensor | None) -> Tensors:
     if "d2t" in tensors:
         tensors["d2t"] = tensors["d2t"].long()
     return tensors
+
+
+def _with_tied_lm_head(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    """Gives a head that is tied to an embedding of its own the lm_head that its file leaves out for that reason."""
+    embedding, fused = tensors.get("embed_tokens.weight"), tensors.get("layers.0.input_layernorm.weight")
+    mapped, tied = "d2t" in tensors, config.get("tie_word_embeddings") is True
+    # EAGLE-1 files hold an embedding and no lm_head as well, and mean the target's
+    eagle3 = fused is not None and "layers.0.hidden_norm.weight" in tensors
+    if embedding is None or "lm_head.weight" in tensors or mapped or not (tied and eagle3):
+        return tensors
+    return {**tensors, "lm_head.weight": embedding.clone()}
 
 
 def _without_identity(tensors: Tensors, fields: dict[str, Any]) -> Tensors:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from hf_polyspec.eagle import EagleHead
+from hf_polyspec.errors import DamagedFileError
 
 ALWAYS = [
     "fc.weight",
@@ -158,7 +158,7 @@ def test_pickled_code_is_not_run(kit: SimpleNamespace, tmp_path: Path, monkeypat
     config, w = kit.eagle1()
     (tmp_path / "config.json").write_text(json.dumps(config))
     torch.save(w | {"extra": Harmful()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(DamagedFileError, match=r"pytorch_model\.bin"):
         EagleHead.from_pretrained(tmp_path)
     assert not (tmp_path / "must_not_exist").exists()
 
@@ -212,3 +212,52 @@ def test_stored_dtype_is_kept_by_default(kit: SimpleNamespace, tmp_path: Path) -
     config, w = kit.eagle3()
     w = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in w.items()}
     assert EagleHead.from_pretrained(kit.write(tmp_path, config, w)).dtype == torch.float16
+
+
+def damaged(path: Path, how: str) -> None:
+    whole = path.read_bytes()
+    path.write_bytes({"empty": b"", "cut off": whole[: len(whole) * 2 // 3], "garbage": b"\x00\xff{" * 40}[how])
+
+
+@pytest.mark.parametrize("how", ["empty", "cut off", "garbage"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("layout", ["official", "own"])
+def test_a_damaged_file_is_named_with_what_to_do(
+    kit: SimpleNamespace, tmp_path: Path, name: str, how: str, layout: str
+) -> None:
+    head = EagleHead.from_pretrained(kit.write(tmp_path / "official", *kit.eagle3()))
+    head.save_pretrained(tmp_path / "own")
+    damaged(tmp_path / layout / name, how)
+    with pytest.raises(DamagedFileError, match="again") as error:
+        EagleHead.from_pretrained(tmp_path / layout)
+    assert str(tmp_path / layout / name) in str(error.value)
+
+
+@pytest.mark.parametrize("how", ["empty", "cut off", "garbage"])
+def test_damaged_pickles_and_indices_are_named_too(kit: SimpleNamespace, tmp_path: Path, how: str) -> None:
+    config, w = kit.eagle1()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(w, tmp_path / "pytorch_model.bin")
+    damaged(tmp_path / "pytorch_model.bin", how)
+    with pytest.raises(DamagedFileError, match=r"pytorch_model\.bin"):
+        EagleHead.from_pretrained(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"fc.weight": "model-00001-of-00001.safetensors"}}))
+    damaged(index, how)
+    with pytest.raises(DamagedFileError, match=r"index\.json"):
+        EagleHead.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"weight_map": 3}', '{"metadata": {}}'])
+def test_an_index_without_a_map_is_named(kit: SimpleNamespace, tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(kit.eagle1()[0]))
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(DamagedFileError, match=r"index\.json"):
+        EagleHead.from_pretrained(tmp_path)
+
+
+def test_a_pickle_of_something_else_is_named(kit: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(kit.eagle1()[0]))
+    torch.save([torch.zeros(2)], tmp_path / "pytorch_model.bin")
+    with pytest.raises(DamagedFileError, match=r"pytorch_model\.bin.*no tensors by name"):
+        EagleHead.from_pretrained(tmp_path)
