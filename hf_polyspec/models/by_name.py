@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..quantization.autogptq import SETTINGS
 from ..quantization.checkpoint import load_quantized
 from ..quantization.config import GPTQ_METHODS
 from .packaged import HEAD, PACKAGE, head_folder, smollm2_folder
@@ -137,7 +138,7 @@ def _is_gptq(name: str) -> bool:
     """Whether a checkpoint is in GPTQ's format or this package's, which is the same with another name."""
     stored = getattr(load_config(name), "quantization_config", None)
     if not stored:
-        return (Path(name) / "quantize_config.json").is_file()
+        return (Path(name).expanduser() / SETTINGS).is_file()
     values = stored if isinstance(stored, dict) else stored.to_dict()
     return str(values.get("quant_method", "")).lower() in GPTQ_METHODS
 

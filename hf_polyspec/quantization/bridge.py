@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_polyspec.cpu.shared_input import share_inputs
 from hf_polyspec.host.quantizers import HfQuantizer, register_quantizer
+from hf_polyspec.host.tying import untie
 from hf_polyspec.integers.gptq_format import GPTQ_TENSORS, from_gptq
 from hf_polyspec.integers.linear import float_weight
 from hf_polyspec.quantization.config import METHOD, PolySpecQuantizationConfig
@@ -83,6 +84,7 @@ class PolySpecQuantizer(HfQuantizer):
     ) -> nn.Module:
         if not checkpoint_files:
             raise ValueError("A quantised model is loaded from a checkpoint's files, not from a state_dict.")
+        names = []
         for stored, shapes in stored_shapes(checkpoint_files).items():
             name = _place(model, stored)
             linear = model.get_submodule(name)
@@ -92,6 +94,9 @@ class PolySpecQuantizer(HfQuantizer):
             with torch.device("meta"):
                 layer = StoredLinear(shapes, (outputs, features))
             replace_module(model, name, layer)
+            names.append(name)
+        # the config may be that of the model the checkpoint was made from, whose head was tied
+        untie(model, names)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **others: Any) -> nn.Module:

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import nn
 
+from hf_polyspec.quantization.autogptq import SETTINGS, named_for_transformers
 from hf_polyspec.quantization.config import METHOD, PolySpecQuantizationConfig, read_config
 from hf_polyspec.quantization.model import quantized_layers
 from hf_polyspec.quantization.modules import output_head
@@ -114,7 +115,7 @@ def load_quantized(
     config.quantization_config = _stored_config(folder, config).to_dict()
     if device is not None:
         options["device_map"] = {"": device}
-    with _named_for_transformers(Path(folder)) as source:
+    with named_for_transformers(Path(folder)) as source:
         model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **options)
     assert isinstance(model, nn.Module)
     return model.eval()
@@ -123,36 +124,8 @@ def load_quantized(
 def _stored_config(folder: str | Path, config: Any) -> PolySpecQuantizationConfig:
     stored = getattr(config, "quantization_config", None)
     if stored is None:
-        path = Path(folder) / "quantize_config.json"  # AutoGPTQ's own file, before transformers knew GPTQ
+        path = Path(folder) / SETTINGS  # AutoGPTQ's own file, before transformers knew GPTQ
         if not path.is_file():
             raise ValueError(f"{folder} has no quantization_config: it is no quantised checkpoint.")
         stored = json.loads(path.read_text(encoding="utf-8"))
     return read_config(stored if isinstance(stored, dict) else stored.to_dict())
-
-
-class _named_for_transformers:
-    """A folder whose weights have the names transformers looks for; AutoGPTQ called them after the settings."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._temporary: Any = None
-
-    def __enter__(self) -> str:
-        import tempfile
-
-        folder = self._folder
-        if not folder.is_dir() or any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
-            return str(folder)
-        found = sorted(folder.glob("*.safetensors"))
-        if len(found) != 1:
-            return str(folder)
-        self._temporary = tempfile.TemporaryDirectory()
-        view = Path(self._temporary.name)
-        for path in folder.iterdir():
-            name = "model.safetensors" if path == found[0] else path.name
-            (view / name).symlink_to(path.resolve())
-        return str(view)
-
-    def __exit__(self, *_: object) -> None:
-        if self._temporary is not None:
-            self._temporary.cleanup()

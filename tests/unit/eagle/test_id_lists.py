@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lists of ids are saved as tensors beside the weights, whole or not at all; files that hold them in JSON still load."""
+"""Lists of ids are saved as tensors beside the weights, whole or not at all; files with them in JSON still load."""
 
 from __future__ import annotations
 

@@ -161,5 +161,3 @@ def test_what_is_known_is_not_settled_anew(kit: SimpleNamespace, tmp_path: Path)
     assert unsettled_layers({KEY: [4, 6, 8]}, speculators=True) is None
     assert unsettled_layers({"eagle_config": {KEY: [4, 6, 8]}, KEY: [5, 7, 9]}, speculators=False) is None
     assert unsettled_layers({}, speculators=False) is None
-
-
