@@ -44,6 +44,9 @@ COMMANDS = {
     "train-eagle": Command(
         f"{PACKAGE}.eagle.training.command", "train_eagle", "training", "Train an EAGLE head for a model."
     ),
+    "export": Command(
+        f"{PACKAGE}.cli.export", "export_command", "training", "Write an EAGLE head for vLLM, SGLang and others."
+    ),
     "quantize": Command(
         f"{PACKAGE}.cli.quantize", "quantize_command", "quantization", "Write a quantised copy of a model."
     ),

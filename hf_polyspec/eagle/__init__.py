@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from hf_polyspec.eagle.configuration import EagleHeadConfig
 from hf_polyspec.eagle.features import bind, feature_layers, select_features, target_parts
-from hf_polyspec.eagle.formats.export import export_official, export_speculators
+from hf_polyspec.eagle.formats.export import export_head, export_official, export_speculators
 from hf_polyspec.eagle.formats.loading import load_head
 from hf_polyspec.eagle.fresh import init_for
 from hf_polyspec.eagle.head_cache import HeadCache
@@ -19,6 +19,7 @@ __all__ = [
     "HeadCache",
     "VocabularySlice",
     "bind",
+    "export_head",
     "export_official",
     "export_speculators",
     "feature_layers",

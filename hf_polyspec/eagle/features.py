@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,8 +115,22 @@ def bind(head: EagleHead, model: PreTrainedModel) -> EagleHead:
     parts = target_parts(model)
     check_fit(head.config, parts, type(model).__name__)
     return head.bind(
-        parts.embed_tokens, parts.lm_head, logit_scale=parts.logit_scale, logit_softcap=parts.logit_softcap
+        parts.embed_tokens,
+        parts.lm_head,
+        logit_scale=parts.logit_scale,
+        logit_softcap=parts.logit_softcap,
+        name=str(getattr(model, "name_or_path", "") or ""),
+        architectures=(type(model).__name__,),
     )
+
+
+def view_of(head: EagleHead) -> EagleHead:
+    """A head of the same weights that can be bound to another target; the given one stays bound to its own."""
+    view = copy.copy(head)
+    # what binding may change is the view's own
+    view._modules = dict(head._modules)
+    view.config = copy.copy(head.config)
+    return view
 
 
 def check_fit(config: EagleHeadConfig, parts: TargetParts, name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -150,6 +150,8 @@ class EagleHead(SavedHead):
         *,
         logit_scale: float = 1.0,
         logit_softcap: float | None = None,
+        name: str = "",
+        architectures: tuple[str, ...] = (),
     ) -> EagleHead:
         """Lends the head the target's embedding and lm_head, without copying or registering them.
 
@@ -160,6 +162,8 @@ class EagleHead(SavedHead):
             lm_head: Module from hidden states to V logits; needed if the head has none of its own.
             logit_scale: Factor the target applies to its lm_head's output.
             logit_softcap: The target's final logit soft cap c, as in c * tanh(logits / c).
+            name: What the target was loaded by, for exports.
+            architectures: The target's class, likewise.
 
         Returns:
             The head itself.
@@ -167,7 +171,8 @@ class EagleHead(SavedHead):
         Raises:
             ValueError: If the modules do not fit the head.
         """
-        self._borrowed = Borrowed.checked(self, embed_tokens, lm_head, logit_scale, logit_softcap)
+        borrowed = Borrowed.checked(self, embed_tokens, lm_head, logit_scale, logit_softcap)
+        self._borrowed = replace(borrowed, name=name, architectures=architectures)
         self._rows = None
         if self.config.own_embedding and self._borrowed.same_embedding(self.embed_tokens):
             del self.embed_tokens

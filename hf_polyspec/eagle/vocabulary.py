@@ -63,12 +63,16 @@ class Borrowed:
         lm_head: Module from hidden states to logits.
         logit_scale: Factor on the lm_head's output.
         logit_softcap: Final soft cap, or `None`.
+        name: What the target was loaded by; empty where nobody said.
+        architectures: The target's class.
     """
 
     embed_tokens: nn.Module | None = None
     lm_head: nn.Module | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    name: str = ""
+    architectures: tuple[str, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Borrowed:
         return self

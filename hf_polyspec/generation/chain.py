@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from ..defaults import DEFAULT_DRAFT_TOKENS
-from ..eagle.features import bind, feature_layers, target_parts
+from ..eagle.features import bind, feature_layers, target_parts, view_of
 from ..eagle.modeling import EagleHead
 from ..host.compatibility import check_model, check_vocabularies, vocabulary_size
 from ..host.generation import CHOOSES_HIDDEN_STATES, CandidateGenerator
@@ -294,12 +293,8 @@ def _bound(head: EagleHead, above: Any, role: str) -> EagleHead:
     Raises:
         ValueError: in one sentence, why it does not fit.
     """
-    view = copy.copy(head)
-    # What binding may change is the view's own.
-    view._modules = dict(head._modules)
-    view.config = copy.copy(head.config)
     try:
-        return bind(view, inner_model(above))
+        return bind(view_of(head), inner_model(above))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{role} ({_display_name(head)}) does not fit the level above it: {error}") from error
 

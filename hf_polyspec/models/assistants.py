@@ -10,6 +10,7 @@ import torch
 
 from ..cpu.joint_product import change_count
 from ..eagle.formats.files import read_config, read_tensors
+from ..errors import DamagedFileError
 from ..levels.early_exit import PREFIX, early_exit, parse_early_exit
 from ..levels.names import name_of
 from ..levels.suffix import SuffixDrafter
@@ -136,10 +137,16 @@ def end_ids(model: Any) -> list[int]:
 
 
 def is_eagle_head(name: str) -> bool:
-    """Whether a folder or hub id holds an EAGLE head of any published layout; False where nothing can be read."""
+    """Whether a folder or hub id holds an EAGLE head of any published layout; False where nothing can be read.
+
+    Raises:
+        DamagedFileError: its config.json or its weights are there and cannot be read.
+    """
     try:
         source, extra = resolve(name)
         config = {} if extra else read_config(source, {})
+    except DamagedFileError:
+        raise
     except (OSError, ValueError, ImportError):
         return False
     kind = str(config.get("speculators_model_type") or config.get("model_type") or "").lower()
@@ -155,6 +162,8 @@ def is_eagle_head(name: str) -> bool:
 def _has_fusing_projection(source: str) -> bool:
     try:
         names = set(read_tensors(source, {}))
+    except DamagedFileError:
+        raise
     except (OSError, ValueError):
         return False
     return "fc.weight" in names and "model.embed_tokens.weight" not in names

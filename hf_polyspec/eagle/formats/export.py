@@ -1,23 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing a head in the official or the speculators layout, so that it serves elsewhere."""
+"""Writing a head for other programs: vLLM, SGLang, EAGLE's own code, the speculators library."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
-from torch import nn
+from transformers import PreTrainedModel
 
-from hf_polyspec.eagle.configuration import DEFAULT_ROPE_THETA, LAST_HIDDEN_STATE, EagleHeadConfig
+from hf_polyspec.eagle.configuration import EagleHeadConfig
+from hf_polyspec.eagle.features import bind, view_of
+from hf_polyspec.eagle.formats.portable import (
+    Tensors,
+    head_switches,
+    layer_config,
+    official_features,
+    portable_tensors,
+    reads_last_state_only,
+    renamed,
+    speculators_eagle1,
+    speculators_eagle3,
+    stores_lm_head,
+)
 from hf_polyspec.eagle.modeling import EagleHead
-from hf_polyspec.eagle.vocabulary import readable_rows
-
-Tensors = dict[str, torch.Tensor]
+from hf_polyspec.storage.folders import filling
 
 _EAGLE1_OFFICIAL = (
     ("norm.", "lm_head_layernorm."),
@@ -29,6 +40,78 @@ _EAGLE1_SPECULATORS = (
     ("layers.0.", "transformer."),
     ("fc.", "fusion_fc."),
 )
+_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "*.index.json", "pytorch_model*.bin")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What an export was asked for beyond the head and the program.
+
+    Attributes:
+        verifier: How the program is to find the target, or `None` for the bound target's own name.
+        speculative_tokens: Tokens a server should draft per round.
+        overwrite: Replace a checkpoint that is already there.
+    """
+
+    verifier: str | None
+    speculative_tokens: int
+    overwrite: bool
+
+
+def export_head(
+    head: EagleHead,
+    folder: str | os.PathLike[str],
+    to: str,
+    *,
+    target: PreTrainedModel | None = None,
+    verifier: str | None = None,
+    speculative_tokens: int = 3,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a head as another program reads it.
+
+    Args:
+        head: The head; it stays as it is.
+        folder: Where to write `config.json` and `model.safetensors`.
+        to: `"vllm"`, `"sglang"`, `"speculators"`, or `"eagle"` for the code of EAGLE's authors.
+        target: The model the head drafts for, where the head is not bound to it: the file then holds what the program
+            cannot take from the target itself (`needs_rows`), and names it.
+        verifier: Hub id or folder under which the program finds the target; default: the target's own name. vLLM and
+            speculators insist on one for EAGLE-3 heads.
+        speculative_tokens: Tokens a server should draft per round, where the layout says so.
+        overwrite: Replace a checkpoint that is already there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the program does not know such heads, is not known itself, or needs what is not given; in one
+            sentence.
+        FileExistsError: If there is a checkpoint already.
+        OSError: If the folder cannot be written; it is then as it was.
+    """
+    if to not in DESTINATIONS:
+        raise ValueError(f"to must be one of {', '.join(DESTINATIONS)}, got {to!r}.")
+    if target is not None:
+        head = bind(view_of(head), target)
+    return DESTINATIONS[to](head, folder, Order(verifier, speculative_tokens, overwrite))
+
+
+def needs_rows(config: EagleHeadConfig, to: str) -> bool:
+    """Whether an exported head's file holds rows of its target's lm_head or embedding, so that it must be loaded.
+
+    Args:
+        config: The head's config.
+        to: As in `export_head`.
+    """
+    eagle1 = config.algorithm == "eagle1"
+    if to == "eagle":
+        # EAGLE's own code fills what a file leaves out with random numbers, but for an EAGLE-3 embedding
+        return not (config.own_embedding if eagle1 else config.own_lm_head)
+    if to == "speculators" and not eagle1:
+        # its loader (0.9, transformers 5.18 and 5.19) fills it with zeros, which it then takes for the file's
+        return not (config.own_embedding and config.own_lm_head)
+    return stores_lm_head(config) and not config.own_lm_head
 
 
 def export_official(
@@ -37,47 +120,36 @@ def export_official(
     *,
     architectures: Sequence[str] | None = None,
     embedding: bool | None = None,
+    lm_head: bool | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes a head in the layout of the EAGLE authors, as vLLM and SGLang read it.
 
     Args:
-        head: The head; bound to its target if the layout needs what the head borrows.
+        head: The head; bound to its target if the file needs what the head borrows.
         folder: Where to write `config.json` and `model.safetensors`.
         architectures: For the config; default `LlamaForCausalLM` (EAGLE-1; SGLang wants
             `LlamaForCausalLMEagle`) or `LlamaForCausalLMEagle3`, which both know.
         embedding: Whether to store the embedding; default: for EAGLE-1 if it is at hand (the official files
             have it), for EAGLE-3 only if it is the head's own.
+        lm_head: Whether to store the lm_head; default: if it is the head's own, or the head scores fewer ids than its
+            target (EAGLE-3). Servers share the target's where the file has none; EAGLE's own code does not.
         overwrite: Replace a checkpoint that is already there.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the layout cannot hold this head.
+        ValueError: If the layout cannot hold this head, or what the file needs of the target is not bound.
         FileExistsError: If there is a checkpoint already.
+        OSError: If the folder cannot be written; it is then as it was.
     """
-    config = head.config
-    if config.qk_norm:
-        raise ValueError("The official layout has no per-head norms (`qk_norm`); use the speculators layout.")
-    default = "LlamaForCausalLM" if config.algorithm == "eagle1" else "LlamaForCausalLMEagle3"
     if embedding is None:
-        embedding = config.own_embedding or (config.algorithm == "eagle1" and head.is_bound)
-    tensors = _portable_tensors(head, embedding)
-    if config.algorithm == "eagle1":
-        tensors = _renamed(tensors, _EAGLE1_OFFICIAL)
-    elif config.num_hidden_layers == 1:
-        tensors = _renamed(tensors, (("layers.0.", "midlayer."),))
-    written = {
-        "architectures": list(architectures or [default]),
-        **_layer_config(head),
-        **_head_switches(config),
-    }
-    if config.algorithm == "eagle1":
-        written |= {"bias": config.fc_bias, "qkv_bias": config.attention_bias}
-    else:
-        written |= _official_features(config)
-    return _write(Path(folder), written, tensors, overwrite)
+        embedding = bool(head.config.own_embedding or (head.config.algorithm == "eagle1" and head.is_bound))
+    if lm_head is None:
+        lm_head = stores_lm_head(head.config)
+    default = "LlamaForCausalLM" if head.config.algorithm == "eagle1" else "LlamaForCausalLMEagle3"
+    return _official(head, Path(folder), list(architectures or [default]), embedding, lm_head, overwrite)
 
 
 def export_speculators(
@@ -88,29 +160,35 @@ def export_speculators(
     verifier_architectures: Sequence[str] = (),
     speculative_tokens: int = 3,
     embedding: bool | None = None,
+    lm_head: bool | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes a head in the layout of the speculators library, which `vllm serve` takes directly.
 
     Args:
-        head: The head; bound to its target if the layout needs what the head borrows.
+        head: The head; bound to its target if the file needs what the head borrows.
         folder: Where to write `config.json` and `model.safetensors`.
-        verifier: Hub id or path of the target.
-        verifier_architectures: The target's architectures.
+        verifier: Hub id or folder of the target, by which readers load it; default: the bound target's name.
+        verifier_architectures: The target's architectures; default: the bound target's.
         speculative_tokens: Tokens a server should draft per round.
         embedding: Whether to store the embedding; default: only if it is the head's own.
+        lm_head: Whether to store the lm_head; default: as for `export_official`. vLLM shares the target's where the
+            file has none; the speculators library itself, of which this is the layout, does not.
         overwrite: Replace a checkpoint that is already there.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the layout cannot hold this head.
+        ValueError: If the layout cannot hold this head, what the file needs of the target is not bound, or nothing
+            names the target.
         FileExistsError: If there is a checkpoint already.
+        OSError: If the folder cannot be written; it is then as it was.
     """
     config = head.config
-    tensors = _portable_tensors(head, config.own_embedding if embedding is None else embedding)
     eagle1 = config.algorithm == "eagle1"
+    # what the layout cannot hold is refused first
+    layout = speculators_eagle1(config) if eagle1 else speculators_eagle3(config)
     written: dict[str, Any] = {
         "architectures": ["EagleSpeculator" if eagle1 else "Eagle3DraftModel"],
         "speculators_model_type": "eagle" if eagle1 else "eagle3",
@@ -119,184 +197,136 @@ def export_speculators(
             "algorithm": "eagle" if eagle1 else "eagle3",
             "default_proposal_method": "greedy",
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": speculative_tokens}],
-            "verifier": {"name_or_path": verifier, "architectures": list(verifier_architectures)},
+            "verifier": _verifier(head, verifier, verifier_architectures),
         },
-        "transformer_layer_config": _layer_config(head),
+        "transformer_layer_config": layer_config(head),
         "torch_dtype": str(head.dtype).removeprefix("torch."),
+        **layout,
     }
-    if eagle1:
-        written |= _speculators_eagle1(config)
-        tensors = _renamed(tensors, _EAGLE1_SPECULATORS)
-    else:
-        written |= {"draft_vocab_size": config.draft_vocab_size, **_head_switches(config)}
-        written |= {"eagle_aux_hidden_state_layer_ids": _speculators_layers(config)}
-    return _write(Path(folder), written, tensors, overwrite)
+    embedding = bool(config.own_embedding) if embedding is None else embedding
+    lm_head = stores_lm_head(config) if lm_head is None else lm_head
+    tensors = portable_tensors(head, embedding, lm_head)
+    return _write(Path(folder), written, renamed(tensors, _EAGLE1_SPECULATORS) if eagle1 else tensors, overwrite)
 
 
-# -- tensors -------------------------------------------------------------------------------------------------
-
-
-def _portable_tensors(head: EagleHead, embedding: bool) -> Tensors:
-    """Returns the head's own tensors, and the borrowed ones that a checkpoint of its algorithm must have."""
-    tensors = {name: tensor.detach().cpu() for name, tensor in head.state_dict().items()}
-    if not embedding:
-        tensors.pop("embed_tokens.weight", None)
-    elif "embed_tokens.weight" not in tensors:
-        tensors["embed_tokens.weight"] = _embedding_rows(head)
-    if head.config.algorithm == "eagle3" and not head.config.own_lm_head:
-        tensors["lm_head.weight"] = _lm_head_rows(head)
-    if head.config.algorithm == "eagle1" and not head.config.own_lm_head:
-        # there the target's lm_head scores every id; which ones a drafter looks at is not written
-        tensors.pop("d2t", None)
-    elif "d2t" in tensors:
-        member = torch.zeros(head.config.vocab_size, dtype=torch.bool)
-        member[head.target_ids().cpu()] = True
-        tensors["t2d"] = member
-    return tensors
-
-
-@torch.no_grad()
-def _embedding_rows(head: EagleHead) -> torch.Tensor:
-    """Returns what the borrowed embedding yields for every id, `[V, H]`: its rows, scaled if it scales."""
-    module = head.get_input_embeddings()
-    if type(module) is nn.Embedding and module.weight.device.type != "meta":
-        return module.weight.detach()[: head.config.vocab_size].to("cpu", head.dtype)
-    ids = torch.arange(head.config.vocab_size)
-    return torch.cat([head.embed(ids[None, start : start + 4096])[0].cpu() for start in range(0, len(ids), 4096)])
-
-
-def _lm_head_rows(head: EagleHead) -> torch.Tensor:
-    """Returns the borrowed lm_head's rows `[Vd, H]` as an lm_head of the head's own.
-
-    Raises:
-        ValueError: If no such lm_head scores alike.
-    """
-    borrowed = head.borrowed
-    if borrowed.logit_softcap is not None:
-        raise ValueError("The target caps its logits, which an EAGLE-3 checkpoint cannot; train with own_lm_head.")
-    weight, bias = readable_rows(borrowed.need_lm_head(), head.target_ids())
-    if bias is not None:
-        raise ValueError("The lm_head has a bias, which an EAGLE-3 checkpoint has not; train with own_lm_head.")
-    scaled = weight if borrowed.logit_scale == 1.0 else weight * borrowed.logit_scale
-    return scaled.to("cpu", head.dtype)
-
-
-def _renamed(tensors: Tensors, pairs: Sequence[tuple[str, str]]) -> Tensors:
-    out: Tensors = {}
-    for name, tensor in tensors.items():
-        for old, new in pairs:
-            if name.startswith(old):
-                name = new + name[len(old) :]
-                break
-        out[name] = tensor
-    return out
-
-
-# -- configs -------------------------------------------------------------------------------------------------
-
-
-def _layer_config(head: EagleHead) -> dict[str, Any]:
+def _official(
+    head: EagleHead,
+    folder: Path,
+    architectures: list[str],
+    embedding: bool,
+    lm_head: bool,
+    overwrite: bool,
+    sglang: bool = False,
+) -> Path:
     config = head.config
-    rope = dict(config.rope_parameters or {})
-    theta = rope.get("rope_theta", DEFAULT_ROPE_THETA)
-    scaled = rope.get("rope_type", "default") != "default"
-    layer = {
-        "model_type": "qwen3" if config.qk_norm else "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": config.hidden_act,
-        "rms_norm_eps": config.rms_norm_eps,
-        "max_position_embeddings": config.max_position_embeddings,
-        "initializer_range": config.initializer_range,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-        "rope_theta": theta,
-        # the two spellings of transformers 4 and 5
-        "rope_scaling": {key: value for key, value in rope.items() if key != "rope_theta"} if scaled else None,
-        "rope_parameters": {"rope_type": "default"} | rope | {"rope_theta": theta},
-        "pad_token_id": config.pad_token_id,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        "sliding_window": config.sliding_window,
-        "torch_dtype": str(head.dtype).removeprefix("torch."),
-    }
-    if config.sliding_window is not None:
-        layer["layer_types"] = ["sliding_attention"] * config.num_hidden_layers
-    return {name: value for name, value in layer.items() if value is not None or name == "rope_scaling"}
-
-
-def _head_switches(config: EagleHeadConfig) -> dict[str, Any]:
+    if config.qk_norm:
+        raise ValueError("The official layout has no per-head norms (`qk_norm`); use the speculators layout.")
+    written = {"architectures": architectures, **layer_config(head), **head_switches(config)}
     if config.algorithm == "eagle1":
-        if config.norm_output:
-            raise ValueError("No EAGLE-1 layout can say that the normed output is fed back (`norm_output`).")
-        return {}
-    switches: dict[str, Any] = {
-        "norm_before_residual": config.norm_before_residual,
-        "norm_before_fc": config.norm_before_fc,
-        "fc_norm": config.fc_norm,
-        "target_hidden_size": config.target_hidden_size,
-    }
-    if config.norm_output:
-        switches["norm_output"] = True
-    return switches
+        written |= {"bias": config.fc_bias, "qkv_bias": config.attention_bias}
+    else:
+        written |= official_features(config, lm_head, sglang)
+    tensors = portable_tensors(head, embedding, lm_head)
+    if config.algorithm == "eagle1":
+        tensors = renamed(tensors, _EAGLE1_OFFICIAL)
+    elif config.num_hidden_layers == 1:
+        tensors = renamed(tensors, (("layers.0.", "midlayer."),))
+    return _write(folder, written, tensors, overwrite)
 
 
-def _official_features(config: EagleHeadConfig) -> dict[str, Any]:
-    """Returns the vocabulary and layer fields; layers in both conventions, each where it is looked for."""
-    fields: dict[str, Any] = {"draft_vocab_size": config.draft_vocab_size}
-    layers = config.feature_layer_ids
-    if layers == [LAST_HIDDEN_STATE] or not config.has_fc:
-        return fields | {"eagle_config": {"use_aux_hidden_state": False}}
-    if config.num_features != 3:
-        fields["num_aux_hidden_states"] = config.num_features
-    if layers is None:
-        return fields
-    fields["eagle_aux_hidden_state_layer_ids"] = layers
-    if min(layers) > 0:  # the embedding's output is no layer's output
-        outputs = [index - 1 for index in layers]
-        fields["eagle_config"] = {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": outputs}
-    return fields
+# -- the programs --------------------------------------------------------------------------------------------
 
 
-def _speculators_layers(config: EagleHeadConfig) -> list[int] | None:
-    layers = config.feature_layer_ids
-    if layers == [LAST_HIDDEN_STATE] or not config.has_fc:
-        raise ValueError("The speculators layout has no heads that read only the last hidden state.")
-    return layers
+def _for_vllm(head: EagleHead, folder: str | os.PathLike[str], order: Order) -> Path:
+    if head.config.algorithm == "eagle3" and not reads_last_state_only(head.config):
+        return _in_speculators(head, folder, order, whole=None)
+    _refuse(head, "vLLM", ("fc_bias", "embed_norm", "fused_norm", "final_norm"))
+    return export_official(head, folder, overwrite=order.overwrite)
 
 
-def _speculators_eagle1(config: EagleHeadConfig) -> dict[str, Any]:
-    norms = (config.embed_norm, config.fused_norm, bool(config.final_norm))
-    if any(norms) and not all(norms):
-        raise ValueError("The speculators EAGLE-1 layout has either all of its three extra norms or none.")
-    if config.num_hidden_layers != 1 or config.own_lm_head or config.norm_output:
-        raise ValueError("The speculators EAGLE-1 layout holds one layer, no lm_head and no `norm_output`.")
-    return {
-        "transformer_layer_architecture": "Qwen3DecoderLayer" if config.qk_norm else "LlamaDecoderLayer",
-        "layernorms": all(norms),
-        "fusion_bias": config.fc_bias,
-    }
+def _for_sglang(head: EagleHead, folder: str | os.PathLike[str], order: Order) -> Path:
+    _refuse(head, "SGLang", ("embed_norm", "fused_norm", "final_norm"))
+    config = head.config
+    architectures = ["LlamaForCausalLMEagle" if config.algorithm == "eagle1" else "LlamaForCausalLMEagle3"]
+    own, rows = bool(config.own_embedding), stores_lm_head(config)
+    return _official(head, Path(folder), architectures, own, rows, order.overwrite, sglang=True)
 
 
-# -- files ---------------------------------------------------------------------------------------------------
+def _for_speculators(head: EagleHead, folder: str | os.PathLike[str], order: Order) -> Path:
+    return _in_speculators(head, folder, order, whole=True if head.config.algorithm == "eagle3" else None)
+
+
+def _in_speculators(head: EagleHead, folder: str | os.PathLike[str], order: Order, whole: bool | None) -> Path:
+    return export_speculators(
+        head,
+        folder,
+        verifier=order.verifier,
+        speculative_tokens=order.speculative_tokens,
+        embedding=whole,
+        lm_head=whole,
+        overwrite=order.overwrite,
+    )
+
+
+def _for_eagle(head: EagleHead, folder: str | os.PathLike[str], order: Order) -> Path:
+    config = head.config
+    eagle1 = config.algorithm == "eagle1"
+    _refuse(head, "EAGLE's own code", ("embed_norm", "fused_norm", "final_norm"))
+    beyond = (
+        "norm_before_residual",
+        "norm_before_fc",
+        "fc_norm",
+        "norm_output",
+        "sliding_window",
+        "attention_out_bias",
+    )
+    strange = [name for name in beyond if getattr(config, name)]
+    if config.num_hidden_layers > 1:
+        strange.append("num_hidden_layers")
+    if not eagle1 and (config.num_features != 3 or reads_last_state_only(config)):
+        strange.append("feature_layer_ids")
+    if strange:
+        raise ValueError(f"EAGLE's own code knows no heads with `{'`, `'.join(strange)}`; vLLM and SGLang may.")
+    embedding = eagle1 or config.own_embedding
+    return export_official(head, folder, embedding=embedding, lm_head=not eagle1, overwrite=order.overwrite)
+
+
+DESTINATIONS: dict[str, Callable[[EagleHead, str | os.PathLike[str], Order], Path]] = {
+    "vllm": _for_vllm,
+    "sglang": _for_sglang,
+    "eagle": _for_eagle,
+    "speculators": _for_speculators,
+}
+
+
+def _refuse(head: EagleHead, program: str, names: Sequence[str]) -> None:
+    """Raises where an EAGLE-1 head has something that a program does not know."""
+    strange = [name for name in names if head.config.algorithm == "eagle1" and getattr(head.config, name)]
+    if strange:
+        raise ValueError(f"{program} knows no EAGLE-1 heads with `{'`, `'.join(strange)}`.")
+
+
+def _verifier(head: EagleHead, name: str | None, architectures: Sequence[str]) -> dict[str, Any]:
+    bound = head.borrowed
+    name = name or bound.name
+    if not name:
+        raise ValueError(
+            "The layout names the model that a head drafts for, by which vLLM and speculators load it: give verifier "
+            "(its hub id or folder), or a target that was loaded by name."
+        )
+    if os.path.isdir(name):
+        name = os.path.abspath(name)
+    return {"name_or_path": name, "architectures": list(architectures or bound.architectures)}
 
 
 def _write(folder: Path, config: dict[str, Any], tensors: Tensors, overwrite: bool) -> Path:
-    names = ("config.json", "model.safetensors")
-    taken = [name for name in names if (folder / name).exists()]
-    if taken and not overwrite:
-        raise FileExistsError(f"{folder} already holds {' and '.join(taken)}; pass overwrite=True to replace them.")
-    folder.mkdir(parents=True, exist_ok=True)
-    weights, written = folder / ".model.safetensors.partial", folder / ".config.json.partial"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
-    written.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(weights, folder / names[1])
-    os.replace(written, folder / names[0])
+    there = [*folder.glob("config.json"), *(path for pattern in _WEIGHTS for path in folder.glob(pattern))]
+    if there and not overwrite:
+        taken = " and ".join(sorted({path.name for path in there}))
+        raise FileExistsError(f"{folder} already holds {taken}; pass overwrite=True to replace them.")
+    with filling(folder, replaces=_WEIGHTS) as place:
+        stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(stored, place / "model.safetensors", metadata={"format": "pt"})
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (place / "config.json").write_text(text, encoding="utf-8")
     return folder

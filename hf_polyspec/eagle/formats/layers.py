@@ -29,8 +29,8 @@ def listed_layers(config: dict[str, Any], speculators: bool) -> list[int] | None
     """Finds a head's layer list in its config and translates it into `hidden_states` indices.
 
     A list that is one of the two defaults, (2, L//2, L-3) for inputs or (1, L//2-1, L-4) for outputs, tells
-    its own convention, and so do two lists that differ by one. Any other is read by where it stands, with a
-    warning.
+    its own convention, and so do two lists that differ by one or not at all. Any other is read by where it
+    stands, with a warning.
 
     Args:
         config: The checkpoint's config.
@@ -83,6 +83,8 @@ def _found(config: dict[str, Any], speculators: bool) -> tuple[str, Sequence[int
     for other_name, other in lists[1:]:
         if [index + 1 for index in ids] == list(other):
             return other_name, other, _INPUTS
+        if list(ids) == list(other):  # as SGLang and vLLM read them
+            return name, ids, _default_convention(ids) or _INPUTS
     return name, ids, _default_convention(ids)
 
 

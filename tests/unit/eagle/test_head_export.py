@@ -17,6 +17,13 @@ from hf_polyspec.eagle import EagleHead, EagleHeadConfig
 from hf_polyspec.eagle.formats.export import export_official, export_speculators
 
 V, H = 41, 16
+TARGET = "org/target"
+
+
+def to_speculators(head: EagleHead, folder: Path, **how: Any) -> Path:
+    return export_speculators(head, folder, verifier=TARGET, **how)
+
+
 SIZES = {
     "vocab_size": V, "hidden_size": H, "intermediate_size": 20, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 6,
@@ -84,7 +91,7 @@ EAGLE3: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", list(EAGLE1))
-@pytest.mark.parametrize("layout", [export_official, export_speculators])
+@pytest.mark.parametrize("layout", [export_official, to_speculators])
 def test_eagle1_round_trip(tmp_path: Path, parts: Any, name: str, layout: Any) -> None:
     head = randomised(EagleHeadConfig(algorithm="eagle1", **SIZES, **EAGLE1[name]))
     before = behaviour(head, parts)
@@ -95,7 +102,7 @@ def test_eagle1_round_trip(tmp_path: Path, parts: Any, name: str, layout: Any) -
 
 @pytest.mark.filterwarnings("ignore:.*is no default list:UserWarning")
 @pytest.mark.parametrize("name", list(EAGLE3))
-@pytest.mark.parametrize("layout", [export_official, export_speculators])
+@pytest.mark.parametrize("layout", [export_official, to_speculators])
 def test_eagle3_round_trip(tmp_path: Path, parts: Any, name: str, layout: Any) -> None:
     head = randomised(EagleHeadConfig(algorithm="eagle3", **SIZES, **EAGLE3[name]))
     before = behaviour(head, parts)
@@ -107,7 +114,7 @@ def test_eagle3_round_trip(tmp_path: Path, parts: Any, name: str, layout: Any) -
 def test_norm_output_and_head_norms_in_speculators(tmp_path: Path, parts: Any) -> None:
     head = randomised(EagleHeadConfig(algorithm="eagle3", **SIZES, norm_output=True, qk_norm=True))
     before = behaviour(head, parts)
-    again = EagleHead.from_pretrained(export_speculators(head, tmp_path))
+    again = EagleHead.from_pretrained(to_speculators(head, tmp_path))
     assert torch.equal(behaviour(again, parts), before)
     with pytest.raises(ValueError, match="qk_norm"):
         export_official(head, tmp_path / "other")
@@ -122,30 +129,52 @@ def test_last_hidden_state_only(tmp_path: Path, parts: Any) -> None:
         export_speculators(head, tmp_path / "other")
 
 
-@pytest.mark.parametrize("mapped", [True, False])
-@pytest.mark.parametrize("layout", [export_official, export_speculators])
-def test_borrowed_lm_head_is_written_out(tmp_path: Path, parts: Any, mapped: bool, layout: Any) -> None:
-    size = 11 if mapped else V
-    head = randomised(EagleHeadConfig(algorithm="eagle3", **SIZES, own_lm_head=False, draft_vocab_size=size))
-    with pytest.raises(ValueError, match="bind"):
+@pytest.mark.parametrize("layout", [export_official, to_speculators])
+def test_rows_of_the_few_ids_it_scores_are_written_out(tmp_path: Path, parts: Any, layout: Any) -> None:
+    head = randomised(EagleHeadConfig(algorithm="eagle3", **SIZES, own_lm_head=False, draft_vocab_size=11))
+    with pytest.raises(ValueError, match="must hold its target's lm_head's rows: bind"):
         layout(head, tmp_path)
+    assert not list(tmp_path.iterdir())
     before = behaviour(head, parts)
     again = EagleHead.from_pretrained(layout(head, tmp_path))
     assert again.config.own_lm_head
     torch.testing.assert_close(behaviour(again, parts), before, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("layout", [export_official, to_speculators])
+@pytest.mark.parametrize("bound", [True, False])
+def test_the_targets_whole_lm_head_is_left_out(tmp_path: Path, parts: Any, layout: Any, bound: bool) -> None:
+    head = randomised(EagleHeadConfig(algorithm="eagle3", **SIZES, own_lm_head=False))
+    before = behaviour(copy.deepcopy(head), parts)
+    layout(head.bind(*parts) if bound else head, tmp_path)
+    assert not {"lm_head.weight", "embed_tokens.weight"} & load_file(tmp_path / "model.safetensors").keys()
+    again = EagleHead.from_pretrained(tmp_path)
+    assert not again.config.own_lm_head
+    assert torch.equal(behaviour(again, parts), before)
+
+
+def test_sglang_is_told_to_take_the_targets_lm_head(tmp_path: Path) -> None:
+    """It does so where `draft_vocab_size` is in the config and null; the speculators library wants a number."""
+    head = randomised(EagleHeadConfig(algorithm="eagle3", **SIZES, own_lm_head=False))
+    export_official(head, tmp_path / "official")
+    written = json.loads((tmp_path / "official" / "config.json").read_text())
+    assert "draft_vocab_size" in written
+    assert written["draft_vocab_size"] is None
+    to_speculators(head, tmp_path / "speculators")
+    assert json.loads((tmp_path / "speculators" / "config.json").read_text())["draft_vocab_size"] == V
+
+
 def test_scaled_and_capped_lm_heads(tmp_path: Path, parts: Any) -> None:
     head = randomised(EagleHeadConfig(algorithm="eagle3", **SIZES, own_lm_head=False))
     head.bind(*parts, logit_scale=0.25)
-    stored = load_file(export_official(head, tmp_path) / "model.safetensors")
+    stored = load_file(export_official(head, tmp_path, lm_head=True) / "model.safetensors")
     torch.testing.assert_close(stored["lm_head.weight"], parts[1].weight.detach() * 0.25)
     head.bind(*parts, logit_softcap=30.0)
     with pytest.raises(ValueError, match="caps its logits"):
-        export_official(head, tmp_path / "other")
+        export_official(head, tmp_path / "other", lm_head=True)
     head.bind(parts[0], nn.Linear(H, V))
     with pytest.raises(ValueError, match="bias"):
-        export_official(head, tmp_path / "other")
+        export_official(head, tmp_path / "other", lm_head=True)
 
 
 def test_official_names(tmp_path: Path, parts: Any) -> None:
@@ -185,10 +214,23 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path, parts: Any) -> None:
     export_official(head, tmp_path)
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(FileExistsError, match="overwrite=True"):
-        export_speculators(head, tmp_path)
+        to_speculators(head, tmp_path)
     assert (tmp_path / "config.json").read_bytes() == before
-    export_speculators(head, tmp_path, overwrite=True)
+    to_speculators(head, tmp_path, overwrite=True)
     assert json.loads((tmp_path / "config.json").read_text())["speculators_model_type"] == "eagle3"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "name", ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
+)
+def test_other_files_of_weights_are_in_the_way_too(tmp_path: Path, parts: Any, name: str) -> None:
+    """vLLM reads every safetensors file of a folder."""
+    head = randomised(EagleHeadConfig(algorithm="eagle3", **SIZES)).bind(*parts)
+    (tmp_path / name).write_bytes(b"old")
+    with pytest.raises(FileExistsError, match=name):
+        export_official(head, tmp_path)
+    export_official(head, tmp_path, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 

@@ -54,6 +54,12 @@ def test_two_lists_that_differ_by_one_leave_no_doubt() -> None:
     assert listed_layers(config, speculators=False) == [3, 17, 30]
 
 
+def test_the_same_numbers_in_both_places_are_states_unless_they_are_the_default_outputs() -> None:
+    for ids, states in (([3, 17, 30], [3, 17, 30]), ([1, 15, 28], [2, 16, 29]), ([2, 16, 29], [2, 16, 29])):
+        assert listed_layers({"eagle_config": {KEY: ids}, KEY: ids}, speculators=False) == states
+    assert listed_layers({"eagle_config": {KEY: [0, 14, 27]}, KEY: [1, 15, 28]}, speculators=False) == [1, 15, 28]
+
+
 @pytest.mark.parametrize("config", [{}, {KEY: None}, {KEY: []}, {"eagle_config": None}, {"eagle_config": {KEY: []}}])
 def test_no_list(config: dict[str, object]) -> None:
     assert listed_layers(config, speculators=False) is None
