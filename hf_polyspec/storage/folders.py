@@ -65,19 +65,16 @@ def put_folder(made: str | os.PathLike[str], wanted: str | os.PathLike[str]) -> 
     """Move a finished folder to its place, in place of one that is there.
 
     Args:
-        made: on the same file system; its files are forced to disk first.
+        made: on the same file system; its files are forced to disk first, and get the mode that the umask leaves.
         wanted: a kill between two renames leaves it absent, and the old one beside it under `.NAME.XXXXXXXX.partial`.
 
     Raises:
         OSError: it cannot be moved.
     """
     source, goal = Path(made), Path(wanted)
-    for path in source.rglob("*"):
-        if path.is_file():
-            sync(path)
-        else:
-            sync_folder(path)
-    sync_folder(source)
+    _settle(source, sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file()))
+    for path in (*(path for path in source.rglob("*") if path.is_dir()), source):
+        sync_folder(path)
     goal.parent.mkdir(parents=True, exist_ok=True)
     aside = goal.parent / f".{goal.name}.{secrets.token_hex(4)}{PARTIAL}"
     if goal.exists():

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,11 +13,13 @@ import torch
 
 from hf_polyspec.eagle.modeling import EagleHead
 from hf_polyspec.eagle.training.config import TrainingConfig
+from hf_polyspec.eagle.training.curve import read_curve, read_validations
 from hf_polyspec.eagle.training.dataset import Corpus
 from hf_polyspec.eagle.training.losses import OBJECTIVES
 from hf_polyspec.eagle.training.shards import GREEDY, read_provenance
 from hf_polyspec.exactness.processors import rank_tokens
 from hf_polyspec.models.packaged import PACKAGE
+from hf_polyspec.storage.folders import filling
 
 # a working vocabulary larger than this costs more than it brings
 _MOST_FREQUENT = 32_000
@@ -64,8 +64,8 @@ def publish(
         dtype: of the stored weights.
 
     Returns:
-        The folder: `model.safetensors`, `config.json`, `training.yaml`, `curve.csv`, `curve.png`,
-        `validation.jsonl` and `README.md`.
+        The folder, whose files appear together, config.json last: `model.safetensors`, `config.json`, `training.yaml`,
+        `curve.csv`, `curve.png`, `validation.jsonl` and `README.md`.
 
     Raises:
         ValueError: the dtype is unknown.
@@ -73,19 +73,19 @@ def publish(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     folder = config.folder / "head"
-    folder.mkdir(parents=True, exist_ok=True)
     remember_frequent(head, corpus)
-    before = head.dtype
-    # there and back is exact for nothing that is trained on afterwards: the run is over
-    head.to(DTYPES[dtype]).save_pretrained(str(folder))
-    head.to(before)
-    config.save(folder / "training.yaml")
-    for name in ("curve.csv", "validation.jsonl"):
-        if (config.folder / name).is_file():
-            shutil.copyfile(config.folder / name, folder / name)
-    if (folder / "curve.csv").is_file():
-        draw_curve(folder)
-    (folder / "README.md").write_text(card_text(head, config, corpus, acceptance, facts, dtype), encoding="utf-8")
+    with filling(folder) as place:
+        before = head.dtype
+        # there and back is exact for nothing that is trained on afterwards: the run is over
+        head.to(DTYPES[dtype]).save_pretrained(place)
+        head.to(before)
+        config.save(place / "training.yaml")
+        for name in ("curve.csv", "validation.jsonl"):
+            if (config.folder / name).is_file():
+                shutil.copyfile(config.folder / name, place / name)
+        draw_curve(place)
+        card = card_text(head, config, corpus, acceptance, facts, dtype)
+        (place / "README.md").write_text(card, encoding="utf-8")
     return folder
 
 
@@ -158,15 +158,16 @@ def draw_curve(folder: Path) -> Path | None:
         folder: holds `curve.csv`, perhaps `validation.jsonl`; gets `curve.png`.
 
     Returns:
-        The picture, or None when matplotlib is not installed.
+        The picture, or None when there is no curve or matplotlib is not installed.
     """
+    rows = read_curve(folder / "curve.csv")
+    if not rows:
+        return None
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    with (folder / "curve.csv").open(encoding="utf-8", newline="") as handle:
-        rows = list(csv.DictReader(handle))
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
@@ -177,9 +178,8 @@ def draw_curve(folder: Path) -> Path | None:
             left.plot(steps, [float(row[column]) for row in rows], label=label, linewidth=1)
             left.set(xlabel="optimizer step", ylabel=objective.replace("_", " ") + " (nats)")
     left.legend()
-    path = folder / "validation.jsonl"
-    if path.is_file():
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = read_validations(folder / "validation.jsonl")
+    if records:
         for kind in (f"{learned}{name}" for name in ("greedy", "sampled") for learned in ("", "learned_")):
             points = [(r["step"], r[kind]["mean_acceptance_length"]) for r in records if kind in r]
             if points:

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+
+from hf_polyspec.storage.folders import put_folder
+from hf_polyspec.storage.reading import reading
 
 
 @dataclass
@@ -76,8 +78,7 @@ class Checkpoints:
         self.accelerator.save_state(str(partial))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
+            put_folder(partial, final)
             for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
                 shutil.rmtree(old)
             for leftover in self.folder.glob("partial-*"):
@@ -90,8 +91,13 @@ class Checkpoints:
 
         Returns:
             Its folder, or None when there is none.
+
+        Raises:
+            DamagedFileError: it cannot be read; the sentence names it.
         """
         newest = self.newest()
         if newest is not None:
-            self.accelerator.load_state(str(newest))
+            remedy = "delete this folder, and the same command goes on from the checkpoint before it"
+            with reading(newest, remedy):
+                self.accelerator.load_state(str(newest))
         return newest

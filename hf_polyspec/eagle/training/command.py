@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from hf_polyspec.eagle.training.prompts import read_excluded, read_prompts
 from hf_polyspec.eagle.training.shards import read_progress
 from hf_polyspec.models.by_name import resolve
 from hf_polyspec.quantization.model import quantize_model
+from hf_polyspec.storage.locks import one_writer
 
 _REPORT_SECONDS = 30.0
 
@@ -191,11 +191,7 @@ def settle(config: TrainingConfig) -> None:
     Args:
         config: the run.
     """
-    path = config.folder / "config.yaml"
-    config.folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".partial-{os.getpid()}")
-    config.save(partial)
-    os.replace(partial, path)
+    config.save(config.folder / "config.yaml")
 
 
 def run(session: Session, tracked: bool, save_dtype: str) -> bool:
@@ -215,7 +211,22 @@ def run(session: Session, tracked: bool, save_dtype: str) -> bool:
     target, tokenizer = _load(config, accelerator.device)
     check_lesson(config, target)
     # from here on the folder is this run's: nothing the user can have mistyped is left to fail
-    settle(config)
+    with one_writer(config.folder, accelerator.process_index, accelerator.num_processes):
+        settle(config)
+        return _written(session, target, tokenizer, prompts, excluded, tracked, save_dtype)
+
+
+def _written(
+    session: Session,
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[dict[str, str]]] | None,
+    excluded: frozenset[str],
+    tracked: bool,
+    save_dtype: str,
+) -> bool:
+    """The phases of a run, in a folder that nobody else writes into; whether the head is finished."""
+    config, accelerator = session.config, session.accelerator
     if config.texts is None and not _generate(session, target, tokenizer, prompts, excluded):
         return False
     plan = config.optimization

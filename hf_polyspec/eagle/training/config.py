@@ -15,6 +15,8 @@ import yaml
 from hf_polyspec.eagle.configuration import ALGORITHMS
 from hf_polyspec.eagle.training.generation import GenerationSettings
 from hf_polyspec.eagle.training.losses import OBJECTIVES
+from hf_polyspec.storage.atomic import write_text
+from hf_polyspec.storage.reading import read_text
 
 T = TypeVar("T")
 
@@ -228,12 +230,12 @@ class TrainingConfig:
         return asdict(self)
 
     def save(self, path: Path) -> None:
-        """Writes the config as YAML.
+        """Writes the config as YAML, whole or not at all.
 
         Args:
-            path: the file; its folder exists.
+            path: the file.
         """
-        path.write_text(yaml.safe_dump(self.as_dict(), sort_keys=False), encoding="utf-8")
+        write_text(path, yaml.safe_dump(self.as_dict(), sort_keys=False))
 
 
 def load_config(path: Path) -> dict[str, Any]:
@@ -247,7 +249,7 @@ def load_config(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"there is no config file at {path}")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path, "write it anew, in UTF-8")
     try:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError) as error:

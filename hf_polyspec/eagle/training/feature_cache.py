@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,9 @@ import torch
 from hf_polyspec.eagle.training.dataset import Batch, TargetReader, Text
 from hf_polyspec.eagle.training.kept_states import Seen, as_kept
 from hf_polyspec.eagle.training.losses import TargetView
+from hf_polyspec.errors import DamagedFileError
+from hf_polyspec.storage.atomic import allocate, write_json
+from hf_polyspec.storage.reading import read_json
 
 
 class FeatureCache:
@@ -61,16 +63,13 @@ class FeatureCache:
         folder.mkdir(parents=True, exist_ok=True)
         stamp = _stamp(texts, reader.layers, target_name, feature_size)
         marker = folder / "cache.json"
-        known = marker.is_file() and json.loads(marker.read_text(encoding="utf-8")).get("stamp") == stamp
-        if owner and not known:
+        sizes = {name: int(np.prod(shape)) * np.dtype(dtype).itemsize for name, (shape, dtype) in shapes.items()}
+        if owner and not (_stamped(marker, stamp) and _whole(folder, sizes)):
             marker.unlink(missing_ok=True)
-            for name, (shape, dtype) in shapes.items():
-                # a new file of zeros takes no room until it is written to
-                with (folder / name).open("wb") as handle:
-                    handle.truncate(int(np.prod(shape)) * np.dtype(dtype).itemsize)
-            partial = folder / "cache.json.partial"
-            partial.write_text(json.dumps({"stamp": stamp}), encoding="utf-8")
-            os.replace(partial, marker)
+            for name, size in sizes.items():
+                # with its room on the disk: storing into a map that finds none would end the process
+                allocate(folder / name, size)
+            write_json(marker, {"stamp": stamp})
         self.arrays = {
             name: np.memmap(folder / name, dtype=dtype, mode="r+", shape=shape)
             for name, (shape, dtype) in shapes.items()
@@ -135,6 +134,19 @@ class FeatureCache:
                 padded[row, : len(text)] = array[start : start + len(text)]
             found[name] = torch.from_numpy(padded).to(device)
         return TargetView(found["features"].to(dtype), found["final"].to(dtype), found["best"].long())
+
+
+def _stamped(marker: Path, stamp: str) -> bool:
+    """Whether a cache is of these texts; one whose marker cannot be read is of none, and is begun anew."""
+    try:
+        return marker.is_file() and read_json(marker).get("stamp") == stamp
+    except DamagedFileError:
+        return False
+
+
+def _whole(folder: Path, sizes: dict[str, int]) -> bool:
+    """Whether no array was cut short."""
+    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
 
 
 def _stamp(texts: Sequence[Text], layers: Sequence[int], target_name: str, feature_size: int) -> str:

@@ -8,8 +8,7 @@ in whole shards, so a second start makes exactly the samples that are missing.
 
 from __future__ import annotations
 
-import json
-import os
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from hf_polyspec.eagle.training.jobs import Job, draw, stop_ids
 from hf_polyspec.eagle.training.prompts import (
     ChatFrame,
     PromptFilter,
+    RefusedPromptError,
     asked,
     chat_frame,
     normalise,
@@ -33,6 +33,11 @@ from hf_polyspec.eagle.training.prompts import (
 from hf_polyspec.eagle.training.shards import GREEDY, SAMPLED, Sample, ShardWriter, read_progress, read_samples
 from hf_polyspec.eagle.training.slots import open_batch
 from hf_polyspec.eagle.training.stopping import StopRequest
+from hf_polyspec.storage.atomic import write_json
+
+_LOG = logging.getLogger(__name__)
+# so many prompts that a template refuses are told of, each with the template's words
+_TOLD = 5
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class GenerationState:
         samples: likewise.
         new_tokens: ids of finished samples of this run.
         rejected: invented prompts filtered out in this run.
+        refused: prompts of this run that the chat template refused.
         steps: forward passes of this run.
         started: when this run began, seconds since the epoch.
     """
@@ -95,6 +101,7 @@ class GenerationState:
     samples: int = 0
     new_tokens: int = 0
     rejected: int = 0
+    refused: int = 0
     steps: int = 0
     started: float = field(default_factory=time.time)
 
@@ -155,6 +162,7 @@ class Generator:
         # this process's part of what is missing, on top of what is there
         self.share = done.tokens + -(-(settings.max_tokens - done.tokens) // world)
         self.exhausted = False
+        self.refusal = ""
         self.pending: Iterator[int] = self._numbers(done.numbers)
         self.ready: deque[Job] = deque()
         provenance = {key: str(value) for key, value in asdict(settings).items()}
@@ -181,6 +189,9 @@ class Generator:
 
         Returns:
             What was done. Everything finished is on disk; what was under way is begun anew by the next run.
+
+        Raises:
+            ValueError: the chat template refuses every prompt.
         """
         next_status = 0.0
         with StopRequest(deadline) as stop:
@@ -195,6 +206,9 @@ class Generator:
                 if time.time() >= next_status:
                     self._write_status("running")
                     next_status = time.time() + 30
+        if self.prompts and self.state.refused == len(self.prompts) * self.settings.samples_per_prompt:
+            # noting them on disk would keep a mended template from being asked again
+            raise ValueError(f"none of the {len(self.prompts)} prompts can be answered: {self.refusal}")
         self.writer.flush()
         self._write_status("finished" if self.complete else "stopped")
         return self.state
@@ -243,10 +257,24 @@ class Generator:
             header = list(self.frame.header)
             return Job(number, True, header, len(header), settings.max_prompt_tokens, SAMPLED, dice)
         turns = self.prompts[number % len(self.prompts)]
-        ids = prompt_ids(self.tokenizer, turns)
+        ids = self._rendered(turns, f"prompt {number % len(self.prompts) + 1} of the file")
+        if ids is None:
+            return None
         if asked(turns) & self.filter.excluded:
             return None
         return self._answer(number, ids)
+
+    def _rendered(self, turns: list[dict[str, str]], which: str) -> list[int] | None:
+        """A conversation's ids, or None, with a note, where the chat template refuses it."""
+        try:
+            return prompt_ids(self.tokenizer, turns)
+        except RefusedPromptError as refusal:
+            self.state.refused += 1
+            self.refusal = str(refusal)
+            if self.state.refused <= _TOLD:
+                more = "; further ones are left out silently" if self.state.refused == _TOLD else ""
+                _LOG.warning("%s is left out: %s%s", which, refusal, more)
+            return None
 
     def _answer(self, number: int, ids: list[int]) -> Job | None:
         """The job of answering a prompt, or None when the prompt is too long."""
@@ -325,7 +353,8 @@ class Generator:
         if not self.filter.accepts(text, len(job.tokens) - job.start - 1):
             self._drop(row, job)
             return
-        answer = self._answer(job.number, prompt_ids(self.tokenizer, [{"role": "user", "content": text}]))
+        ids = self._rendered([{"role": "user", "content": text}], "an invented prompt")
+        answer = None if ids is None else self._answer(job.number, ids)
         if answer is None:
             self._drop(row, job)
             return
@@ -362,11 +391,9 @@ class Generator:
             "tokens_on_disk": state.tokens - self.writer.waiting_tokens,
             "samples": state.samples,
             "rejected_prompts_this_run": state.rejected,
+            "refused_by_the_template_this_run": state.refused,
             "tokens_per_second": round(state.tokens_per_second, 1),
             "steps": state.steps,
         }
         suffix = "" if self.world == 1 else f"-{self.rank}"
-        path = self.folder / f"STATUS{suffix}"
-        temporary = path.with_suffix(".partial")
-        temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(self.folder / f"STATUS{suffix}", facts, indent=1)

@@ -8,7 +8,6 @@ in a file of their own, which is there before the shard is.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from hf_polyspec.eagle.features import select_features
+from hf_polyspec.storage.atomic import write_tensors
+from hf_polyspec.storage.reading import reading
 
 _HALF_MAX = 65504.0
 UNKNOWN = -1
@@ -58,21 +58,6 @@ def as_kept(states: torch.Tensor) -> torch.Tensor:
     return states.float().clamp(-_HALF_MAX, _HALF_MAX).half().cpu()
 
 
-def save_whole(tensors: dict[str, npt.NDArray[Any]], path: Path, metadata: dict[str, str]) -> None:
-    """Writes a safetensors file that appears under its name only when it is whole and on disk.
-
-    Args:
-        tensors: what it holds.
-        path: the file; a kill leaves a `.partial` one beside it at most.
-        metadata: kept in its header.
-    """
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata=metadata)
-    with partial.open("rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(partial, path)
-
-
 def identity(target: str, revision: str | None, model: str, layers: Sequence[int]) -> str:
     """Whose states they are: states serve a reader of the same identity.
 
@@ -98,7 +83,7 @@ def save_seen(shard: Path, texts: Sequence[tuple[int, Seen]], whose: str) -> Non
         "offsets": np.cumsum([0, *(len(seen.best) for _, seen in texts)]).astype(np.int64),
         "numbers": np.array([number for number, _ in texts], dtype=np.int64),
     }
-    save_whole(tensors, _beside(shard), {"identity": whose})
+    write_tensors(_beside(shard), tensors, {"identity": whose})
 
 
 def read_seen(folder: Path, whose: str) -> Iterator[tuple[int, Seen]]:
@@ -107,18 +92,26 @@ def read_seen(folder: Path, whose: str) -> Iterator[tuple[int, Seen]]:
     Args:
         folder: a folder of shards.
         whose: see `identity`; states of others are passed over.
+
+    Raises:
+        DamagedFileError: a file cannot be read; the sentence names it.
     """
     for shard in sorted(folder.glob("shard-*.safetensors")):
         path = _beside(shard)
         if not path.is_file():
             continue
-        with safe_open(path, framework="numpy") as handle:
-            if handle.metadata()["identity"] != whose:
-                continue
-            numbers, offsets, best = (handle.get_tensor(name) for name in ("numbers", "offsets", "best"))
-            states = handle.get_slice("states")
-            for number, start, end in zip(numbers.tolist(), offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-                yield number, Seen(states[start:end], best[start:end])
+        with reading(path, "delete it: what it holds is computed again"):
+            yield from _read(path, whose)
+
+
+def _read(path: Path, whose: str) -> Iterator[tuple[int, Seen]]:
+    with safe_open(path, framework="numpy") as handle:
+        if handle.metadata()["identity"] != whose:
+            return
+        numbers, offsets, best = (handle.get_tensor(name) for name in ("numbers", "offsets", "best"))
+        states = handle.get_slice("states")
+        for number, start, end in zip(numbers.tolist(), offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+            yield number, Seen(states[start:end], best[start:end])
 
 
 def _beside(shard: Path) -> Path:

@@ -10,10 +10,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from hf_polyspec.storage.reading import read_text
 
 # stands in for the user's words while the chat template is taken apart
 _MARK = "\u2402user words\u2402"
+
+
+# a template's own words, and what it trips over in roles or texts it did not foresee
+_REFUSALS = (TemplateError, TypeError, KeyError, IndexError, AttributeError)
+
+
+class RefusedPromptError(ValueError):
+    """A chat template does not take a conversation; the message holds the template's words."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,13 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase) -> ChatFrame:
                 "give a file of prompts"
             )
         return ChatFrame((int(cast(int, start)),), None)
-    rendered = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
+    try:
+        rendered = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
+    except _REFUSALS as error:
+        raise ValueError(
+            f"the chat template takes no words of a user alone ({' '.join(str(error).split())}), so prompts must come "
+            "from a file"
+        ) from error
     before, _, after = str(rendered).partition(_MARK)
     closing = tokenizer.encode(after, add_special_tokens=False)
     if not closing:
@@ -61,11 +78,17 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str
     Args:
         tokenizer: the target's tokenizer; without a chat template the turns' contents are joined by newlines.
         turns: messages with `role` and `content`, the last one not the assistant's.
+
+    Raises:
+        RefusedPromptError: the chat template does not take such a conversation.
     """
     if not tokenizer.chat_template:
         text = "\n".join(turn["content"] for turn in turns)
         return [int(i) for i in tokenizer.encode(text)]
-    text = str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True))
+    try:
+        text = str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True))
+    except _REFUSALS as error:
+        raise RefusedPromptError(f"the chat template refuses it ({' '.join(str(error).split())})") from error
     return [int(i) for i in tokenizer.encode(text, add_special_tokens=False)]
 
 
@@ -89,7 +112,7 @@ def _entries(path: Path) -> list[Any]:
     """What a file of prompts lists, not yet looked into."""
     if not path.is_file():
         raise ValueError(f"there is no file of prompts at {path}")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path, "write it anew, in UTF-8")
     if path.suffix == ".json":
         rows = _parsed(text, str(path))
         if not isinstance(rows, list):

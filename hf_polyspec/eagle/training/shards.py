@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
-from hf_polyspec.eagle.training.kept_states import Seen, save_seen, save_whole
+from hf_polyspec.eagle.training.kept_states import Seen, save_seen
+from hf_polyspec.storage.atomic import write_tensors
+from hf_polyspec.storage.reading import reading
 
 GREEDY = 0
 SAMPLED = 1
@@ -104,7 +108,7 @@ class ShardWriter:
         seen = [(sample.number, sample.seen) for sample in self.samples if sample.seen is not None]
         if seen:
             save_seen(path, seen, self.whose_states)
-        save_whole(tensors, path, {"provenance": json.dumps(self.provenance)})
+        write_tensors(path, tensors, {"provenance": json.dumps(self.provenance)})
         self.samples, self.rejected = [], []
         self.next_index += 1
         return path
@@ -154,7 +158,7 @@ def read_shard(path: Path) -> Iterator[Sample]:
     Args:
         path: a shard's file.
     """
-    with safe_open(path, framework="numpy") as handle:
+    with _opened(path) as handle:
         tokens = handle.get_tensor("tokens")
         offsets = handle.get_tensor("offsets")
         prompts = handle.get_tensor("prompt_lengths")
@@ -173,7 +177,7 @@ def read_provenance(folder: Path) -> list[dict[str, str]]:
     """
     found: list[dict[str, str]] = []
     for path in sorted(folder.glob("shard-*.safetensors")):
-        with safe_open(path, framework="numpy") as handle:
+        with _opened(path) as handle:
             facts = json.loads(handle.metadata()["provenance"])
         if facts not in found:
             found.append(facts)
@@ -189,7 +193,7 @@ def read_progress(folder: Path) -> Progress:
     numbers: set[int] = set()
     samples = tokens = answers = 0
     for path in sorted(folder.glob("shard-*.safetensors")):
-        with safe_open(path, framework="numpy") as handle:
+        with _opened(path) as handle:
             fresh = [int(n) for n in handle.get_tensor("numbers") if int(n) not in numbers]
             numbers.update(fresh)
             numbers.update(int(n) for n in handle.get_tensor("rejected"))
@@ -198,6 +202,18 @@ def read_progress(folder: Path) -> Progress:
             tokens += length
             answers += length - int(handle.get_tensor("prompt_lengths").sum())
     return Progress(frozenset(numbers), samples, tokens, answers)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A shard to read from.
+
+    Raises:
+        DamagedFileError: it, or what is asked of it, cannot be read; the sentence names it.
+    """
+    remedy = "delete it and have its texts written again by the same command, or restore it if training has begun"
+    with reading(path, remedy), safe_open(path, framework="numpy") as handle:
+        yield handle
 
 
 def _index(path: Path) -> int:

@@ -31,6 +31,8 @@ from hf_polyspec.eagle.training.command import duration, train_eagle
 from hf_polyspec.eagle.training.dataset import Batch, TargetReader, load_corpus
 from hf_polyspec.eagle.training.losses import TargetView
 from hf_polyspec.eagle.training.shards import read_progress, read_samples
+from hf_polyspec.errors import FolderInUseError
+from hf_polyspec.storage.locks import one_writer
 
 app = typer.Typer()
 app.command()(train_eagle)
@@ -116,6 +118,29 @@ def test_from_target_to_head(run_file: Path, target_folder: Path, tmp_path: Path
     before = (run / "head" / "model.safetensors").read_bytes()
     call("--output", run)
     assert (run / "head" / "model.safetensors").read_bytes() == before
+
+
+def test_a_run_folder_has_one_writer(run_file: Path, tmp_path: Path) -> None:
+    with one_writer(tmp_path / "run"):
+        result = CliRunner().invoke(app, ["--cpu", "--config", str(run_file)])
+    assert isinstance(result.exception, FolderInUseError)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "torn"), [("validation.jsonl", '{"step": 4, "epo'), ("curve.csv", "4,0.2"), ("curve.csv", "1")]
+)
+def test_a_run_goes_on_after_a_kill_in_the_middle_of_a_line(
+    run_file: Path, tmp_path: Path, name: str, torn: str
+) -> None:
+    call("--config", run_file)
+    run = tmp_path / "run"
+    path, head = run / name, run / "head" / "model.safetensors"
+    whole, before = path.read_bytes(), head.read_bytes()
+    path.write_bytes(whole + torn.encode())
+    call("--output", run)
+    assert path.read_bytes() == whole
+    assert head.read_bytes() == before
 
 
 def test_states_that_cannot_be_kept_are_told_before_anything_is_there(

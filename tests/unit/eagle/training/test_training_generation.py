@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,6 +158,89 @@ def test_excluded_prompts_are_left_out(
         chat_target, chat_tokenizer, tmp_path / "longer", replace(SETTINGS, max_tokens=10**6), longer, banned
     ).run()
     assert sorted(by_number(tmp_path / "longer")) == [1]
+
+
+STRICT = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}<user> {{ m['content'] }} <end> {% endfor %}<bot> "
+)
+
+
+@pytest.fixture
+def strict(chat_tokenizer: PreTrainedTokenizerFast) -> Iterator[PreTrainedTokenizerFast]:
+    """The tokenizer with a template that wants a user first."""
+    before, chat_tokenizer.chat_template = chat_tokenizer.chat_template, STRICT
+    yield chat_tokenizer
+    chat_tokenizer.chat_template = before
+
+
+def test_a_prompt_that_the_template_refuses_costs_that_prompt_only(
+    chat_target: PreTrainedModel, strict: PreTrainedTokenizerFast, prompts_file: Callable[[int], Path], tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    prompts = read_prompts(prompts_file(6))
+    prompts[2] = [{"role": "assistant", "content": "w1"}, {"role": "user", "content": "w2"}]
+    prompts[5] = [{"role": "user", "content": "w1"}, {"role": "user", "content": "w2"}]
+    settings = replace(SETTINGS, max_tokens=10**6)
+    generator = Generator(chat_target, strict, tmp_path, settings, prompts)
+    generator.run()
+    assert generator.complete
+    assert sorted(by_number(tmp_path)) == [0, 1, 3, 4]
+    assert json.loads((tmp_path / "STATUS").read_text())["refused_by_the_template_this_run"] == 2
+    told = [record.getMessage() for record in caplog.records]
+    assert [line.split(" is left out")[0] for line in told] == ["prompt 3 of the file", "prompt 6 of the file"]
+    assert all("roles must alternate" in line for line in told)
+
+
+def test_many_refusals_are_told_of_a_few_times(
+    chat_target: PreTrainedModel, strict: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused = [{"role": "assistant", "content": "w1"}, {"role": "user", "content": "w2"}]
+    prompts = [*([refused] * 20), [{"role": "user", "content": "w3"}]]
+    Generator(chat_target, strict, tmp_path, replace(SETTINGS, max_tokens=10**6), prompts).run()
+    assert sorted(by_number(tmp_path)) == [20]
+    assert len(caplog.records) == 5
+
+
+def test_a_template_that_refuses_every_prompt_ends_the_run_with_its_words(
+    chat_target: PreTrainedModel, strict: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    prompts = [[{"role": "assistant", "content": "w1"}, {"role": "user", "content": "w2"}]] * 3
+    with pytest.raises(ValueError, match=r"none of the 3 prompts can be answered: .*roles must alternate"):
+        Generator(chat_target, strict, tmp_path, SETTINGS, prompts).run()
+    # a mended template is asked again
+    strict.chat_template = STRICT.replace("raise_exception('roles must alternate')", "''")
+    Generator(chat_target, strict, tmp_path, replace(SETTINGS, max_tokens=10**6), prompts).run()
+    assert sorted(by_number(tmp_path)) == [0, 1, 2]
+
+
+def test_an_invented_prompt_that_the_template_refuses_costs_that_prompt_only(
+    chat_target: PreTrainedModel, chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    plain = chat_tokenizer.chat_template
+    unlucky = "{% if 'w7' in messages[0]['content'] %}{{ raise_exception('no sevens') }}{% endif %}"
+    chat_tokenizer.chat_template = unlucky + str(plain)
+    try:
+        generator = Generator(chat_target, chat_tokenizer, tmp_path, replace(SETTINGS, max_tokens=2000))
+        generator.run()
+    finally:
+        chat_tokenizer.chat_template = plain
+    assert generator.state.refused > 0
+    seven = chat_tokenizer.convert_tokens_to_ids("w7")
+    texts = by_number(tmp_path).values()
+    assert texts
+    assert not any(seven in sample.tokens[: sample.prompt_length] for sample in texts)
+
+
+def test_a_template_that_takes_no_user_is_refused_before_a_run(
+    chat_target: PreTrainedModel, chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    plain, chat_tokenizer.chat_template = chat_tokenizer.chat_template, "{{ raise_exception('a system first') }}"
+    try:
+        with pytest.raises(ValueError, match=r"a system first.*prompts must come from a file"):
+            Generator(chat_target, chat_tokenizer, tmp_path, SETTINGS)
+    finally:
+        chat_tokenizer.chat_template = plain
 
 
 def test_a_deadline_ends_the_run(
