@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import torch
+
 from hf_polyspec.errors import DamagedFileError
 from hf_polyspec.host.modeling import cached_file
 from hf_polyspec.storage import reading as storage
