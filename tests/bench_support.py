@@ -8,7 +8,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from hf_polyspec.cli.app import app
+from hf_polyspec.cli import app
 
 CATEGORIES = ("writing", "translation", "summarization", "qa", "math_reasoning", "rag")
 WORDS = ["river", "stone", "lamp", "window", "garden", "letter", "morning", "kettle", "ladder", "paper"]

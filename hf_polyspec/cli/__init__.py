@@ -1,2 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `polyspec` command."""
+
+from .main import app
+
+__all__ = ["app"]

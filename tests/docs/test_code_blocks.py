@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 import hf_polyspec
-from hf_polyspec.cli.app import app
+from hf_polyspec.cli import app
 from hf_polyspec.eagle.fresh import init_for
 from hf_polyspec.eagle.training.config import build_config
 

@@ -21,7 +21,7 @@ from hf_polyspec.bench.cast import Cast
 from hf_polyspec.bench.journal import read_lines
 from hf_polyspec.bench.request import Asked, spelled
 from hf_polyspec.bench.runner import Share
-from hf_polyspec.cli.app import app
+from hf_polyspec.cli import app
 from hf_polyspec.metrics.records import read_records
 
 VOLATILE = ("seconds", "peak_bytes", "rise_bytes", "levels")

@@ -12,8 +12,7 @@ from transformers import AutoConfig, BartConfig, BartForConditionalGeneration, M
 from typer.testing import CliRunner, Result
 
 import hf_polyspec
-from hf_polyspec.cli import commands
-from hf_polyspec.cli.app import app
+from hf_polyspec.cli import app, commands
 from hf_polyspec.eagle import EagleHead, EagleHeadConfig
 
 

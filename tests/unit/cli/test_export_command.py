@@ -13,8 +13,8 @@ from tiny_models import tiny
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from hf_polyspec.cli import app
 from hf_polyspec.cli import export as command
-from hf_polyspec.cli.app import app
 from hf_polyspec.eagle import EagleHead, init_for
 
 WIDTH = {"COLUMNS": "300", "TERM": "dumb"}

@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
 
 import hf_polyspec
-from hf_polyspec.cli import demo
-from hf_polyspec.cli.app import app
+from hf_polyspec.cli import app, demo
 from hf_polyspec.eagle import init_for
 from hf_polyspec.exactness.context import Context
 from hf_polyspec.exactness.proposal import TreeProposal

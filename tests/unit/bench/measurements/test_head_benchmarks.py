@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_polyspec import generate
 from hf_polyspec.bench.measurements import draft_vocabulary, head_acceptance, head_cost
-from hf_polyspec.cli.app import app
+from hf_polyspec.cli import app
 from hf_polyspec.eagle import EagleHead
 
 

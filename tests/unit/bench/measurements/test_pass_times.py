@@ -14,7 +14,7 @@ from tiny_checkpoints import save_pair
 from torch import nn
 
 from hf_polyspec.bench.measurements import pass_times
-from hf_polyspec.cli.app import app
+from hf_polyspec.cli import app
 from hf_polyspec.cpu.compiled import compiles
 from hf_polyspec.quantization import Int4Linear, Int8Linear, is_packed
 

@@ -9,7 +9,7 @@ import pytest
 
 import hf_polyspec
 from hf_polyspec.bench.measurements.registry import MEASUREMENTS, load_measurement
-from hf_polyspec.cli.app import app
+from hf_polyspec.cli import app
 
 
 def test_every_module_of_the_room_that_measures_has_a_name() -> None:
