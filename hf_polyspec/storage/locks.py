@@ -35,14 +35,14 @@ def one_writer(folder: str | os.PathLike[str], rank: int = 0, processes: int = 1
     place.mkdir(parents=True, exist_ok=True)
     lock = FileLock(place / f".writer-{rank}.lock")
     try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise FolderInUseError(
-            f"Another process is writing into {place}: wait until it has ended, or use another folder."
-        ) from None
-    try:
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise FolderInUseError(
+                f"Another process is writing into {place}: wait until it has ended, or use another folder."
+            ) from None
         if processes == 1:
             sweep(place)
         yield
     finally:
-        lock.release()
+        lock.release()  # nothing where it was not acquired
