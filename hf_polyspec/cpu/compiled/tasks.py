@@ -16,13 +16,14 @@ import ctypes
 import struct
 from array import array
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 from torch.profiler import record_function
 
@@ -144,12 +145,16 @@ def compiled(function: Callable[[Any], None]) -> int:
     Args:
         function: Takes the address of a task.
     """
-    signature = types.void(types.intp)
-    try:
-        found = cfunc(signature, cache=True, error_model="numpy")(function)
-    except (OSError, RuntimeError):  # nowhere to keep it: a read-only installation without a home folder, a full disk
-        found = cfunc(signature, error_model="numpy")(function)
-    return int(found.address)
+    make = cfunc(types.void(types.intp), cache=True, error_model="numpy")
+    # Whatever numba's cache raises is about what is kept and not about the function: a file that a kill or a full disk
+    # has cut short is unpickled into any exception there is.
+    with suppress(Exception):
+        return int(make(function).address)
+    with suppress(Exception):
+        FunctionCache(function).flush()  # the index is begun anew, and what it named is written over
+        return int(make(function).address)
+    # Nowhere to keep it: a read-only installation without a home folder, a full disk.
+    return int(cfunc(types.void(types.intp), error_model="numpy")(function).address)
 
 
 def number_bits(value: float) -> int:
