@@ -15,6 +15,8 @@ from torch import nn
 
 from ..cpu.packing import is_packed
 from ..levels.names import name_of
+from ..storage.atomic import write_json
+from ..storage.reading import read_json
 from .options import PolySpecOptions
 
 FORMAT = 1
@@ -135,27 +137,23 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; a file that is there is replaced whole or left alone."""
-        path = Path(path)
-        text = json.dumps(self.to_dict(), indent=1) + "\n"
-        draft = path.with_name(path.name + ".tmp")
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
+        write_json(path, self.to_dict(), indent=1, ensure_ascii=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read a plan.
 
         Raises:
-            ValueError: there is no such file, or no plan in it.
+            ValueError: there is no such file, or no plan in it; the sentence names the file.
         """
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"there is no plan at {path}.")
+        values = read_json(path, remedy="make a new plan with `polyspec plan`, or name the file of one")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is no plan: it does not hold JSON.") from error
-        return cls.from_dict(values)
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path} holds no plan that can be used: {error}") from error
 
     @classmethod
     def read(cls, given: Any) -> Plan:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..storage.atomic import replacing
 from .candidates import describe_chain, describe_sizes
 from .planner import Planned
 from .search import Candidate, best_of_each
@@ -50,7 +51,8 @@ def draw_plan(planned: Planned, path: str | Path) -> list[Path]:
     written = []
     for suffix in FORMATS:
         file = path.with_suffix(suffix)
-        figure.savefig(file, metadata={"Date": None} if suffix == ".svg" else None)
+        with replacing(file) as place:
+            figure.savefig(place, format=suffix[1:], metadata={"Date": None} if suffix == ".svg" else None)
         written.append(file)
     return written
 

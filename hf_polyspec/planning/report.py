@@ -3,45 +3,101 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
 from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from .candidates import describe_chain, describe_sizes
 from .planner import Planned
 from .search import Candidate, best_of_each
 
+_NUMBERS = ("tokens/\nround", "predicted\ntokens/s", "against\nplain")
+_MEASURED = ("measured\ntokens/s", "error as\nplanned", "error\nanew")
+_GAP = "  "
 
-def candidates_table(planned: Planned, more: int = 0) -> Table:
+
+@dataclass(frozen=True)
+class _Row:
+    """A candidate: its mark, its levels, its sizes, its numbers."""
+
+    mark: str
+    chain: str
+    sizes: str
+    numbers: tuple[str, ...]
+
+
+class CandidatesTable:
+    """A table for a rich console: a line a candidate where that fits, else its names above its numbers.
+
+    Args:
+        rows: the candidates; headings: of the numbers, each of two lines.
+    """
+
+    def __init__(self, rows: Sequence[_Row], headings: Sequence[str]) -> None:
+        self._rows, self._headings = rows, headings
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = self._table()
+        # Names are the only column that could give way, and a name in pieces of a few letters cannot be read.
+        if Measurement.get(console, options.update(width=10_000), table).maximum <= options.max_width:
+            yield table
+        else:
+            yield from self._lines()
+
+    def _table(self) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+        for heading in ("", "chain", "sizes"):
+            table.add_column(heading, no_wrap=True)
+        for heading in self._headings:
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in self._rows:
+            table.add_row(row.mark, row.chain.replace("[", r"\["), row.sizes, *row.numbers)
+        return table
+
+    def _lines(self) -> Iterator[Text]:
+        """Every candidate on two lines: as wide as its numbers, and names are broken between words."""
+        widths = [
+            max(map(len, (*heading.split("\n"), *(row.numbers[i] for row in self._rows))))
+            for i, heading in enumerate(self._headings)
+        ]
+
+        def aligned(cells: Sequence[str]) -> str:
+            return _GAP + _GAP.join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+
+        for part in (0, 1):
+            yield Text(aligned([heading.split("\n")[part] for heading in self._headings]), style="bold")
+        yield Text("  chain: sizes", style="bold")
+        for row in self._rows:
+            yield Text(f"{row.mark or ' '} {row.chain}: {row.sizes}")
+            yield Text(aligned(row.numbers))
+
+
+def candidates_table(planned: Planned, more: int = 0) -> CandidatesTable:
     """The best sizes of every subset, the quickest first, the choice marked.
 
     Args:
         planned: the search; more: how many further candidates to show.
     """
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("")
-    table.add_column("chain", overflow="fold")
-    table.add_column("sizes", overflow="fold")
-    for heading in ("tokens/\nround", "predicted\ntokens/s", "against\nplain"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    run = [c for c in planned.candidates if c.measured is not None]
-    if run:
-        for heading in ("measured\ntokens/s", "error as\nplanned", "error\nanew"):
-            table.add_column(heading, justify="right", no_wrap=True)
+    ran = any(c.measured is not None for c in planned.candidates)
     plain = planned.plain.predicted.tokens_per_second
+    rows = []
     for candidate in shown(planned, more):
         speed = candidate.predicted.tokens_per_second
-        cells = [
-            "*" if candidate is planned.best else "",
-            describe_chain(candidate.chain, planned.measured.names).replace("[", r"\["),
-            describe_sizes(candidate.chain),
-            f"{candidate.predicted.length:.2f}",
-            f"{speed:.1f}",
-            f"{speed / plain:.2f}x",
-        ]
-        if run:
-            cells += measured_cells(candidate)
-        table.add_row(*cells)
-    return table
+        numbers = [f"{candidate.predicted.length:.2f}", f"{speed:.1f}", f"{speed / plain:.2f}x"]
+        rows.append(
+            _Row(
+                "*" if candidate is planned.best else "",
+                describe_chain(candidate.chain, planned.measured.names),
+                describe_sizes(candidate.chain),
+                (*numbers, *(measured_cells(candidate) if ran else ())),
+            )
+        )
+    return CandidatesTable(rows, _NUMBERS + _MEASURED if ran else _NUMBERS)
 
 
 def measured_cells(candidate: Candidate) -> list[str]:

@@ -173,7 +173,7 @@ def test_files_that_hold_no_plan(make: MakePlan, tmp_path: Path, target: PreTrai
     with pytest.raises(ValueError, match="there is no plan at"):
         Plan.load(tmp_path / "missing.json")
     (tmp_path / "text.json").write_text("hello")
-    with pytest.raises(ValueError, match="does not hold JSON"):
+    with pytest.raises(ValueError, match="holds no JSON"):
         Plan.load(tmp_path / "text.json")
     with pytest.raises(TypeError, match="a path, a dict or a Plan, got int"):
         run(target, assistant_models=[SuffixDrafter()], polyspec_plan=3)
