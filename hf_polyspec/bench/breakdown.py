@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ KINDS = ("matrix products", "attention", "small operations", "Python")
 TOKENS = 32
 OUTSIDE = "between the levels"
 _MARK = "polyspec level "
+_LOG_LEVEL = "KINETO_LOG_LEVEL"
 _ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention")
 _PRODUCTS = ("mm", "matmul", "linear", "int4pack", "int8pack", "gemm", "onednn", "mkldnn", "fbgemm", "quantized")
 
@@ -48,7 +50,7 @@ def measure(cast: Cast, method: Method, prompts: Sequence[Sequence[int]], ask: A
     names = [_name(place, one) for place, one in enumerate(modules)]
     on_cuda = cast.target.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    with _marked(modules, names), profile(activities=activities) as found:
+    with _marked(modules, names), _silent(), profile(activities=activities) as found:
         started = time.perf_counter()
         cast.answer(method, prompts, ask)
         wall = time.perf_counter() - started
@@ -84,6 +86,23 @@ def _level(event: Any) -> str:
             return str(event.name).removeprefix(_MARK)
         event = event.cpu_parent
     return OUTSIDE
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep Kineto, the library under the profiler, from writing its starts and stops to stderr.
+
+    It reads how much to say when the process profiles for the first time; these lines count as graver than errors, so
+    the level is one above all. Whoever sets it is heard.
+    """
+    if _LOG_LEVEL in os.environ:
+        yield
+        return
+    os.environ[_LOG_LEVEL] = "6"
+    try:
+        yield
+    finally:
+        del os.environ[_LOG_LEVEL]
 
 
 @contextmanager

@@ -13,9 +13,11 @@ import typer
 
 from ..models.conversation import encode, messages
 from ..models.environment import describe
+from ..storage.atomic import write_json
+from ..storage.locks import one_writer
 from .breakdown import TOKENS, measure
 from .cast import Ask, Cast, CastRequest, load_cast
-from .journal import Journal, write_json, write_settings
+from .journal import Journal, write_settings
 from .methods import CHAIN, Method
 from .request import Asked, Run, read_request, spelled
 from .rundata import BREAKDOWN, read_run
@@ -112,9 +114,11 @@ def bench_command(
         breakdown,
     )
     run = read_request(asked)
-    write_settings(output, run.settings | {"--device": device})
-    _start(spelled(asked, output, device), output, share)
-    _bench(run, output, share)
+    # Processes of one torchrun share the folder, each with files of its own; a second run would write into them.
+    with one_writer(output, share.rank, share.size):
+        write_settings(output, run.settings | {"--device": device})
+        _start(spelled(asked, output, device), output, share)
+        _bench(run, output, share)
     if markdown is not None and (output / "report.html").is_file():
         from .report import write_markdown
 

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..storage.atomic import create_text, write_text
+from ..storage.lines import append_lines, mend
+from ..storage.lines import read_lines as whole_lines
+from ..storage.reading import read_json
+
 Line = dict[str, Any]
 SETTINGS = "settings.json"
+_REMEDY = "delete that line, and the same command makes it anew"
 
 
 class Journal:
@@ -31,27 +34,26 @@ class Journal:
     def open(self) -> list[Line]:
         """Drop the end of a line that a kill cut off, and of a batch that it interrupted; returns all lines."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            kept = complete(_parse(self.path))
-            _replace(self.path, "".join(_dump(line) for line in kept))
+        mend(self.path)
+        there = whole_lines(self.path, _line, _REMEDY)
+        kept = complete(there)
+        if len(kept) < len(there):
+            write_text(self.path, "".join(f"{_dump(line)}\n" for line in kept))
         return read_lines(self.folder, self.stem)
 
     def append(self, lines: Sequence[Line]) -> None:
         """Write lines in one piece and wait until they are on disk."""
-        with open(self.path, "ab") as file:
-            file.write("".join(_dump(line) for line in lines).encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self.path, [_dump(line) for line in lines])
 
 
 def read_lines(folder: Path, stem: str) -> list[Line]:
     """The lines of all processes; torn ones and those of interrupted batches are left out.
 
     Raises:
-        ValueError: a file holds something else than JSON lines.
+        DamagedFileError: a file holds something else than JSON lines.
     """
     files = sorted(folder.glob(f"{stem}-*.jsonl"))
-    return complete([line for file in files for line in _parse(file)])
+    return complete([line for file in files for line in whole_lines(file, _line, _REMEDY)])
 
 
 def complete(lines: Iterable[Line]) -> list[Line]:
@@ -82,21 +84,8 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the run in the folder was made with another setting; the sentence names it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / SETTINGS
     wanted = json.loads(json.dumps(settings))
-    text = json.dumps(wanted, indent=2, ensure_ascii=False) + "\n"
-    if not path.exists():
-        handle, name = tempfile.mkstemp(dir=folder)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        try:
-            # A link is made whole or not at all, and not twice: processes that start together agree on one.
-            with contextlib.suppress(FileExistsError):
-                os.link(name, path)
-        finally:
-            os.unlink(name)
+    create_text(folder / SETTINGS, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
     found = read_settings(folder)
     for name in [*wanted, *(name for name in found if name not in wanted)]:
         if found.get(name) != wanted.get(name):
@@ -110,53 +99,24 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """What the run in a folder was made with.
 
     Raises:
-        ValueError: there is no run.
+        ValueError: there is no run. DamagedFileError: the file that says so cannot be read.
     """
     path = folder / SETTINGS
     if not path.is_file():
         raise ValueError(f"{folder} holds no run of polyspec bench.")
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[str, Any] = read_json(path, remedy="delete the folder, or put the file back")
     return found
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    _replace(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write a text file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, content)
-
-
-def _replace(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(name, 0o644)
-    os.replace(name, path)
+def _line(text: str) -> Line:
+    line = json.loads(text)
+    if not isinstance(line, dict):
+        raise TypeError
+    return line
 
 
 def _dump(line: Line) -> str:
-    return json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _parse(path: Path) -> list[Line]:
-    lines: list[Line] = []
-    pieces = path.read_bytes().split(b"\n")
-    for number, piece in enumerate(pieces, start=1):
-        try:
-            line = json.loads(piece) if piece.strip() else None
-        except ValueError:
-            if number == len(pieces):  # no newline after it: cut off by a kill
-                break
-            raise ValueError(f"{path.name}, line {number}: not JSON.") from None
-        if line is not None and number < len(pieces):
-            lines.append(line)
-    return lines
+    return json.dumps(line, ensure_ascii=False, allow_nan=False)
 
 
 def _short(value: Any) -> str:

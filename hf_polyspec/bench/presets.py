@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..storage.reading import read_text, reading
+
 _PACKAGE = Path(__file__).resolve().parents[1]
 FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
 """Where presets lie in an installed package and in a checkout."""
@@ -77,10 +79,10 @@ def load_preset(name: str) -> Preset:
         path = next((folder / f"{name}.yaml" for folder in FOLDERS if (folder / f"{name}.yaml").is_file()), path)
     if not path.is_file():
         raise ValueError(f"There is no preset {name!r}; there are {', '.join(available())}, or name a YAML file.")
-    try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"The preset {path} is not YAML: {' '.join(str(error).split())}.") from None
+    remedy = "write the preset anew, as YAML in UTF-8"
+    text = read_text(path, remedy)
+    with reading(path, remedy):
+        content: Any = yaml.safe_load(text)
     if not isinstance(content, dict):
         raise ValueError(f"The preset {path} must be a YAML mapping.")
     known = {field.name: field for field in fields(Preset)}

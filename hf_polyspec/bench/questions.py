@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import random
 import urllib.error
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+
+from ..storage.reading import reading
 
 TASKS = ("mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag")
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
@@ -79,7 +82,7 @@ def read_source(source: str) -> bytes:
         try:
             with urllib.request.urlopen(source, timeout=_TIMEOUT) as answer:
                 content: bytes = answer.read()
-        except (urllib.error.URLError, TimeoutError, OSError) as error:
+        except (urllib.error.URLError, TimeoutError, OSError, http.client.HTTPException) as error:
             raise ValueError(f"The questions at {source} could not be fetched: {error}.") from error
         return content
     path = Path(source).expanduser()
@@ -103,8 +106,10 @@ def read_questions(source: str) -> tuple[list[Question], str]:
     content = read_source(source)
     found: list[Question] = []
     seen: set[str] = set()
+    with reading(source, f"download it again; --questions takes {WHERE}", "it is not UTF-8 text"):
+        text = content.decode("utf-8")
     # Not splitlines: JSON strings may hold the other line separators of Unicode.
-    for number, line in enumerate(content.decode("utf-8").split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         question = _parse(line, f"{source}, line {number}")
@@ -121,7 +126,7 @@ def _parse(line: str, where: str) -> Question:
     try:
         fields: Any = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg}).") from None
+        raise ValueError(f"{where}: not JSON ({error.msg}); correct the line, or get the file again.") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{where}: a question is a JSON object, not {type(fields).__name__}.")
     for name in ("question_id", "category", "turns"):

@@ -11,9 +11,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..storage.atomic import write_text
 from ..telemetry.display import LEVEL_COLOURS
 from .charts import Bar, bars, histogram, stack
-from .journal import write_text
 from .methods import PACKED, PLAIN
 from .questions import TITLES
 from .rundata import RunData

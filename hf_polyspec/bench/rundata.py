@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..storage.reading import read_json
 from .journal import Line, read_lines, read_settings
 from .runner import FLOAT32, RECORDS, TIES, UNAVAILABLE
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .statistics import Table
 
 BREAKDOWN = "breakdown.json"
+_REMEDY = "delete it and run the same polyspec bench again, which writes it anew"
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,11 @@ def read_run(folder: Path) -> RunData:
     return RunData(
         folder,
         settings,
-        json.loads(facts.read_text(encoding="utf-8")),
+        read_json(facts, remedy=_REMEDY),
         read_lines(folder, "starts"),
         records,
         read_lines(folder, FLOAT32 + RECORDS),
         ties,
         {line["method"]: line["reason"] for line in read_lines(folder, UNAVAILABLE)},
-        json.loads(split.read_text(encoding="utf-8")) if split.is_file() else {},
+        read_json(split, remedy=_REMEDY) if split.is_file() else {},
     )

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..storage.atomic import write_text
 from .records import read_records
 from .report import show, to_json, to_markdown
 from .scoring import score_records
@@ -61,4 +62,4 @@ def score_command(
     # A pipe or a log has no width of its own; 80 columns would break every row.
     show(report, console if console.is_terminal else Console(width=PIPED_WIDTH))
     if output is not None:
-        output.write_text(WRITERS[output.suffix](report), encoding="utf-8")
+        write_text(output, WRITERS[output.suffix](report))

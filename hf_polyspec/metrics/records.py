@@ -53,18 +53,22 @@ def read_records(paths: Iterable[Path]) -> tuple[list[Record], list[str]]:
     records: list[Record] = []
     notes: list[str] = []
     for path in paths:
-        text = path.read_text(encoding="utf-8")
-        lines = text.split("\n")
+        # Bytes: a line may have been cut off in the middle of a character.
+        lines = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 fields = json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 if number == len(lines):  # no newline after it: the run was killed while writing
                     notes.append(f"{path.name}: the last line is cut off and was left out.")
                     continue
-                raise ValueError(f"{path.name}, line {number}: not JSON ({error.msg}).") from None
+                what = getattr(error, "msg", "not UTF-8")
+                raise ValueError(
+                    f"{path.name}, line {number}: not JSON ({what}); delete the line and run the same polyspec bench "
+                    "again, which answers that question anew."
+                ) from None
             records.append(parse_record(fields, f"{path.name}, line {number}"))
     if not records:
         raise ValueError("There are no records to score.")

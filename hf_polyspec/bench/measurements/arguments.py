@@ -6,6 +6,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ...errors import DamagedFileError
+from ...storage.reading import read_text
+
 
 def count(text: str) -> int:
     """A whole number of at least 1.
@@ -47,7 +50,11 @@ def lines(text: str) -> list[str]:
     path = Path(text).expanduser()
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"there is no file {text}.")
-    found = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        content = read_text(path, "save it as UTF-8")
+    except DamagedFileError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    found = [line for line in content.splitlines() if line.strip()]
     if not found:
         raise argparse.ArgumentTypeError(f"{text} holds no lines.")
     return found

@@ -10,7 +10,6 @@ here and a draft has as many steps.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from ...eagle import EagleHead
 from ...generation.doors import generate
 from ...models.conversation import encode_prompt
 from ...models.environment import describe
+from ...storage.atomic import write_json
 from ...telemetry.counters import LevelStats
 from . import arguments
 from .head_cost import load
@@ -189,4 +189,4 @@ def main(words: Sequence[str] | None = None) -> None:
     console.print(describe(), style="dim", highlight=False)
     if given.json is not None:
         figures = {"environment": describe(), "options": options, "results": [asdict(result) for result in results]}
-        given.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(given.json, figures)

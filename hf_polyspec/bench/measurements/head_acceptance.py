@@ -8,7 +8,6 @@ the table shows mean acceptance lengths (tokens a pass of the target), which do 
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from ...models.by_name import load_model, load_tokenizer
 from ...models.conversation import encode_prompt
 from ...models.environment import describe
 from ...quantization import pack
+from ...storage.atomic import write_json
 from ..questions import read_questions, select
 from . import arguments
 
@@ -173,4 +173,4 @@ def main(words: Sequence[str] | None = None) -> None:
     Console(width=120).print(table)
     if wanted.json is not None:
         rows = [{"setting": name, "task": task, "length": value} for (name, task), value in lengths.items()]
-        wanted.json.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1), encoding="utf-8")
+        write_json(wanted.json, {"machine": describe(), "rows": rows})

@@ -9,7 +9,6 @@ the text and from rejected guesses, of which every node finds some.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ from ...levels.draft_memory import DraftMemory
 from ...levels.draft_vocabulary import WorkingVocabulary
 from ...levels.pointers import PointerMixture
 from ...models.environment import describe
+from ...storage.atomic import write_json
 from . import arguments
 
 PROMPT_IDS = 64
@@ -220,4 +220,4 @@ def main(words: Sequence[str] | None = None) -> None:
     console.print(describe(), style="dim", highlight=False)
     if given.json is not None:
         figures = {"environment": describe(), "rows": given.rows, "costs": [asdict(cost) for cost in costs]}
-        given.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(given.json, figures)

@@ -10,7 +10,6 @@ Prints medians in milliseconds.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from ...models.by_name import load_model, read_dtype
 from ...models.environment import describe
 from ...quantization import pack, quantize_model
 from ...quantization.measure import pass_times
+from ...storage.atomic import write_json
 from . import arguments
 
 FORMS: dict[str, Callable[[Any], Any]] = {
@@ -99,4 +99,4 @@ def main(words: Sequence[str] | None = None) -> None:
     console.print(table)
     console.print(f"{given.context} ids of context, medians of {given.rounds} in turns; {describe()}", highlight=False)
     if given.json is not None:
-        given.json.write_text(json.dumps({"tokens": given.tokens, "milliseconds": found, "machine": describe()}) + "\n")
+        write_json(given.json, {"tokens": given.tokens, "milliseconds": found, "machine": describe()})

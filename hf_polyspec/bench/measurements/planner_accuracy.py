@@ -10,7 +10,6 @@ counted: the one made before, which also asks that the machine keeps its speed, 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from ...planning.planner import Planned, Progress, Wish, make_plan
 from ...planning.report import candidates_table, sentences
 from ...planning.search import Candidate
 from ...planning.texts import PROMPTS
+from ...storage.atomic import write_json
 from . import arguments
 
 WITHIN = 0.10
@@ -154,4 +154,4 @@ def main(words: Sequence[str] | None = None) -> None:
     out.print(describe(), highlight=False)
     if given.out is not None:
         result = {"accuracy": found, "plan": planned.plan().to_dict()}
-        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(given.out, result)

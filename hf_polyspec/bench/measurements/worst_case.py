@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import random
 import statistics
 import time
@@ -28,6 +27,7 @@ from ...exactness.proposal import Proposal
 from ...generation.doors import generate
 from ...levels.base import Drafter
 from ...models.environment import describe
+from ...storage.atomic import write_json
 from . import arguments
 
 KINDS = ("drafter", "middle", "both", "model")
@@ -206,4 +206,4 @@ def main(words: Sequence[str] | None = None) -> None:
                 f"{result.plain_seconds:.2f} s (medians of {result.pairs} pairs)"
             )
     if given.json is not None:
-        given.json.write_text(json.dumps([asdict(one) for one in found], indent=1), encoding="utf-8")
+        write_json(given.json, [asdict(one) for one in found])

@@ -55,7 +55,7 @@ def test_the_lines_of_several_processes_are_one_run(tmp_path: Path) -> None:
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     (tmp_path / "records-0.jsonl").write_text('{"a": 1}\n{"a": \n{"a": 1}\n')
-    with pytest.raises(ValueError, match=r"records-0\.jsonl, line 2: not JSON"):
+    with pytest.raises(ValueError, match=r"records-0\.jsonl is damaged .line 2 is not what was written"):
         read_lines(tmp_path, "records")
 
 

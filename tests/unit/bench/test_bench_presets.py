@@ -129,7 +129,7 @@ def test_a_preset_with_a_mistake_is_refused_in_a_sentence(tmp_path: Path) -> Non
     file = tmp_path / "mine.yaml"
     for text, sentence in (
         ("- a", "must be a YAML mapping"),
-        ("a: [", "is not YAML"),
+        ("a: [", "mine.yaml is damaged"),
         ("modle: x", "unknown key 'modle'"),
         ("model: x", "lacks 'title'"),
     ):

@@ -23,6 +23,7 @@ from hf_polyspec.bench.request import Asked, spelled
 from hf_polyspec.bench.runner import Share
 from hf_polyspec.cli import app
 from hf_polyspec.metrics.records import read_records
+from hf_polyspec.storage.locks import one_writer
 
 VOLATILE = ("seconds", "peak_bytes", "rise_bytes", "levels")
 CHAIN = "polyspec:small,suffix@block=4,draft=3"
@@ -124,6 +125,14 @@ def test_a_killed_run_goes_on_and_repeats_nothing(
     calls[0] = 0
     assert bench(*run_arguments(bench_models, folder), *PART)[0] == 0
     assert calls[0] == 0
+
+
+def test_a_second_run_on_the_same_folder_is_refused(bench_models: dict[str, str], tmp_path: Path) -> None:
+    with one_writer(tmp_path / "run"):
+        code, said = bench(*run_arguments(bench_models, tmp_path / "run"), *PART)
+    assert code == 2
+    assert "Another process is writing into" in said
+    assert not list((tmp_path / "run").glob("*.json*"))
 
 
 def refusing(monkeypatch: pytest.MonkeyPatch, kinds: tuple[str, ...], rows: int, after: int = 0) -> None:

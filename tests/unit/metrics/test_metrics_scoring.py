@@ -275,6 +275,8 @@ def test_files(tmp_path: Path) -> None:
     records, notes = read_records([whole, torn])
     assert len(records) == 3
     assert notes == ["b.jsonl: the last line is cut off and was left out."]
+    torn.write_bytes(f"{line}\n".encode() + '{"output": "ä'.encode()[:-1])  # in the middle of a character
+    assert len(read_records([torn])[0]) == 1
     torn.write_text(f"{line[:40]}\n{line}\n")
     with pytest.raises(ValueError, match=r"b\.jsonl, line 1: not JSON"):
         read_records([torn])
