@@ -356,6 +356,7 @@ def _load(
 
 
 def _write_page(path: Path, tokenizer: Any, answers: list[Any]) -> None:
+    from ..storage.atomic import write_text
     from ..telemetry.display import html_page, stats_html, tokens_html
 
     parts = []
@@ -363,7 +364,7 @@ def _write_page(path: Path, tokenizer: Any, answers: list[Any]) -> None:
         if answer.stats is not None:
             text = tokens_html(answer.stats, tokenizer, [answer.sequence], answer.prompt_length)
             parts.append((answer.name, text + stats_html(answer.stats)))
-    path.write_text(html_page(parts, "Tokens by the level that first proposed them"), encoding="utf-8")
+    write_text(path, html_page(parts, "Tokens by the level that first proposed them"))
 
 
 def _console(stderr: bool = False) -> Console:

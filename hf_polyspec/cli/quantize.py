@@ -20,6 +20,7 @@ from hf_polyspec.quantization.pipeline import Pipeline, Plan, Prompts
 from hf_polyspec.quantization.recovery import RecoveryOptions, need_peft
 from hf_polyspec.quantization.report import make_report, print_report, write_report
 from hf_polyspec.quantization.store import LayerStore
+from hf_polyspec.storage.locks import one_writer
 
 _PROMPTS = (
     "Explain how a bicycle stays upright.",
@@ -112,22 +113,25 @@ def quantize_command(
 
 
 def _run(model: str, out: Path, plan: Plan, dtype: str, device: str, report: bool) -> None:
-    if (out / "config.json").exists():
+    unfinished = out / "unfinished"
+    # What a run that was killed in its very last step left is finished first.
+    if (out / "config.json").exists() and not unfinished.exists():
         raise ValueError(f"{out} already holds a checkpoint: choose another folder or delete it.")
     console = Console()
     original: Any = load_model(model, dtype, device)
     tokenizer = load_tokenizer(model)
-    store = LayerStore(out / "unfinished", {"model": model, "dtype": dtype, **asdict(plan)})
     prompts = Prompts(
         *(
             [encode_prompt(tokenizer, text, original.device)["input_ids"][0] for text in texts]
             for texts in (_PROMPTS, _HELD_OUT)
         )
     )
-    made = Pipeline(original, tokenizer, plan, prompts, store, console).run()
-    save_quantized(made.model, out)
-    tokenizer.save_pretrained(out)
-    store.remove()
+    with one_writer(unfinished):
+        store = LayerStore(unfinished, {"model": model, "dtype": dtype, **asdict(plan)})
+        made = Pipeline(original, tokenizer, plan, prompts, store, console).run()
+        tokenizer.save_pretrained(out)  # before the model, whose config.json says that all is there
+        save_quantized(made.model, out)
+        store.remove()
     console.print(f"written to {out}")
     if report:
         with torch.random.fork_rng():

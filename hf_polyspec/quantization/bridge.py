@@ -18,6 +18,7 @@ from hf_polyspec.integers.linear import float_weight
 from hf_polyspec.quantization.config import METHOD, PolySpecQuantizationConfig
 from hf_polyspec.quantization.linear import quantized_linear
 from hf_polyspec.quantization.modules import is_linear, replace_module
+from hf_polyspec.quantization.tied_head import SETTING, restore_head
 
 
 class StoredLinear(nn.Module):
@@ -85,6 +86,7 @@ class PolySpecQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise ValueError("A quantised model is loaded from a checkpoint's files, not from a state_dict.")
         names = []
+        self._files = [str(path) for path in checkpoint_files]
         for stored, shapes in stored_shapes(checkpoint_files).items():
             name = _place(model, stored)
             linear = model.get_submodule(name)
@@ -104,6 +106,12 @@ class PolySpecQuantizer(HfQuantizer):
         holders = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, StoredLinear)]
         for name, layer in holders:
             replace_module(model, name, self._runnable(name, layer, dtype))
+        tied = getattr(self.quantization_config, SETTING, None)
+        if tied is not None:
+            restore_head(model, tied, self._files)
+            # From here on the model is one with a quantised head, which is what `save_pretrained` writes.
+            delattr(self.quantization_config, SETTING)
+            self.quantization_config.lm_head = True
         share_inputs(model)
         return model
 

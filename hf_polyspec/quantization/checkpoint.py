@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,10 @@ from hf_polyspec.quantization.autogptq import SETTINGS, named_for_transformers
 from hf_polyspec.quantization.config import METHOD, PolySpecQuantizationConfig, read_config
 from hf_polyspec.quantization.model import quantized_layers
 from hf_polyspec.quantization.modules import output_head
+from hf_polyspec.quantization.tied_head import SETTING, tied_head
+from hf_polyspec.storage.checkpoints import loading
+from hf_polyspec.storage.folders import filling
+from hf_polyspec.storage.reading import read_json
 
 
 def checkpoint_config(model: nn.Module) -> dict[str, Any]:
@@ -25,18 +28,19 @@ def checkpoint_config(model: nn.Module) -> dict[str, Any]:
         ValueError: The model has no quantised layer.
     """
     layers = quantized_layers(model)
+    tied = tied_head(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no quantised layer: use quantize_model first.")
-    body = [layer for layer in layers.values() if layer is not output_head(model)] or list(layers.values())
+    head = output_head(model)
+    body = [layer for layer in layers.values() if layer is not head] or list(layers.values())
     common = min((layer.bits for layer in body), key=lambda bits: -sum(layer.bits == bits for layer in body))
     widths = [layer for layer in body if layer.bits == common]
     group_size = widths[0].group_size
     overrides = {
         f"+:^{name}$".replace(".", r"\."): {"bits": layer.bits, "group_size": layer.group_size, "sym": layer.bits == 8}
         for name, layer in layers.items()
-        if (layer.bits, layer.group_size) != (common, group_size)
+        if (layer.bits, layer.group_size) != (common, group_size) and (tied is None or layer is not head)
     }
-    head = output_head(model)
     return {
         "quant_method": METHOD,
         "bits": common,
@@ -44,8 +48,9 @@ def checkpoint_config(model: nn.Module) -> dict[str, Any]:
         "sym": all(layer.quantized_weight().symmetric for layer in widths),
         "desc_act": False,
         "checkpoint_format": "gptq",
-        "lm_head": any(layer is head for layer in layers.values()),
+        "lm_head": tied is None and any(layer is head for layer in layers.values()),
         "dynamic": overrides,
+        **({} if tied is None else {SETTING: tied[1]}),
     }
 
 
@@ -54,7 +59,11 @@ def save_quantized(model: nn.Module, folder: str | Path, quant_method: str = MET
 
     `AutoModelForCausalLM.from_pretrained(folder)` loads it once `hf_polyspec.quantization` is imported, and so does
     `load_quantized`. The tensors are those of any GPTQ checkpoint; with `quant_method="gptq"` other loaders
-    (gptqmodel, vLLM) recognise it too, and transformers then asks for gptqmodel.
+    (gptqmodel, vLLM) recognise it too, and transformers then asks for gptqmodel. A head that was rounded from tied
+    embeddings is not stored a second time (see `tied_head`).
+
+    The files appear together, config.json last; until then the folder holds what it held, and no config.json once
+    files have begun to move.
 
     Args:
         model: From `quantize_model` or loaded from a quantised checkpoint.
@@ -66,26 +75,31 @@ def save_quantized(model: nn.Module, folder: str | Path, quant_method: str = MET
 
     Raises:
         ValueError: The model has no quantised layer, or `quant_method` is unknown.
+        OSError: The folder cannot be written, a full disk included.
     """
     if quant_method not in (METHOD, "gptq"):
         raise ValueError(f"quant_method={quant_method!r} must be {METHOD!r} or 'gptq'.")
     stored = {**checkpoint_config(model), "quant_method": quant_method}
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
     config: Any = copy.deepcopy(model.config)
-    head_quantized = stored["lm_head"]
-    if head_quantized:
-        config.tie_word_embeddings = False
+    tied = tied_head(model)
+    if stored["lm_head"] or tied is not None:
+        config.tie_word_embeddings = tied is not None
     config.quantization_config = stored
     config.architectures = [type(model).__name__]
     # Without it transformers would take the first float tensor's dtype: that of the scales.
     config.dtype = next(parameter.dtype for parameter in model.parameters())
-    config.save_pretrained(target)
-    generation_config = getattr(model, "generation_config", None)
-    if generation_config is not None:
-        generation_config.save_pretrained(target)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    save_torch_state_dict(tensors, target, metadata={"format": "pt"})
+    tensors = {
+        name: tensor.detach().contiguous()
+        for name, tensor in model.state_dict().items()
+        if tied is None or not name.startswith(f"{tied[0]}.")
+    }
+    with filling(target, replaces=("model*.safetensors", "model.safetensors.index.json")) as place:
+        config.save_pretrained(place)
+        generation_config = getattr(model, "generation_config", None)
+        if generation_config is not None:
+            generation_config.save_pretrained(place)
+        save_torch_state_dict(tensors, place, metadata={"format": "pt"})
     return target
 
 
@@ -107,15 +121,16 @@ def load_quantized(
         The model on this package's layers, in eval mode.
 
     Raises:
-        ValueError: No GPTQ checkpoint, or a layout of one kernel.
+        ValueError: No GPTQ checkpoint, or a layout of one kernel; DamagedFileError, which is one, where a file of it
+            is damaged.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
-    config.quantization_config = _stored_config(folder, config).to_dict()
     if device is not None:
         options["device_map"] = {"": device}
-    with named_for_transformers(Path(folder)) as source:
+    with loading(folder), named_for_transformers(Path(folder)) as source:
+        config = AutoConfig.from_pretrained(folder)
+        config.quantization_config = _stored_config(folder, config).to_dict()
         model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **options)
     assert isinstance(model, nn.Module)
     return model.eval()
@@ -127,5 +142,5 @@ def _stored_config(folder: str | Path, config: Any) -> PolySpecQuantizationConfi
         path = Path(folder) / SETTINGS  # AutoGPTQ's own file, before transformers knew GPTQ
         if not path.is_file():
             raise ValueError(f"{folder} has no quantization_config: it is no quantised checkpoint.")
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path)
     return read_config(stored if isinstance(stored, dict) else stored.to_dict())

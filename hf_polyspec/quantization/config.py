@@ -45,6 +45,7 @@ class PolySpecQuantizationConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.bits, self.group_size, self.sym, self.desc_act = bits, group_size, sym, desc_act
         self.checkpoint_format = checkpoint_format
+        self.lm_head = False
         for name, value in others.items():
             if name not in ("quant_method", "version"):
                 setattr(self, name, value)

@@ -23,6 +23,7 @@ from hf_polyspec.quantization.model import linear_layers, merged_adapters, plan_
 from hf_polyspec.quantization.modules import output_head
 from hf_polyspec.quantization.recovery import Recovery, RecoveryOptions, recover
 from hf_polyspec.quantization.store import LayerStore
+from hf_polyspec.storage.reading import read_text
 
 LONGEST = 512
 """Tokens of a user's text that are read."""
@@ -227,7 +228,7 @@ def user_texts(file: Path, tokenizer: Any) -> list[Tensor]:
     Raises:
         ValueError: It holds no text.
     """
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(file, "save it as UTF-8").splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{file} holds no text to calibrate on.")
     return [tokenizer(line, return_tensors="pt")["input_ids"][0][:LONGEST] for line in lines]

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from hf_polyspec.errors import DamagedFileError
 from hf_polyspec.quantization.continuations import Texts, continuations
 from hf_polyspec.quantization.measure import Comparison, compare
 from hf_polyspec.quantization.model import merged_adapters
 from hf_polyspec.quantization.straight_through import Student
+from hf_polyspec.storage.atomic import write_state
+from hf_polyspec.storage.reading import read_state
 
 STATE = "recovery.pt"
 
@@ -283,7 +286,10 @@ class _Store:
         """The last state saved, None if there is none."""
         if not self._path.is_file():
             return None
-        state: dict[str, Any] = torch.load(self._path, weights_only=True)
+        remedy = "delete it, and the same command recovers from the beginning"
+        state: Any = read_state(self._path, remedy)
+        if not isinstance(state, dict) or not {"settings", "step", "adapters", "optimizer", "texts"} <= state.keys():
+            raise DamagedFileError(self._path, "it is no state of a recovery", remedy)
         if state["settings"] != self._settings:
             raise ValueError(
                 f"{self._path} is the state of an interrupted recovery with other settings or prompts: "
@@ -293,7 +299,6 @@ class _Store:
 
     def write(self, step: int, student: Student, optimizer: torch.optim.Optimizer, texts: Texts) -> None:
         """Keep everything a run needs to go on after this step."""
-        unfinished = self._path.with_suffix(".tmp")
         state = {
             "settings": self._settings,
             "step": step,
@@ -302,8 +307,7 @@ class _Store:
             "texts": [text.clone() for text in texts.texts],
             "starts": texts.starts,
         }
-        torch.save(state, unfinished)
-        unfinished.rename(self._path)
+        write_state(self._path, state)
 
     def remove(self) -> None:
         """Delete the state: the run is complete."""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from hf_polyspec.quantization.continuations import continuations
 from hf_polyspec.quantization.measure import Comparison, SpeedRatio, compare, speed_ratios
 from hf_polyspec.quantization.recovery import Recovery
+from hf_polyspec.storage.atomic import write_json
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def make_report(
 
 def write_report(report: Report, folder: Path) -> None:
     """Write `quantization_report.json` beside the checkpoint."""
-    (folder / "quantization_report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "quantization_report.json", asdict(report))
 
 
 def print_report(report: Report, console: Console) -> None:

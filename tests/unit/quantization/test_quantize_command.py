@@ -20,10 +20,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from hf_polyspec.cli.quantize import quantize_command
+from hf_polyspec.errors import DamagedFileError, FolderInUseError
 from hf_polyspec.quantization import SpeedRatio, load_quantized
 from hf_polyspec.quantization.measure import Comparison
 from hf_polyspec.quantization.model import quantized_layers
 from hf_polyspec.quantization.report import Report, print_report
+from hf_polyspec.quantization.store import LayerStore
+from hf_polyspec.storage.locks import one_writer
 
 Tiny = Callable[..., PreTrainedModel]
 
@@ -96,6 +99,57 @@ def test_interrupted_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: pyte
     assert len(calls) == 6
     assert _run("--model", str(folder), "--out", str(out), "--no-report").exit_code == 0
     assert len(calls) == 6 + 15 - 5
+
+
+@pytest.mark.parametrize("step", ["save_quantized", "LayerStore.remove"])
+def test_a_run_killed_in_its_last_steps_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """While the checkpoint is written nothing of it is to be seen; once it is, what is unfinished tells of the rest."""
+    from hf_polyspec.cli import quantize
+    from hf_polyspec.storage import folders
+
+    out, arguments = tmp_path / "out", ("--model", str(folder), "--no-report", "--out")
+    with monkeypatch.context() as patch:
+        if step == "save_quantized":
+            patch.setattr(folders, "_settle", _killed)
+        else:
+            patch.setattr(quantize.LayerStore, "remove", _killed)
+        with pytest.raises(Killed):
+            _run(*arguments, str(out))
+    assert (out / "config.json").exists() == (step != "save_quantized")
+    assert (out / "tokenizer.json").exists()
+    assert (out / "unfinished").exists()
+    result = _run(*arguments, str(out))
+    assert result.exit_code == 0, result.output
+    assert not (out / "unfinished").exists()
+    assert len(quantized_layers(load_quantized(out))) == 15
+    assert "already holds" in str(_run(*arguments, str(out)).exception)
+
+
+def test_two_runs_on_one_folder_are_not_possible(folder: Path, tmp_path: Path) -> None:
+    with one_writer(tmp_path / "out" / "unfinished"):
+        result = _run("--model", str(folder), "--out", str(tmp_path / "out"), "--no-report")
+    assert isinstance(result.exception, FolderInUseError)
+
+
+def test_a_damaged_layer_of_an_interrupted_run_is_named(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    store = LayerStore(out / "unfinished", {})
+    (out / "unfinished" / "layer.safetensors").write_bytes(b"half")
+    with pytest.raises(DamagedFileError, match=r"layer\.safetensors is damaged .*makes it anew"):
+        store.get("layer")
+    (out / "unfinished" / "texts.json").write_text("[[1,")
+    with pytest.raises(DamagedFileError, match=r"texts\.json is damaged"):
+        store.recall("texts")
+
+
+class Killed(BaseException):
+    """Nobody catches it."""
+
+
+def _killed(*_: Any) -> None:
+    raise Killed
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from hf_polyspec.errors import DamagedFileError
 from hf_polyspec.integers.gptq_format import to_gptq
 from hf_polyspec.integers.weights import round_to_nearest
+from hf_polyspec.models.by_name import load_model
 from hf_polyspec.quantization import QuantizedWeight, load_quantized, quantize_model, save_quantized
 from hf_polyspec.quantization.config import read_config
 from hf_polyspec.quantization.model import linear_layers, quantized_layers
@@ -183,3 +185,14 @@ def test_what_cannot_be_read_is_refused(model: PreTrainedModel, tmp_path: Path) 
     assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match="quant_method"):
         save_quantized(quantize_model(model), tmp_path / "x", quant_method="awq")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_that_was_cut_off_is_named(model: PreTrainedModel, tmp_path: Path, name: str) -> None:
+    path = save_quantized(quantize_model(model, 8), tmp_path) / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for load in (load_quantized, load_model):
+        with pytest.raises(DamagedFileError) as found:
+            load(str(tmp_path))
+        assert f"{name} is damaged" in str(found.value)
+        assert "\n" not in str(found.value)

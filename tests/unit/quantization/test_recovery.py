@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 import hf_polyspec
+from hf_polyspec.errors import DamagedFileError
 from hf_polyspec.quantization import input_moments, load_quantized, quantize_model, save_quantized
 from hf_polyspec.quantization.model import quantized_layers
 from hf_polyspec.quantization.recovery import STATE, Recovery, RecoveryOptions, recover
@@ -122,6 +123,16 @@ def test_a_killed_run_goes_on_where_it_was(target, middle, tmp_path: Path) -> No
     assert rest.losses == whole.losses[2:]
     assert rest.after == whole.after
     assert not (tmp_path / STATE).exists()
+
+
+def test_a_damaged_state_is_named(target, middle, tmp_path: Path) -> None:
+    for content in (b"", b"half of a state", None):
+        if content is None:
+            torch.save({"step": 1}, tmp_path / STATE)
+        else:
+            (tmp_path / STATE).write_bytes(content)
+        with pytest.raises(DamagedFileError, match=rf"{STATE} is damaged .*recovers from the beginning"):
+            recover(middle, target, PROMPTS, QUICK, folder=tmp_path)
 
 
 def test_a_peft_target_and_its_middle(target, tiny: Tiny) -> None:
