@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m tests.faults --rounds N --seed S`: long rounds, from the root of a checkout (docs/reliability.md)."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from .rounds import round_of
+
+
+def main() -> None:
+    """Run rounds and print what was survived; an exception names what was not."""
+    asked = argparse.ArgumentParser(prog="python -m tests.faults")
+    asked.add_argument("--rounds", type=int, default=10)
+    asked.add_argument("--seed", type=int, default=0, help="of the first round; every other's is one more")
+    given = asked.parse_args()
+    total: Counter[str] = Counter()
+    started = time.monotonic()
+    for seed in range(given.seed, given.seed + given.rounds):
+        with tempfile.TemporaryDirectory() as place:
+            total += round_of(seed, Path(place))
+        told = ", ".join(f"{count} {name}" for name, count in total.items())
+        print(f"seeds {given.seed} to {seed}, {time.monotonic() - started:.0f} s: {told}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
