@@ -14,10 +14,11 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from ..control import OnlineControl
 from ..exactness.context import EMBEDDED, Context, Prompt
 from ..exactness.distributions import LawMaker
-from ..host.cache import read_cache, write_cache
-from ..host.compatibility import check_cache, check_options
+from ..host.callers_cache import check_cache, check_prompt, read_cache, write_cache
+from ..host.compatibility import check_options
 from ..host.generation import GenerateDecoderOnlyOutput, decoder_output, is_callers, mask_length, pad_id
 from ..host.modeling import Cache
+from ..host.plain_cache import PlainCache
 from ..host.release import GENERATION_CACHE, cache_names, cache_of
 from ..host.runner import ModelRunner
 from ..levels.verifier import NoDraft, Verifier
@@ -164,7 +165,7 @@ class _Job:
         if extra:
             raise ValueError(f"the forward argument {extra[0]!r} is not supported with assistant_models; leave it out.")
         self.user_cache: Cache | None = cache_of(model_kwargs)
-        check_cache(self.user_cache)
+        check_cache(self.user_cache, model, input_ids.shape[0])
         self.use_cache = bool(model_kwargs.get("use_cache", True))
         self.context = _context(input_ids, config, model_kwargs)
         self.visible = input_ids.shape[1]
@@ -199,6 +200,7 @@ class _Job:
         )
         if self.use_cache and self.user_cache is not None and self.user_cache.get_seq_length() > 0:
             copy, self.cached = read_cache(self.user_cache)
+            copy.floor = max(copy.floor, self.context.prompt.hidden)  # tokens without ids cannot be read again
             runner.adopt(copy, [ids[: self.cached] for ids in self.context.ids])
         setting = Setting(
             self.options,
@@ -211,8 +213,9 @@ class _Job:
         return build_chain(self.model, assistants, setting, runner)
 
     def run(self, chain: Verifier, streamer: Any) -> tuple[list[list[int]], list[list[int]]]:
-        prompt = len(self.context.ids[0]) - self.cached
-        self.recorder = Recorder(self.wanted, self.context.batch, prompt, self._windows())
+        pieces = self._pieces()
+        shown = PlainCache(self.user_cache, self.model, pieces) if self.use_cache else None
+        self.recorder = Recorder(self.wanted, self.context.batch, pieces[-1], shown)
         if self.config.prefill_chunk_size:
             chain.prefill(self.context, self.config.prefill_chunk_size)
         if self.options.polyspec_control == "online":
@@ -259,12 +262,11 @@ class _Job:
         output.polyspec = stats
         return output
 
-    def _windows(self) -> list[int | None] | None:
-        """Columns that each layer of plain generation's cache would hold, None for all; None without a cache."""
-        if not self.use_cache:
-            return None
-        layers = [] if self.user_cache is None else self.user_cache.layers
-        return [getattr(layer, "sliding_window", None) for layer in layers]
+    def _pieces(self) -> list[int]:
+        """Columns that plain generation feeds to read the prompt, one pass after another."""
+        columns = len(self.context.ids[0]) - self.cached
+        chunk = self.config.prefill_chunk_size or columns
+        return [min(chunk, columns - start) for start in range(0, columns, chunk)] or [0]
 
     def _cache_is_kept(self) -> bool:
         """Whether anybody sees the target's cache after the call."""
@@ -301,7 +303,7 @@ def _context(input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: di
         if input_ids.shape[1] != 0:
             raise ValueError("inputs_embeds together with input_ids is not supported with assistant_models; pass one.")
         hidden = embeds.shape[1]
-    elif past and width is not None and width != input_ids.shape[1]:
+    elif past and check_prompt(cache, input_ids.shape[1], width):
         # Only the new ids were passed. What the cache holds has no ids here, so it gets stand-ins.
         hidden = past
     ids = [[EMBEDDED] * hidden + row for row in ids]

@@ -4,7 +4,7 @@
 Every level owns a `RollbackCache`: full-attention layers in a buffer that grows by doubling, so that neither adding
 nor dropping tokens copies what is already there. Models with sliding windows get full layers too; their masks still
 apply the window, which keeps rows of different lengths exact (a window is measured in columns, and rows are kept
-aligned to the right). Caches the caller handed in are read into one of these and extended once, at the end.
+aligned to the right). Caches the caller handed in are copied into one of these (see `callers_cache`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from transformers import cache_utils
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import RollbackError
-from .release import GENERATION_CACHE
 
 _FIRST_CAPACITY = 64
 
@@ -203,11 +202,17 @@ READABLE_LAYERS = (
 
 
 class RollbackCache(DynamicCache):
-    """A cache of `RollbackLayer`s, added as the model asks for them."""
+    """A cache of `RollbackLayer`s, added as the model asks for them.
+
+    Attributes:
+        floor: tokens at the start of every row that must stay. Some of them were never computed here: they fill the
+            place of what a caller's cache had let go, which no window sees as long as nothing before it is read again.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.layer_class_to_replicate = RollbackLayer
+        self.floor = 0
 
     def extend(
         self, index: int, shape: tuple[int, int, int, int], like: torch.Tensor
@@ -247,7 +252,15 @@ class RollbackCache(DynamicCache):
 
         Returns:
             The new number of columns, `max(keep)`.
+
+        Raises:
+            RollbackError: a row would be rolled back behind `floor`.
         """
+        if min(keep) < self.floor:
+            raise RollbackError(
+                f"rolling back to {min(keep)} tokens would show windows what the cache does not hold of the first "
+                f"{self.floor}"
+            )
         # The cache may be wider than its longest row, when that row has left the batch.
         width, new_width = self.length, max(keep)
         if new_width == 0:
@@ -277,42 +290,3 @@ class RollbackCache(DynamicCache):
         index = torch.tensor(rows)
         for layer in self.layers:
             layer.keep_rows(index)
-
-
-def read_cache(cache: Cache) -> tuple[RollbackCache, int]:
-    """A private copy of a caller's cache.
-
-    Sliding layers that have already dropped old columns get zeros in their place: the window's mask hides them.
-
-    Returns:
-        The copy and the number of tokens in it.
-
-    Raises:
-        ValueError: the cache has layers that cannot be copied this way; the sentence names them.
-    """
-    copy = RollbackCache()
-    total = int(cache.get_seq_length())
-    for index, layer in enumerate(cache.layers):
-        if type(layer) not in READABLE_LAYERS:
-            raise ValueError(
-                f"{GENERATION_CACHE} of type {type(cache).__name__} has {type(layer).__name__} layers, which cannot be "
-                f"rolled back after a rejected draft; pass a DynamicCache, or leave {GENERATION_CACHE} out."
-            )
-        if total and layer.is_initialized and layer.keys is not None and layer.keys.numel():
-            copy.update(_full_width(layer.keys, total), _full_width(layer.values, total), index)
-    return copy, total
-
-
-def _full_width(states: torch.Tensor, total: int) -> torch.Tensor:
-    missing = total - states.shape[2]
-    if missing <= 0:
-        return states[:, :, :total]
-    zeros = states.new_zeros(states.shape[0], states.shape[1], missing, states.shape[3])
-    return torch.cat([zeros, states], dim=2)
-
-
-def write_cache(source: RollbackCache, target: Cache, start: int) -> None:
-    """Append columns `start` onwards of `source` to the caller's cache, as a forward pass would have done."""
-    for index, layer in enumerate(source.layers):
-        if layer.is_initialized and layer.get_seq_length() > start:
-            target.update(layer.keys[:, :, start:].contiguous(), layer.values[:, :, start:].contiguous(), index)

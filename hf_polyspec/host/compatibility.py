@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, GenerationConfig, StaticCache
-from transformers.cache_utils import Cache, DynamicCache
+from transformers import AutoTokenizer, GenerationConfig
 
-from .cache import READABLE_LAYERS
-from .release import GENERATION_CACHE, cache_argument, inner_model, no_cache_argument
+from .release import cache_argument, inner_model, no_cache_argument
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 """Layer types whose cache is a list of keys and values that can be cut; all others keep a state that cannot."""
@@ -69,30 +67,6 @@ def check_cache_implementation(name: str | None) -> None:
         f"cache_implementation={name!r} cannot be rolled back after a rejected draft; "
         "leave it unset (or 'static' or 'dynamic') to use assistant_models."
     )
-
-
-def check_cache(cache: Any) -> None:
-    """Refuse a cache object whose contents a chain could not read or extend.
-
-    Raises:
-        ValueError: names the class.
-    """
-    if cache is None:
-        return
-    if not isinstance(cache, Cache):
-        raise ValueError(f"{GENERATION_CACHE} must be a transformers Cache, got {type(cache).__name__}.")
-    if getattr(cache, "offloading", False):
-        raise ValueError(
-            "an offloaded cache cannot be used with assistant_models; pass a DynamicCache without offloading."
-        )
-    if cache.get_seq_length() == 0 and type(cache) in (DynamicCache, StaticCache):
-        return
-    known = all(type(layer) in READABLE_LAYERS for layer in cache.layers)
-    if not known:
-        raise ValueError(
-            f"{GENERATION_CACHE} of type {type(cache).__name__} cannot be rolled back after a rejected draft; "
-            f"pass a DynamicCache, or leave {GENERATION_CACHE} out."
-        )
 
 
 def check_model(model: nn.Module, role: str) -> None:

@@ -95,6 +95,8 @@ def borrow(borrower: Holder, lender: Holder, sequences: list[list[int]]) -> int:
     if count < borrower.borrows_from:
         return 0
     borrower.cache.realign([len(ids) for ids in own], held)
+    if min(held) < lender.cache.floor:
+        borrower.cache.floor = max(borrower.cache.floor, lender.cache.floor)
     width = lender.cache.length
     # Rows end at the right edge, so row b's token i stands in column width - len(memo[b]) + i.
     first = torch.tensor([width - len(ids) + here for ids, here in zip(lender.memo, held, strict=True)])

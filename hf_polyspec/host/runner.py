@@ -13,16 +13,20 @@ import torch
 from ..errors import LevelError, RollbackError
 from ..exactness.context import EMBEDDED, Context, Prompt, common_prefix
 from ..exactness.passes import Pass
-from ..exactness.tree_geometry import depths
+from ..exactness.tree_geometry import ROOT, depths
 from ..telemetry.counters import LevelStats
 from .cache import RollbackCache
 from .compatibility import input_device
 from .lending import WORTH, borrow
-from .release import cache_argument, forward_arguments
+from .release import cache_argument, forward_arguments, inner_model
+from .row_arguments import RowArguments
 from .trees import additive, tree_mask
 
 if TYPE_CHECKING:
     from ..exactness.proposal import TreeProposal
+
+FILLING = 0
+"""An id that every vocabulary has, for columns whose outputs nobody looks at."""
 
 
 class ModelRunner:
@@ -69,6 +73,8 @@ class ModelRunner:
         self._rows: int | None = rows if replace_unknown_ids else None
         self.cache = RollbackCache()
         self.memo: list[list[int]] = []
+        self._arguments = RowArguments(inner_model(model))
+        self._present: list[int] | None = None  # rows that are left of those at the beginning, None for all
         self.lender: ModelRunner | None = None
         """The runner of a model that this one is a copy of, see `lending`."""
         self.borrows_from = WORTH
@@ -93,21 +99,22 @@ class ModelRunner:
         """
         whole = context
         context = self._own_view(context)
-        if context.prompt.hidden:
-            # Rows with shorter drafts would be rolled back into positions whose ids nobody gave; fill them up instead.
-            longest = max(len(draft) for draft in drafts)
-            drafts = [draft + [0] * (longest - len(draft)) for draft in drafts]
         sequences = [ids + draft for ids, draft in zip(context.ids, drafts, strict=True)]
         wanted = 1 + max(len(draft) for draft in drafts)
         self._borrow(context, sequences, stats)
-        keep, fed = self._plan(sequences, wanted)
+        filled = [
+            draft + [FILLING] * more for draft, more in zip(drafts, self._filling(sequences, wanted), strict=True)
+        ]
+        sequences = [ids + draft for ids, draft in zip(context.ids, filled, strict=True)]
+        widest = 1 + max(len(draft) for draft in filled)
+        keep, fed = self._plan(sequences, widest)
         past = self._roll_back(keep)
         inputs = self._inputs(context, sequences, keep, past, fed)
-        output = self._call(inputs, max(wanted, columns), past, stats)
+        output = self._call(inputs, max(widest, columns), past, stats, self._grown(context, sequences))
         if self.use_cache:
             self._remember(sequences, past + fed)
-        read = sequences if context is whole else whole.extended(drafts).ids
-        return Pass(self._align(output.logits, drafts, wanted), output, fed, read)
+        read = sequences if context is whole else whole.extended(filled).ids
+        return Pass(self._align(output.logits, filled, widest)[:, :wanted], output, fed, read)
 
     def run_tree(self, context: Context, tree: TreeProposal, stats: LevelStats) -> Pass:
         """Feed what the cache lacks of the context, and a tree of nodes; then `keep_paths` must be called.
@@ -122,17 +129,21 @@ class ModelRunner:
         Raises:
             LevelError: the model raised.
         """
-        sequences = context.extended(tree.tokens).ids
         wanted = 1 + max(len(nodes) for nodes in tree.tokens)
         self._borrow(context, context.ids, stats)
-        keep, fed = self._plan(sequences, wanted)
+        more = self._filling(context.extended(tree.tokens).ids, wanted)
+        nodes = [row + [FILLING] * count for row, count in zip(tree.tokens, more, strict=True)]
+        parents = [row + [ROOT] * count for row, count in zip(tree.parents, more, strict=True)]
+        sequences = context.extended(nodes).ids
+        widest = 1 + max(len(row) for row in nodes)
+        keep, fed = self._plan(sequences, widest)
         past = self._roll_back(keep)
         inputs = self._inputs(context, sequences, keep, past, fed)
-        self._plant(inputs, context, sequences, tree.parents, past + fed)
+        self._plant(inputs, context, sequences, parents, past + fed)
         # Until it is known which path stays, no id of the cache is certain.
         self.memo = [[] for _ in sequences]
-        output = self._call(inputs, wanted, past, stats)
-        return Pass(self._align(output.logits, tree.tokens, wanted), output, fed)
+        output = self._call(inputs, widest, past, stats, self._grown(context, sequences))
+        return Pass(self._align(output.logits, nodes, widest)[:, :wanted], output, fed, sequences)
 
     def keep_paths(self, passed: Pass, context: Context, tree: TreeProposal, paths: list[list[int]]) -> Pass:
         """Of the trees of the last pass only these nodes stay, per row from the context on.
@@ -144,12 +155,13 @@ class ModelRunner:
         width, new_width = self.cache.length, max(len(ids) for ids in read)
         columns = torch.zeros(len(read), new_width, dtype=torch.long)
         kept = []
-        for b, (ids, nodes, path) in enumerate(zip(context.ids, tree.tokens, paths, strict=True)):
-            first = width - len(nodes)  # column of the row's first node
+        for b, (ids, path) in enumerate(zip(context.ids, paths, strict=True)):
+            nodes = len(passed.read[b]) - len(ids)  # with what the row was filled up with
+            first = width - nodes  # column of the row's first node
             left = new_width - len(read[b])
             columns[b, left : left + len(ids)] = torch.arange(first - len(ids), first)
             columns[b, left + len(ids) :] = first + torch.tensor(path, dtype=torch.long)
-            start = passed.fed - len(nodes)
+            start = passed.fed - nodes
             kept.append([*range(max(0, start - len(ids)), start), *(start + node for node in path)])
         self.cache.pick(columns)
         self._remember(read, new_width)
@@ -161,12 +173,17 @@ class ModelRunner:
             if taken >= WORTH:
                 stats.notes.append(f"takes keys and values of {taken} tokens from {self.lender.name}")
 
-    def _call(self, inputs: dict[str, Any], logits: int, past: int, stats: LevelStats) -> Any:
+    def _grown(self, context: Context, sequences: list[list[int]]) -> list[int]:
+        """Columns that each row has behind the prompt."""
+        return [len(ids) - context.prompt.width for ids in sequences]
+
+    def _call(self, inputs: dict[str, Any], logits: int, past: int, stats: LevelStats, grown: list[int]) -> Any:
         if self._slices_logits:
             inputs["logits_to_keep"] = logits
         stats.forward_passes += 1
         try:
-            return self.model(**inputs, **self.record, return_dict=True)
+            with self._arguments.of(self._present, grown):
+                return self.model(**inputs, **self.record, return_dict=True)
         except Exception as error:
             self._recover(past)
             raise LevelError(f"the forward pass of {self.name} failed: {error}") from error
@@ -250,6 +267,7 @@ class ModelRunner:
     def keep_rows(self, rows: list[int]) -> None:
         """Only these rows go on."""
         self.cache.keep_rows(rows)
+        self._present = rows if self._present is None else [self._present[row] for row in rows]
         self.memo = [self.memo[row] for row in rows] if self.memo else []
 
     def _plan(self, sequences: list[list[int]], wanted: int) -> tuple[list[int], int]:
@@ -266,6 +284,16 @@ class ModelRunner:
         ]
         fed = max(missing)
         return [max(0, len(ids) - fed) for ids in sequences], fed
+
+    def _filling(self, sequences: list[list[int]], wanted: int) -> list[int]:
+        """How many columns each row is fed behind its own, so that none is rolled back behind the cache's floor.
+
+        The neediest row decides how many columns all rows feed; with these no row needs more than it did.
+        """
+        floor = self.cache.floor if self.use_cache and self.memo else 0
+        if not floor:
+            return [0] * len(sequences)
+        return [max(0, floor - kept) for kept in self._plan(sequences, wanted)[0]]
 
     def _roll_back(self, keep: list[int]) -> int:
         if not self.memo or not self.use_cache:

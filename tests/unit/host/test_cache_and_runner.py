@@ -11,7 +11,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralCon
 
 from hf_polyspec.errors import LevelError, RollbackError
 from hf_polyspec.exactness.context import EMBEDDED, Context, Prompt, common_prefix
-from hf_polyspec.host.cache import RollbackCache, read_cache, write_cache
+from hf_polyspec.host.cache import RollbackCache
+from hf_polyspec.host.callers_cache import read_cache, write_cache
 from hf_polyspec.host.release import GENERATION_CACHE
 from hf_polyspec.host.runner import ModelRunner
 from hf_polyspec.telemetry.counters import LevelStats

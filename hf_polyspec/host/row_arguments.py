@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments with an entry for each prompt that reach a model's modules past its forward.
+
+PEFT gives `adapter_names` (and, for activated LoRA, `alora_offsets`) to every layer with an adapter through hooks, for
+the whole of a generate() call. Rows leave a chain's batch when they have ended, and a pass covers several tokens, so
+what the hooks say is put right before a layer reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+FROM_THE_END = {"alora_offsets"}
+"""Arguments that count columns from the end of the prompt."""
+
+
+class RowArguments:
+    """What hooks on a model's modules add to their calls, row by row.
+
+    Args:
+        model: its hooks are looked for once; those that have been there for other rows are not touched.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._named: list[tuple[nn.Module, set[str]]] = []
+        for module in model.modules():
+            names = {
+                name
+                for hook in module._forward_pre_hooks.values()
+                if isinstance(hook, partial)
+                for name, value in hook.keywords.items()
+                if isinstance(value, (list, tuple))
+            }
+            if names:
+                self._named.append((module, names))
+
+    @contextmanager
+    def of(self, rows: list[int] | None, grown: list[int]) -> Iterator[None]:
+        """During a pass, the modules are given the entries of the rows that are in it.
+
+        Args:
+            rows: of the batch that generate() was called with, None for all.
+            grown: columns that each row of the pass ends behind the prompt.
+        """
+
+        def put_right(names: set[str], _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            for name in names:
+                value = kwargs.get(name)
+                if not isinstance(value, (list, tuple)):
+                    continue
+                if rows is not None and len(value) > max(rows):
+                    value = [value[row] for row in rows]
+                if name in FROM_THE_END and len(value) == len(grown):
+                    value = [None if n is None else n + more for n, more in zip(value, grown, strict=True)]
+                kwargs[name] = value
+            return args, kwargs
+
+        # Hooks run in the order in which they came, so these see what the others have added.
+        hooks = [
+            module.register_forward_pre_hook(partial(put_right, names), with_kwargs=True)
+            for module, names in self._named
+            if rows is not None or names & FROM_THE_END
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
