@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -41,6 +42,9 @@ def check_options(config: GenerationConfig) -> None:
 
     Raises:
         ValueError: names the option.
+
+    Warns:
+        UserWarning: an option of no consequence for the text is not honoured.
     """
     for name, neutral, what in _REFUSED_OPTIONS:
         value = getattr(config, name, None)
@@ -53,6 +57,12 @@ def check_options(config: GenerationConfig) -> None:
             "leave it unset."
         )
     check_cache_implementation(config.cache_implementation)
+    if getattr(config, "compile_config", None) is not None:
+        warnings.warn(
+            "compile_config is not used with assistant_models: the passes of a chain differ in width, and each width "
+            "would be compiled anew; compile the models themselves (torch.compile), or leave it unset.",
+            stacklevel=4,
+        )
 
 
 def check_cache_implementation(name: str | None) -> None:

@@ -293,7 +293,8 @@ class ModelRunner:
         floor = self.cache.floor if self.use_cache and self.memo else 0
         if not floor:
             return [0] * len(sequences)
-        return [max(0, floor - kept) for kept in self._plan(sequences, wanted)[0]]
+        fed = self._plan(sequences, wanted)[1]
+        return [max(0, floor + fed - len(ids)) for ids in sequences]
 
     def _roll_back(self, keep: list[int]) -> int:
         if not self.memo or not self.use_cache:

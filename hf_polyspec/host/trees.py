@@ -87,13 +87,16 @@ def hindrance(model: Any) -> str | None:
     if not kinds <= {"full_attention", "sliding_attention"}:
         return f"it has {', '.join(sorted(kinds))} layers"
     if model not in _measured:
-        _measured[model] = _obeys(model)
+        obeys = _obeys(model)
+        if obeys is None:  # perhaps only for now: hooks may want the rows of a certain batch
+            return "it could not be tried on one"
+        _measured[model] = obeys
     return None if _measured[model] else "it does not see a tree as its paths"
 
 
 @torch.no_grad()
-def _obeys(model: Any) -> bool:
-    """Whether two continuations of a token, fed as a tree, get the logits they get as two texts."""
+def _obeys(model: Any) -> bool | None:
+    """Whether two continuations of a token, fed as a tree, get the logits they get as two texts; None if it raises."""
     rows = int(model.config.get_text_config(decoder=True).vocab_size)
     a, b, c, d, e = (int(rows * part / 7) for part in range(1, 6))
     device = model.get_input_embeddings().weight.device
@@ -111,7 +114,7 @@ def _obeys(model: Any) -> bool:
             use_cache=False,
         ).logits
     except Exception:
-        return False
+        return None
     straight = torch.stack([paths[0, 1], paths[1, 1], paths[0, 2], paths[1, 2]]).float()
     error = (tree[0, 1:].float() - straight).abs().max()
     coarse = 1e-3 if model.dtype == torch.float32 else 5e-2

@@ -12,11 +12,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import VOCABULARY, noisy, tiny
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from watched_passes import watched_caches, watched_passes
 
 import hf_polyspec
-from hf_polyspec.host.release import cache_of
+from hf_polyspec.host.release import GENERATION_CACHE, cache_of
 from hf_polyspec.host.runner import ModelRunner
 from hf_polyspec.levels.suffix import SuffixDrafter
 
@@ -62,7 +62,40 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
     if draw(st.integers(0, 4)) == 0:
         options["return_dict_in_generate"] = True
         options["output_scores"] = draw(st.booleans())
+    if draw(st.integers(0, 6)) == 0 and "use_cache" not in options:
+        options["cache_implementation"] = "static"
     return options
+
+
+@st.composite
+def continued(draw: st.DrawFn) -> dict[str, Any]:
+    """Such a request whose caller has read the beginning of the prompt before, and brings the cache of it."""
+    options: dict[str, Any] = draw(requests())
+    options.pop("use_cache", None)
+    options.pop("cache_implementation", None)
+    width = options["input_ids"].shape[1]
+    if width > 1:
+        options["held"] = draw(st.integers(1, width - 1))
+        options["configured"] = draw(st.booleans())
+        options["only_new"] = draw(st.booleans())
+    return options
+
+
+@torch.no_grad()
+def with_cache_of_beginning(model: PreTrainedModel, request: dict[str, Any]) -> dict[str, Any]:
+    """generate()'s arguments for a request of `continued`, with a cache of its own at every call."""
+    given = {name: value for name, value in request.items() if name not in ("held", "configured", "only_new")}
+    held = request.get("held")
+    if held:
+        cache = DynamicCache(config=model.config) if request["configured"] else DynamicCache()
+        mask = given["attention_mask"][:, :held]
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        ids = given["input_ids"][:, :held]
+        model(input_ids=ids, attention_mask=mask, position_ids=positions, **{GENERATION_CACHE: cache})
+        given[GENERATION_CACHE] = cache
+        if request["only_new"]:
+            given["input_ids"] = given["input_ids"][:, held:]
+    return given
 
 
 @st.composite
@@ -82,11 +115,12 @@ def check(kind: str, request: dict[str, Any], chain: dict[str, Any]) -> Any:
     target, middle, drafter = family(kind)
     members = {"m": lambda: middle, "d": lambda: drafter, "s": SuffixDrafter}
     options = {name: value for name, value in chain.items() if name != "levels"}
-    plain = target.generate(**request)
+    given, known = with_cache_of_beginning(target, request), with_cache_of_beginning(target, request)
+    plain = target.generate(**known)
     hf_polyspec.enable()
     try:
         with watched_caches() as lengths:
-            ours = target.generate(**request, **options, assistant_models=[members[c]() for c in chain["levels"]])
+            ours = target.generate(**given, **options, assistant_models=[members[c]() for c in chain["levels"]])
     finally:
         hf_polyspec.disable()
     if request.get("return_dict_in_generate"):
@@ -95,6 +129,10 @@ def check(kind: str, request: dict[str, Any], chain: dict[str, Any]) -> Any:
         assert ours.polyspec.new_tokens <= plain.sequences.numel()
         ours, plain = ours.sequences, plain.sequences
     assert ours.tolist() == plain.tolist()
+    if "held" in request:
+        mine, theirs = given[GENERATION_CACHE], known[GENERATION_CACHE]
+        assert [layer.get_seq_length() for layer in mine.layers] == [layer.get_seq_length() for layer in theirs.layers]
+        assert [layer.keys.shape for layer in mine.layers] == [layer.keys.shape for layer in theirs.layers]
     return lengths
 
 
@@ -108,23 +146,36 @@ def test_any_request_through_any_chain_gives_plain_generations_text(kind):
     holds()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_request_goes_on_from_any_cache_of_its_beginning(kind):
+    """Windows that have let old columns go among them; the cache is as long as plain generation leaves it."""
+
+    @settings(FIXED, max_examples=40)
+    @given(continued(), chains())
+    def holds(request: dict[str, Any], chain: dict[str, Any]) -> None:
+        check(kind, request, chain)
+
+    holds()
+
+
 def test_an_end_in_every_place_of_every_block():
     """Ends taken from the text itself, so that they do occur, for rows of a batch at different places."""
 
-    @settings(FIXED, max_examples=40)
+    @settings(FIXED, max_examples=60)
     @given(st.data())
     def holds(data: st.DataObject) -> None:
-        request = data.draw(requests())
-        target = family("llama")[0]
+        kind = data.draw(st.sampled_from(["llama", "mistral"]))
+        request = data.draw(st.one_of(requests(), continued()))
+        target = family(kind)[0]
         request.pop("eos_token_id", None)
         request.pop("min_new_tokens", None)
-        request.pop("return_dict_in_generate", None)
-        request.pop("output_scores", None)
-        new = target.generate(**request)[:, request["input_ids"].shape[1] :]
+        dicts = {name: request.pop(name) for name in ("return_dict_in_generate", "output_scores") if name in request}
+        new = target.generate(**with_cache_of_beginning(target, request))[:, -request["max_new_tokens"] :]
+        request.update(dicts)
         rows = data.draw(st.lists(st.integers(0, new.shape[0] - 1), min_size=1, max_size=3))
         places = [data.draw(st.integers(0, new.shape[1] - 1)) for _ in rows]
         request["eos_token_id"] = [int(new[row, place]) for row, place in zip(rows, places, strict=True)]
-        check("llama", request, data.draw(chains()))
+        check(kind, request, data.draw(chains()))
 
     holds()
 
