@@ -264,9 +264,9 @@ class _Job:
 
     def _pieces(self) -> list[int]:
         """Columns that plain generation feeds to read the prompt, one pass after another."""
-        columns = len(self.context.ids[0]) - self.cached
+        columns = max(1, len(self.context.ids[0]) - self.cached)  # the last token is read again where all are held
         chunk = self.config.prefill_chunk_size or columns
-        return [min(chunk, columns - start) for start in range(0, columns, chunk)] or [0]
+        return [min(chunk, columns - start) for start in range(0, columns, chunk)]
 
     def _cache_is_kept(self) -> bool:
         """Whether anybody sees the target's cache after the call."""
