@@ -314,17 +314,29 @@ def _told(form: Form | None) -> str:
 
 def _expected(model: Any, planned: list[Any] | None) -> list[Form | None] | None:
     """Forms as most models have them, by their config; None where it does not tell."""
-    inner = inner_model(model)
-    config = inner.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
-    size = getattr(config, "head_dim", None)
-    if size is None and heads:
-        size = config.hidden_size // config.num_attention_heads
-    weight = getattr(inner.get_input_embeddings(), "weight", None)
-    if planned is None or not heads or weight is None:
+    weight = getattr(inner_model(model).get_input_embeddings(), "weight", None)
+    if planned is None or weight is None:
         return None
-    form = heads, size, heads, size, weight.dtype, weight.dtype, weight.device
-    return _trimmed([form if hasattr(layer, "get_seq_length") else None for layer in planned])
+    place = weight.dtype, weight.dtype, weight.device
+    config = inner_model(model).config.get_text_config(decoder=True)
+    try:
+        layers = getattr(config, "per_layer_config", None) or [config] * len(planned)
+        shapes = [_shape(layer) for layer in layers]
+    except Exception:  # a config of another kind
+        return None
+    return _trimmed(
+        [
+            (*shape, *shape, *place) if hasattr(layer, "get_seq_length") else None
+            for layer, shape in zip(planned, shapes, strict=False)
+        ]
+    )
+
+
+def _shape(config: Any) -> tuple[int, int]:
+    """Heads of a layer's keys, and their size."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(heads), int(size)
 
 
 @torch.no_grad()
