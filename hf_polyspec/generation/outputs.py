@@ -17,8 +17,6 @@ from ..host.plain_cache import PlainCache
 from ..levels.verifier import Emission
 
 Layers = tuple[torch.Tensor, ...]
-Span = slice | torch.Tensor
-"""Places along a dimension: a slice where they follow one another."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class Recorder:
         if self.wanted.hidden_states:
             self._axes = _row_axes(output.hidden_states, len(lengths), emission.passed.fed, self._axes)
         for b, tokens in enumerate(emission.tokens):
-            columns = _Columns(emission, b)
+            read = len(emission.passed.read[b])  # with drafts, and with what a row was filled up with
             for j in range(len(tokens)):
                 if self.wanted.scores:
                     self._queued_scores[b].append(emission.scores[b, j])
@@ -81,14 +79,16 @@ class Recorder:
                     self._queued_logits[b].append(emission.logits[b, j])
                 length = lengths[b] + j
                 width = length if self.cache is None else self.prompt if first and j == 0 else 1
-                span = columns.span(length, width)
+                # Fed columns whose outputs belong to this token: the one it was predicted from, and those before it.
+                end = emission.passed.fed - (read - length)
+                start = max(0, end - min(width, length))
                 if self.wanted.hidden_states:
-                    layers = zip(output.hidden_states, self._axes, strict=True)
-                    self._queued_hidden[b].append(
-                        tuple(_cut(layer.select(axis, b), axis, span) for layer, axis in layers)
-                    )
+                    of_row = zip(output.hidden_states, self._axes, strict=True)
+                    cut = tuple(layer.select(axis, b).narrow(axis, start, end - start) for layer, axis in of_row)
+                    self._queued_hidden[b].append(cut)
                 if self.wanted.attentions:
-                    self._queued_attentions[b].append(self._attention(output.attentions, b, columns, span, length))
+                    maps = [layer[b, :, start:end] for layer in output.attentions]
+                    self._queued_attentions[b].append(self._shown(maps, b, read, length))
                 self._emitted[b] += 1
 
     def commit(self) -> None:
@@ -109,56 +109,17 @@ class Recorder:
         self._queued_hidden[row].clear()
         self._queued_attentions[row].clear()
 
-    def _attention(self, layers: Layers, row: int, columns: _Columns, span: Span, length: int) -> Layers:
-        """Attention maps `[heads, q, kv]` of the span's columns, over the row's first `length` tokens, or over what
-        plain generation's cache would show of them."""
+    def _shown(self, maps: list[torch.Tensor], row: int, read: int, length: int) -> Layers:
+        """Of attention maps `[heads, q, S]`, whose last columns are the `read` tokens of a row, those of its first
+        `length`, or what plain generation's cache would show of them."""
         found = []
-        for i, layer in enumerate(layers):
+        for i, whole in enumerate(maps):
             shown = None if self.cache is None else self.cache.step(self._emitted[row], i)
             width, offset = shown or (length, 0)
-            map_of_row = _cut(layer[row], 1, span)
-            seen = _cut(map_of_row, 2, columns.seen(offset, min(length, offset + width), layer.shape[-1]))
-            found.append(torch.nn.functional.pad(seen, (0, width - seen.shape[2])))
+            first = whole.shape[-1] - read
+            seen = whole[..., first + offset : first + min(length, offset + width)]
+            found.append(torch.nn.functional.pad(seen, (0, width - seen.shape[-1])))
         return tuple(found)
-
-
-class _Columns:
-    """Where a row's tokens stand in what a pass fed and in the keys it saw."""
-
-    def __init__(self, emission: Emission, row: int) -> None:
-        passed = emission.passed
-        read = len(passed.read[row])
-        self.fed = passed.fed
-        self.of_fed: Sequence[int] = (
-            range(max(0, passed.fed - read), passed.fed) if passed.kept is None else passed.kept[row]
-        )
-        self.before = read - len(self.of_fed)  # tokens that had been read earlier
-
-    def span(self, length: int, width: int) -> Span:
-        """Fed columns whose outputs belong to the token after the first `length`: the one it was predicted from, and
-        `width - 1` before it."""
-        return _contiguous(self.of_fed[max(0, length - width - self.before) : length - self.before])
-
-    def seen(self, start: int, end: int, keys: int) -> Span:
-        """Columns of the keys of the row's tokens from `start` to before `end`; `keys` is their number."""
-        past = keys - self.fed
-        first = past + self.of_fed[0] - self.before
-        old = range(first + start, first + min(end, self.before))
-        new = self.of_fed[max(0, start - self.before) : max(0, end - self.before)]
-        return _contiguous([*old, *(past + column for column in new)])
-
-
-def _contiguous(columns: Sequence[int]) -> Span:
-    """A slice where columns follow one another, which copies nothing."""
-    if columns and columns[-1] - columns[0] == len(columns) - 1:
-        return slice(columns[0], columns[-1] + 1)
-    return torch.tensor(list(columns), dtype=torch.long)
-
-
-def _cut(values: torch.Tensor, axis: int, span: Span) -> torch.Tensor:
-    if isinstance(span, slice):
-        return values.narrow(axis, span.start, span.stop - span.start)
-    return values.index_select(axis, span.to(values.device))
 
 
 def _row_axes(layers: Layers, batch: int, fed: int, known: list[int]) -> list[int]:
