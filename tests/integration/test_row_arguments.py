@@ -20,7 +20,11 @@ from hf_polyspec.host.row_arguments import RowArguments
 from hf_polyspec.levels.early_exit import early_exit
 from hf_polyspec.levels.suffix import SuffixDrafter
 
+# PEFT asks models by an older name.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
 LENGTH, NEW = 9, 20
+OTHER = {"french": "german", "german": "__base__", "__base__": "french"}
 MATRICES = ["q_proj", "v_proj", "down_proj"]
 
 
@@ -59,7 +63,7 @@ def test_each_row_keeps_its_adapter(enabled, adapted, chain, names):
     below = levels(adapted)[chain]
     call = {**prompts(3), "adapter_names": names, "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
     plain = adapted.generate(**call)
-    others = adapted.generate(**{**call, "adapter_names": names[1:] + names[:1]})
+    others = adapted.generate(**{**call, "adapter_names": [OTHER[name] for name in names]})
     assert all(mine != other for mine, other in zip(plain.tolist(), others.tolist(), strict=True))
     assert adapted.generate(**call, assistant_models=below).tolist() == plain.tolist()
     hooks = count_hooks(adapted)
