@@ -102,15 +102,11 @@ class ModelRunner:
         sequences = [ids + draft for ids, draft in zip(context.ids, drafts, strict=True)]
         wanted = 1 + max(len(draft) for draft in drafts)
         self._borrow(context, sequences, stats)
-        filled = [
-            draft + [FILLING] * more for draft, more in zip(drafts, self._filling(sequences, wanted), strict=True)
-        ]
+        more = self._filling(sequences, wanted)
+        filled = [draft + [FILLING] * count for draft, count in zip(drafts, more, strict=True)]
         sequences = [ids + draft for ids, draft in zip(context.ids, filled, strict=True)]
         widest = 1 + max(len(draft) for draft in filled)
-        keep, fed = self._plan(sequences, widest)
-        past = self._roll_back(keep)
-        inputs = self._inputs(context, sequences, keep, past, fed)
-        output = self._call(inputs, max(widest, columns), past, stats, self._grown(context, sequences))
+        output, past, fed = self._feed(context, sequences, widest, stats, columns=columns)
         if self.use_cache:
             self._remember(sequences, past + fed)
         read = sequences if context is whole else whole.extended(filled).ids
@@ -136,13 +132,7 @@ class ModelRunner:
         parents = [row + [ROOT] * count for row, count in zip(tree.parents, more, strict=True)]
         sequences = context.extended(nodes).ids
         widest = 1 + max(len(row) for row in nodes)
-        keep, fed = self._plan(sequences, widest)
-        past = self._roll_back(keep)
-        inputs = self._inputs(context, sequences, keep, past, fed)
-        self._plant(inputs, context, sequences, parents, past + fed)
-        # Until it is known which path stays, no id of the cache is certain.
-        self.memo = [[] for _ in sequences]
-        output = self._call(inputs, widest, past, stats, self._grown(context, sequences))
+        output, _, fed = self._feed(context, sequences, widest, stats, parents=parents)
         return Pass(self._align(output.logits, nodes, widest)[:, :wanted], output, fed, sequences)
 
     def keep_paths(self, passed: Pass, context: Context, tree: TreeProposal, paths: list[list[int]]) -> Pass:
@@ -173,9 +163,30 @@ class ModelRunner:
             if taken >= WORTH:
                 stats.notes.append(f"takes keys and values of {taken} tokens from {self.lender.name}")
 
-    def _grown(self, context: Context, sequences: list[list[int]]) -> list[int]:
-        """Columns that each row has behind the prompt."""
-        return [len(ids) - context.prompt.width for ids in sequences]
+    def _feed(
+        self,
+        context: Context,
+        sequences: list[list[int]],
+        wanted: int,
+        stats: LevelStats,
+        *,
+        columns: int = 0,
+        parents: list[list[int]] | None = None,
+    ) -> tuple[Any, int, int]:
+        """One pass over what the cache lacks of these rows; `parents` are of the nodes that end them, if they are trees.
+
+        Returns:
+            The model's output, the columns that were cached before, and those that were fed.
+        """
+        keep, fed = self._plan(sequences, wanted)
+        past = self._roll_back(keep)
+        inputs = self._inputs(context, sequences, keep, past, fed)
+        if parents is not None:
+            self._plant(inputs, context, sequences, parents, past + fed)
+            # Until it is known which path stays, no id of the cache is certain.
+            self.memo = [[] for _ in sequences]
+        grown = [len(ids) - context.prompt.width for ids in sequences]
+        return self._call(inputs, max(wanted, columns), past, stats, grown), past, fed
 
     def _call(self, inputs: dict[str, Any], logits: int, past: int, stats: LevelStats, grown: list[int]) -> Any:
         if self._slices_logits:

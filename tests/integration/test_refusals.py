@@ -276,3 +276,16 @@ def test_a_forward_pass_that_fails_midway(enabled, target, which, call, inside):
         assert torch.equal(old[1], new[1])
     again = models[0].generate(**options, **{GENERATION_CACHE: cache}, assistant_models=models[1:])
     assert again.tolist() == target.generate(**options).tolist()
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_an_option_that_a_chain_does_not_use_is_named(generate, target, static):
+    from transformers import CompileConfig
+
+    options = {**prompts(1), **SHORT, "compile_config": CompileConfig(mode="default")}
+    if static:
+        options["cache_implementation"] = "static"
+    with pytest.warns(UserWarning, match="compile_config is not used"):
+        ours = generate(target, **options)
+    del options["compile_config"]
+    assert ours.tolist() == target.generate(**options).tolist()
