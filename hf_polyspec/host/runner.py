@@ -16,6 +16,7 @@ from ..exactness.passes import Pass
 from ..exactness.tree_geometry import ROOT, depths
 from ..telemetry.counters import LevelStats
 from .cache import RollbackCache
+from .columns import mask_of, positions_of
 from .compatibility import input_device
 from .lending import WORTH, borrow
 from .release import cache_argument, forward_arguments, inner_model
@@ -173,7 +174,7 @@ class ModelRunner:
         columns: int = 0,
         parents: list[list[int]] | None = None,
     ) -> tuple[Any, int, int]:
-        """One pass over what the cache lacks of these rows; `parents` are of the nodes that end them, if they are trees.
+        """One pass over what the cache lacks of these rows; `parents` are those of the nodes that end them, if any do.
 
         Returns:
             The model's output, the columns that were cached before, and those that were fed.
@@ -209,7 +210,7 @@ class ModelRunner:
     ) -> None:
         """Give the forward arguments of a chain the mask and positions of trees instead."""
         unused = [width - len(ids) for ids in sequences]
-        mask = self._mask(context, unused, width)
+        mask = mask_of(context, unused, width)
         real = torch.ones(len(unused), width, dtype=torch.bool) if mask is None else mask.bool()
         places = torch.arange(width)[None, :] - torch.tensor(unused)[:, None]  # [B, S]
         positions = inputs["position_ids"].clone()  # [B, F]
@@ -324,48 +325,20 @@ class ModelRunner:
             # A smaller vocabulary than the target's lacks some ids: any other in their place leaves the chain exact,
             # since what this level then proposes carries the law it was drawn from.
             ids = torch.where(ids < self._rows, ids, 0)
-        mask = self._mask(context, unused, width)
+        mask = mask_of(context, unused, width)
         inputs: dict[str, Any] = {
             "attention_mask": None if mask is None else mask.to(self.model_device),
             "use_cache": self.use_cache,
             **({} if self._cache_argument is None else {self._cache_argument: self.cache if self.use_cache else None}),
         }
         if self.takes_positions:
-            inputs["position_ids"] = self._positions(context, sequences, fed).to(self.model_device)
+            inputs["position_ids"] = positions_of(context, sequences, fed).to(self.model_device)
         if context.prompt.embeds is not None and min(keep) < context.prompt.embeds.shape[1]:
             inputs["inputs_embeds"] = self._embed(context, ids, unused, width)
         else:
             inputs["input_ids"] = ids.to(self.model_device)
         assert ids.shape == (batch, fed)
         return inputs
-
-    def _mask(self, context: Context, unused: list[int], width: int) -> torch.Tensor | None:
-        """`[B, S + F]` of 0/1, or None when every column of every row is real (attention is then plainly causal)."""
-        prompt = context.prompt
-        if prompt.mask is None and not any(unused):
-            return None
-        mask = torch.ones(len(unused), width, dtype=torch.long)
-        for row, left in enumerate(unused):
-            mask[row, :left] = 0
-            if prompt.mask is not None:
-                seen = min(prompt.width, width - left)
-                mask[row, left : left + seen] = prompt.mask[row, :seen]
-        return mask
-
-    def _positions(self, context: Context, sequences: list[list[int]], fed: int) -> torch.Tensor:
-        """Position ids `[B, F]` of the fed columns: the prompt's own, then counting on; 0 where a row has no token."""
-        prompt = context.prompt
-        positions = torch.zeros(len(sequences), fed, dtype=torch.long)
-        for row, ids in enumerate(sequences):
-            first = max(0, len(ids) - fed)  # index in the row of its first fed token
-            known = prompt.positions[row, first : min(len(ids), prompt.width)]
-            counted = len(ids) - max(first, prompt.width)
-            start = fed - (len(ids) - first)
-            positions[row, start : start + known.shape[0]] = known
-            if counted > 0:
-                onward = prompt.following[row] + max(first, prompt.width) - prompt.width
-                positions[row, fed - counted :] = torch.arange(onward, onward + counted)
-        return positions
 
     def _embed(self, context: Context, ids: torch.Tensor, unused: list[int], width: int) -> torch.Tensor:
         """Input embeddings `[B, F, H]`: the caller's where a position was given as one, the model's own elsewhere."""
