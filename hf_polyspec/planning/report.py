@@ -71,9 +71,9 @@ class CandidatesTable:
 
         for part in (0, 1):
             yield Text(aligned([heading.split("\n")[part] for heading in self._headings]), style="bold")
-        yield Text("  chain: sizes", style="bold")
+        yield Text("   chain: sizes", style="bold")
         for row in self._rows:
-            yield Text(f"{row.mark or ' '} {row.chain}: {row.sizes}")
+            yield Text(f" {row.mark or ' '} {row.chain}: {row.sizes}")
             yield Text(aligned(row.numbers))
 
 
