@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +23,7 @@ class Prompt:
         positions: `[B, P]` position ids.
         embeds: `[B, E, H]` embeddings of the first E columns, or None.
         hidden: number of leading columns without ids.
+        rows: places that the rows had in the batch as the call began, None while all are there.
     """
 
     width: int
@@ -29,6 +31,7 @@ class Prompt:
     positions: torch.Tensor
     embeds: torch.Tensor | None = None
     hidden: int = 0
+    rows: tuple[int, ...] | None = None
 
     @cached_property
     def following(self) -> list[int]:
@@ -43,6 +46,7 @@ class Prompt:
             self.positions[rows],
             None if self.embeds is None else self.embeds[rows],
             self.hidden,
+            tuple(rows if self.rows is None else (self.rows[row] for row in rows)),
         )
 
 
@@ -65,6 +69,15 @@ class Context:
     def extended(self, tokens: list[list[int]]) -> Context:
         """A new context with `tokens[b]` appended to row b; this one stays as it is."""
         return Context([row + more for row, more in zip(self.ids, tokens, strict=True)], self.prompt)
+
+    @property
+    def places(self) -> Sequence[int]:
+        """Where each row stood in the batch as the call began."""
+        return range(self.batch) if self.prompt.rows is None else self.prompt.rows
+
+    def steps(self) -> list[int]:
+        """Per row, how many tokens follow the prompt: the step at which plain generation draws the next one."""
+        return [len(row) - self.prompt.width for row in self.ids]
 
     def visible(self, row: int) -> list[int]:
         """Row's ids as logits processors and id-based drafters may see them: without positions that have none."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import nn
 from transformers import LogitsProcessor
 
 from .context import Context
+from .noise import Noise
 from .processors import DraftVocabularyProcessor
 from .randomness import Randomness, TorchRandomness
 
@@ -72,6 +74,8 @@ class LawMaker:
         do_sample: False means the zero-temperature limit, the argmax of the processed scores.
         device: where the laws of this chain live.
         randomness: source of all draws; torch's global generator by default.
+        noise: what plain generation draws with, step by step. With it every level picks what wins the race under its
+            own law, and nothing that is proposed has to carry a law. None for draws of each level's own.
     """
 
     def __init__(
@@ -80,10 +84,12 @@ class LawMaker:
         do_sample: bool,
         device: torch.device,
         randomness: Randomness | None = None,
+        noise: Noise | None = None,
     ) -> None:
         self.processors = list(processors)
         self.do_sample = do_sample
         self.device = device
+        self.noise = noise if do_sample else None
         self.randomness = randomness or TorchRandomness()
         self.in_order = any(type(p) not in POINTWISE | PREFIX for p in self.processors)
         first_pointwise = len(self.processors)
@@ -91,6 +97,11 @@ class LawMaker:
             first_pointwise -= 1
         self._prefix = self.processors[:first_pointwise]
         self._pointwise = self.processors[first_pointwise:]
+
+    @property
+    def draws(self) -> bool:
+        """Whether levels draw by themselves, and hand up what they drew from (law 1)."""
+        return self.do_sample and self.noise is None
 
     @property
     def bound_to_rows(self) -> bool:
@@ -124,8 +135,9 @@ class LawMaker:
             ids: `[B, L]`, everything before the position; logits: `[B, V]`.
         """
         scores = logits.clone()
-        for processor in self.processors:
-            scores = processor(ids, scores)
+        with nullcontext() if self.noise is None else self.noise.watched():
+            for processor in self.processors:
+                scores = processor(ids, scores)
         return scores
 
     def proposal_scores(self, scores: torch.Tensor) -> torch.Tensor:
@@ -147,8 +159,71 @@ class LawMaker:
         """The law itself: softmax over the last dimension."""
         return scores.softmax(dim=-1)
 
+    def choose(
+        self,
+        scores: torch.Tensor,
+        context: Context,
+        ahead: Sequence[Sequence[int]],
+        active: Sequence[bool] | None = None,
+    ) -> torch.Tensor:
+        """What a level says at some positions, where it does not draw by itself: the zero-temperature limit, the
+        likeliest id; else the id that wins plain generation's race at that step.
+
+        Args:
+            scores: `[B, N, V]`, processed.
+            context: the rows; ahead: per row, how many tokens beyond it each of its N positions lies.
+            active: rows that matter; None for all.
+
+        Returns:
+            `[B, N]`; -1 for a law that cannot be drawn from.
+        """
+        if self.noise is None:
+            return scores.argmax(-1)
+        best = self.race(self.probabilities(scores.to(self.noise.dtype)), context, ahead, active).max(-1)
+        return torch.where(best.values.isnan(), -1, best.indices)
+
+    def refuse(self, scores: torch.Tensor) -> None:
+        """Raise what plain generation raises where it is to draw from such scores.
+
+        Args:
+            scores: `[V]`, for which `choose` said -1.
+
+        Raises:
+            RuntimeError: torch's own.
+        """
+        torch.multinomial(self.probabilities(scores), 1, generator=torch.Generator(scores.device))
+        raise RuntimeError("the target's law at a position is no distribution.")
+
+    def race(
+        self,
+        weights: torch.Tensor,
+        context: Context,
+        ahead: Sequence[Sequence[int]],
+        active: Sequence[bool] | None = None,
+        ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """How early each id arrives in plain generation's race, the largest first: weight by noise, `[B, N, V]`.
+
+        Args:
+            weights: `[B, N, V]`, in the noise's type; context, active: as for `choose`.
+            ahead: as for `choose`, or one number a row for all of its positions.
+            ids: `[V]`, what the columns stand for, where they are not all ids.
+        """
+        assert self.noise is not None, "there is no race where levels draw by themselves"
+        starts = context.steps()
+        alive = [True] * len(starts) if active is None else active
+        # what rows that do not matter are given must not be past, and not be drawn ahead of time
+        nothing = [min((start for start, one in zip(starts, alive, strict=True) if one), default=max(starts))]
+        steps = [
+            [start + further for further in more] if one else nothing * len(more)
+            for start, more, one in zip(starts, ahead, alive, strict=True)
+        ]
+        noise = self.noise.at(context.places, steps)
+        noise = noise[..., : weights.shape[-1]] if ids is None else noise[..., ids]
+        return weights / noise
+
     def draw(self, weights: torch.Tensor) -> torch.Tensor:
-        """One token a row from `[B, V]` weights."""
+        """One token a row from `[B, V]` weights, with chances of this level's own."""
         return self.randomness.categorical(weights)
 
     def draw_distinct(
@@ -193,7 +268,7 @@ class LawMaker:
                 duplicate = _copy_state(processor)
                 if duplicate is not None:
                     kept.append(duplicate)
-        return LawMaker(kept, self.do_sample, self.device, self.randomness)
+        return LawMaker(kept, self.do_sample, self.device, self.randomness, self.noise)
 
     def _run_prefix(self, context: Context, drafts: list[list[int]], logits: torch.Tensor) -> torch.Tensor:
         rows = [context.visible(b) + drafts[b] for b in range(context.batch)]

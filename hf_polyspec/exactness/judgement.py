@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """From one forward pass to what a verifier emits: three ways of asking the same question.
 
-Greedy compares argmaxes on the host; sampling judges all positions at once on the device; processors that keep state
-are judged position by position. Each makes one host synchronisation (the last: one a position, it cannot know less).
+Where levels share plain generation's noise, and in the greedy limit, which is the same without noise, a verifier's own
+choices are compared with what was proposed, on the host. Where they draw by themselves, all positions are judged at
+once on the device. Processors that keep state are judged position by position. Each makes one host synchronisation (the
+last: one a position, it cannot know less).
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ class Judgement:
         accepted: per row, leading proposal tokens kept.
         tokens: per row, the accepted tokens and the one drawn after them.
         scores: `[B, E, V]` processed scores of the emitted positions.
-        p: `[B, E, V]` the law each emitted token follows; None in the greedy limit.
+        p: `[B, E, V]` the law each emitted token follows, where the level above is to test against it; else None.
         bias: per row, the total variation introduced by a bias budget, summed over the positions judged; empty without.
     """
 
@@ -53,25 +55,32 @@ def judge(
         law: the verifier's law maker; context: the rows; proposal: tokens and the law they were drawn from.
         logits: `[B, K + 1, V]` of the verifier.
         active: rows that emit; the others emit nothing.
-        rule: "token", "block" or "auto" (block verification where it can help).
+        rule: "token" or "block" where levels draw by themselves, or "auto": block verification where it can help.
         pad: the id that rows which no longer emit are continued with, where all rows must keep one length.
         bias_budget: 0 to 1, see `verification.verify_tokens`; above 0 rules out block verification.
     """
     if law.in_order:
         return _in_order(law, context, proposal, logits, active, pad, bias_budget)
     scores = law.scores(context, proposal.tokens, logits)
-    if not law.do_sample:
-        return _greedy(proposal, scores, active)
-    return _sampled(law, proposal, scores, active, rule, bias_budget)
+    if law.draws:
+        return _sampled(law, proposal, scores, active, rule, bias_budget)
+    return _compared(law, context, proposal, scores, active)
 
 
-def _greedy(proposal: Proposal, scores: torch.Tensor, active: list[bool]) -> Judgement:
-    choices = scores.argmax(dim=-1).tolist()  # [B][K + 1]
+def _compared(
+    law: LawMaker, context: Context, proposal: Proposal, scores: torch.Tensor, active: list[bool]
+) -> Judgement:
+    """Keeps what equals the verifier's own choices."""
+    width = scores.shape[1]
+    ahead = [[min(i, len(row)) for i in range(width)] for row in proposal.tokens]
+    choices = law.choose(scores, context, ahead, active).tolist()  # [B][K + 1]
     accepted, tokens = [], []
-    for drafted, chosen, alive in zip(proposal.tokens, choices, active, strict=True):
+    for b, (drafted, chosen, alive) in enumerate(zip(proposal.tokens, choices, active, strict=True)):
         kept = 0
         while kept < len(drafted) and drafted[kept] == chosen[kept]:
             kept += 1
+        if alive and chosen[kept] < 0:
+            law.refuse(scores[b, kept])
         accepted.append(kept if alive else 0)
         tokens.append(chosen[: kept + 1] if alive else [])
     return Judgement(accepted, tokens, scores, None)
@@ -138,7 +147,7 @@ def _in_order(
         ids = torch.tensor([v + e for v, e in zip(views, emitted, strict=True)], dtype=torch.long)
         scores = law.scores_at(ids.to(logits.device).reshape(len(views), -1), logits[:, i])
         column = _column(proposal, i)
-        kept, chosen, p = _judge_column(law, column, scores, bias_budget)
+        kept, chosen, p = _judge_column(law, context, i, column, scores, active, bias_budget)
         all_scores.append(scores)
         laws.append(p)
         if p is not None and bias_budget:
@@ -150,16 +159,25 @@ def _in_order(
         if not all(k for k, alive in zip(kept, active, strict=True) if alive):
             break
     tokens = [row if alive else [] for row, alive in zip(emitted, active, strict=True)]
-    stacked = torch.stack([p for p in laws if p is not None], dim=1) if law.do_sample else None
+    stacked = torch.stack([p for p in laws if p is not None], dim=1) if law.draws else None
     return Judgement(accepted, tokens, torch.stack(all_scores, dim=1), stacked, bias if bias_budget else [])
 
 
 def _judge_column(
-    law: LawMaker, column: Proposal, scores: torch.Tensor, bias_budget: float
+    law: LawMaker,
+    context: Context,
+    i: int,
+    column: Proposal,
+    scores: torch.Tensor,
+    active: list[bool],
+    bias_budget: float,
 ) -> tuple[list[int], list[int], torch.Tensor | None]:
-    """Judge one position of every row: (1 if its proposed token is kept, the token emitted, the law)."""
-    if not law.do_sample:
-        chosen = scores.argmax(dim=-1).tolist()
+    """Judge position i of every row: (1 if its proposed token is kept, the token emitted, the law if it is needed)."""
+    if not law.draws:
+        chosen = law.choose(scores[:, None], context, [[i]] * len(active), active)[:, 0].tolist()
+        for b, alive in enumerate(active):
+            if alive and chosen[b] < 0:
+                law.refuse(scores[b])
         kept = [int(bool(d) and d[0] == c) for d, c in zip(column.tokens, chosen, strict=True)]
         return kept, chosen, None
     p = law.probabilities(scores)  # [B, V]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only place where the chain draws random numbers.
+"""Where levels that draw by themselves get their random numbers (token and block verification).
 
-Everything a level decides by chance goes through one `Randomness` object, so that a test can replace it by one that
+Everything such a level decides by chance goes through one `Randomness` object, so that a test can replace it by one that
 walks through every outcome (exact enumeration) and so that a seed set with `torch.manual_seed` reproduces a run.
 """
 
@@ -39,14 +39,21 @@ class Randomness(Protocol):
 
 
 class TorchRandomness:
-    """Draws from torch's global generator, as plain `generate()` does."""
+    """Draws from torch's global generator, as plain `generate()` does, or from one of its own.
+
+    Args:
+        generator: on the device that laws are on; None for the global one.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        self.generator = generator
 
     def bernoulli(self, probability: torch.Tensor) -> torch.Tensor:
         # float64 uniforms: a float32 uniform is exactly 0.0 once in 2^24 draws, which would accept a token of
         # probability 1e-9 far too often. MPS has no float64.
         dtype = torch.float32 if probability.device.type == "mps" else torch.float64
-        uniform = torch.rand(probability.shape, dtype=dtype, device=probability.device)
+        uniform = torch.rand(probability.shape, dtype=dtype, device=probability.device, generator=self.generator)
         return uniform < probability
 
     def categorical(self, weights: torch.Tensor) -> torch.Tensor:
-        return torch.multinomial(weights, num_samples=1).squeeze(1)
+        return torch.multinomial(weights, num_samples=1, generator=self.generator).squeeze(1)

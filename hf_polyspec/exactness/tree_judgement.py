@@ -4,6 +4,8 @@
 Children that were chosen, not drawn, are judged by the one-hot rule: draw y from p at a node; if y is a child, go
 there, else y is the token after the path. However they were chosen, every emitted token is a draw from p.
 
+So it is where levels share plain generation's noise, and y is what wins the race at the node's step.
+
 Where children were drawn, a y that is no chosen child is replaced. The first drawn child, from a law r, is judged by
 speculative sampling against p', which is p without the chosen children; a rejection continues with the next one against
 max(p' - r, 0), and so on, and a draw from what is left replaces y where none is accepted. Given that y is no chosen
@@ -33,7 +35,7 @@ class TreeJudgement:
         paths: per row, the nodes kept, from the context on.
         tokens: per row, their tokens and the one drawn after them; empty for rows that were not asked.
         logits, scores: `[B, E, V]` raw and processed, of the emitted positions.
-        p: `[B, E, V]` the law each emitted token follows; None in the greedy limit.
+        p: `[B, E, V]` the law each emitted token follows, where the level above is to test against it; else None.
         chances: per row, by node reached, how likely it was that one of its drawn children is kept.
     """
 
@@ -96,13 +98,19 @@ def judge_tree(
         active: rows that emit.
     """
     scores = tree_scores(law, context, tree, logits)
-    p = law.probabilities(scores) if law.do_sample else None
-    chosen = scores.argmax(-1) if p is None else law.draw(p.flatten(0, 1)).reshape(p.shape[:2])
+    p = law.probabilities(scores) if law.draws else None
+    if p is None:
+        chosen = law.choose(scores, context, _depths_of_columns(tree, scores.shape[1]), active)
+    else:
+        chosen = law.draw(p.flatten(0, 1)).reshape(p.shape[:2])
     paths, lasts, chances = _walk(law, tree, p, chosen.tolist(), active)
     tokens = [
         [*(of_row[node] for node in path), last] if alive else []
         for of_row, path, last, alive in zip(tree.tokens, paths, lasts, active, strict=True)
     ]
+    for b, (path, row) in enumerate(zip(paths, tokens, strict=True)):
+        if row and row[-1] < 0:
+            law.refuse(scores[b, path[-1] + 1 if path else 0])
     places = _emitted_columns(paths).to(logits.device)
 
     def pick(values: torch.Tensor) -> torch.Tensor:
@@ -117,7 +125,7 @@ def _walk(
     """Goes down every row's tree, a node of each at a time: paths, the tokens after them, and `chances`.
 
     Args:
-        law: the verifier's law maker; p: `[B, T + 1, V]`, its laws, None in the greedy limit.
+        law: the verifier's law maker; p: `[B, T + 1, V]`, its laws, None where it chose without drawing.
         tree: what was proposed; active: rows that emit.
         first: per row, the draw after the context, then after each node.
     """
@@ -237,6 +245,11 @@ def tree_scores(law: LawMaker, context: Context, tree: TreeProposal, logits: tor
         ]
         columns.append(law.scores(context.extended(paths), nothing, logits[:, column : column + 1]))
     return torch.cat(columns, dim=1)
+
+
+def _depths_of_columns(tree: TreeProposal, width: int) -> list[list[int]]:
+    """Per row, how many tokens after the context each column of the laws lies; 0 for columns of no node."""
+    return [[*([0, *depths(parents)]), *([0] * (width - 1 - len(parents)))] for parents in tree.parents]
 
 
 def _emitted_columns(paths: list[list[int]]) -> torch.Tensor:

@@ -49,6 +49,11 @@ class PolySpecCandidateGenerator(CandidateGenerator):
         eos = generation_config.eos_token_id
         ends = frozenset(eos if isinstance(eos, list) else [] if eos is None else [int(eos)])
         options = PolySpecOptions.read({}, generation_config)
+        if options.polyspec_verification == "coupled" or options.polyspec_seed is not None:
+            raise ValueError(
+                'polyspec_verification="coupled" and polyspec_seed need the target in the chain; here transformers '
+                "verifies the candidates, with draws of its own. Leave them out, or use generate(assistant_models=...)."
+            )
         self.chain = build_below(assistants, Setting(options, device, ends, 0, batch=1))
         self.chain.begin(1, 1, vocabulary_size(target))
         self.law = LawMaker(logits_processor or [], bool(generation_config.do_sample), device)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from ..control import OnlineControl
+from ..exactness.callers_generator import BESIDE
 from ..exactness.context import EMBEDDED, Context, Prompt
 from ..exactness.distributions import LawMaker
 from ..host.callers_cache import check_cache, check_prompt, read_cache, write_cache
@@ -24,6 +26,7 @@ from ..host.runner import ModelRunner
 from ..levels.verifier import NoDraft, Verifier
 from ..telemetry.stats import PolySpecStats
 from .chain import Setting, build_chain, check_assistants, levels_of
+from .chances import Chances
 from .loop import DecodingLoop, Stopping
 from .options import PolySpecOptions
 from .outputs import Recorder, Wanted
@@ -70,6 +73,7 @@ def decode(
     polyspec_draft_temperature: float | None = None,
     polyspec_draft_copies: bool | None = None,
     polyspec_pack: bool | None = None,
+    polyspec_seed: int | Sequence[int] | None = None,
     streamer: Any = None,
     tokenizer: Any = None,
     synced_gpus: bool = False,
@@ -124,6 +128,7 @@ def decode(
     try:
         with _packed(assistants if options.polyspec_pack else [], model):
             rows, origins = job.run(chain, streamer)
+        job.tell_lost(chain)
         return job.output(chain, rows, origins, time.perf_counter() - started)
     finally:
         if job.control is not None:
@@ -182,6 +187,7 @@ class _Job:
             )
         self.cached = 0
         self.control: OnlineControl | None = None
+        self.chances: Chances | None = None
         self.bias: list[float] = []
 
     def chain(self, assistants: list[Any]) -> Verifier:
@@ -218,6 +224,9 @@ class _Job:
         self.recorder = Recorder(self.wanted, self.context.batch, pieces[-1], shown)
         if self.config.prefill_chunk_size:
             chain.prefill(self.context, self.config.prefill_chunk_size)
+        if self.law.do_sample:
+            self.chances = Chances(self.options, self.device, self.context.batch, chain.vocabulary)
+            self.law = LawMaker(self.law.processors, True, self.device, self.chances.randomness, self.chances.noise)
         if self.options.polyspec_control == "online":
             self.control = OnlineControl(chain, mode=(self.law.do_sample, self.config.temperature))
         loop = DecodingLoop(
@@ -230,10 +239,24 @@ class _Job:
             streamer=streamer,
             may_drop_rows=not (self.wanted.any or self._cache_is_kept() or self.law.bound_to_rows or self.law.in_order),
             control=self.control,
+            noise=self.law.noise if self.chances is None else self.chances.noise,
         )
-        found = loop.run(self.context)
+        try:
+            found = loop.run(self.context)
+        finally:
+            if self.chances is not None:
+                self.chances.finish()
         self.bias = loop.bias
         return found
+
+    def tell_lost(self, chain: Verifier) -> None:
+        """Say, where the text is not what a seed promises, that it is not: in the statistics, or in a warning."""
+        lost = None if self.chances is None else self.chances.lost
+        if lost is None:
+            return
+        chain.stats.notes.append(lost)
+        if not self.config.return_dict_in_generate and lost is not BESIDE:
+            warnings.warn(f"{lost[0].upper()}{lost[1:]}.", stacklevel=2)
 
     def output(
         self, chain: Verifier, rows: list[list[int]], origins: list[list[int]], seconds: float
@@ -250,6 +273,7 @@ class _Job:
             seconds,
             decisions=[] if self.control is None else self.control.decisions,
             bias=self.bias,
+            seed_holds=None if self.chances is None else self.chances.holds,
         )
         output = decoder_output(
             self.user_cache if self.use_cache else None,

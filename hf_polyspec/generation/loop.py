@@ -18,6 +18,7 @@ from transformers import StoppingCriteriaList
 
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
+from ..exactness.noise import SharedNoise
 from ..host.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 from ..levels.verifier import Emission, Verifier
 from .outputs import Recorder
@@ -99,6 +100,7 @@ class DecodingLoop:
         streamer: gets every step's tokens, or None.
         may_drop_rows: whether finished rows may be taken out of the batch.
         control: steers the chain, or None.
+        noise: is told how many steps are final; None where there is none.
 
     Attributes:
         bias: per row, the total variation that a lossy verification introduced.
@@ -116,6 +118,7 @@ class DecodingLoop:
         streamer: Any = None,
         may_drop_rows: bool = False,
         control: Control | None = None,
+        noise: SharedNoise | None = None,
     ) -> None:
         self.target = target
         self.law = law
@@ -126,6 +129,8 @@ class DecodingLoop:
         self.streamer = streamer
         self.may_drop_rows = may_drop_rows
         self.control = control
+        self.noise = noise
+        self.steps = 0
         self.bias: list[float] = []
 
     def run(self, context: Context) -> tuple[list[list[int]], list[list[int]]]:
@@ -186,6 +191,9 @@ class DecodingLoop:
             if not all(row.queue or (row.finished and self.stopping.pads) for row in rows):
                 return
             step = [self._take(row) for row in rows]
+            self.steps += 1
+            if self.noise is not None:
+                self.noise.pass_by(self.steps)
             self.recorder.commit()
             self._finish(rows, step)
             if self.streamer is not None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
@@ -19,7 +19,7 @@ from ..defaults import (
 )
 from ..host.generation import host_defaults
 
-Verification = Literal["auto", "token", "block"]
+Verification = Literal["auto", "coupled", "token", "block"]
 Schedule = Literal["constant", "heuristic", "heuristic_transient"]
 Control = Literal["fixed", "online"]
 
@@ -38,13 +38,17 @@ class PolySpecOptions:
         polyspec_block_size: tokens a middle model collects before the level above checks them, 1 or more.
         polyspec_direct_tokens: a draft of at least this many tokens by a drafter whose long drafts are sure ones (a
             suffix match) passes the middle above it by and is checked by the level above that; 0 for never.
-        polyspec_verification: "token", "block", or "auto": block verification wherever it can accept more.
+        polyspec_verification: how sampled text is verified. "coupled": all levels read the noise that plain
+            generate() would draw, and the text under a seed is plain generate()'s own, token for token. "token" and
+            "block": speculative sampling with draws of each level's own; the same law, another text, and a little more
+            is accepted. "auto": "coupled", or with a bias budget token and block verification, whichever accepts more.
+            Greedy decoding is the same with all of them.
         polyspec_tree_tokens: most tokens of the tree an EAGLE head proposes, 0 for a chain.
         polyspec_tree_depth: most tokens of a path of that tree, 1 or more.
         polyspec_tree_top_k: how many continuations the head follows at each depth, 1 or more.
         polyspec_control: "fixed", or "online": sizes and the choice of levels follow what is measured during the
-            generation. Exact either way; but under sampling, which random number decides what then depends on the
-            clock, so a seed no longer reproduces a text.
+            generation. Exact either way, and the text under a seed is the same; except with "token" and "block", where
+            which random number decides what depends on the clock.
         polyspec_bias_budget: 0 to 1, the share of the target's rejections that is waived; 0 is exact. A lossy dial for
             sampling (Yin et al. 2024, arXiv 2411.00841): a judged token is that share of TV(p, q) away from its law.
         polyspec_draft_vocabulary: ids an EAGLE head chooses from, besides those of the prompt and of late; as many as
@@ -55,6 +59,9 @@ class PolySpecOptions:
         polyspec_draft_copies: whether an EAGLE head's guesses are mixed with what followed the same tokens earlier in
             the text, with what the level above foresaw of the prompt, and with what it said after guesses that it
             rejected.
+        polyspec_seed: a whole number, and the text is the one after `torch.manual_seed` with it, the caller's generator
+            untouched; or a list of one for each row (each of `num_return_sequences`), and each row is what plain
+            generate() writes for it alone after its own. None: torch's default generator, as plain generate().
         polyspec_pack: whether float assistants on a CPU multiply in a faster layout while the chain runs
             (`hf_polyspec.pack`; the same within rounding, and a second copy of their matrices).
     """
@@ -74,6 +81,7 @@ class PolySpecOptions:
     polyspec_draft_temperature: float | None = None
     polyspec_draft_copies: bool = True
     polyspec_pack: bool = True
+    polyspec_seed: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         require_count("num_assistant_tokens", self.num_assistant_tokens)
@@ -96,9 +104,30 @@ class PolySpecOptions:
         budget = self.polyspec_bias_budget
         if isinstance(budget, bool) or not (isinstance(budget, (int, float)) and 0 <= budget <= 1):
             raise ValueError(f"polyspec_bias_budget must be a number from 0 to 1, got {budget!r}.")
-        if budget and self.polyspec_verification == "block":
+        if budget and self.polyspec_verification in ("block", "coupled"):
             raise ValueError(
-                'polyspec_bias_budget is defined token by token; leave polyspec_verification="block" out with it.'
+                "polyspec_bias_budget is defined token by token; leave "
+                f'polyspec_verification="{self.polyspec_verification}" out with it.'
+            )
+        self._check_seed()
+
+    @property
+    def couples(self) -> bool:
+        """Whether sampled text is plain generate()'s own under a seed."""
+        return self.polyspec_verification in ("auto", "coupled") and not self.polyspec_bias_budget
+
+    def _check_seed(self) -> None:
+        seed = self.polyspec_seed
+        alone = seed is None or _is_seed(seed)
+        if not alone and not (isinstance(seed, (list, tuple)) and seed and all(map(_is_seed, seed))):
+            raise ValueError(
+                "polyspec_seed must be a whole number as torch.manual_seed takes it, or a list of one for each row, "
+                f"got {seed!r}."
+            )
+        if not alone and not self.couples:
+            raise ValueError(
+                "polyspec_seed as a list gives each row the text that plain generate() writes for it alone, which "
+                'polyspec_verification="token" or "block" and a bias budget do not; pass one number.'
             )
 
     @classmethod
@@ -150,3 +179,7 @@ class PolySpecOptions:
             if values[name] is None:
                 values[name] = value
         return PolySpecOptions(**values)
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 64

@@ -39,6 +39,9 @@ class Drafter(ABC):
     """Entries of the `hidden_states` of the level above that `watch` reads; the others are not kept."""
     grows_trees: bool = False
     """Whether `propose_tree` ever offers something."""
+    shares_noise: bool = False
+    """Whether all chances of a draft come from `law.choose` and `law.race`, or none are taken. While others draft,
+    torch's default generator is lent to them, and stands where it stood when they are done."""
 
     def __init__(self) -> None:
         self.index = 1
@@ -69,8 +72,9 @@ class Drafter(ABC):
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
         """Continue each row by at most `limits[b]` tokens; proposing fewer, or none, is always allowed.
 
-        Exactness rests on two promises. `q` is the very distribution each token was drawn from (None if none was).
+        Where `law.draws`, exactness rests on two promises. `q` is the very distribution each token was drawn from (None if none was).
         Whether a token is handed up never depends on its own value: stop before drawing, or keep it and stop after.
+        Elsewhere any tokens will do: they are compared with what the level above says itself, and `q` is not read.
 
         Args:
             context: the rows to continue; may be shorter or different from the last call's.

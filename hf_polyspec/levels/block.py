@@ -32,7 +32,7 @@ class Block:
         return cls([[] for _ in range(rows)], [[] for _ in range(rows)], [0] * rows, [[] for _ in range(rows)])
 
     def add(self, row: int, tokens: list[int], origins: list[int], law: torch.Tensor | None) -> None:
-        """Tokens that the middle emitted, with its law `[k, V]` at each; None in the greedy limit."""
+        """Tokens that the middle emitted, with its law `[k, V]` at each; None where nobody tests against it."""
         self.tokens[row].extend(tokens)
         self.origins[row].extend(origins)
         if law is not None and tokens:

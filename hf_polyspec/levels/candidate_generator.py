@@ -57,7 +57,7 @@ class CandidateGeneratorDrafter(Drafter):
             # Cutting at the limit looks at no value, so it leaves the law alone.
             tokens = [int(token) for token in new.tolist()]
             q = None
-            if logits is not None and law.do_sample and tokens:
+            if logits is not None and law.draws and tokens:
                 wide = logits[:, : len(tokens)].to(device=law.device, dtype=torch.float32)
                 q = fit_vocabulary(wide, self.vocabulary).softmax(dim=-1)  # [1, K, V]
         self.stats.drafted += len(tokens)

@@ -58,7 +58,7 @@ class CausalLMDrafter(SequentialDrafter):
                         going[b] = going[b] and len(tokens[b]) < min(limits[b], self.draft_tokens)
         self.stats.drafted += sum(len(row) for row in tokens)
         width = max(len(row) for row in tokens)
-        q = torch.stack(laws[:width], dim=1) if width and law.do_sample else None
+        q = torch.stack(laws[:width], dim=1) if width and law.draws else None
         return Proposal(tokens, q, [[self.index] * len(row) for row in tokens])
 
     def prefill(self, context: Context, chunk: int) -> None:

@@ -23,7 +23,7 @@ from .draft_memory import DraftMemory
 from .draft_vocabulary import WorkingVocabulary
 from .drawn_tree import grow_drawn
 from .eagle_memory import FeatureMemo, PairMemo, Pairs, left_mask, padding_of
-from .eagle_tree import Grown, grow
+from .eagle_tree import Grown, first_in_race, grow
 from .foreseen import PromptStates
 from .pointers import PointerMixture
 from .sequential import SequentialDrafter
@@ -205,7 +205,7 @@ class EagleDrafter(SequentialDrafter):
         if not any(room):
             return None
         with self.stats.timed():
-            tree = self._grow(rows, room, law)
+            tree = self._grow(context, rows, room, law)
         self._samples = law.do_sample
         for nodes, parents in zip(tree.tokens, tree.parents, strict=True):
             self.stats.record_tree(len(nodes), max(depths(parents), default=0))
@@ -277,7 +277,7 @@ class EagleDrafter(SequentialDrafter):
                 column = [_column(more, drawn, step) for more, drawn in zip(late, tokens, strict=True)]
                 hidden = self._advance(rows, column, hidden, step)
             step += 1
-        return _aligned(laws, [len(more) for more in late], tokens) if law.do_sample else None
+        return _aligned(laws, [len(more) for more in late], tokens) if law.draws else None
 
     def _catch_up(self, rows: list[Pairs]) -> torch.Tensor:
         try:
@@ -287,8 +287,9 @@ class EagleDrafter(SequentialDrafter):
         self.stats.forward_passes += passes
         return hidden
 
-    def _grow(self, rows: list[Pairs], room: list[int], law: LawMaker) -> TreeProposal:
-        """Trees of the likeliest nodes; where the verifier samples, of nodes drawn."""
+    def _grow(self, context: Context, rows: list[Pairs], room: list[int], law: LawMaker) -> TreeProposal:
+        """Trees of the likeliest nodes, by the head's law or by that and plain generation's noise; where the verifier
+        draws by itself, of nodes drawn."""
         hidden, seen = self._take_in(rows)
         first = torch.tensor([[max(0, len(row.ids) - 1 - row.padding)] for row in rows])
         total, working, pointed = [size.nodes for size in self._sizes], self._working, self._pointed(rows)
@@ -304,16 +305,19 @@ class EagleDrafter(SequentialDrafter):
         def score(states: torch.Tensor) -> torch.Tensor:
             return pointed.mixed(working.score(states), ids)
 
-        if not law.do_sample:
-
-            def best(states: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-                return working.best(score(states), count)
-
-            grown = grow(hidden, room, total, best, step_level, top_k=top_k, threshold=threshold, ends=ends)
-            return TreeProposal(grown.tokens, grown.parents, self._own(grown))
-
         def guess(states: torch.Tensor) -> torch.Tensor:
             return law.probabilities(law.proposal_scores(score(states)) / self.draft_temperature)
+
+        def best(states: torch.Tensor, count: int, level: int) -> tuple[torch.Tensor, torch.Tensor]:
+            if not law.do_sample:
+                return working.best(score(states), count)
+            ahead = [[min(level, deepest - 1)] for deepest in room]
+            return first_in_race(law.race(guess(states), context, ahead, active, ids), ids, count)
+
+        if not law.draws:
+            active = [places > 0 for places in room]
+            grown = grow(hidden, room, total, best, step_level, top_k=top_k, threshold=threshold, ends=ends)
+            return TreeProposal(grown.tokens, grown.parents, self._own(grown))
 
         draw = law.draw_distinct
         grown, drawn = grow_drawn(

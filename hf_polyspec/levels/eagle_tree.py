@@ -14,8 +14,14 @@ from ..exactness.tree_geometry import ROOT
 Step = Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor], torch.Tensor]
 """(tokens `[B, k]`, features `[B, k, H]`, depth, who sees which node fed so far `[B, k, N]`) -> `[B, k, H]`."""
 
-Best = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
-"""(states `[B, n, H]`, k) -> log-probabilities and ids of the k likeliest tokens after each, `[B, n, k]`, float32."""
+Best = Callable[[torch.Tensor, int, int], tuple[torch.Tensor, torch.Tensor]]
+"""(states `[B, n, H]`, k, tokens of the path to them) -> log-probabilities and ids of the k likeliest tokens after each,
+`[B, n, k]`, float32."""
+
+SHARPNESS = 2.0
+"""How surely the first of a race under a head's law is the first under the law that it guesses: the chance of an id is
+taken to be in proportion to this power of how early it arrives. It would be so if their log ratio were a Gumbel variable
+of this scale's inverse; chances of 0.6, 0.15, 0.07 and so on of the first, second and third under a flat law."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,8 @@ def grow(
 ) -> Grown:
     """A tree per row; one host synchronisation, with a threshold one a level.
 
-    Nodes are chosen by the head's own probabilities before the level above has judged any (law 2). Nothing is grown
-    below an id that ends the text.
+    Nodes are chosen by what the head knows before the level above has judged any (law 2). Nothing is grown below an id
+    that ends the text.
 
     Args:
         hidden: `[B, 1, H]`, the head's output after the context.
@@ -73,7 +79,7 @@ def grow(
             first level is always there.
         ends: ids that end a text.
     """
-    scores, tokens = (values[:, 0] for values in best(hidden, top_k))  # [B, k]
+    scores, tokens = (values[:, 0] for values in best(hidden, top_k, 0))  # [B, k]
     width = tokens.shape[1]
     limits = torch.tensor(room, device=scores.device)[:, None]
     ending = torch.tensor(sorted(ends), dtype=torch.long, device=tokens.device)
@@ -91,7 +97,7 @@ def grow(
             if not bool((limits > level).any()):
                 break
         out = step(tokens, features, level, sees)  # [B, k, H]
-        more, candidates = best(out, width)  # [B, k, k]
+        more, candidates = best(out, width, level)  # [B, k, k]
         summed = (scores[:, :, None] + more).flatten(1).masked_fill(limits < level + 1, float("-inf"))  # [B, k * k]
         start = pool.tokens.shape[1]
         candidates = candidates.flatten(1)
@@ -105,6 +111,21 @@ def grow(
         inherited = sees.gather(1, of_parent[:, :, None].expand(-1, -1, sees.shape[2]))
         sees = torch.cat([inherited, own], dim=2)
     return best_nodes(pool, total)[0]
+
+
+def first_in_race(arrivals: torch.Tensor, ids: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids that arrive first after each node, and the logs of their chances to be what the level above picks.
+
+    Args:
+        arrivals: `[B, n, N]`, `LawMaker.race` under the head's law; ids: `[N]`, what its columns stand for.
+        count: how many are wanted; fewer where there are no more ids.
+
+    Returns:
+        Two of `[B, n, min(count, N)]`; -inf for ids that the head holds impossible.
+    """
+    chances = SHARPNESS * arrivals.log()
+    values, columns = chances.topk(min(count, chances.shape[-1]), dim=-1)
+    return values - chances.logsumexp(-1, keepdim=True), ids[columns]
 
 
 def unsure(limits: torch.Tensor, scores: torch.Tensor, threshold: float, level: int) -> torch.Tensor:

@@ -52,6 +52,7 @@ class JoinedDrafter(Drafter):
         self.chain_tokens = chain_tokens
         self.reads_layers = head.reads_layers
         self.grows_trees = head.grows_trees
+        self.shares_noise = head.shares_noise and branch.shares_noise
         limits = [part.max_batch for part in (head, branch) if part.max_batch is not None]
         self.max_batch = min(limits, default=None)
         self._grown: TreeProposal | None = None
@@ -88,7 +89,7 @@ class JoinedDrafter(Drafter):
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
         offered = self.branch.propose(context, self._limits(limits), law.fork(context.batch))
         enough = min(self.chain_tokens, SURE) if self.branch.long_is_sure(law.device) else self.chain_tokens
-        if offered.q is not None:
+        if offered.q is not None and law.draws:
             # A length may follow from the values drawn, so what was drawn is always used once there is any (law 2).
             enough = 1
         self._from_branch = [len(row) >= enough for row in offered.tokens]
@@ -100,7 +101,7 @@ class JoinedDrafter(Drafter):
             return [a if taken else b for taken, a, b in zip(self._from_branch, first, second, strict=True)]
 
         tokens = pick(offered.tokens, drafted.tokens)
-        q = self._laws(offered, drafted, tokens) if law.do_sample else None
+        q = self._laws(offered, drafted, tokens) if law.draws else None
         return Proposal(tokens, q, pick(offered.origins, drafted.origins))
 
     def observe(self, drafted: list[int], accepted: list[int]) -> None:

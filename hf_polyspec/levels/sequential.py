@@ -30,6 +30,8 @@ class SequentialDrafter(Drafter):
             normalised. Below 1 it makes up for a drafter whose guesses are flatter than what it guesses.
     """
 
+    shares_noise = True
+
     def __init__(
         self,
         *,
@@ -81,18 +83,21 @@ class SequentialDrafter(Drafter):
             law: this level's law maker.
 
         Returns:
-            `[B, V]`, the laws drawn from; meaningless in the greedy limit.
+            `[B, V]`, the laws drawn from, where the level above tests against them; else without meaning.
         """
-        scores = self._scores(context.extended(tokens), logits, law)
+        context = context.extended(tokens)
+        scores = self._scores(context, logits, law)
         # Processors may forbid every id that this drafter knows: there is then nothing to draw from.
         usable = torch.isfinite(scores).any(-1)
         scores = torch.where(usable[:, None], scores, 0.0)
         sure = self.confidence_threshold > 0
         if law.do_sample:
             scores = scores / self.draft_temperature
-        q = law.probabilities(scores) if law.do_sample or sure else scores
-        chosen = law.draw(q) if law.do_sample else scores.argmax(dim=-1)  # [B]
-        confidence = q.gather(1, chosen[:, None]).squeeze(1) if sure else torch.ones_like(usable, dtype=q.dtype)
+        q = law.probabilities(scores) if law.draws or sure else scores
+        chosen = law.draw(q) if law.draws else law.choose(scores[:, None], context, [[0]] * len(going), drawing)[:, 0]
+        usable = usable & (chosen >= 0)  # [B]
+        own = chosen.clamp(min=0)[:, None]
+        confidence = q.gather(1, own).squeeze(1) if sure else torch.ones_like(usable, dtype=q.dtype)
         # Packed into one tensor so that reading all is one synchronisation; float32 holds every id below 2^24.
         packed = torch.stack([chosen.to(q.dtype), confidence, usable.to(q.dtype)], dim=1).tolist()
         for b, (token, probability, possible) in enumerate(packed):

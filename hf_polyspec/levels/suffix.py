@@ -93,6 +93,7 @@ class SuffixDrafter(Drafter):
     """
 
     name = "suffix"
+    shares_noise = True
 
     def __init__(
         self,

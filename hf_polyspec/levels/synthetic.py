@@ -48,6 +48,8 @@ class SyntheticLevel(Drafter):
     synthetic = True
     """Marks every output that this level took part in."""
 
+    shares_noise = True
+
     def __init__(
         self,
         acceptance: float,

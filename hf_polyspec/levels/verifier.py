@@ -7,6 +7,7 @@ The target is a `Verifier` over a `Verifier` over a `Drafter`; a chain of any le
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +33,7 @@ class Emission:
 
     Attributes:
         tokens: per row, accepted tokens and the recovered or bonus token; empty for rows that were not asked.
-        p: `[B, E, V]`, the law each of them follows, unmodified; None in the greedy limit.
+        p: `[B, E, V]`, the law each of them follows, unmodified; None where nobody tests against it.
         origins: per row, the level that first proposed each token.
         drafted: per row, how many tokens had been proposed.
         accepted: per row, how many of those were kept.
@@ -53,14 +54,14 @@ class Emission:
 
 
 class Verifier(Drafter):
-    """A model that checks the level below, and hands up what it emits with its own law (law 1).
+    """A model that checks the level below, and hands up what it emits, with its own law where that is tested (law 1).
 
     Args:
         runner: the model.
         below: the level whose proposals are checked.
         name: shown in telemetry and errors.
         block_size: tokens a middle collects before it hands them up; a block may run over by the last round.
-        rule: "auto", "token" or "block" verification.
+        rule: "auto", "token" or "block" verification, where levels draw by themselves.
         eos: ids that end a text: nothing is drafted after one.
         pad: id that finished rows are continued with.
         draft_limit: most tokens asked of the level below in one round, None for as many as it likes to give.
@@ -113,6 +114,8 @@ class Verifier(Drafter):
         self.vocabulary = 0
         self._block = Block.of(0)
 
+    shares_noise = True
+
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
         super().begin(index, batch, vocabulary)
         self.vocabulary = vocabulary
@@ -136,12 +139,26 @@ class Verifier(Drafter):
         rooms = [self._room_below(limit) for limit in limits]
         if self.trees and not law.in_order and not context.prompt.hidden:
             began = self.stats.clock()
-            tree = self.source.propose_tree(context, rooms, law)
+            with self._lent(context, rooms, law):
+                tree = self.source.propose_tree(context, rooms, law)
             if tree is not None:
                 return self._round_of_tree(context, tree, active, law, rooms, began)
         began = self.stats.clock()
-        proposal = self.source.propose(context, rooms, law.fork(context.batch))
+        with self._lent(context, rooms, law):
+            proposal = self.source.propose(context, rooms, law.fork(context.batch))
         return self._check(context, proposal, active, law, rooms, began)
+
+    def _lent(self, context: Context, rooms: list[int], law: LawMaker) -> AbstractContextManager[None]:
+        """Torch's default generator for a level below that draws from it, as plain generation would now."""
+        if law.noise is None or self.source.shares_noise or not any(rooms):
+            return nullcontext()
+        row = next(b for b, room in enumerate(rooms) if room)
+        return law.noise.lent(context.places[row], context.steps()[row])
+
+    def _watched(self, law: LawMaker) -> AbstractContextManager[None]:
+        """Notices what dropout draws in a pass of a model that is being trained."""
+        quiet = law.noise is None or not self.runner.model.training
+        return nullcontext() if quiet or law.noise is None else law.noise.watched()
 
     def _check(
         self, context: Context, proposal: Proposal, active: list[bool], law: LawMaker, rooms: list[int], began: float
@@ -156,7 +173,8 @@ class Verifier(Drafter):
 
     def _judged(self, context: Context, proposal: Proposal, active: list[bool], law: LawMaker) -> Emission:
         with self.stats.timed():
-            passed = self.runner.run(context, proposal.tokens, self.stats)
+            with self._watched(law):
+                passed = self.runner.run(context, proposal.tokens, self.stats)
             logits = fit_vocabulary(passed.logits, self.vocabulary)
             judgement = judge(law, context, proposal, logits, active, self.rule, self.pad, self.bias_budget)
             record(self.stats, proposal, judgement, active)
@@ -214,7 +232,8 @@ class Verifier(Drafter):
         offered = self.stats.clock()
         drafted = [max(depths(parents), default=0) for parents in tree.parents]
         with self.stats.timed():
-            passed = self.runner.run_tree(context, tree, self.stats)
+            with self._watched(law):
+                passed = self.runner.run_tree(context, tree, self.stats)
             logits = fit_vocabulary(passed.logits, self.vocabulary)
             judgement = judge_tree(law, context, tree, logits, active)
             passed = self.runner.keep_paths(passed, context, tree, judgement.paths)
@@ -259,7 +278,8 @@ class Verifier(Drafter):
         """
         rooms = [self._room_below(limit) for limit in limits]
         began = self.stats.clock()
-        offered = self.source.propose(context, rooms, law.fork(context.batch))
+        with self._lent(context, rooms, law):
+            offered = self.source.propose(context, rooms, law.fork(context.batch))
         tokens, origins, active = list(offered.tokens), list(offered.origins), [limit > 0 for limit in limits]
         for b, draft in enumerate(offered.tokens):
             if offered.q is None and active[b] and len(draft) >= self.direct_tokens:
@@ -338,6 +358,7 @@ class NoDraft(Drafter):
     """Proposes nothing: a verifier above it decodes one token a pass."""
 
     name = "no draft"
+    shares_noise = True
 
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
         return Proposal([[] for _ in limits], None, [[] for _ in limits])
