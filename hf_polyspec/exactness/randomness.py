@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where levels that draw by themselves get their random numbers (token and block verification).
 
-Everything such a level decides by chance goes through one `Randomness` object, so that a test can replace it by one that
-walks through every outcome (exact enumeration) and so that a seed set with `torch.manual_seed` reproduces a run.
+Everything such a level decides by chance goes through one `Randomness` object, so that a test can replace it by one
+that walks through every outcome (exact enumeration) and so that a seed set with `torch.manual_seed` reproduces a run.
 """
 
 from __future__ import annotations

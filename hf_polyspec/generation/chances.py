@@ -15,8 +15,8 @@ DISTURBED = (
     "target's law, and is not the one that plain generate() writes under polyspec_seed"
 )
 NO_RACE = (
-    "torch.multinomial on {device} is not the exponential race that it is elsewhere: the text follows the target's law, "
-    "and is not the one that plain generate() writes under this seed"
+    "torch.multinomial on {device} is not the exponential race that it is elsewhere: the text follows the target's "
+    "law, and is not the one that plain generate() writes under this seed"
 )
 
 

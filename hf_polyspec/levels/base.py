@@ -72,8 +72,9 @@ class Drafter(ABC):
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
         """Continue each row by at most `limits[b]` tokens; proposing fewer, or none, is always allowed.
 
-        Where `law.draws`, exactness rests on two promises. `q` is the very distribution each token was drawn from (None if none was).
-        Whether a token is handed up never depends on its own value: stop before drawing, or keep it and stop after.
+        Where `law.draws`, exactness rests on two promises. `q` is the very distribution each token was drawn from (None
+        if none was). Whether a token is handed up never depends on its own value: stop before drawing, or keep it and
+        stop after.
         Elsewhere any tokens will do: they are compared with what the level above says itself, and `q` is not read.
 
         Args:

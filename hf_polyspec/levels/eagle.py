@@ -296,7 +296,11 @@ class EagleDrafter(SequentialDrafter):
         ids = working.target_ids
         top_k, threshold, ends = self.tree_top_k, self.confidence_threshold, self.eos
 
+        depth = 0  # tokens between the context and what is asked for next
+
         def step_level(tokens: torch.Tensor, features: torch.Tensor, level: int, sees: torch.Tensor) -> torch.Tensor:
+            nonlocal depth
+            depth = level
             before = seen[:, None].expand(-1, tokens.shape[1], -1).to(sees.device)
             places = (first + level - 1).expand(-1, tokens.shape[1])
             pointed.descend(tokens, sees)
@@ -308,10 +312,10 @@ class EagleDrafter(SequentialDrafter):
         def guess(states: torch.Tensor) -> torch.Tensor:
             return law.probabilities(law.proposal_scores(score(states)) / self.draft_temperature)
 
-        def best(states: torch.Tensor, count: int, level: int) -> tuple[torch.Tensor, torch.Tensor]:
+        def best(states: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
             if not law.do_sample:
                 return working.best(score(states), count)
-            ahead = [[min(level, deepest - 1)] for deepest in room]
+            ahead = [[min(depth, deepest - 1)] for deepest in room]
             return first_in_race(law.race(guess(states), context, ahead, active, ids), ids, count)
 
         if not law.draws:

@@ -14,14 +14,13 @@ from ..exactness.tree_geometry import ROOT
 Step = Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor], torch.Tensor]
 """(tokens `[B, k]`, features `[B, k, H]`, depth, who sees which node fed so far `[B, k, N]`) -> `[B, k, H]`."""
 
-Best = Callable[[torch.Tensor, int, int], tuple[torch.Tensor, torch.Tensor]]
-"""(states `[B, n, H]`, k, tokens of the path to them) -> log-probabilities and ids of the k likeliest tokens after each,
-`[B, n, k]`, float32."""
+Best = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+"""(states `[B, n, H]`, k) -> log-probabilities and ids of the k likeliest tokens after each, `[B, n, k]`, float32."""
 
 SHARPNESS = 2.0
 """How surely the first of a race under a head's law is the first under the law that it guesses: the chance of an id is
-taken to be in proportion to this power of how early it arrives. It would be so if their log ratio were a Gumbel variable
-of this scale's inverse; chances of 0.6, 0.15, 0.07 and so on of the first, second and third under a flat law."""
+taken to be in proportion to this power of how early it arrives. It would be so if the log ratio of the two laws were a
+Gumbel variable of half the scale of the noise; under a flat law the first three then have 0.6, 0.15 and 0.07."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def grow(
             first level is always there.
         ends: ids that end a text.
     """
-    scores, tokens = (values[:, 0] for values in best(hidden, top_k, 0))  # [B, k]
+    scores, tokens = (values[:, 0] for values in best(hidden, top_k))  # [B, k]
     width = tokens.shape[1]
     limits = torch.tensor(room, device=scores.device)[:, None]
     ending = torch.tensor(sorted(ends), dtype=torch.long, device=tokens.device)
@@ -97,7 +96,7 @@ def grow(
             if not bool((limits > level).any()):
                 break
         out = step(tokens, features, level, sees)  # [B, k, H]
-        more, candidates = best(out, width, level)  # [B, k, k]
+        more, candidates = best(out, width)  # [B, k, k]
         summed = (scores[:, :, None] + more).flatten(1).masked_fill(limits < level + 1, float("-inf"))  # [B, k * k]
         start = pool.tokens.shape[1]
         candidates = candidates.flatten(1)

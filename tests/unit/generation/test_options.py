@@ -65,7 +65,7 @@ def test_an_assistants_own_config_fills_the_gaps() -> None:
         (
             "polyspec_verification",
             "lenient",
-            "polyspec_verification must be one of 'auto', 'token', 'block', got 'lenient'.",
+            "polyspec_verification must be one of 'auto', 'coupled', 'token', 'block', got 'lenient'.",
         ),
     ],
 )

@@ -155,6 +155,7 @@ class Kept(EagleDrafter):
 def sampled(target: Any, levels: list[Any], batch: int = 1, **options: Any) -> Any:
     torch.manual_seed(5)
     settings = {"max_new_tokens": 16, "do_sample": True, "top_k": 0, "polyspec_block_size": 4, **TREES, **options}
+    settings["polyspec_verification"] = "token"
     return target.generate(**prompts(batch), assistant_models=levels, return_dict_in_generate=True, **settings)
 
 
