@@ -21,6 +21,8 @@ class PolySpecStats:
         decisions: what an online control changed, and when; empty without one.
         bias: per row, the expected number of biased tokens that `polyspec_bias_budget` introduced, an upper bound (in
             expectation) of the total variation between the law of the row and the target's; 0 when exact.
+        seed_holds: whether the text is the one that plain generate() writes under the seed; where it is not, the
+            target's notes say why. None where nobody promised it: greedy decoding, token and block verification.
     """
 
     levels: list[LevelStats]
@@ -29,6 +31,7 @@ class PolySpecStats:
     seconds: float
     decisions: list[Decision] = field(default_factory=list)
     bias: list[float] = field(default_factory=list)
+    seed_holds: bool | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -44,6 +47,7 @@ class PolySpecStats:
             "token_levels": [list(row) for row in self.token_levels],
             "decisions": [decision.to_dict() for decision in self.decisions],
             "bias": list(self.bias),
+            "seed_holds": self.seed_holds,
         }
 
     def table(self) -> Any:

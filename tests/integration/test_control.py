@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
-import random
 import re
 from typing import Any
 
 import pytest
 import torch
+from coin_flips import CoinFlips
 from tiny_models import head_for, noisy, prompts, tiny
 from watched_passes import watched_caches
 
-from hf_polyspec.control import OnlineControl, forget
-from hf_polyspec.control.setups import Setup
+from hf_polyspec.control import forget
 from hf_polyspec.exactness.context import Context, Prompt
 from hf_polyspec.exactness.distributions import LawMaker
 from hf_polyspec.generation import decoding
@@ -34,23 +33,6 @@ NEW = 24
 def _nothing_learnt(enabled: None) -> None:
     """Chains run, and no test starts from what another one measured."""
     forget()
-
-
-class CoinFlips(OnlineControl):
-    """Runs every round in a way that a seeded coin chooses."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.coin = random.Random(4)
-
-    def before(self, context: Context, limits: list[int]) -> None:
-        levels = self.coin.choice(self._subsets if self.decisions else [(0,)])
-        tree = self.coin.choice([1, 3, 6]) if self.chain.trees and levels[-1] == self.chain.last else 0
-        sizes = tuple(self.coin.randint(1, 5) for _ in levels[1:])
-        if tree:
-            sizes = (*sizes[:-1], self.chain.depth)
-        self._run(Setup(levels, sizes, tree), "a coin", None)
-        self._began = self.clock()
 
 
 def flipped(monkeypatch: pytest.MonkeyPatch, target: Any, levels: list[Any], request: dict[str, Any]) -> Any:

@@ -185,8 +185,8 @@ def test_the_mixture_is_what_is_drawn_from_and_handed_up(trees: int, monkeypatch
         target.lm_head.weight.mul_(20)  # draws hardly ever leave the circle
     torch.manual_seed(2)
     target.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=True, top_k=0, polyspec_verification="token",
-        assistant_models=[head_for(target)], polyspec_tree_tokens=trees,
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=True, top_k=0,
+        assistant_models=[head_for(target)], polyspec_tree_tokens=trees, polyspec_verification="token",
     )  # fmt: skip
     assert max(changed) > 0.2, "the text repeats itself, so there was something to copy"
     assert len(Watched.seen) > 5
