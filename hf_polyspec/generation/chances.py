@@ -33,9 +33,6 @@ class Chances:
         lost: why the text is not plain generate()'s own under the seed, in a sentence; None while it is, and where
             nobody promised it.
         holds: whether it is; None where nobody promised it.
-
-    Raises:
-        ValueError: polyspec_seed has another number of seeds than there are rows.
     """
 
     def __init__(self, options: PolySpecOptions, device: torch.device, rows: int, width: int) -> None:
@@ -43,10 +40,6 @@ class Chances:
         self._callers: CallersGenerator | None = None
         self._values = rows * width
         seed = options.polyspec_seed
-        if isinstance(seed, (list, tuple)) and len(seed) != rows:
-            raise ValueError(
-                f"polyspec_seed has {len(seed)} seeds, and this batch has {rows} row(s); give one for each."
-            )
         if not options.couples:
             own = None if seed is None else torch.Generator(device).manual_seed(seed)  # type: ignore[arg-type]
             self.randomness: Randomness = TorchRandomness(own)
@@ -55,8 +48,8 @@ class Chances:
             self._callers = CallersGenerator(device)
             generators = [self._callers.private]
         else:
-            seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed]
-            generators = [torch.Generator(device).manual_seed(int(one)) for one in seeds]
+            seeds = [seed] if isinstance(seed, int) else seed
+            generators = [torch.Generator(device).manual_seed(one) for one in seeds]
         self.noise = SharedNoise(generators, rows, width, self._callers)
         self.randomness = TorchRandomness(self.noise.loose)
 
@@ -80,3 +73,14 @@ class Chances:
         if self.noise is not None and self._callers is not None:
             state = self.noise.streams[0].state_before(self.noise.step)
             self._callers.finish(state, self.noise.step * self._values)
+
+
+def check_seeds(options: PolySpecOptions, rows: int) -> None:
+    """Refuse a list of seeds that is not one for each row.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    seed = options.polyspec_seed
+    if isinstance(seed, (list, tuple)) and len(seed) != rows:
+        raise ValueError(f"polyspec_seed has {len(seed)} seeds, and this batch has {rows} row(s); give one for each.")

@@ -26,7 +26,7 @@ from ..host.runner import ModelRunner
 from ..levels.verifier import NoDraft, Verifier
 from ..telemetry.stats import PolySpecStats
 from .chain import Setting, build_chain, check_assistants, levels_of
-from .chances import Chances
+from .chances import Chances, check_seeds
 from .loop import DecodingLoop, Stopping
 from .options import PolySpecOptions
 from .outputs import Recorder, Wanted
@@ -173,6 +173,7 @@ class _Job:
         check_cache(self.user_cache, model, input_ids.shape[0])
         self.use_cache = bool(model_kwargs.get("use_cache", True))
         self.context = _context(input_ids, config, model_kwargs)
+        check_seeds(options, self.context.batch)
         self.visible = input_ids.shape[1]
         self.stopping = Stopping.sort(criteria, config.max_length or _UNLIMITED)
         self.law = LawMaker(processors, bool(config.do_sample), self.device)
@@ -239,7 +240,7 @@ class _Job:
             streamer=streamer,
             may_drop_rows=not (self.wanted.any or self._cache_is_kept() or self.law.bound_to_rows or self.law.in_order),
             control=self.control,
-            noise=self.law.noise if self.chances is None else self.chances.noise,
+            noise=None if self.chances is None else self.chances.noise,
         )
         try:
             found = loop.run(self.context)

@@ -20,6 +20,7 @@ from ..host.contract import check_release
 from ..host.generation import StopStringCriteria
 from ..host.patching import patch_all, patch_one, positional_names, unpatch_all, unpatch_one
 from ..host.release import inner_model
+from ..levels.verifier import NoDraft
 from .decoding import SYNCED_GPUS, decode
 from .options import PolySpecOptions
 from .plan import resolve_plan
@@ -115,11 +116,17 @@ def _generate(
     given.pop("custom_generate", None)
     if given.get("polyspec_plan") is not None:
         chosen, sizes = resolve_plan(given.pop("polyspec_plan"), model, assistant_models, given)
-        if not chosen:
+        if not chosen and not _has_own_seed(model, given):
             return original(**{name: value for name, value in given.items() if name not in PolySpecOptions.names()})
-        given, bound = given | sizes, bound | {"assistant_models": chosen}
+        given, bound = given | sizes, bound | {"assistant_models": chosen or [NoDraft()]}
     given = _with_stop_strings(model, given)
     return original(**given, custom_generate=functools.partial(decode, **bound))
+
+
+def _has_own_seed(model: Any, given: dict[str, Any]) -> bool:
+    """Whether the call brings a seed, which plain generation does not know."""
+    said = (given, vars(given.get("generation_config") or model.generation_config))
+    return any(where.get("polyspec_seed") is not None for where in said)
 
 
 def _refuse_early(model: Any, given: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from .draft_memory import DraftMemory
 from .draft_vocabulary import WorkingVocabulary
 from .drawn_tree import grow_drawn
 from .eagle_memory import FeatureMemo, PairMemo, Pairs, left_mask, padding_of
-from .eagle_tree import Grown, first_in_race, grow
+from .eagle_tree import Grown, Limits, first_in_race, grow
 from .foreseen import PromptStates
 from .pointers import PointerMixture
 from .sequential import SequentialDrafter
@@ -294,7 +294,7 @@ class EagleDrafter(SequentialDrafter):
         first = torch.tensor([[max(0, len(row.ids) - 1 - row.padding)] for row in rows])
         total, working, pointed = [size.nodes for size in self._sizes], self._working, self._pointed(rows)
         ids = working.target_ids
-        top_k, threshold, ends = self.tree_top_k, self.confidence_threshold, self.eos
+        limits: Limits = {"top_k": self.tree_top_k, "threshold": self.confidence_threshold, "ends": self.eos}
 
         depth = 0  # tokens between the context and what is asked for next
 
@@ -320,13 +320,10 @@ class EagleDrafter(SequentialDrafter):
 
         if not law.draws:
             active = [places > 0 for places in room]
-            grown = grow(hidden, room, total, best, step_level, top_k=top_k, threshold=threshold, ends=ends)
+            grown = grow(hidden, room, total, best, step_level, **limits)
             return TreeProposal(grown.tokens, grown.parents, self._own(grown))
 
-        draw = law.draw_distinct
-        grown, drawn = grow_drawn(
-            hidden, room, total, guess, ids, step_level, draw, top_k=top_k, threshold=threshold, ends=ends
-        )
+        grown, drawn = grow_drawn(hidden, room, total, guess, ids, step_level, law.draw_distinct, **limits)
         q = drawn.laws.new_zeros(*drawn.laws.shape[:2], self.vocabulary)
         q.index_copy_(-1, ids, drawn.laws)
         return TreeProposal(grown.tokens, grown.parents, self._own(grown), drawn.nodes, q)

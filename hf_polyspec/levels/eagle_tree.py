@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 
@@ -21,6 +22,14 @@ SHARPNESS = 2.0
 """How surely the first of a race under a head's law is the first under the law that it guesses: the chance of an id is
 taken to be in proportion to this power of how early it arrives. It would be so if the log ratio of the two laws were a
 Gumbel variable of half the scale of the noise; under a flat law the first three then have 0.6, 0.15 and 0.07."""
+
+
+class Limits(TypedDict):
+    """How far a tree grows, see `grow`."""
+
+    top_k: int
+    threshold: float
+    ends: frozenset[int]
 
 
 @dataclass(frozen=True)
