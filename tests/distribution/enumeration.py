@@ -102,6 +102,8 @@ def outcomes(program: Callable[[Replay], tuple[Any, Any]]) -> dict[Any, tuple[fl
 class TableModel:
     """A "model" whose law at every prefix is an independent random one; stands in for a `ModelRunner`."""
 
+    model = torch.nn.Identity().eval()
+
     def __init__(self, vocabulary: int, seed: int, like: TableModel | None = None, distance: float = 1.0) -> None:
         self.vocabulary = vocabulary
         self.seed = seed
