@@ -229,7 +229,9 @@ class _Job:
             self.chances = Chances(self.options, self.device, self.context.batch, chain.vocabulary)
             self.law = LawMaker(self.law.processors, True, self.device, self.chances.randomness, self.chances.noise)
         if self.options.polyspec_control == "online":
-            self.control = OnlineControl(chain, mode=(self.law.do_sample, self.config.temperature))
+            self.control = OnlineControl(
+                chain, mode=(self.law.do_sample, self.config.temperature, self.options.couples)
+            )
         loop = DecodingLoop(
             chain,
             self.law,

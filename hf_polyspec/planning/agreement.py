@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What drafters offer along text the target wrote, and how long they take for it; see `readings` for the ratios."""
+"""What drafters offer along text the target wrote, and how long they take for it; see `readings` for the chances."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
-from ..exactness.distributions import LawMaker
+from ..exactness.noise import Noise
 from ..exactness.proposal import TreeProposal
 from ..exactness.tree_geometry import ROOT
 from ..host.cache import RollbackCache
 from ..levels.base import Drafter
 from ..levels.verifier import Verifier
 from .costs import draft_lengths
-from .readings import NEVER, Array, Reading, logits_along
+from .readings import NEVER, Array, Reading, agreed, logits_along
 from .rig import rig
-from .texts import Law, Text
+from .texts import Law, Resting, Text
 from .theory.cost_model import SecondsTable
 
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
@@ -45,12 +44,13 @@ class Draft:
     """What a drafter offered a verifier along one text.
 
     Attributes:
-        ratios: `[N, K]` log of q / p at depth j of the draft that starts at position t; -inf where nothing was offered.
+        logs: `[N, K]` of the chance that depth j of the draft that starts at position t is kept if those before it are;
+            -inf where nothing was offered.
         columns: `[N]` tokens offered (a tree: nodes).
         recorded: `[N]` whether a draft was made there; the other rows mean nothing.
     """
 
-    ratios: Array
+    logs: Array
     columns: Array
     recorded: Flags
 
@@ -63,7 +63,7 @@ class DraftRecord:
         drafts: one a text.
         seconds: of a draft by its tokens (a tree: constant).
         checking: seconds of the verifier's round over a tree; None for chains, which its own table tells.
-        drawn: whether proposals come with the law they were drawn from, so that block verification applies.
+        drawn: whether proposals are picked from a law with the noise of the text.
         blind_first: whether it offers nothing before the first pass above it.
     """
 
@@ -161,81 +161,18 @@ class _Forced:
         return torch.full((weights.shape[0],), min(token, weights.shape[1] - 1), device=weights.device)
 
 
-class Along(LawMaker):
-    """A law maker for trees that follows a text: on its way, one of a node's children is the text's next token.
-
-    Which one is drawn as a check would find it, given that the check emits that token; those before it are ids that it
-    rejects.
+class _Behind(Noise):
+    """The noise that may have been behind a text.
 
     Args:
-        maker: of the plan's laws.
-        tokens: the text; laws: `[n, V]`, what its tokens are drawn from by the level that checks.
-
-    Attributes:
-        ratios: log of how likely the text's token is followed if the check emits it, by depth.
+        values: `[N, V]`.
     """
 
-    def __init__(self, maker: LawMaker, tokens: Sequence[int], laws: torch.Tensor) -> None:
-        super().__init__(maker.processors, maker.do_sample, maker.device, maker.randomness)
-        self.tokens, self.laws = list(tokens), laws
-        self.ratios: list[float] = []
-        self._at: int | None = ROOT  # the text's node, by its place among all children drawn so far
-        self._before = 0  # children drawn so far
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
 
-    def draw_distinct(
-        self, weights: torch.Tensor, ids: torch.Tensor, counts: torch.Tensor, nodes: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        depth, width = len(self.ratios), max(1, int(counts.max()))
-        row = next((row for row, node in enumerate(nodes.tolist()) if node == self._at), None)
-        self._at, forced = None, None
-        if row is not None and depth < len(self.tokens):
-            columns = (ids == self.tokens[depth]).nonzero().flatten().tolist()
-            p, r = self.laws[depth].to(ids.device)[ids].double(), weights[row].double()
-            forced = self._followed(p, r, columns[0], int(counts[row])) if columns else None
-        if row is None or forced is None:
-            drawn, laws = super().draw_distinct(weights, ids, counts, nodes)
-        else:
-            place, children, ratio = forced
-            self.ratios.append(ratio)
-            self._at = self._before + row * width + place
-            others = counts.index_fill(0, torch.tensor([row], device=counts.device), 0)
-            drawn, laws = super().draw_distinct(weights, ids, others, nodes)
-            missing = width - drawn.shape[1]
-            drawn, laws = functional.pad(drawn, (0, missing)), functional.pad(laws, (0, 0, 0, missing))
-            drawn[row, : len(children)] = ids[children]
-        self._before += drawn.numel()
-        return drawn, laws
-
-    def _followed(
-        self, p: torch.Tensor, r: torch.Tensor, column: int, count: int
-    ) -> tuple[int, list[int], float] | None:
-        """Which of a node's children is the text's token, all of them, and the log ratio; None if none can be.
-
-        Args:
-            p, r: `[N]`, laws of the check and of the drafter; column: the token's; count: how many children there are.
-        """
-        weight, reached, left = float(p[column]), 1.0, r
-        rejected, chances = list[int](), list[float]()
-        while len(chances) < count:
-            left = left / left.sum()
-            common = torch.minimum(p, left)
-            chances.append(reached * float(common[column]))
-            reached *= float(1 - common.sum())
-            refused = left - common
-            if len(chances) == count or reached <= 0 or not float(refused.sum()) > 0:
-                break
-            rejected.append(int(self.draw(refused[None])))
-            p, left = (p - common) / (1 - common.sum()), left.clone()
-            left[rejected[-1]] = 0
-        if not sum(chances) > 0:
-            return None
-        place = int(self.draw(torch.tensor([chances], dtype=torch.float64, device=p.device)))
-        children = [*rejected[:place], column]
-        while len(children) < count:
-            rest = r.clone()
-            rest[children] = 0
-            children.append(int(self.draw(rest[None])))
-        return place, children, math.log(sum(chances) / weight)
+    def at(self, rows: Sequence[int], steps: Sequence[Sequence[int]]) -> torch.Tensor:
+        return torch.stack([self.values[list(wanted)] for wanted in steps])
 
 
 class _Taker:
@@ -254,7 +191,7 @@ class _Taker:
         """Drafts at as many starts of a text as the budget allows, evenly spread."""
         below, count = self.chain.below, len(text.new)
         self._start(text)
-        ratios = np.full((count, self.longest), NEVER)
+        logs = np.full((count, self.longest), NEVER)
         columns, recorded = np.zeros(count), np.zeros(count, dtype=np.bool_)
         stride, start, judged = 1, 0, 0
         while start < count:
@@ -262,7 +199,7 @@ class _Taker:
             tokens, row = self._take(text, reading, start)
             self.spent.append(below.stats.seconds - before)
             row = row[: self.longest]  # a tree that holds the text to its last depth is not refused after it
-            ratios[start, : len(row)], columns[start], recorded[start] = row, tokens, True
+            logs[start, : len(row)], columns[start], recorded[start] = row, tokens, True
             if start >= judged and tokens and not self.trees:
                 # A drafter that adapts hears what became of the drafts that a run along this text would make.
                 kept = int((np.cumsum(row) == 0.0).sum()) if row.size else 0
@@ -271,23 +208,20 @@ class _Taker:
             if len(self.spent) > 3:
                 stride = max(1, min(8, math.ceil(statistics.fmean(self.spent) * count / self.budget)))
             start += stride
-        return Draft(ratios, columns, recorded)
+        return Draft(logs, columns, recorded)
 
     def _take(self, text: Text, reading: Reading, start: int) -> tuple[int, Array]:
-        """Tokens offered from a start, and log ratios by depth."""
+        """Tokens offered from a start, and logs of chances by depth."""
         below, context = self.chain.below, text.context(start)
         # The verifier's own token takes the last place of a text.
         room = min(self.longest, len(text.new) - start - 1)
         if room < 1:
             return 0, np.zeros(0)
         if self.trees:
-            stream, laws = reading.stream[start : start + room].tolist(), reading.laws[start : start + room]
-            maker = Along(self.law.maker(), stream, laws)
-            tree = below.propose_tree(context, [room], maker)
-            if tree is None:
-                return 0, np.zeros(0)
-            drawn = any(tree.drawn)
-            return len(tree.tokens[0]), np.array([*maker.ratios, NEVER]) if drawn else depth_ratios(tree, stream)
+            stream = reading.stream[start : start + room].tolist()
+            noise = None if reading.noise is None else _Behind(reading.noise.to(self.law.device))
+            tree = below.propose_tree(context, [room], self.law.maker(noise=noise))
+            return (0, np.zeros(0)) if tree is None else (len(tree.tokens[0]), depth_logs(tree, stream))
         forced = text.new[start : start + room]
         proposal = below.propose(context, [room], self.law.maker(_Forced(forced)))
         tokens = proposal.tokens[0]
@@ -296,14 +230,11 @@ class _Taker:
             same = torch.tensor(tokens, dtype=torch.long) == own
             return len(tokens), np.where(same.numpy(), 0.0, NEVER)
         self.drawn = True
-        q = proposal.q[0, : len(tokens)].float().cpu()
-        at = q.gather(1, own.clamp(max=q.shape[1] - 1)[:, None]).squeeze(1).double().log()
-        ratio = at - reading.own()[start : start + len(tokens)].double().log()
-        return len(tokens), np.asarray(ratio.numpy(), dtype=np.float64)
+        return len(tokens), agreed(reading, start, proposal.q[0, : len(tokens)].float())
 
     def some(self, text: Text, count: int = 8) -> None:
         """A few drafts one after another, as a call makes them, whose results nobody looks at."""
-        below, maker = self.chain.below, self.law.maker()
+        below, maker = self.chain.below, self.law.maker(noise=Resting(self.chain.vocabulary, self.law.device))
         self._start(text)
         for start in range(min(count + 1, len(text.new) - 1)):
             before = below.stats.seconds
@@ -320,7 +251,7 @@ class _Taker:
         lengths = [self.longest] if self.trees else draft_lengths(self.longest)
         drafting: dict[int, list[float]] = {length: [] for length in lengths}
         checking = []
-        maker = self.law.maker()
+        maker = self.law.maker(noise=Resting(self.chain.vocabulary, self.law.device))
         self._start(text)
         chain.round(text.context(1), [2], maker)
         for turn in range(turns):
@@ -347,11 +278,11 @@ class _Taker:
         return below.stats.forward_passes > 0
 
 
-def depth_ratios(tree: TreeProposal, stream: Sequence[int]) -> Array:
-    """Log ratios by depth along a stream, as far as a tree of chosen nodes holds it: 0; -inf at the next depth.
+def depth_logs(tree: TreeProposal, stream: Sequence[int]) -> Array:
+    """Logs of chances by depth along a stream, as far as a tree holds it: 0; -inf at the next depth.
 
     Args:
-        tree: of one row, nothing of it drawn; stream: the tokens that the level above emits.
+        tree: of one row; stream: the tokens that the level above emits.
     """
     tokens, parents = tree.tokens[0], tree.parents[0]
     child = {(parent, token): node for node, (token, parent) in enumerate(zip(tokens, parents, strict=True))}

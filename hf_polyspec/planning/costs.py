@@ -13,7 +13,7 @@ import torch
 
 from ..levels.verifier import Verifier
 from .rig import Offer, rig
-from .texts import Law, context_of
+from .texts import Law, Resting, context_of
 from .theory.cost_model import SecondsTable
 from .turns import Turn, settled
 
@@ -165,11 +165,11 @@ class _Bench:
 
     def __init__(self, model: Any, ids: Sequence[int], batch: int, context: int, law: Law) -> None:
         text = [ids[i % len(ids)] for i in range(context + LARGEST_PASS)]
-        self.offer = Offer(drawn=True)
+        self.offer = Offer()
         self.chain: Verifier = rig(model, [self.offer], batch=batch)
         self.rows = context_of([text[:context] for _ in range(batch)], context)
         self.tokens = text[context:]
-        self.law = law.maker()
+        self.law = law.maker(noise=Resting(self.chain.vocabulary, law.device))
         self.first_seconds = self._round(1)
 
     def seconds(self, tokens: int) -> float:
@@ -197,7 +197,7 @@ class _DraftBench:
         chain = rig(model, [model], num_assistant_tokens=longest)
         self.below = chain.below
         self.rows = context_of([[ids[i % len(ids)] for i in range(context)]], context)
-        self.law = law
+        self.law = law.maker(noise=Resting(chain.vocabulary, law.device))
         self._draft(1)  # reads the context
 
     def seconds(self, tokens: int) -> float:
@@ -207,7 +207,7 @@ class _DraftBench:
 
     def _draft(self, tokens: int) -> float:
         before = self.below.stats.seconds
-        self.below.propose(self.rows, [tokens], self.law.maker())
+        self.below.propose(self.rows, [tokens], self.law)
         return self.below.stats.seconds - before
 
 

@@ -21,7 +21,7 @@ from .agreement import TREES, DraftRecord, TreeSize, record_drafts
 from .candidates import Level, describe_chain, describe_sizes, kind_of, options_of
 from .costs import measure_costs, steps
 from .overheads import Overheads, measure_overheads
-from .readings import Reading, edge, read_model, survival, windows
+from .readings import Reading, edge, noise_seconds, read_model, survival, windows
 from .reasons import Dropped, reasons
 from .replay import Measurements
 from .search import Candidate, best_of_each, search
@@ -229,7 +229,8 @@ def _measure_packed(
     }
     of_place = dict(zip((m.place for m in models), costs, strict=True))
     names = [level.name for level in levels]
-    measured = Measurements(names, texts, of_place, edges, {}, overheads, law.do_sample, bound, copies)
+    drawing = noise_seconds(readings[0][0].laws) if law.do_sample else 0.0
+    measured = Measurements(names, texts, of_place, edges, {}, overheads, drawing, bound, copies)
     return replace(measured, drafts=_drafters(levels, readings, measured, law, wish, progress))
 
 
@@ -362,13 +363,13 @@ def _acceptance(measured: Measurements, positions: int = 8) -> dict[str, list[fl
     """Mean survival by position of every pair, for reading and for a control that starts from it."""
     found: dict[str, list[float]] = {}
     for (above, below), ratios in measured.edges.items():
-        kept = np.concatenate([survival(windows(r, positions), measured.sampled)[:-positions] for r in ratios])
+        kept = np.concatenate([survival(windows(r, positions))[:-positions] for r in ratios])
         if len(kept):
             found[f"{measured.names[below]} under {measured.names[above]}"] = kept.mean(axis=0).tolist()
     for (above, place, tree), record in measured.drafts.items():
         # A draft that the text's end cuts short says nothing about the later positions.
-        rows = [d.ratios[:-positions][d.recorded[:-positions], :positions] for d in record.drafts]
-        kept = survival(np.concatenate(rows), record.drawn)
+        rows = [d.logs[:-positions][d.recorded[:-positions], :positions] for d in record.drafts]
+        kept = survival(np.concatenate(rows))
         if len(kept):
             size = "" if tree is None else f", tree {tree.tokens}"
             found[f"{measured.names[place]} under {measured.names[above]}{size}"] = kept.mean(axis=0).tolist()

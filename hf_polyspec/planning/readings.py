@@ -1,40 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much of what one level offers another would keep, recorded on text the target wrote.
 
-Everything is a ratio q(y) / p(y) along the recorded text: q of the level that offers, p of the level that checks, both
-after the tokens before y. Given that a verifier's stream runs along y, the chance that it *accepted* the first i of
-those tokens rather than drew them itself is
+Everything is the log of a chance along the recorded text: that what one level says at a position is what the level
+above it says there, both after the tokens before it. In the greedy limit, and for proposals that nobody drew, the
+chance is 1 where they say the same and 0 elsewhere. Where text is sampled, all levels read one noise: given that the
+level above has picked y from p, a level with the law q picks y too with probability 1 / sum_x max(p_x, q_x p_y / q_y)
+(`theory.coupling`). Noise is drawn anew at every position, so the chance that the first i tokens of a draft are kept
+is the product of theirs; one text serves every draft length and block size.
 
-    token verification:  product of min(1, q_j / p_j), j <= i
-    block verification:  min(1, r_1, r_1 r_2, ..., r_1 ... r_i),  r_j = q_j / p_j
-
-The first is Leviathan's rule read backwards: min(p, q)(y) = p(y) min(1, q(y) / p(y)). The second follows from
-P(accepted >= i | x_1..x_i) = P_i, the capped running ratio of Sun et al. 2024 (arXiv 2403.10444), times q(x_1..x_i).
-Neither needs a coin, and one text serves every draft length and block size. In the greedy limit, and for proposals
-that nobody drew, a ratio is 1 where the token is the same and 0 elsewhere.
-
-A middle's own stream is coupled to the text: its token is y with probability min(1, p_m(y) / p_0(y)), else a draw from
-the residual max(p_m - p_0, 0). After the first token that differs, its rounds are taken to go on as along the text.
+A middle's own stream is what it picks with the noise that may have been behind the text. After the first token that
+differs, its rounds are taken to go on as along the text.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from ..exactness.distributions import fit_vocabulary
 from ..levels.verifier import Verifier
 from ..telemetry.counters import LevelStats
 from .rig import Offer, rig
 from .texts import Law, Text, context_of
+from .theory.coupling import coupled_agreement, noise_behind
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 NEVER = -math.inf
+_CHUNK = 32
+"""Positions whose laws are compared at once."""
 
 
 @dataclass(frozen=True)
@@ -43,31 +43,18 @@ class Reading:
 
     Attributes:
         laws: `[N, V]` its law at each of the N new positions; one-hot in the greedy limit.
-        stream: `[N]` its own token there, coupled to the text.
+        stream: `[N]` its own token there, with the noise of the text.
+        noise: `[N, V]`, which may have been behind the text; None in the greedy limit.
     """
 
     laws: torch.Tensor
     stream: torch.Tensor
-
-    def own(self) -> torch.Tensor:
-        """`[N]`: the probability of its own token."""
-        return self.laws.gather(1, self.stream[:, None]).squeeze(1)
+    noise: torch.Tensor | None = None
 
 
-def survival(ratios: Array, block: bool) -> Array:
-    """P(at least i + 1 tokens accepted) given the text, `[N, K]`, from log ratios `[N, K]`.
-
-    Args:
-        ratios: log of q / p by start and depth.
-        block: block verification, else token by token; the same where every ratio is 0 or -inf.
-    """
-    if ratios.shape[1] == 0:
-        return np.zeros(ratios.shape)
-    if block:
-        logs = np.minimum(0.0, np.minimum.accumulate(np.cumsum(ratios, axis=1), axis=1))
-    else:
-        logs = np.cumsum(np.minimum(0.0, ratios), axis=1)
-    return np.asarray(np.exp(logs), dtype=np.float64)
+def survival(logs: Array) -> Array:
+    """P(at least i + 1 tokens accepted) given the text, `[N, K]`, from logs of chances `[N, K]` by start and depth."""
+    return np.asarray(np.exp(np.cumsum(logs, axis=1)), dtype=np.float64)
 
 
 def windows(along: Array, width: int) -> Array:
@@ -87,7 +74,7 @@ def read_model(
 
     Args:
         model: causal LM; text: of the target; law: what its logits become.
-        target: the target's own reading, None if this is it; generator: of the coupling.
+        target: the target's own reading, None if this is it; generator: of the noise behind its text.
         lender: the model that lends this one its reading of the prompt in a chain (see `lending`), or None.
     """
     chain = rig(model, [Offer()])
@@ -107,35 +94,46 @@ def reading_of(
     new = torch.tensor(text.new)
     if not law.do_sample:
         best = scores.argmax(-1)
-        return Reading(torch.nn.functional.one_hot(best, scores.shape[1]).float(), new if target is None else best)
+        return Reading(functional.one_hot(best, scores.shape[1]).float(), new if target is None else best)
     laws = scores.softmax(-1)
     if target is None:
-        return Reading(laws, new)
-    reference = fit_vocabulary(target.laws, laws.shape[1])
-    known = new < laws.shape[1]  # an assistant's vocabulary may have fewer rows than the target's
-    keep = laws.gather(1, new.clamp(max=laws.shape[1] - 1)[:, None]).squeeze(1) * known / target.own()
-    stays = torch.rand(len(new), generator=generator) < keep
-    residual = (laws - reference.clamp(min=0)).clamp(min=0)
-    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, laws)
-    drawn = torch.multinomial(residual, 1, generator=generator).squeeze(1)
-    return Reading(laws, torch.where(stays, new, drawn))
+        return Reading(laws, new, noise_behind(laws, new, generator))
+    assert target.noise is not None, "a target that samples has noise"
+    noise = with_columns(target.noise, laws.shape[1])
+    return Reading(laws, (laws / noise).argmax(-1), noise)
+
+
+def with_columns(noise: torch.Tensor, size: int) -> torch.Tensor:
+    """Noise `[N, V]` for a law of another size: ids beyond those of the target arrive when they like."""
+    return functional.pad(noise[:, :size], (0, max(0, size - noise.shape[1])), value=1.0)
 
 
 def edge(above: Reading, below: Reading) -> Array:
-    """`[N]` log of q / p along the stream of the level above, q of the level below."""
-    size = below.laws.shape[1]
-    known = above.stream < size
-    q = below.laws.gather(1, above.stream.clamp(max=size - 1)[:, None]).squeeze(1) * known
-    own = above.own()
-    # In the greedy limit the target's text is its own argmax but for ties between kernels: count it as its choice.
-    ratio = q.double().log() - torch.where(own > 0, own, 1.0).double().log()
-    return np.asarray(ratio.numpy(), dtype=np.float64)
+    """`[N]`, the log of how likely a level says what the level above says, see `agreed`."""
+    return agreed(above, 0, below.laws)
 
 
-def agreement_rate(ratios: Sequence[Array]) -> float:
-    """Mean probability that a token is accepted: sum of min(p, q), estimated along the text."""
-    joined = np.concatenate(list(ratios))
-    return float(np.exp(np.minimum(0.0, joined)).mean())
+def agreed(above: Reading, start: int, laws: torch.Tensor) -> Array:
+    """`[n]`, the log of how likely a draft is the token that the level above has picked.
+
+    In the greedy limit the target's text is its own argmax but for ties between kernels: it counts as its choice.
+
+    Args:
+        above: that level; start: a position of it; laws: `[n, V]` that drafts come from there and after it.
+    """
+    size = above.laws.shape[1]
+    found = []
+    for first in range(0, len(laws), _CHUNK):
+        q = laws[first : first + _CHUNK, :size].cpu()
+        places = slice(start + first, start + first + len(q))
+        q = functional.pad(q, (0, size - q.shape[1]))
+        found.append(coupled_agreement(above.laws[places], q, above.stream[places]).log())
+    return np.asarray(torch.cat(found).numpy(), dtype=np.float64) if found else np.zeros(0)
+
+
+def agreement_rate(logs: Sequence[Array]) -> float:
+    """Mean probability that a token is accepted, estimated along the text."""
+    return float(np.exp(np.concatenate(list(logs))).mean())
 
 
 def logits_along(chain: Verifier, text: Text) -> torch.Tensor:
@@ -143,3 +141,13 @@ def logits_along(chain: Verifier, text: Text) -> torch.Tensor:
     passed = chain.runner.run(text.context(0), [text.new], LevelStats("reading", 0))
     chain.below.watch(passed)
     return fit_vocabulary(passed.logits, chain.vocabulary)
+
+
+def noise_seconds(laws: torch.Tensor, repeats: int = 5) -> float:
+    """What drawing the noise of a step takes, by the fastest of some draws for one row of laws `[N, V]`."""
+    found = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        torch.empty_like(laws[:1]).exponential_(1, generator=torch.Generator())
+        found.append(time.perf_counter() - began)
+    return min(found)

@@ -55,10 +55,10 @@ class Measurements:
         names: of the levels, the target first.
         texts: what the target wrote.
         costs: of every level that is a causal LM, by place.
-        edges: log ratios along each text by (checking, offering) place, for levels that are causal LMs.
+        edges: logs of chances along each text by (checking, offering) place, for levels that are causal LMs.
         drafts: by (checking, offering) place and tree size, for levels that only draft.
         overheads: time outside the levels.
-        sampled: whether tokens are drawn, so that block verification applies.
+        noise_seconds: of drawing the noise of a step, 0 in the greedy limit; plain generation's steps have it in them.
         bound: reasons why a level cannot stand under another, by (checking, offering) place.
         copies: places of models that take the prompt's keys and values from the target (see `lending`).
     """
@@ -69,7 +69,7 @@ class Measurements:
     edges: Mapping[tuple[int, int], list[Array]]
     drafts: Mapping[tuple[int, int, TreeSize | None], DraftRecord]
     overheads: Overheads
-    sampled: bool
+    noise_seconds: float = 0.0
     bound: dict[tuple[int, int], str] = field(default_factory=dict)
     copies: frozenset[int] = frozenset()
     _tables: dict[tuple[int, float], SecondsTable] = field(default_factory=dict, repr=False)
@@ -190,6 +190,7 @@ def replay(chain: Chain, measured: Measurements) -> Replayed:
     outside = (overheads.call + overheads.per_model * below) * len(measured.texts) + overheads.per_round * (
         passes[0] + undrafted
     )
+    outside += measured.noise_seconds * measured.new_tokens
     outside += overheads.per_block_round * float(passes[1:-1].sum())
     each = seconds / np.maximum(passes, 1e-9)
     return Replayed(
@@ -235,7 +236,7 @@ def _lowest(chain: Chain, measured: Measurements, i: int, table: SecondsTable) -
     depth, count = len(chain.levels), len(measured.texts[i].new)
     record = measured.drafts.get((above, drafter, chain.tree))
     if record is None:
-        kept = survival(windows(measured.edges[above, drafter][i], chain.draft), measured.sampled)
+        kept = survival(windows(measured.edges[above, drafter][i], chain.draft))
         columns = np.minimum(chain.draft, np.maximum(0, count - 1 - np.arange(count))).astype(float)
         drafting = measured.costs[drafter].drafting
         if drafting is None:
@@ -264,11 +265,11 @@ def _recorded(record: DraftRecord, chain: Chain, i: int) -> tuple[Array, Array]:
     """Survival `[N, K]` and tokens offered `[N]`; starts without a draft get the mean of those that have one."""
     width = chain.tree.depth if chain.tree is not None else chain.draft
     draft = record.drafts[i]
-    kept = survival(draft.ratios[:, :width], record.drawn)
+    kept = survival(draft.logs[:, :width])
     columns = draft.columns if chain.tree is not None else np.minimum(draft.columns, width)
     missing = ~draft.recorded
     if missing.any():
-        everything = np.concatenate([survival(d.ratios[d.recorded, :width], record.drawn) for d in record.drafts])
+        everything = np.concatenate([survival(d.logs[d.recorded, :width]) for d in record.drafts])
         asked = np.concatenate([d.columns[d.recorded] for d in record.drafts])
         kept[missing] = everything.mean(axis=0)
         columns = np.where(
@@ -309,7 +310,7 @@ def _collected(
     blocks = np.zeros((count, threshold + most))
     seconds, passes, offered = (np.zeros((count, depth)) for _ in range(3))
     pair = chain.levels[level], chain.levels[level + 1]
-    kept = survival(windows(measured.edges[pair][i], blocks.shape[1] - 1), measured.sampled)
+    kept = survival(windows(measured.edges[pair][i], blocks.shape[1] - 1))
     law = np.zeros_like(kept)
     for held in range(threshold):
         weight = reached[:, held]

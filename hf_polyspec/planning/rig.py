@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
 from ..exactness.proposal import Proposal
@@ -23,28 +21,18 @@ class Offer(Drafter):
 
     Attributes:
         tokens: ids proposed to every row.
-        drawn: whether they come with a law, as those of a level that samples do.
     """
 
     name = "offer"
+    shares_noise = True
 
-    def __init__(self, tokens: Sequence[int] = (), drawn: bool = False) -> None:
+    def __init__(self, tokens: Sequence[int] = ()) -> None:
         super().__init__()
         self.tokens = list(tokens)
-        self.drawn = drawn
-        self.vocabulary = 0
-
-    def begin(self, index: int, batch: int, vocabulary: int) -> None:
-        super().begin(index, batch, vocabulary)
-        self.vocabulary = vocabulary
 
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
         rows = [self.tokens[:limit] for limit in limits]
-        q = None
-        width = max(len(row) for row in rows)
-        if self.drawn and law.do_sample and width:
-            q = torch.full((len(rows), width, self.vocabulary), 1.0 / self.vocabulary, device=law.device)
-        return Proposal(rows, q, [[self.index] * len(row) for row in rows])
+        return Proposal(rows, None, [[self.index] * len(row) for row in rows])
 
 
 def rig(model: Any, below: Sequence[Any], *, batch: int = 1, **options: Any) -> Verifier:

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 from ..exactness.context import Context, Prompt
 from ..exactness.distributions import LawMaker
+from ..exactness.noise import Noise
 from ..exactness.randomness import Randomness
 from ..host.configs import generation_config
 from ..host.generation import BaseStreamer
@@ -67,9 +68,23 @@ class Law:
     do_sample: bool
     device: torch.device
 
-    def maker(self, randomness: Randomness | None = None) -> LawMaker:
-        """A law maker of the engine."""
-        return LawMaker(list(self.processors), self.do_sample, self.device, randomness)
+    def maker(self, randomness: Randomness | None = None, noise: Noise | None = None) -> LawMaker:
+        """A law maker of the engine; without noise, one whose levels draw by themselves."""
+        return LawMaker(list(self.processors), self.do_sample, self.device, randomness, noise)
+
+
+class Resting(Noise):
+    """The same noise at every step, for rounds that are timed: nothing has to be drawn for them.
+
+    Args:
+        width: V; device: of the laws.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._values = torch.ones(width, device=device)
+
+    def at(self, rows: Sequence[int], steps: Sequence[Sequence[int]]) -> torch.Tensor:
+        return self._values.expand(len(rows), len(steps[0]), -1).clone()
 
 
 def context_of(rows: list[list[int]], prompt: int) -> Context:

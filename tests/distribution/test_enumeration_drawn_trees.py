@@ -7,22 +7,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from enumeration import (
-    CPU,
     EXACT,
-    START,
     OneChoice,
     OneChoiceRounds,
-    Replay,
     TableModel,
     approximations,
-    context_of,
     distance,
-    outcomes,
-    true_law,
 )
 from test_enumeration_trees import Continues, TreeTable
 
@@ -37,8 +30,6 @@ from hf_polyspec.levels import joined as joined_module
 from hf_polyspec.levels.base import Drafter
 from hf_polyspec.levels.joined import JoinedDrafter
 from hf_polyspec.levels.verifier import Verifier
-from hf_polyspec.planning.agreement import Along
-from hf_polyspec.planning.readings import NEVER, survival
 
 
 class Sketch(Drafter):
@@ -210,34 +201,6 @@ def test_trees_that_grow_as_a_heads_do(vocabulary: int, total: int, depth: int, 
 def test_dropping_a_node_for_what_was_drawn_is_caught() -> None:
     models = approximations(2, 3, 7, TreeTable)
     assert distance(two(models, Grows(models[1], 1, 1, 1, least=0.4)), models[0], 2) > 0.01
-
-
-@pytest.mark.parametrize(("total", "depth", "top_k"), [(1, 1, 1), (2, 1, 2), (2, 2, 1), (3, 2, 2)])
-def test_a_replay_along_the_targets_texts_tells_what_is_accepted(total: int, depth: int, top_k: int) -> None:
-    """Survival along a text, averaged over all texts, is the expected number of nodes that a real check keeps."""
-    models = approximations(2, 3, 7, TreeTable)
-    drafter, context = Grows(models[1], total, depth, top_k), context_of(START)
-    expected = 0.0
-    for text, weight in true_law(models[0], START, depth + 1).items():
-        laws = torch.stack([models[0].law(START + text[:i]) for i in range(len(text))])
-
-        def follow(replay: Replay, text: Any = text, laws: torch.Tensor = laws) -> tuple[Any, Any]:
-            maker = Along(LawMaker([], True, CPU, replay), text, laws)
-            assert drafter.propose_tree(context, [depth], maker) is not None
-            ratios = np.array([*maker.ratios, NEVER])[None, :depth]
-            return float(survival(ratios, False).sum()), None
-
-        expected += weight * sum(kept * chance for kept, (chance, _) in outcomes(follow).items())
-    real = 0.0
-
-    def program(replay: Replay) -> tuple[Any, Any]:
-        emission = two(models, drafter).round(context, [depth + 1], LawMaker([], True, CPU, replay))
-        return emission.accepted[0], None
-
-    for accepted, (probability, _) in outcomes(program).items():
-        real += accepted * probability
-    assert expected == pytest.approx(real, abs=1e-9)
-    assert real > 0.1
 
 
 class Unrestricted(Sketch):

@@ -54,3 +54,20 @@ def coupled_agreement(p: torch.Tensor, q: torch.Tensor, tokens: torch.Tensor) ->
     tiny = torch.finfo(p.dtype).tiny
     total = torch.maximum(p, q * p_x / q_x.clamp(min=tiny)).sum(-1)
     return torch.where(q_x.squeeze(-1) > 0, 1 / total, 0.0)
+
+
+def noise_behind(p: torch.Tensor, tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Noise as it may have been, given what was picked: a draw of e from its law where argmax p / e is known.
+
+    The winner arrives at a time T that is exponential whoever wins, and the others, who have no memory, at T and
+    exponential times of their own after it.
+
+    Args:
+        p: `[N, V]`, laws; tokens: `[N]`, what was picked from each; generator: of the draw.
+
+    Returns:
+        `[N, V]`, in p's type.
+    """
+    first = torch.empty_like(p[:, :1]).exponential_(1, generator=generator)
+    after = torch.empty_like(p).exponential_(1, generator=generator)
+    return p * first + after.scatter(1, tokens[:, None], 0.0)

@@ -187,7 +187,7 @@ def test_trees_that_are_right_to_their_last_depth_are_recorded(monkeypatch: pyte
     wish = Wish(new_tokens=10, repeats=1, draft_seconds=0.2, batches=False)
     found = make_plan(target, [init_for(target, "eagle3").eval()], [ids], wish, names=["target", "head"])
     for tree in TREES:
-        ratios = found.measured.drafts[0, 1, tree].drafts[0].ratios
+        ratios = found.measured.drafts[0, 1, tree].drafts[0].logs
         assert ratios.shape == (10, tree.depth)
         # All of the depth is right, except where the text leaves no room for it.
         assert [int((row == 0.0).sum()) for row in ratios] == [min(tree.depth, 9 - start) for start in range(10)]

@@ -37,7 +37,7 @@ def world(times: list[float], rates: dict[tuple[int, int], float], tokens: int =
     edges = {pair: [np.full(tokens, np.log(rate) if rate else NEVER)] for pair, rate in rates.items()}
     text = Text([1], [0] * tokens, times[0], times[0], 1.0)
     names = ["target", "middle", "small", "smaller"][: len(times)]
-    return Measurements(names, [text], costs, edges, {}, Overheads(), sampled=False)
+    return Measurements(names, [text], costs, edges, {}, Overheads())
 
 
 def levels(count: int) -> list[Level]:
@@ -134,12 +134,9 @@ def test_a_record_by_start_is_not_averaged_away() -> None:
     assert rounds > 1.5 * count / (1 + 8 / 2)
 
 
-def test_survival_under_both_rules() -> None:
-    ratios = np.log(np.array([[2.0, 0.5, 0.5, 3.0]]))
-    assert survival(ratios, block=False)[0] == pytest.approx([1, 0.5, 0.25, 0.25])
-    assert survival(ratios, block=True)[0] == pytest.approx([1, 1, 0.5, 0.5])
-    hard = np.array([[0.0, 0.0, NEVER, 0.0]])
-    assert survival(hard, True).tolist() == survival(hard, False).tolist() == [[1, 1, 0, 0]]
+def test_survival_is_the_product_of_chances() -> None:
+    logs = np.log(np.array([[1.0, 0.5, 0.5, 1.0]]))
+    assert survival(logs)[0] == pytest.approx([1, 0.5, 0.25, 0.25])
 
 
 def test_subsets_keep_the_order_and_only_models_check() -> None:
