@@ -179,7 +179,8 @@ class LevelStats:
 
     @property
     def expected_acceptance_rate(self) -> float | None:
-        """Mean sum of min(p, q) over the judged positions: an estimate of the acceptance rate without coin noise.
+        """Mean sum of min(p, q) over the judged positions: an estimate of the acceptance rate without coin noise. Where
+        levels share plain generation's noise, and in the greedy limit, the share of judged positions that was kept.
 
         Where several children of a node were drawn, those after the first count where it was rejected.
         """

@@ -31,6 +31,7 @@ MEASUREMENTS = {
     "paper-tables": Measurement("hf_polyspec.planning.theory.paper_tables", "The tables of docs/theory.md."),
     "pass-times": Measurement(f"{_ROOM}.pass_times", "What a pass over several tokens costs."),
     "planner-accuracy": Measurement(f"{_ROOM}.planner_accuracy", "How well the planner predicts."),
+    "same-seed": Measurement(f"{_ROOM}.same_seed", "Whether sampled texts are plain generate()'s own under a seed."),
     "worst-case": Measurement(f"{_ROOM}.worst_case", "What the online control costs where nothing can be gained."),
 }
 
