@@ -205,7 +205,8 @@ class LawMaker:
         """How early each id arrives in plain generation's race, the largest first: weight by noise, `[B, N, V]`.
 
         Args:
-            weights: `[B, N, V]`, in the noise's type; context, active: as for `choose`.
+            weights: `[B, N, V]`, in the noise's type; they are overwritten, being large.
+            context, active: as for `choose`.
             ahead: as for `choose`, or one number a row for all of its positions.
             ids: `[V]`, what the columns stand for, where they are not all ids.
         """
@@ -218,9 +219,11 @@ class LawMaker:
             [start + further for further in more] if one else nothing * len(more)
             for start, more, one in zip(starts, ahead, alive, strict=True)
         ]
-        noise = self.noise.at(context.places, steps)
-        noise = noise[..., : weights.shape[-1]] if ids is None else noise[..., ids]
-        return weights / noise
+        for row, noise in zip(weights, self.noise.at(context.places, steps), strict=True):
+            for place, values in enumerate(noise):
+                of_place = row if len(noise) == 1 else row[place]
+                of_place.div_(values[: weights.shape[-1]] if ids is None else values[ids])
+        return weights
 
     def draw(self, weights: torch.Tensor) -> torch.Tensor:
         """One token a row from `[B, V]` weights, with chances of this level's own."""

@@ -35,11 +35,11 @@ class Noise(ABC):
     dtype: torch.dtype = torch.float32
 
     @abstractmethod
-    def at(self, rows: Sequence[int], steps: Sequence[Sequence[int]]) -> torch.Tensor:
-        """The noise of some steps of some rows: a new tensor `[R, N, V]`.
+    def at(self, rows: Sequence[int], steps: Sequence[Sequence[int]]) -> list[list[torch.Tensor]]:
+        """The noise of some steps of some rows, `[V]` each, not to be written to: what lies there is not copied.
 
         Args:
-            rows: places in the batch as the call began; steps: per row, N numbers, 0 for the first new token.
+            rows: places in the batch as the call began; steps: per row, numbers, 0 for the first new token.
         """
 
     def lent(self, row: int, step: int) -> AbstractContextManager[None]:
@@ -163,14 +163,14 @@ class SharedNoise(Noise):
         self._places = [(0, row) if one else (row, 0) for row in range(rows)]
         self._lending = False
 
-    def at(self, rows: Sequence[int], steps: Sequence[Sequence[int]]) -> torch.Tensor:
+    def at(self, rows: Sequence[int], steps: Sequence[Sequence[int]]) -> list[list[torch.Tensor]]:
         if self.callers is not None and not self._lending and self.callers.was_disturbed():
             self._part()
         found = []
         for row, wanted in zip(rows, steps, strict=True):
             stream, place = self._places[row]
-            found.append(torch.stack([self.streams[stream].at(step)[place] for step in wanted]))
-        return torch.stack(found) if len(found) > 1 else found[0][None]
+            found.append([self.streams[stream].at(step)[place] for step in wanted])
+        return found
 
     def pass_by(self, step: int) -> None:
         """So many steps are final for all rows."""

@@ -171,8 +171,8 @@ class _Behind(Noise):
     def __init__(self, values: torch.Tensor) -> None:
         self.values = values
 
-    def at(self, rows: Sequence[int], steps: Sequence[Sequence[int]]) -> torch.Tensor:
-        return torch.stack([self.values[list(wanted)] for wanted in steps])
+    def at(self, rows: Sequence[int], steps: Sequence[Sequence[int]]) -> list[list[torch.Tensor]]:
+        return [[self.values[step] for step in wanted] for wanted in steps]
 
 
 class _Taker:

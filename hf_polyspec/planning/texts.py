@@ -83,8 +83,8 @@ class Resting(Noise):
     def __init__(self, width: int, device: torch.device) -> None:
         self._values = torch.ones(width, device=device)
 
-    def at(self, rows: Sequence[int], steps: Sequence[Sequence[int]]) -> torch.Tensor:
-        return self._values.expand(len(rows), len(steps[0]), -1).clone()
+    def at(self, rows: Sequence[int], steps: Sequence[Sequence[int]]) -> list[list[torch.Tensor]]:
+        return [[self._values] * len(wanted) for wanted in steps]
 
 
 def context_of(rows: list[list[int]], prompt: int) -> Context:

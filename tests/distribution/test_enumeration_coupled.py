@@ -37,8 +37,8 @@ class Given(Noise):
     def __init__(self, ratios: Sequence[float]) -> None:
         self.ratios = [*ratios, *([1.0] * 4)]
 
-    def at(self, rows: Sequence[int], steps: Sequence[Sequence[int]]) -> torch.Tensor:
-        return torch.tensor([[[1.0, self.ratios[step]] for step in wanted] for wanted in steps], dtype=self.dtype)
+    def at(self, rows: Sequence[int], steps: Sequence[Sequence[int]]) -> list[list[torch.Tensor]]:
+        return [[torch.tensor([1.0, self.ratios[step]], dtype=self.dtype) for step in wanted] for wanted in steps]
 
 
 def every_noise(tables: Sequence[TableModel], length: int) -> Any:
@@ -156,14 +156,14 @@ def test_acceptance_is_what_theory_says() -> None:
 class Again(Given):
     """Wrong: one noise for all steps."""
 
-    def at(self, rows: Sequence[int], steps: Sequence[Sequence[int]]) -> torch.Tensor:
+    def at(self, rows: Sequence[int], steps: Sequence[Sequence[int]]) -> list[list[torch.Tensor]]:
         return super().at(rows, [[0] * len(wanted) for wanted in steps])
 
 
 class Late(Given):
     """Wrong: every second step reads the noise of the step before it."""
 
-    def at(self, rows: Sequence[int], steps: Sequence[Sequence[int]]) -> torch.Tensor:
+    def at(self, rows: Sequence[int], steps: Sequence[Sequence[int]]) -> list[list[torch.Tensor]]:
         return super().at(rows, [[step - step % 2 for step in wanted] for wanted in steps])
 
 

@@ -113,13 +113,16 @@ def test_pairs(enabled: None) -> None:
 # The mistakes: each changes one thing, and the comparison must see it.
 
 
+Noises = list[list[torch.Tensor]]
+
+
 class Mistake(SharedNoise):
-    def at(self, rows: Sequence[int], steps: Sequence[Sequence[int]]) -> torch.Tensor:
+    def at(self, rows: Sequence[int], steps: Sequence[Sequence[int]]) -> Noises:
         width = self.streams[0].width
         empty = torch.empty(len(rows), len(steps[0]), width)
         return self.wrong(rows, steps, empty)
 
-    def wrong(self, rows: Sequence[int], steps: Sequence[Sequence[int]], empty: torch.Tensor) -> torch.Tensor:
+    def wrong(self, rows: Sequence[int], steps: Sequence[Sequence[int]], empty: torch.Tensor) -> Noises:
         raise NotImplementedError
 
 
@@ -128,7 +131,7 @@ class InTheOrderOfDrawing(Mistake):
 
     asked = 0
 
-    def wrong(self, rows: Sequence[int], steps: Sequence[Sequence[int]], empty: torch.Tensor) -> torch.Tensor:
+    def wrong(self, rows: Sequence[int], steps: Sequence[Sequence[int]], empty: torch.Tensor) -> Noises:
         first, self.asked = self.asked, self.asked + empty.shape[1]
         return super(Mistake, self).at(rows, [[first + i for i in range(empty.shape[1])] for _ in rows])
 
@@ -136,21 +139,21 @@ class InTheOrderOfDrawing(Mistake):
 class InTheShapeOfTheDraft(Mistake):
     """All positions of a round at once."""
 
-    def wrong(self, rows: Sequence[int], steps: Sequence[Sequence[int]], empty: torch.Tensor) -> torch.Tensor:
-        return empty.exponential_(1, generator=self.streams[0].generator)
+    def wrong(self, rows: Sequence[int], steps: Sequence[Sequence[int]], empty: torch.Tensor) -> Noises:
+        return list(map(list, empty.exponential_(1, generator=self.streams[0].generator)))
 
 
 class OfAnotherRow(Mistake):
     """Row b reads the noise of the row after it."""
 
-    def wrong(self, rows: Sequence[int], steps: Sequence[Sequence[int]], empty: torch.Tensor) -> torch.Tensor:
+    def wrong(self, rows: Sequence[int], steps: Sequence[Sequence[int]], empty: torch.Tensor) -> Noises:
         return super(Mistake, self).at([(row + 1) % len(self._places) for row in rows], steps)
 
 
 class OfTheStepBefore(Mistake):
     """A step late."""
 
-    def wrong(self, rows: Sequence[int], steps: Sequence[Sequence[int]], empty: torch.Tensor) -> torch.Tensor:
+    def wrong(self, rows: Sequence[int], steps: Sequence[Sequence[int]], empty: torch.Tensor) -> Noises:
         return super(Mistake, self).at(rows, [[max(self.step, step - 1) for step in wanted] for wanted in steps])
 
 
