@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch import nn
+
 DEFAULT_DRAFT_TOKENS = 5
 DEFAULT_BLOCK_SIZE = 8
 DEFAULT_DIRECT_TOKENS = 4
@@ -29,3 +31,10 @@ def require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices if choice is not None)
         raise ValueError(f"{name} must be one of {listed}, got {value!r}.")
+
+
+def require_model(function: str, model: Any) -> None:
+    """Raises a `TypeError` for what is no torch module, with the name of the function it was given to."""
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else f"{model!r} ({type(model).__name__})"
+        raise TypeError(f"{function}() takes a model, got {given}.")

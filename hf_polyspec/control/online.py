@@ -109,7 +109,7 @@ class OnlineControl:
     def after(self, emission: Emission) -> None:
         """Account for the round."""
         now = self.clock()
-        emitting = [len(tokens) for tokens in emission.tokens if tokens]
+        emitting = [row.emitted for row, tokens in zip(emission.counted, emission.tokens, strict=True) if tokens]
         tokens = sum(emitting) / max(1, len(emitting))
         self.emitted += tokens
         if self._trial is not None:
@@ -137,7 +137,7 @@ class OnlineControl:
         if check.source is None:
             return
         pair = (check.level, check.source)
-        offered, size = max(check.drafted, default=0), self.setup.size_of(check.source)
+        offered, size = check.offered, self.setup.size_of(check.source)
         leaf = check.source == self.chain.last and self.chain.leaf is not None
         tree = self.setup.tree if leaf else 0
         caught_up = check.source not in self._missed

@@ -18,6 +18,8 @@ from hf_polyspec.cpu.float_kernels import multiplies, pack_float, packed_size, p
 from hf_polyspec.cpu.fusable import fusable, fused_blocks
 from hf_polyspec.cpu.fused_block import FusedBlock
 from hf_polyspec.cpu.joint_product import SIBLINGS, JointProduct, change_count, sampled
+from hf_polyspec.defaults import require_model
+from hf_polyspec.host.release import is_compiled
 from hf_polyspec.integers.linear import Kernel
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -197,6 +199,7 @@ def pack(model: Model) -> Model:
     Returns:
         The same model.
     """
+    require_model("pack", model)
     blocks = list(fusable(model))  # tried out before anything is packed, which is put off until it is needed
     for product in _products(_packable(model), {}):
         _install(product)
@@ -256,7 +259,7 @@ def packed_assistants(assistants: Iterable[object], target: nn.Module | None = N
     """
     alone = set() if target is None else {id(module) for module in target.modules()}
     chosen: dict[int, list[nn.Linear]] = {}
-    models = [one for one in assistants if isinstance(one, nn.Module) and not hasattr(one, "_orig_mod")]
+    models = [one for one in assistants if isinstance(one, nn.Module) and not is_compiled(one)]
     for assistant in models:
         groups = list(_packable(assistant))
         chosen.update((id(layers[0]), layers) for layers in groups if not any(id(one) in alone for one in layers))
@@ -304,6 +307,7 @@ def unfuse(model: Model) -> Model:
     Returns:
         The same model.
     """
+    require_model("unpack", model)
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), FusedBlock):
             del module.__dict__["forward"]

@@ -9,11 +9,12 @@ last: one a position, it cannot know less).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
 
-from ..telemetry.counters import LevelStats
+from ..telemetry.counters import Counted, LevelStats
 from .context import Context
 from .distributions import LawMaker
 from .proposal import Proposal
@@ -204,18 +205,30 @@ def as_tensors(proposal: Proposal, device: torch.device) -> tuple[torch.Tensor, 
     return tokens.reshape(len(proposal.tokens), width), lengths
 
 
-def record(stats: LevelStats, proposal: Proposal, judgement: Judgement, active: list[bool]) -> None:
-    """Count one check of a batch, and the acceptance rate the two laws imply at the positions it reached."""
-    reached = []
-    rows = zip(proposal.tokens, judgement.accepted, judgement.tokens, active, strict=True)
-    for drafted, kept, emitted, alive in rows:
-        reached.append(min(len(emitted), len(drafted)))
+def record(
+    stats: LevelStats, proposal: Proposal, judgement: Judgement, active: list[bool], eos: Collection[int] = ()
+) -> list[Counted]:
+    """Count one check of a batch, and the acceptance rate the two laws imply at the positions it reached.
+
+    Returns:
+        Per row, what was counted: nothing behind one of the ids `eos`, which end a text.
+    """
+    rows = zip(proposal.tokens, judgement.accepted, judgement.tokens, strict=True)
+    counted = [Counted.of(len(drafted), kept, emitted, eos) for drafted, kept, emitted in rows]
+    for row, alive in zip(counted, active, strict=True):
         if alive:
-            stats.record_round(len(drafted), kept, drawn=len(emitted) > kept)
+            stats.record_round(row.drafted, row.accepted, row.drawn)
+    _record_overlap(stats, proposal, judgement, [min(row.emitted, row.drafted) for row in counted])
+    return counted
+
+
+def _record_overlap(stats: LevelStats, proposal: Proposal, judgement: Judgement, reached: list[int]) -> None:
+    """The same at the first `reached` positions of each row."""
     if not any(reached):
         return
     if judgement.p is None:
-        stats.record_overlap(torch.tensor(float(sum(judgement.accepted))), sum(reached))
+        agreed = sum(min(kept, count) for kept, count in zip(judgement.accepted, reached, strict=True))
+        stats.record_overlap(torch.tensor(float(agreed)), sum(reached))
         return
     width = max(reached)
     tokens, _ = as_tensors(proposal, judgement.p.device)

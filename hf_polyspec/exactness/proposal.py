@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -52,3 +53,58 @@ class TreeProposal:
     origins: list[list[int]]
     drawn: list[list[int]] = field(default_factory=list)
     q: torch.Tensor | None = None
+
+
+def proposal_fault(proposal: object, limits: Sequence[int], vocabulary: int) -> str | None:
+    """What is wrong with what a drafter handed up, as the end of a sentence; None if nothing.
+
+    Args:
+        limits: most tokens that each row was to propose; vocabulary: ids there are.
+    """
+    if not isinstance(proposal, Proposal):
+        return f"proposed {_shown(proposal)}, and propose() must return a Proposal"
+    if not isinstance(proposal.tokens, list) or len(proposal.tokens) != len(limits):
+        rows = len(proposal.tokens) if isinstance(proposal.tokens, list) else _shown(proposal.tokens)
+        return f"proposed tokens for {rows} rows, and this batch has {len(limits)}"
+    if [len(row) for row in proposal.origins] != [len(row) for row in proposal.tokens]:
+        return "handed up origins of another form than its tokens: there is one for each token"
+    for tokens, limit in zip(proposal.tokens, limits, strict=True):
+        if len(tokens) > limit:
+            return f"proposed {len(tokens)} tokens where at most {limit} were asked for"
+        fault = _unknown(tokens, vocabulary)
+        if fault is not None:
+            return fault
+    q = proposal.q
+    if q is not None and proposal.width:
+        wanted = f"[{len(limits)}, {proposal.width}, {vocabulary}]"
+        if not isinstance(q, torch.Tensor) or q.dim() != 3:
+            return f"handed up a q that is no tensor {wanted}: {_shown(q)}"
+        if q.shape[0] != len(limits) or q.shape[1] < proposal.width or q.shape[2] != vocabulary:
+            return f"handed up a q of shape {list(q.shape)}, and {wanted} is wanted"
+    return None
+
+
+def tree_fault(tree: object, rows: int, vocabulary: int) -> str | None:
+    """The same for a tree of `rows` rows."""
+    if not isinstance(tree, TreeProposal):
+        return f"proposed {_shown(tree)}, and propose_tree() must return a TreeProposal or None"
+    if not len(tree.tokens) == len(tree.parents) == len(tree.origins) == rows:
+        return f"proposed trees for {len(tree.tokens)} rows, and this batch has {rows}"
+    for tokens, parents in zip(tree.tokens, tree.parents, strict=True):
+        if len(tokens) != len(parents) or any(not -1 <= parent < node for node, parent in enumerate(parents)):
+            return "proposed a tree in which a node stands before its parent, or has none"
+        fault = _unknown(tokens, vocabulary)
+        if fault is not None:
+            return fault
+    return None
+
+
+def _unknown(tokens: Sequence[int], vocabulary: int) -> str | None:
+    if tokens and not (min(tokens) >= 0 and max(tokens) < vocabulary):
+        wrong = next(token for token in tokens if not 0 <= token < vocabulary)
+        return f"proposed the id {wrong}, and ids go from 0 to {vocabulary - 1}"
+    return None
+
+
+def _shown(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"

@@ -14,12 +14,13 @@ child it follows p', and so does what replaces it (recursive rejection sampling)
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
-from ..telemetry.counters import LevelStats
+from ..telemetry.counters import Counted, LevelStats
 from .context import Context
 from .distributions import LawMaker
 from .proposal import TreeProposal
@@ -201,12 +202,20 @@ def _try_drawn(
     }
 
 
-def record_tree(stats: LevelStats, tree: TreeProposal, judgement: TreeJudgement, active: list[bool]) -> None:
+def record_tree(
+    stats: LevelStats, tree: TreeProposal, judgement: TreeJudgement, active: list[bool], eos: Collection[int] = ()
+) -> list[Counted]:
     """Count one check of a batch of trees; a tree's depth counts as the number of tokens drafted.
 
     The acceptance rate that the laws imply at a node reached is the chance that the tree goes on: the law's weight
     on the chosen children, and the chance that one of the drawn is kept. Nodes without children are not judged.
+
+    Returns:
+        Per row, what was counted: nothing behind one of the ids `eos`, which end a text.
     """
+    levels = [max(depths(parents), default=0) for parents in tree.parents]
+    rows = zip(levels, judgement.paths, judgement.tokens, strict=True)
+    counted = [Counted.of(deep, len(path), emitted, eos) for deep, path, emitted in rows]
     places: list[tuple[int, int, int]] = []  # row, position of the node on the path, id of a chosen child
     reached, kept, tried = 0, 0, 0.0
     for b, (tokens, parents, path, alive) in enumerate(
@@ -214,22 +223,23 @@ def record_tree(stats: LevelStats, tree: TreeProposal, judgement: TreeJudgement,
     ):
         if not alive:
             continue
-        stats.record_round(max(depths(parents), default=0), len(path))
-        position_of = {node: i for i, node in enumerate([ROOT, *path])}
+        stats.record_round(counted[b].drafted, counted[b].accepted, counted[b].drawn)
+        path = path[: counted[b].accepted]
+        asked = [ROOT, *path] if counted[b].drawn else [ROOT, *path[:-1]]  # nothing was to follow the end of the text
+        position_of = {node: i for i, node in enumerate(asked)}
         reached += len(position_of.keys() & set(parents))
         drawn = set(tree.drawn[b]) if judgement.p is not None and tree.drawn else set()
         for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
             if parent in position_of and node not in drawn:
                 places.append((b, position_of[parent], token))
-        tried += sum(judgement.chances[b].values())
+        tried += sum(chance for node, chance in judgement.chances[b].items() if node in position_of)
         kept += len(path)
-    if not reached:
-        return
-    if judgement.p is None:
+    if reached and judgement.p is None:
         stats.record_overlap(torch.tensor(float(kept)), reached)
-    else:
+    elif reached and judgement.p is not None:
         at = torch.tensor(places, dtype=torch.long, device=judgement.p.device).view(-1, 3)
         stats.record_overlap(judgement.p[at[:, 0], at[:, 1], at[:, 2]].sum() + tried, reached)
+    return counted
 
 
 def tree_scores(law: LawMaker, context: Context, tree: TreeProposal, logits: torch.Tensor) -> torch.Tensor:

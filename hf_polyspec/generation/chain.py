@@ -21,6 +21,7 @@ from ..host.runner import ModelRunner
 from ..host.trees import hindrance
 from ..levels.base import Drafter
 from ..levels.candidate_generator import CandidateGeneratorDrafter
+from ..levels.carried import carried_sizes
 from ..levels.causal_lm import CausalLMDrafter
 from ..levels.draft_memory import DraftMemory
 from ..levels.eagle import EagleDrafter
@@ -62,14 +63,16 @@ def check_assistants(target: Any, assistants: Any) -> list[Any]:
     """
     if not isinstance(assistants, (list, tuple)):
         raise TypeError(
-            "assistant_models must be a list of models and drafters, the slowest first, "
+            "assistant_models must be a list of models, drafters and names, the slowest first, "
             f"got {type(assistants).__name__}."
         )
     if not assistants:
         raise ValueError("assistant_models is an empty list; give at least one model or drafter, or leave it out.")
     check_model(target, "the target")
+    _check_weights(target, "the target")
     for i, assistant in enumerate(assistants):
         role = f"assistant_models[{i}]"
+        _check_member(assistant, role)
         if isinstance(assistant, (Drafter, CandidateGenerator)):
             if i + 1 < len(assistants):
                 raise ValueError(
@@ -84,15 +87,42 @@ def check_assistants(target: Any, assistants: Any) -> list[Any]:
                     "model (SuffixDrafter), whose drafts join its trees."
                 )
             _bound(assistant, ([target, *assistants])[i], role)
-        elif isinstance(assistant, nn.Module) and hasattr(assistant, "config"):
+        else:
             check_model(assistant, role)
             check_vocabularies(target, assistant, role)
-        else:
-            raise TypeError(
-                f"{role} must be a causal language model, a Drafter or a CandidateGenerator, "
-                f"got {type(assistant).__name__}."
-            )
     return list(assistants)
+
+
+def _check_member(assistant: Any, role: str) -> None:
+    """Refuse what is no level at all.
+
+    Raises:
+        TypeError: a class, or neither model nor drafter; ValueError: a model without weights.
+    """
+    if isinstance(assistant, type):
+        raise TypeError(f"{role} is the class {assistant.__name__}; pass an object of it.")
+    if isinstance(assistant, (Drafter, CandidateGenerator)):
+        return
+    if not isinstance(assistant, nn.Module) or not hasattr(assistant, "config"):
+        raise TypeError(
+            f"{role} must be a causal language model, an EAGLE head, a Drafter, a CandidateGenerator or a name, got "
+            f"{'None' if assistant is None else type(assistant).__name__}."
+        )
+    _check_weights(assistant, role)
+
+
+def _check_weights(model: nn.Module, role: str) -> None:
+    """Refuse a model whose weights have not been loaded; those that accelerate keeps elsewhere are loaded.
+
+    Raises:
+        ValueError: names the first weight.
+    """
+    empty = next((name for name, weight in model.named_parameters() if weight.device.type == "meta"), None)
+    if empty is not None and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ValueError(
+            f"{role} ({_display_name(model)}) has no weights yet: {empty} is on the meta device; load them, as "
+            "from_pretrained does."
+        )
 
 
 def build_chain(target: Any, assistants: Sequence[Any], setting: Setting, runner: ModelRunner) -> Verifier:
@@ -238,14 +268,16 @@ def _level(
             trees=trees,
             note=note,
         )
+    length = options.num_assistant_tokens or DEFAULT_DRAFT_TOKENS
     return CausalLMDrafter(
         runner,
         name=name,
-        draft_tokens=options.num_assistant_tokens or DEFAULT_DRAFT_TOKENS,
+        draft_tokens=length,
         confidence_threshold=options.assistant_confidence_threshold or 0.0,
         schedule=options.num_assistant_tokens_schedule or "constant",
         eos=setting.eos,
         draft_temperature=options.polyspec_draft_temperature or 1.0,
+        carried=carried_sizes(inner_model(assistant), length),
     )
 
 
@@ -258,12 +290,13 @@ def _head_level(assistants: Sequence[Any], place: int, setting: Setting, target:
         )
     options = setting.options.for_assistant(head)
     parts = target_parts(inner_model(above))
+    length = options.num_assistant_tokens or DEFAULT_DRAFT_TOKENS
     return EagleDrafter(
         _bound(head, above, f"assistant_models[{place}]"),
         feature_layers(head.config, parts.num_layers),
         name=_display_name(head),
         device=setting.device,
-        draft_tokens=options.num_assistant_tokens or DEFAULT_DRAFT_TOKENS,
+        draft_tokens=length,
         confidence_threshold=options.assistant_confidence_threshold or 0.0,
         schedule=options.num_assistant_tokens_schedule or "constant",
         eos=setting.eos,
@@ -273,6 +306,7 @@ def _head_level(assistants: Sequence[Any], place: int, setting: Setting, target:
         draft_vocabulary=options.polyspec_draft_vocabulary,
         draft_temperature=options.polyspec_draft_temperature or head.config.draft_temperature,
         memory=DraftMemory() if options.polyspec_draft_copies else None,
+        carried=carried_sizes(head, length, options.polyspec_tree_tokens, options.polyspec_tree_depth),
     )
 
 

@@ -28,6 +28,7 @@ from ..telemetry.stats import PolySpecStats
 from .chain import Setting, build_chain, check_assistants, levels_of
 from .chances import Chances, check_seeds
 from .loop import DecodingLoop, Stopping
+from .members import lent, members
 from .options import PolySpecOptions
 from .outputs import Recorder, Wanted
 from .plan import resolve_plan
@@ -40,6 +41,7 @@ _UNLIMITED = 1 << 62
 _UNDERSTOOD = {
     "attention_mask",
     "inputs_embeds",
+    "labels",  # of a batch that a trainer hands over whole; plain generation drops them
     "logits_to_keep",
     "output_attentions",
     "output_hidden_states",
@@ -111,7 +113,12 @@ def decode(
     started = time.perf_counter()
     if synced_gpus:
         raise ValueError(SYNCED_GPUS)
-    assistant_models = _by_name(model, assistant_models)
+    # Set in a generation config, where no door has read them yet.
+    if assistant_models is None:
+        assistant_models = getattr(generation_config, "assistant_models", None)
+    if polyspec_plan is None:
+        polyspec_plan = getattr(generation_config, "polyspec_plan", None)
+    assistant_models = members(model, assistant_models)
     if polyspec_plan is not None:
         chosen, sizes = resolve_plan(polyspec_plan, model, assistant_models, named)
         assistant_models, named = chosen or [NoDraft()], {**named, **sizes}
@@ -124,22 +131,17 @@ def decode(
         )
     assistants = check_assistants(model, assistant_models)
     job = _Job(model, input_ids, logits_processor, stopping_criteria, generation_config, options, model_kwargs)
-    chain = job.chain(assistants)
-    try:
-        with _packed(assistants if options.polyspec_pack else [], model):
-            rows, origins = job.run(chain, streamer)
-        job.tell_lost(chain)
-        return job.output(chain, rows, origins, time.perf_counter() - started)
-    finally:
-        if job.control is not None:
-            job.control.finish()
-        chain.end()
-
-
-def _by_name(model: Any, assistants: Any) -> Any:
-    from ..models.assistants import by_name  # loaders of every kind, which most chains never need
-
-    return by_name(model, assistants)
+    with lent(assistants) as own:
+        chain = job.chain(own)
+        try:
+            with _packed(own if options.polyspec_pack else [], model):
+                rows, origins = job.run(chain, streamer)
+            job.tell_lost(chain)
+            return job.output(chain, rows, origins, time.perf_counter() - started)
+        finally:
+            if job.control is not None:
+                job.control.finish()
+            chain.end()
 
 
 def _packed(assistants: list[Any], model: Any) -> AbstractContextManager[None]:
@@ -318,6 +320,8 @@ def _context(input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: di
         ValueError: mask or positions of a form that a chain does not understand, or an empty prompt.
     """
     embeds = model_kwargs.get("inputs_embeds")
+    if input_ids.shape[0] == 0:
+        raise ValueError("input_ids has 0 rows; assistant_models need at least one prompt.")
     ids = [[int(token) for token in row] for row in input_ids.tolist()]
     cache = cache_of(model_kwargs)
     past = 0 if cache is None else int(cache.get_seq_length())
@@ -342,8 +346,12 @@ def _context(input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: di
         raise ValueError(
             "position_ids must be [batch, length]; multimodal positions are not supported with assistant_models."
         )
-    if mask is not None and mask.ndim != 2:
-        raise ValueError("attention_mask must be [batch, length].")
+    if mask is not None and (mask.ndim != 2 or mask.shape[0] != len(ids)):
+        raise ValueError(f"attention_mask must be [batch, length], [{len(ids)}, {columns}], got {list(mask.shape)}.")
+    if width is not None and width < columns:
+        raise ValueError(
+            f"attention_mask has {width} columns and the prompt has {columns}; give one for each, those in a cache too."
+        )
     mask = None if mask is None else mask[:, :columns].long().cpu()
     if positions is None or positions.shape[1] != columns:
         full = torch.ones(len(ids), columns, dtype=torch.long) if mask is None else mask

@@ -7,31 +7,39 @@ a streamer, stop strings with their tokenizer - is bound here.
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
+from ..defaults import require_model
 from ..host.compatibility import check_cache_implementation
 from ..host.contract import check_release
-from ..host.generation import StopStringCriteria
+from ..host.generation import StopStringCriteria, without
 from ..host.patching import patch_all, patch_one, positional_names, unpatch_all, unpatch_one
 from ..host.release import inner_model
 from ..levels.verifier import NoDraft
 from .decoding import SYNCED_GPUS, decode
-from .options import PolySpecOptions
+from .members import members
+from .options import BESIDE, PolySpecOptions
 from .plan import resolve_plan
 
 _EXTRA = ("assistant_models",)
+
+_UNSAID: Any = object()
+"""Stands for assistant_models that nobody passed: a generation config may name some. None says that there are none."""
+
+_running: ContextVar[frozenset[int]] = ContextVar("polyspec_running", default=frozenset())
+"""Models whose chains are running at this moment, by id: a level that asks the target for plain text shall get it."""
 
 _inside: ContextVar[frozenset[int]] = ContextVar("polyspec_inside", default=frozenset())
 """Models whose own generate() the function `generate` is calling at this moment, by id."""
 
 
-def generate(model: Any, *args: Any, assistant_models: Any = None, **kwargs: Any) -> Any:
+def generate(model: Any, *args: Any, assistant_models: Any = _UNSAID, **kwargs: Any) -> Any:
     """`model.generate(...)` with `assistant_models=[...]`, for a model that has neither been attached nor enabled.
 
     A model whose folder brings a `custom_generate` has a generate() that may lead here again; the second time its
@@ -40,11 +48,18 @@ def generate(model: Any, *args: Any, assistant_models: Any = None, **kwargs: Any
     if id(model) in _inside.get():
         below = functools.partial(type(model).generate, model)
         return _through(model, below, args, assistant_models, kwargs)
-    token = _inside.set(_inside.get() | {id(model)})
-    try:
+    with _noted(_inside, model):
         return _through(model, model.generate, args, assistant_models, kwargs)
+
+
+@contextmanager
+def _noted(where: ContextVar[frozenset[int]], model: Any) -> Iterator[None]:
+    """The model stands in one of the sets above for a while."""
+    token = where.set(where.get() | {id(model)})
+    try:
+        yield
     finally:
-        _inside.reset(token)
+        where.reset(token)
 
 
 def enable() -> None:
@@ -67,7 +82,11 @@ def attach(model: Any) -> Any:
 
     Raises:
         ReleaseError: as `enable()`.
+        TypeError: it is no model that generates.
     """
+    require_model("attach", model)
+    if not hasattr(model, "generate"):
+        raise TypeError(f"attach() takes a model that has a generate(), got {type(model).__name__}.")
     check_release()
     patch_one(model, _door, _EXTRA)
     return model
@@ -75,6 +94,7 @@ def attach(model: Any) -> Any:
 
 def detach(model: Any) -> Any:
     """Undo `attach(model)`; returns the model."""
+    require_model("detach", model)
     unpatch_one(model)
     return model
 
@@ -82,14 +102,14 @@ def detach(model: Any) -> Any:
 class PolySpecGenerationMixin:
     """Gives a model class `assistant_models`: `class MyModel(PolySpecGenerationMixin, LlamaForCausalLM)`."""
 
-    def generate(self, *args: Any, assistant_models: Any = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, assistant_models: Any = _UNSAID, **kwargs: Any) -> Any:
         """`GenerationMixin.generate` with `assistant_models=[...]`."""
         original: Callable[..., Any] = getattr(super(), "generate")  # noqa: B009 - a mixin's super is known at run time
         return _through(self, original, args, assistant_models, kwargs)
 
 
 def _door(model: Any, below: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    assistant_models = kwargs.pop("assistant_models", None)
+    assistant_models = kwargs.pop("assistant_models", _UNSAID)
     return _through(model, below, args, assistant_models, kwargs)
 
 
@@ -97,30 +117,59 @@ def _through(
     model: Any, below: Callable[..., Any], args: tuple[Any, ...], assistant_models: Any, kwargs: dict[str, Any]
 ) -> Any:
     """Call `below`, through `decode` if there are assistants."""
+    if assistant_models is _UNSAID:
+        assistant_models = _configured_assistants(model, args, kwargs)
     if assistant_models is None:
         return below(*args, **kwargs)
     if isinstance(kwargs.get("custom_generate"), str):
         # transformers loads a function from there and hands it everything as it is, checked by nobody.
         return below(*args, assistant_models=assistant_models, **kwargs)
     check_release()
-    return _generate(inner_model(model), below, args, assistant_models, kwargs)
+    with _noted(_running, model):
+        return _generate(inner_model(model), below, args, assistant_models, kwargs)
+
+
+def _configured_assistants(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a generation config says of assistant_models, if the call can mean it."""
+    if id(model) in _running.get() or kwargs.get("custom_generate") not in (None, decode):
+        return None
+    return _configured(inner_model(model), _by_name(args, kwargs), "assistant_models")
+
+
+def _by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(positional_names(), args, strict=False)) | kwargs if args else kwargs
+
+
+def _configured(model: Any, given: dict[str, Any], name: str) -> Any:
+    """What stands under a name in the generation config that was passed, or else in the model's own."""
+    configs = (given.get("generation_config"), getattr(model, "generation_config", None))
+    values = (getattr(config, name, None) for config in configs)
+    return next((value for value in values if value is not None), None)
 
 
 def _generate(
     model: Any, original: Callable[..., Any], args: tuple[Any, ...], assistant_models: Any, kwargs: dict[str, Any]
 ) -> Any:
     """Call `original` so that it ends in `decode` with everything the caller said."""
-    given = dict(zip(positional_names(), args, strict=False)) | kwargs
+    given = _by_name(args, kwargs)
     _refuse_early(model, given)
     bound: dict[str, Any] = {"assistant_models": assistant_models, "streamer": given.get("streamer")}
-    given.pop("custom_generate", None)
-    if given.get("polyspec_plan") is not None:
-        chosen, sizes = resolve_plan(given.pop("polyspec_plan"), model, assistant_models, given)
+    given = {name: value for name, value in given.items() if name != "custom_generate"}
+    plan = given.pop("polyspec_plan", None)
+    plan = _configured(model, given, "polyspec_plan") if plan is None else plan
+    if plan is not None:
+        chosen, sizes = resolve_plan(plan, model, members(model, assistant_models), given)
         if not chosen and not _has_own_seed(model, given):
             return original(**{name: value for name, value in given.items() if name not in PolySpecOptions.names()})
         given, bound = given | sizes, bound | {"assistant_models": chosen or [NoDraft()]}
     given = _with_stop_strings(model, given)
-    return original(**given, custom_generate=functools.partial(decode, **bound))
+    return original(**_without_configured(model, given), custom_generate=functools.partial(decode, **bound))
+
+
+def _without_configured(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The call without what has been read from a generation config: transformers would copy it, weights and all."""
+    read = [name for name in (*BESIDE, "stop_strings") if _configured(model, given, name) is not None]
+    return given | {"generation_config": without(given.get("generation_config"), read)} if read else given
 
 
 def _has_own_seed(model: Any, given: dict[str, Any]) -> bool:
@@ -150,10 +199,8 @@ def _refuse_early(model: Any, given: dict[str, Any]) -> None:
 
 def _with_stop_strings(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Turn stop strings into a criterion here: transformers loses the tokenizer on the way to a callable."""
-    configs = [given.get("generation_config"), getattr(model, "generation_config", None)]
-    set_there = [getattr(config, "stop_strings", None) for config in configs]
-    configured = next((strings for strings in set_there if strings is not None), None)
-    strings = given.get("stop_strings") if given.get("stop_strings") is not None else configured
+    strings = given.get("stop_strings")
+    strings = _configured(model, given, "stop_strings") if strings is None else strings
     if strings is None:
         return given
     tokenizer = given.get("tokenizer")
@@ -163,26 +210,4 @@ def _with_stop_strings(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     criteria = StoppingCriteriaList(given.get("stopping_criteria") or [])
     criteria.append(StopStringCriteria(stop_strings=strings, tokenizer=tokenizer))
     rest = {name: value for name, value in given.items() if name != "stop_strings"}
-    if configured is not None:
-        rest["generation_config"] = _WithoutStopStrings.like(configs[0])
     return rest | {"stopping_criteria": criteria}
-
-
-class _WithoutStopStrings(GenerationConfig):
-    """A generation config that cannot be given stop strings: the model's own would otherwise be merged back in."""
-
-    @classmethod
-    def like(cls, config: GenerationConfig | None) -> _WithoutStopStrings:
-        """A copy of `config` in everything else."""
-        found = cls()
-        if config is not None:
-            found.__dict__.update({k: copy.deepcopy(v) for k, v in vars(config).items() if k != "stop_strings"})
-        return found
-
-    @property
-    def stop_strings(self) -> None:
-        return None
-
-    @stop_strings.setter
-    def stop_strings(self, value: Any) -> None:
-        """Ignored: the criterion is already there."""

@@ -21,6 +21,7 @@ from ..exactness.distributions import LawMaker
 from ..exactness.noise import SharedNoise
 from ..host.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 from ..levels.verifier import Emission, Verifier
+from ..telemetry.counters import Counted
 from .outputs import Recorder
 
 
@@ -71,6 +72,9 @@ class _Row:
     origins: list[int] = field(default_factory=list)
     finished: bool = False
     bias: float = 0.0
+    rounds: list[Counted] = field(default_factory=list)
+    behind: int = 0
+    """Tokens that were emitted behind its end."""
     ended: bool = False
     """Its queue ends with its last token (end of text or length limit); nothing more is to be drawn."""
 
@@ -159,6 +163,7 @@ class DecodingLoop:
             context = context.extended(emission.tokens)
             for place, r in enumerate(present):
                 self._queue(rows[r], emission.tokens[place], emission.origins[place])
+                rows[r].rounds += emission.counted[place : place + 1] if emission.tokens[place] else []
                 rows[r].bias += emission.bias[place] if emission.bias else 0.0
             self._commit(rows)
             if in_step:
@@ -167,6 +172,7 @@ class DecodingLoop:
                 context, present = self._drop_finished(context, rows, present)
         if self.streamer is not None:
             self.streamer.end()
+        self._withdraw(rows)
         self.bias = [row.bias for row in rows]
         return [row.committed for row in rows], [row.origins for row in rows]
 
@@ -217,8 +223,19 @@ class DecodingLoop:
             full = len(row.committed) >= self.stopping.max_length
             row.finished = late or stop or full or token in self.stopping.eos
             if row.finished and self.stopping.pads:
+                row.behind = len(row.queue)
                 row.queue.clear()
                 self.recorder.drop(b)
+
+    def _withdraw(self, rows: list[_Row]) -> None:
+        """Tokens behind an end that only the loop could see, such as a stop string, count for nothing."""
+        for row in rows:
+            behind = row.behind + len(row.queue)
+            while behind and row.rounds:
+                last = row.rounds.pop()
+                kept = max(0, last.emitted - behind)
+                self.target.stats.withdraw(last, kept)
+                behind -= last.emitted - kept
 
     def _judge_others(self, rows: list[_Row]) -> list[bool]:
         if not self.stopping.others:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
+from transformers import GenerationConfig
+
 from ..defaults import (
     DEFAULT_BLOCK_SIZE,
     DEFAULT_DIRECT_TOKENS,
@@ -17,11 +19,14 @@ from ..defaults import (
     require_count,
     require_temperature,
 )
-from ..host.generation import host_defaults
+from ..host.generation import host_defaults, keep_options
 
 Verification = Literal["auto", "coupled", "token", "block"]
 Schedule = Literal["constant", "heuristic", "heuristic_transient"]
 Control = Literal["fixed", "online"]
+
+BESIDE = ("assistant_models", "polyspec_plan")
+"""What may stand in a generation config besides the options: which levels there are, and a plan of them."""
 
 
 @dataclass(frozen=True)
@@ -157,9 +162,10 @@ class PolySpecOptions:
                     value = None
             if value is not None:
                 filled[name] = value
-        unknown = [name for name in vars(config) if name.startswith("polyspec_") and name not in cls.names()]
+        known = (*BESIDE, *cls.names())
+        unknown = [name for name in vars(config) if name.startswith("polyspec_") and name not in known]
         if unknown:
-            near = get_close_matches(unknown[0], cls.names(), 1, 0)[0]
+            near = get_close_matches(unknown[0], known[1:], 1, 0)[0]
             raise ValueError(f"unknown option {unknown[0]!r}; did you mean {near}? docs/options.md lists all.")
         return cls(**filled)
 
@@ -183,3 +189,6 @@ class PolySpecOptions:
 
 def _is_seed(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 64
+
+
+keep_options(name for name in (*PolySpecOptions.names(), *BESIDE) if not hasattr(GenerationConfig(), name))

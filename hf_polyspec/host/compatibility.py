@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -138,16 +139,17 @@ def input_device(model: Any) -> torch.device:
 def check_vocabularies(target: Any, assistant: Any, role: str) -> None:
     """Refuse an assistant with another tokenizer.
 
-    Vocabularies of one tokenizer may be padded differently. Where both tokenizers can be read from local files they
-    are compared themselves; otherwise the numbers of rows and the special ids have to do.
+    Vocabularies of one tokenizer may be padded differently, and families rename or add special tokens between releases.
+    Where both tokenizers can be read from local files, without running code that lies there, their words are compared;
+    otherwise the numbers of rows and the special ids have to do.
 
     Raises:
         ValueError: names the assistant and the difference.
     """
     sizes = [vocabulary_size(model) for model in (target, assistant)]
-    both = [_tokenizer_vocabulary(_name(model)) for model in (target, assistant)]
-    if both[0] is not None and both[1] is not None and _name(target) != _name(assistant):
-        mismatched = both[0] != both[1]
+    words, others = (_words_of(_name(model)) for model in (target, assistant))
+    if words is not None and others is not None and _name(target) != _name(assistant):
+        mismatched = not words.agree(others)
     else:
         mismatched = abs(sizes[0] - sizes[1]) > MAX_VOCABULARY_PADDING or _special_ids_differ(target, assistant)
         if min(sizes) <= MAX_VOCABULARY_PADDING:
@@ -188,14 +190,35 @@ def _name(model: Any) -> str:
     return str(getattr(inner_model(model), "name_or_path", "") or "")
 
 
+@dataclass(frozen=True)
+class _Words:
+    """A tokenizer's vocabulary.
+
+    Attributes:
+        ids: by token; added: ids of tokens that stand beside the words of a text: special tokens and later additions.
+    """
+
+    ids: Mapping[str, int]
+    added: frozenset[int]
+
+    def agree(self, other: _Words) -> bool:
+        """Whether every word has the same id in both, whatever is added in one of them."""
+        added = self.added | other.added
+        mine, theirs = (
+            {token: place for token, place in words.ids.items() if place not in added} for words in (self, other)
+        )
+        return mine == theirs if mine and theirs else self.ids == other.ids
+
+
 @lru_cache(maxsize=32)
-def _tokenizer_vocabulary(name: str) -> Mapping[str, int] | None:
-    """The tokenizer's vocabulary if it lies on this disk, else None; never asks a hub."""
+def _words_of(name: str) -> _Words | None:
+    """The tokenizer's vocabulary if it lies on this disk and needs no code from there, else None; never asks a hub."""
     if not name:
         return None
     try:
-        vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(name, local_files_only=True).get_vocab()
+        # Said outright: transformers would otherwise ask at the terminal whether the folder's code may run.
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        return _Words(tokenizer.get_vocab(), frozenset(tokenizer.added_tokens_decoder))
     except Exception:
         # No tokenizer there, or none this environment can build: the sizes decide.
         return None
-    return vocabulary

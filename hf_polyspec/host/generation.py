@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
@@ -30,9 +34,11 @@ __all__ = [
     "decoder_output",
     "host_defaults",
     "is_callers",
+    "keep_options",
     "mask_length",
     "pad_id",
     "quiet",
+    "without",
 ]
 
 CHOOSES_HIDDEN_STATES = hasattr(output_capturing, "resolve_hidden_states_indices")
@@ -48,6 +54,57 @@ def host_defaults(config: Any) -> dict[str, Any]:
     """Values that transformers fills into a generation config where nobody set any."""
     getter = getattr(config, "_get_default_generation_params", None)
     return dict(getter()) if callable(getter) else {}
+
+
+class _Kept:
+    """An option of this package on a generation config, where it lies among the config's own attributes.
+
+    A config that transformers derived from a model's config is marked so, and when it is read back from a file that
+    says so, everything that is not transformers' own is dropped. One in which somebody has set an option is not derived
+    any more: setting it takes the mark away, as transformers' trainer does with configs that it changes.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, config: Any, kind: type[Any]) -> Any:
+        values = {} if config is None else vars(config)
+        if self.name not in values:
+            raise AttributeError(f"{kind.__name__!r} object has no attribute {self.name!r}")
+        return values[self.name]
+
+    def __set__(self, config: Any, value: Any) -> None:
+        vars(config)[self.name] = value
+        if value is not None and getattr(config, "_from_model_config", None):
+            config._from_model_config = False
+
+    def __delete__(self, config: Any) -> None:
+        if vars(config).pop(self.name, self) is self:
+            raise AttributeError(self.name)
+
+
+def keep_options(names: Iterable[str]) -> None:
+    """Let options of these names survive `save_pretrained` and `from_pretrained` on any generation config."""
+    for name in names:
+        if not hasattr(GenerationConfig, name):
+            setattr(GenerationConfig, name, _Kept(name))
+
+
+def without(config: Any, names: Iterable[str]) -> Any:
+    """A copy of a generation config (of nothing, if None) that cannot be given these attributes: the model's own would
+    otherwise be merged back in."""
+    found = _lacking(frozenset(names))()
+    if config is not None:
+        kept = {name: value for name, value in vars(config).items() if name not in names}
+        found.__dict__.update(copy.deepcopy(kept))
+    return found
+
+
+@lru_cache(maxsize=32)
+def _lacking(names: frozenset[str]) -> type[GenerationConfig]:
+    """A class of generation configs whose attributes of these names are always None."""
+    nothing = property(lambda config: None, lambda config, value: None)
+    return type("GenerationConfig", (GenerationConfig,), dict.fromkeys(names, nothing))
 
 
 def pad_id(config: Any) -> int:

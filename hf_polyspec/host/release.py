@@ -54,6 +54,31 @@ def inner_model(model: Any) -> Any:
             return model
 
 
+def is_compiled(model: Any) -> bool:
+    """Whether torch.compile has been at a model or at a part of it: from outside, in place, or at its forward.
+
+    What it made guards the modules it has seen, and fails where their forward is replaced for a while.
+    """
+    for module in model.modules():
+        if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
+            return True
+        if _compiled_forward(module):
+            return True
+    return False
+
+
+def without_compiled_forwards(copy: Any) -> Any:
+    """A copied model whose modules compute with their own forward: a compiled one is still bound to the original."""
+    for module in copy.modules():
+        if _compiled_forward(module):
+            del module.forward
+    return copy
+
+
+def _compiled_forward(module: Any) -> bool:
+    return hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+
+
 def parameters_of(function: Any) -> Mapping[str, inspect.Parameter]:
     """A function's parameters by name; none where it does not tell."""
     try:

@@ -19,6 +19,7 @@ from .cache import RollbackCache
 from .columns import mask_of, positions_of
 from .compatibility import input_device
 from .lending import WORTH, borrow
+from .positions import position_table
 from .release import cache_argument, forward_arguments, inner_model
 from .row_arguments import RowArguments
 from .trees import additive, tree_mask
@@ -72,6 +73,7 @@ class ModelRunner:
         self.takes_positions = "position_ids" in accepted
         rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
         self._rows: int | None = rows if replace_unknown_ids else None
+        self._table = position_table(model)
         self.cache = RollbackCache()
         self.memo: list[list[int]] = []
         self._arguments = RowArguments(inner_model(model))
@@ -231,7 +233,14 @@ class ModelRunner:
     def can_read(self, context: Context) -> bool:
         """Whether every row has something that this model can be fed."""
         view = self._own_view(context)
-        return all(len(ids) > 0 for ids in view.ids)
+        return all(len(ids) > 0 for ids in view.ids) and any(self.within(context, [1] * context.batch))
+
+    def within(self, context: Context, limits: list[int]) -> list[int]:
+        """Limits of what this model is to say, cut where its positions end; 0 for rows it cannot be fed whole.
+
+        A token that was said last need not be fed: there may be one more than the model has positions left.
+        """
+        return limits if self._table is None else self._table.within(self._own_view(context), limits)
 
     def _own_view(self, context: Context) -> Context:
         """The context as this model sees it: without embedded positions if they mean nothing to it."""
@@ -332,7 +341,11 @@ class ModelRunner:
             **({} if self._cache_argument is None else {self._cache_argument: self.cache if self.use_cache else None}),
         }
         if self.takes_positions:
-            inputs["position_ids"] = positions_of(context, sequences, fed).to(self.model_device)
+            positions = positions_of(context, sequences, fed)
+            if self._table is not None and self._rows is not None:
+                # Rows past an assistant's last position are fed beside others, and asked for nothing.
+                positions.clamp_(max=self._table.rows - 1)
+            inputs["position_ids"] = positions.to(self.model_device)
         if context.prompt.embeds is not None and min(keep) < context.prompt.embeds.shape[1]:
             inputs["inputs_embeds"] = self._embed(context, ids, unused, width)
         else:

@@ -24,7 +24,7 @@ class Drafter(ABC):
 
     Subclass this to plug in a drafter of your own: `propose` is the only method that must be written. A drafter
     object given to `assistant_models` is told about the start of every generation through `begin`, and serves one
-    generation at a time: threads need one each.
+    generation at a time: threads need one each, unless it can make copies of itself (`for_another`).
 
     Attributes:
         name: shown in telemetry and error messages.
@@ -57,6 +57,16 @@ class Drafter(ABC):
         """
         self.index = index
         self.stats = LevelStats(self.name, index)
+
+    @property
+    def role(self) -> str:
+        """How messages call this level: its place in the caller's list, and its name."""
+        return "the target" if self.index == 0 else f"assistant_models[{self.index - 1}] ({self.name})"
+
+    def for_another(self) -> Drafter | None:
+        """A drafter that knows what this one does, for a generation that runs while this one is in another; None, as by
+        default, if there is none: the second generation is then refused."""
+        return None
 
     def long_is_sure(self, device: torch.device) -> bool:
         """Whether long drafts may pass a middle by (`polyspec_direct_tokens`).

@@ -10,6 +10,7 @@ from ..exactness.context import Context
 from ..exactness.distributions import LawMaker, fit_vocabulary
 from ..exactness.proposal import Proposal
 from ..host.runner import ModelRunner
+from .carried import CarriedSizes
 from .sequential import SequentialDrafter
 
 
@@ -18,7 +19,7 @@ class CausalLMDrafter(SequentialDrafter):
 
     Args:
         runner: the model.
-        name, draft_tokens, confidence_threshold, schedule, eos, restriction, draft_temperature: see
+        name, draft_tokens, confidence_threshold, schedule, eos, restriction, draft_temperature, carried: see
             `SequentialDrafter`.
     """
 
@@ -33,6 +34,7 @@ class CausalLMDrafter(SequentialDrafter):
         eos: frozenset[int] = frozenset(),
         restriction: LogitsProcessor | None = None,
         draft_temperature: float = 1.0,
+        carried: CarriedSizes | None = None,
     ) -> None:
         super().__init__(
             name=name,
@@ -42,12 +44,14 @@ class CausalLMDrafter(SequentialDrafter):
             eos=eos,
             restriction=restriction,
             draft_temperature=draft_temperature,
+            carried=carried,
         )
         self.runner = runner
 
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
         batch = context.batch
         tokens: list[list[int]] = [[] for _ in range(batch)]
+        limits = self.runner.within(context, limits)
         going = [min(limit, self.draft_tokens) > 0 for limit in limits]
         laws: list[torch.Tensor] = []
         if self.runner.can_read(context):

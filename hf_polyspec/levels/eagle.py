@@ -19,6 +19,7 @@ from ..exactness.distributions import LawMaker
 from ..exactness.passes import Pass
 from ..exactness.proposal import Proposal, TreeProposal
 from ..exactness.tree_geometry import ROOT, depths
+from .carried import CarriedSizes
 from .draft_memory import DraftMemory
 from .draft_vocabulary import WorkingVocabulary
 from .drawn_tree import grow_drawn
@@ -63,6 +64,7 @@ class EagleDrafter(SequentialDrafter):
         draft_vocabulary: ids scored, see `WorkingVocabulary`.
         draft_temperature: see `SequentialDrafter`.
         memory: what is mixed into the head's guesses; None for the head alone.
+        carried: see `SequentialDrafter`; trees begin as deep as those of the last generation ended, on average.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class EagleDrafter(SequentialDrafter):
         draft_vocabulary: int | Literal["auto"] | None = None,
         draft_temperature: float = 1.0,
         memory: DraftMemory | None = None,
+        carried: CarriedSizes | None = None,
     ) -> None:
         super().__init__(
             name=name,
@@ -90,6 +93,7 @@ class EagleDrafter(SequentialDrafter):
             schedule=schedule,
             eos=eos,
             draft_temperature=draft_temperature,
+            carried=carried,
         )
         self.head = head
         self.layers = list(layers)
@@ -123,6 +127,9 @@ class EagleDrafter(SequentialDrafter):
         self._forget(batch)
 
     def end(self) -> None:
+        super().end()
+        if self.carried is not None and self.schedule == "heuristic" and self._sizes:
+            self.carried.depth = round(sum(size.depth for size in self._sizes) / len(self._sizes))
         self._forget(0)
         self.working = None
 
@@ -214,7 +221,8 @@ class EagleDrafter(SequentialDrafter):
     def _forget(self, batch: int) -> None:
         self.features = [FeatureMemo() for _ in range(batch)]
         self.pairs = PairMemo(self.head)
-        self._sizes = [TreeSize(self.tree_depth, max(1, self.tree_tokens)) for _ in range(batch)]
+        depth = None if self.carried is None else self.carried.depth
+        self._sizes = [TreeSize(self.tree_depth, max(1, self.tree_tokens), depth) for _ in range(batch)]
         self._shown, self._prompt, self._padding = None, None, []
         self._chains = [[] for _ in range(batch)]
         self._unread, self._columns, self._prompt_states = [], 0, PromptStates()

@@ -9,6 +9,7 @@ from transformers import LogitsProcessor
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
 from .base import Drafter
+from .carried import CarriedSizes
 
 
 class SequentialDrafter(Drafter):
@@ -22,12 +23,13 @@ class SequentialDrafter(Drafter):
         draft_tokens: tokens a round (transformers' `num_assistant_tokens`).
         confidence_threshold: 0 to 1, 0 for never (transformers' `assistant_confidence_threshold`).
         schedule: "constant", or "heuristic"/"heuristic_transient": two more tokens a round after everything proposed
-            was accepted, one fewer otherwise (transformers' `num_assistant_tokens_schedule`; nothing is written back
-            to the model's generation config, so both forget at the end of the call).
+            was accepted, one fewer otherwise (transformers' `num_assistant_tokens_schedule`). "heuristic" begins the
+            next generation where this one ended, if there is a place to remember it.
         eos: ids that end a text.
         restriction: run on the scores before everything else, such as a `DraftVocabularyProcessor`.
         draft_temperature: what is drawn is drawn from the law q that a text asks for, to the power of one over this and
             normalised. Below 1 it makes up for a drafter whose guesses are flatter than what it guesses.
+        carried: where "heuristic" remembers, None for nowhere.
     """
 
     shares_noise = True
@@ -42,10 +44,13 @@ class SequentialDrafter(Drafter):
         eos: frozenset[int],
         restriction: LogitsProcessor | None = None,
         draft_temperature: float = 1.0,
+        carried: CarriedSizes | None = None,
     ) -> None:
         self.name = name
         super().__init__()
-        self.draft_tokens = draft_tokens
+        self.carried = carried if schedule == "heuristic" else None
+        known = None if self.carried is None else self.carried.draft_tokens
+        self.draft_tokens = draft_tokens if known is None else known
         self.confidence_threshold = confidence_threshold
         self.schedule = schedule
         self.eos = eos
@@ -56,6 +61,11 @@ class SequentialDrafter(Drafter):
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
         super().begin(index, batch, vocabulary)
         self.vocabulary = vocabulary
+
+    def end(self) -> None:
+        # A control that steers the chain by its own measurements has set the schedule to "constant".
+        if self.carried is not None and self.schedule == "heuristic":
+            self.carried.draft_tokens = self.draft_tokens
 
     def observe(self, drafted: list[int], accepted: list[int]) -> None:
         judged = [(d, a) for d, a in zip(drafted, accepted, strict=True) if d]

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -37,10 +40,40 @@ def escape(length: int) -> float:
 
 
 @dataclass
+class _Corpus:
+    """Texts that a drafter and its copies search, in as many threads as there are.
+
+    Attributes:
+        automaton: over the texts; None before the first.
+        learnt: how often texts were added: states that rows remember may have been split since.
+        lock: held by whoever reads or adds.
+    """
+
+    automaton: SuffixAutomaton | None = None
+    learnt: int = 0
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, lock=threading.RLock())
+
+    def add(self, texts: list[list[int]]) -> None:
+        with self.lock:
+            self.automaton = self.automaton or SuffixAutomaton(undo=0)
+            for text in texts:
+                self.automaton.extend(text)
+                self.automaton.append(SEPARATOR)
+            self.learnt += 1
+
+
+@dataclass
 class _Row(FollowedText):
     """One row: its text, the automaton over it, and where it stands in the corpus after each id."""
 
     matches: list[tuple[int, int]] = field(default_factory=list)
+    learnt: int = 0
     draft: list[Seen] = field(default_factory=list)
     rejected: float = PRIOR
     expected: float = PRIOR
@@ -56,15 +89,18 @@ class _Row(FollowedText):
             self.expected += 1 - again / (followed + escape(length))
         self.rejected += kept < min(proposed, len(self.draft))
 
-    def search(self, ids: list[int], corpus: SuffixAutomaton | None) -> None:
-        """Bring everything to `ids`."""
+    def search(self, ids: list[int], corpus: _Corpus) -> None:
+        """Bring everything to `ids`; the corpus is locked."""
         shared = self.follow(ids)
-        if corpus is not None:
-            del self.matches[shared:]
-            state, length = self.matches[-1] if self.matches else (ROOT, 0)
-            for token in ids[len(self.matches) :]:
-                state, length = corpus.step(state, length, token)
-                self.matches.append((state, length))
+        if corpus.automaton is None:
+            return
+        if corpus.learnt != self.learnt:
+            self.matches, self.learnt = [], corpus.learnt
+        del self.matches[shared:]
+        state, length = self.matches[-1] if self.matches else (ROOT, 0)
+        for token in ids[len(self.matches) :]:
+            state, length = corpus.automaton.step(state, length, token)
+            self.matches.append((state, length))
 
 
 class SuffixDrafter(Drafter):
@@ -76,7 +112,8 @@ class SuffixDrafter(Drafter):
     row's drafts have fared (a product of frequencies as in SuffixDecoding, arXiv 2411.04975, with an escape as in
     prediction by partial matching). Nothing is drawn, so proposals are one-hot (`q` is None).
 
-    An object serves one generation at a time; `copy.copy` of it serves another thread, with the same index.
+    One object may be used by several threads: a second generation at the same time gets a copy of it, which searches
+    the same corpus and keeps its own text and counters.
 
     Args:
         corpus: texts as lists of token ids, searched as well as the row's own; indexed once, kept across
@@ -114,14 +151,24 @@ class SuffixDrafter(Drafter):
         self.min_probability = min_probability
         self.eos = frozenset(eos)
         self.vocabulary: int | None = None
-        self.corpus: SuffixAutomaton | None = None
+        self._corpus = _Corpus()
         self._rows: list[_Row] = []
         self._prompt: Prompt | None = None
         self._masks: list[list[int]] = []
         self.learn(corpus)
 
+    @property
+    def corpus(self) -> SuffixAutomaton | None:
+        """The index over the corpus, None without one; read-only."""
+        return self._corpus.automaton
+
+    def for_another(self) -> SuffixDrafter:
+        other = copy.copy(self)
+        other._rows, other._prompt = [], None
+        return other
+
     def learn(self, texts: Iterable[Sequence[int]]) -> None:
-        """Add texts to the corpus, for instance answers given earlier; to be called between generations.
+        """Add texts to the corpus, for instance answers given earlier; at any time, from any thread.
 
         Args:
             texts: lists of token ids.
@@ -130,15 +177,8 @@ class SuffixDrafter(Drafter):
             TypeError, ValueError: as for `corpus`; nothing has been added then.
         """
         checked = _as_texts(texts)
-        if checked and self.corpus is None:
-            self.corpus = SuffixAutomaton(undo=0)
-        for text in checked:
-            assert self.corpus is not None
-            self.corpus.extend(text)
-            self.corpus.append(SEPARATOR)
-        # States that rows remember may have been split; they find their places anew.
-        for row in self._rows:
-            row.matches.clear()
+        if checked:
+            self._corpus.add(checked)
 
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
         super().begin(index, batch, vocabulary)
@@ -155,10 +195,11 @@ class SuffixDrafter(Drafter):
                 self._rows = [_Row() for _ in range(context.batch)]
             self._read_masks(context.prompt)
             floor = self._floor(law.device)
-            tokens = [
-                self._continue(row, self._text(context, b), limits[b], floor) if limits[b] > 0 else []
-                for b, row in enumerate(self._rows)
-            ]
+            with self._corpus.lock:
+                tokens = [
+                    self._continue(row, self._text(context, b), limits[b], floor) if limits[b] > 0 else []
+                    for b, row in enumerate(self._rows)
+                ]
         self.stats.drafted += sum(len(row) for row in tokens)
         return Proposal(tokens, None, [[self.index] * len(row) for row in tokens])
 
@@ -193,11 +234,11 @@ class SuffixDrafter(Drafter):
         return MIN_PROBABILITY if device.type == "cpu" else EAGER_PROBABILITY
 
     def _continue(self, row: _Row, ids: list[int], limit: int, floor: float) -> list[int]:
-        row.search(ids, self.corpus)
-        source = row.automaton
+        row.search(ids, self._corpus)
+        source, corpus = row.automaton, self._corpus.automaton
         state, length = source.repeated()
-        if self.corpus is not None and row.matches and row.matches[-1][1] > length:
-            source = self.corpus
+        if corpus is not None and row.matches and row.matches[-1][1] > length:
+            source = corpus
             state, length = row.matches[-1]
         row.draft = []
         if length < self.min_match:
@@ -248,6 +289,8 @@ def _as_texts(texts: Iterable[Sequence[int]]) -> list[list[int]]:
         TypeError: not a list of lists of ints; ValueError: a negative id.
     """
     checked: list[list[int]] = []
+    if not isinstance(texts, Iterable):
+        raise TypeError(f"corpus must be texts as lists of token ids, got {texts!r}.")
     for i, text in enumerate(texts):
         ids = text.tolist() if hasattr(text, "tolist") else text
         if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 GROW, SHRINK = 2, 1
 
@@ -21,13 +21,15 @@ class TreeSize:
     Args:
         most_depth: levels that the caller allowed, 1 or more.
         most_nodes: nodes that the caller allowed, 1 or more.
+        first_depth: of the first tree, None for all that is allowed.
     """
 
     most_depth: int
     most_nodes: int
+    first_depth: InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
-        self.depth = self.most_depth
+    def __post_init__(self, first_depth: int | None) -> None:
+        self.depth = self.most_depth if first_depth is None else min(self.most_depth, first_depth)
 
     @property
     def nodes(self) -> int:

@@ -22,7 +22,8 @@ from ..exactness.tree_geometry import depths
 from ..exactness.tree_judgement import judge_tree, record_tree
 from ..host.lending import WORTH
 from ..host.runner import ModelRunner
-from ..telemetry.counters import Check
+from ..telemetry.counters import Check, Counted
+from .asking import ask, ask_for_tree
 from .base import Drafter
 from .block import Block
 
@@ -40,6 +41,7 @@ class Emission:
         logits, scores: `[B, E', V]` raw and processed, of the emitted positions.
         passed: the forward pass behind it.
         bias: per row, the total variation that a lossy verification introduced; empty when it was exact.
+        counted: per row, what `drafted` and `accepted` come to as far as the text goes.
     """
 
     tokens: list[list[int]]
@@ -51,6 +53,7 @@ class Emission:
     scores: torch.Tensor
     passed: Pass
     bias: list[float] = field(default_factory=list)
+    counted: list[Counted] = field(default_factory=list)
 
 
 class Verifier(Drafter):
@@ -136,24 +139,15 @@ class Verifier(Drafter):
         active = [limit > 0 for limit in limits]
         if self.reads_for_others(context):
             return self._round_without_draft(context, active, law)
-        rooms = [self._room_below(limit) for limit in limits]
+        rooms = self._rooms_below(context, limits)
         if self.trees and not law.in_order and not context.prompt.hidden:
             began = self.stats.clock()
-            with self._lent(context, rooms, law):
-                tree = self.source.propose_tree(context, rooms, law)
+            tree = ask_for_tree(self.source, context, rooms, law, self.vocabulary)
             if tree is not None:
                 return self._round_of_tree(context, tree, active, law, rooms, began)
         began = self.stats.clock()
-        with self._lent(context, rooms, law):
-            proposal = self.source.propose(context, rooms, law.fork(context.batch))
+        proposal = ask(self.source, context, rooms, law, self.vocabulary, self.eos)
         return self._check(context, proposal, active, law, rooms, began)
-
-    def _lent(self, context: Context, rooms: list[int], law: LawMaker) -> AbstractContextManager[None]:
-        """Torch's default generator for a level below that draws from it, as plain generation would now."""
-        if law.noise is None or self.source.shares_noise or not any(rooms):
-            return nullcontext()
-        row = next(b for b, room in enumerate(rooms) if room)
-        return law.noise.lent(context.places[row], context.steps()[row])
 
     def _watched(self, law: LawMaker) -> AbstractContextManager[None]:
         """Notices what dropout draws in a pass of a model that is being trained."""
@@ -167,8 +161,8 @@ class Verifier(Drafter):
         offered = self.stats.clock()
         emission = self._judged(context, proposal, active, law)
         self.below.watch(emission.passed)
-        self.source.observe(emission.drafted, emission.accepted)
-        self._tell(rooms, emission.drafted, emission.accepted, [], emission.passed.fed, began, offered)
+        self.source.observe(*_as_counted(emission.counted))
+        self._tell(rooms, emission.drafted, emission.counted, [], emission.passed.fed, began, offered)
         return emission
 
     def _judged(self, context: Context, proposal: Proposal, active: list[bool], law: LawMaker) -> Emission:
@@ -177,7 +171,7 @@ class Verifier(Drafter):
                 passed = self.runner.run(context, proposal.tokens, self.stats)
             logits = fit_vocabulary(passed.logits, self.vocabulary)
             judgement = judge(law, context, proposal, logits, active, self.rule, self.pad, self.bias_budget)
-            record(self.stats, proposal, judgement, active)
+            counted = record(self.stats, proposal, judgement, active, self.eos)
             self.stats.bias += sum(judgement.bias)
         return Emission(
             judgement.tokens,
@@ -189,6 +183,7 @@ class Verifier(Drafter):
             judgement.scores,
             passed,
             judgement.bias,
+            counted,
         )
 
     def reads_for_others(self, context: Context) -> bool:
@@ -212,7 +207,7 @@ class Verifier(Drafter):
         self,
         rooms: list[int],
         drafted: list[int],
-        accepted: list[int],
+        counted: list[Counted],
         nodes: list[int],
         fed: int,
         began: float,
@@ -223,7 +218,12 @@ class Verifier(Drafter):
             return
         source = None if isinstance(self.source, NoDraft) else self.source.index
         now = self.stats.clock()
-        self.observer(Check(self.index, source, rooms, drafted, accepted, nodes, fed, now - offered, offered - began))
+        # A text that ended inside says nothing of what the level below would have offered behind its end.
+        ended = [row.drafted < count for row, count in zip(counted, drafted, strict=True)]
+        asked = [min(room, row.drafted) if end else room for room, row, end in zip(rooms, counted, ended, strict=True)]
+        judged, accepted = _as_counted(counted)
+        longest, seconds = max(drafted, default=0), (now - offered, offered - began)
+        self.observer(Check(self.index, source, asked, judged, accepted, longest, nodes, fed, *seconds))
 
     def _round_of_tree(
         self, context: Context, tree: TreeProposal, active: list[bool], law: LawMaker, rooms: list[int], began: float
@@ -238,16 +238,25 @@ class Verifier(Drafter):
             judgement = judge_tree(law, context, tree, logits, active)
             passed = self.runner.keep_paths(passed, context, tree, judgement.paths)
             accepted = [len(path) for path in judgement.paths]
-            record_tree(self.stats, tree, judgement, active)
+            counted = record_tree(self.stats, tree, judgement, active, self.eos)
         self.below.watch(passed)
-        self.source.observe_tree(tree, judgement.paths)
-        self._tell(rooms, drafted, accepted, [len(row) for row in tree.tokens], passed.fed, began, offered)
+        inside = [path[: row.accepted] for path, row in zip(judgement.paths, counted, strict=True)]
+        self.source.observe_tree(tree, inside)
+        self._tell(rooms, drafted, counted, [len(row) for row in tree.tokens], passed.fed, began, offered)
         origins = [
             [*(of_row[node] for node in path), self.index] if alive else []
             for of_row, path, alive in zip(tree.origins, judgement.paths, active, strict=True)
         ]
         return Emission(
-            judgement.tokens, judgement.p, origins, drafted, accepted, judgement.logits, judgement.scores, passed
+            judgement.tokens,
+            judgement.p,
+            origins,
+            drafted,
+            accepted,
+            judgement.logits,
+            judgement.scores,
+            passed,
+            counted=counted,
         )
 
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
@@ -258,8 +267,8 @@ class Verifier(Drafter):
         self._block = block = Block.of(context.batch)
         if not any(limits) or not self.runner.can_read(context):
             return block.proposal()
-        while any(room := self._rooms(block, limits)):
-            held = context.extended(block.tokens)
+        held = context
+        while any(room := self.runner.within(held, self._rooms(block, limits))):
             emission = (
                 self._round_or_close(held, room, law, block) if self.direct_tokens else self.round(held, room, law)
             )
@@ -269,6 +278,7 @@ class Verifier(Drafter):
                 taken = self._until_end(emitted)
                 p = None if emission.p is None else emission.p[b, :taken]
                 block.add(b, emitted[:taken], emission.origins[b][:taken], p)
+            held = context.extended(block.tokens)
         return block.proposal()
 
     def _round_or_close(self, context: Context, limits: list[int], law: LawMaker, block: Block) -> Emission | None:
@@ -276,10 +286,9 @@ class Verifier(Drafter):
 
         Which way a draft goes is decided by its length, which says nothing about a draw: nobody drew it (law 2).
         """
-        rooms = [self._room_below(limit) for limit in limits]
+        rooms = self._rooms_below(context, limits)
         began = self.stats.clock()
-        with self._lent(context, rooms, law):
-            offered = self.source.propose(context, rooms, law.fork(context.batch))
+        offered = ask(self.source, context, rooms, law, self.vocabulary, self.eos)
         tokens, origins, active = list(offered.tokens), list(offered.origins), [limit > 0 for limit in limits]
         for b, draft in enumerate(offered.tokens):
             if offered.q is None and active[b] and len(draft) >= self.direct_tokens:
@@ -294,8 +303,9 @@ class Verifier(Drafter):
         passed_on = self._block.unchecked
         if not any(passed_on):
             return
-        checked = [count - last for count, last in zip(drafted, passed_on, strict=True)]
-        judged = [last if kept >= first else 0 for last, kept, first in zip(passed_on, accepted, checked, strict=True)]
+        checked = [len(row) - last for row, last in zip(self._block.tokens, passed_on, strict=True)]
+        reached = [max(0, count - first) for count, first in zip(drafted, checked, strict=True)]
+        judged = [last if kept >= first else 0 for last, kept, first in zip(reached, accepted, checked, strict=True)]
         self.source.observe(judged, [max(0, kept - first) for kept, first in zip(accepted, checked, strict=True)])
 
     def prefill(self, context: Context, chunk: int) -> None:
@@ -335,6 +345,10 @@ class Verifier(Drafter):
             return 0
         return limit - len(block)
 
+    def _rooms_below(self, context: Context, limits: list[int]) -> list[int]:
+        """Per row, tokens the level below may propose, so that this model can still be fed all of them."""
+        return [self._room_below(limit) for limit in self.runner.within(context, limits)]
+
     def _room_below(self, limit: int) -> int:
         """Tokens the level below may propose: this verifier's own token takes one place of the limit."""
         room = max(0, limit - 1)
@@ -352,6 +366,11 @@ class Verifier(Drafter):
             [*from_below[:kept], self.index][: len(emitted)]
             for from_below, kept, emitted in zip(proposal.origins, judgement.accepted, judgement.tokens, strict=True)
         ]
+
+
+def _as_counted(counted: list[Counted]) -> tuple[list[int], list[int]]:
+    """Per row, tokens drafted and accepted as far as the text goes."""
+    return [row.drafted for row in counted], [row.accepted for row in counted]
 
 
 class NoDraft(Drafter):

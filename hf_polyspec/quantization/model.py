@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_polyspec.cpu.packing import unfuse
 from hf_polyspec.cpu.shared_input import share_inputs
+from hf_polyspec.defaults import require_model
 from hf_polyspec.integers.gptq_format import storable
 from hf_polyspec.integers.linear import QuantizedLinear, float_weight
 from hf_polyspec.integers.weights import QuantizedWeight, check_bits, round_to_nearest, search_scales
@@ -119,6 +120,7 @@ def round_layer(
 def _check_request(
     model: nn.Module, bits: int, group_size: int, method: str, calibration: Mapping[str, Tensor] | None
 ) -> None:
+    require_model("quantize_model", model)
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown: use one of {METHODS}.")
     if method in CALIBRATED and calibration is None:

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import nn
+
+from hf_polyspec.host.release import without_compiled_forwards
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -27,7 +29,7 @@ def sharing_copy(model: Model) -> Model:
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach()
-    return copy.deepcopy(model, memo)
+    return cast(Model, without_compiled_forwards(copy.deepcopy(model, memo)))
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

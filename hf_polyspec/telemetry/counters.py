@@ -7,12 +7,43 @@ The names are those vLLM, llama.cpp and AIPerf agree on (mean acceptance length 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What one row's check comes to, as far as it belongs to the text.
+
+    Attributes:
+        drafted: tokens proposed (of a tree: its depth); where the text ended inside, those up to its end.
+        accepted: of those, tokens kept.
+        drawn: whether one more token was drawn, which is so unless the text, or another row, ended the round.
+    """
+
+    drafted: int
+    accepted: int
+    drawn: bool
+
+    @classmethod
+    def of(cls, drafted: int, accepted: int, tokens: Sequence[int], eos: Collection[int]) -> Counted:
+        """A check that emitted these tokens; none behind one that ends the text counts."""
+        found = cls(drafted, accepted, len(tokens) > accepted)
+        end = next((i for i, token in enumerate(tokens) if token in eos), None)
+        return found if end is None else found.cut(end + 1)
+
+    @property
+    def emitted(self) -> int:
+        """Tokens handed up."""
+        return self.accepted + self.drawn
+
+    def cut(self, tokens: int) -> Counted:
+        """Only the first so many tokens count, 1 or more: proposals behind them were judged for nothing."""
+        return Counted(tokens, tokens, False) if tokens <= self.accepted else self
 
 
 @dataclass(frozen=True)
@@ -22,7 +53,9 @@ class Check:
     Attributes:
         level: the verifier's index; source: that of the level it asked, None if it asked nobody.
         asked: per row, most tokens it could have been offered; 0 for rows that took no part.
-        drafted, accepted: per row, tokens offered and kept (of a tree: its depth, and the path).
+        drafted, accepted: per row, tokens offered and kept (of a tree: its depth, and the path). Where the text ended
+            inside, all three count the tokens up to its end.
+        offered: the longest draft of a row, whatever the text made of it.
         nodes: per row, nodes of the tree; empty when a chain was checked.
         fed: columns of the verifier's pass.
         seconds: of the pass and the judgement; draft_seconds: until the proposal was there, all levels below included.
@@ -33,6 +66,7 @@ class Check:
     asked: list[int]
     drafted: list[int]
     accepted: list[int]
+    offered: int
     nodes: list[int]
     fed: int
     seconds: float
@@ -127,19 +161,28 @@ class LevelStats:
 
         `drawn` says whether one more token was drawn, which is so unless another row of the batch ended the round.
         """
-        self.rounds += 1
-        self.drafted += drafted
-        self.accepted += accepted
-        self.recovered += int(drawn and accepted < drafted)
-        self.bonus += int(drawn and accepted == drafted)
-        _grow(self.drafted_at, drafted)
-        _grow(self.accepted_at, drafted)
-        for i in range(drafted):
-            self.drafted_at[i] += 1
-        for i in range(accepted):
-            self.accepted_at[i] += 1
-        _grow(self.histogram, accepted + 1)
-        self.histogram[accepted] += 1
+        self._add(Counted(drafted, accepted, drawn), 1)
+
+    def withdraw(self, check: Counted, kept: int) -> None:
+        """Of a round that was recorded only the first `kept` tokens belong to the text, which something else ended."""
+        self._add(check, -1)
+        if kept:
+            self._add(check.cut(kept), 1)
+
+    def _add(self, check: Counted, sign: int) -> None:
+        self.rounds += sign
+        self.drafted += sign * check.drafted
+        self.accepted += sign * check.accepted
+        self.recovered += sign * int(check.drawn and check.accepted < check.drafted)
+        self.bonus += sign * int(check.drawn and check.accepted == check.drafted)
+        _grow(self.drafted_at, check.drafted)
+        _grow(self.accepted_at, check.drafted)
+        for i in range(check.drafted):
+            self.drafted_at[i] += sign
+        for i in range(check.accepted):
+            self.accepted_at[i] += sign
+        _grow(self.histogram, check.accepted + 1)
+        self.histogram[check.accepted] += sign
 
     def record_tree(self, nodes: int, levels: int) -> None:
         """This level proposed a tree to one row; one without nodes does not count."""

@@ -16,6 +16,5 @@ def generate(model: Any, **arguments: Any) -> Any:
     """Polybasic speculative decoding with `assistant_models=[...]`; plain generation without them."""
     for name in HUB_ARGUMENTS:
         arguments.pop(name, None)
-    assistant_models = arguments.pop("assistant_models", None)
-    given = {name: value for name, value in arguments.items() if value is not None}
-    return hf_polyspec.generate(model, assistant_models=assistant_models, **given)
+    # Without assistant_models, those of a generation config are used.
+    return hf_polyspec.generate(model, **{name: value for name, value in arguments.items() if value is not None})
