@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ from hf_polyspec.host.release import GENERATION_CACHE
 from hf_polyspec.host.runner import ModelRunner
 from hf_polyspec.levels.suffix import SuffixDrafter
 from hf_polyspec.telemetry.counters import LevelStats
+from tests.faults import interrupts
 
 HELD, WIDTH, WINDOW = 12, 16, 5
 
@@ -368,30 +369,8 @@ def test_it_is_extended_as_a_pass_would(mixed, kind):
     torch.testing.assert_close(next_ones[0], next_ones[1], atol=1e-4, rtol=1e-4)
 
 
-def interrupted_at(place: int, call: Callable[[], None]) -> bool:
-    """Run something and raise KeyboardInterrupt at its `place`-th instruction; whether it got that far."""
-    count = 0
-
-    def trace(frame: Any, event: str, _argument: Any) -> Any:
-        nonlocal count
-        frame.f_trace_opcodes = True
-        if "callers_cache" not in frame.f_code.co_filename and "cache_utils" not in frame.f_code.co_filename:
-            return None
-        if event == "opcode":
-            count += 1
-            if count == place:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
+def writes_back(code: CodeType) -> bool:
+    return "callers_cache" in code.co_filename or "cache_utils" in code.co_filename
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -403,20 +382,51 @@ def test_ctrl_c_at_any_instruction_leaves_it_as_it_was_or_complete(mixed, kind):
     write_cache(copy.deepcopy(source), whole, at)
     after = contents(whole)
     assert not equal(before, after)
-    outcomes, place = [], 1
-    while True:
-        cache = copy.deepcopy(start)
-        fresh = copy.deepcopy(source)
-        if not interrupted_at(place, lambda cache=cache, fresh=fresh: write_cache(fresh, cache, at)):
-            break
-        found = contents(cache)
-        assert equal(found, before) or equal(found, after), f"half written at instruction {place}"
+    state: dict[str, Any] = {}
+    outcomes: list[bool] = []
+
+    def prepare() -> None:
+        state.update(cache=copy.deepcopy(start), source=copy.deepcopy(source))
+
+    def check() -> None:
+        found = contents(state["cache"])
+        assert equal(found, before) or equal(found, after), "half written"
         outcomes.append(equal(found, after))
-        place += 1
+
+    interrupts.interrupt_each(
+        lambda: write_cache(state["source"], state["cache"], at),
+        check,
+        prepare=prepare,
+        where=writes_back,
+        opcodes=True,
+    )
     assert outcomes[0] is False
     assert outcomes[-1] is True
     assert outcomes == sorted(outcomes), "once complete it stays so"
     assert len(outcomes) > 200
+
+
+def test_ctrl_c_anywhere_in_a_call(enabled, mixed):
+    """At every 37th line that the package runs."""
+    start, arguments = filled(mixed, rows=2), {**prompts(2, WIDTH), "max_new_tokens": 5, "do_sample": False}
+    before, state = contents(start), {"cache": copy.deepcopy(start)}
+
+    def call() -> None:
+        mixed.generate(**arguments, **{GENERATION_CACHE: state["cache"]}, assistant_models=[SuffixDrafter(min_match=1)])
+
+    call()
+    after = contents(state["cache"])
+    outcomes: list[bool] = []
+
+    def check() -> None:
+        found = contents(state["cache"])
+        assert equal(found, before) or equal(found, after), "half written"
+        outcomes.append(equal(found, after))
+
+    interrupts.interrupt_each(call, check, 37, prepare=lambda: state.update(cache=copy.deepcopy(start)), first=11)
+    assert outcomes == sorted(outcomes)
+    assert outcomes[0] is False
+    assert len(outcomes) > 100
 
 
 @torch.no_grad()
