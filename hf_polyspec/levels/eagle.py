@@ -26,6 +26,7 @@ from .drawn_tree import grow_drawn
 from .eagle_memory import FeatureMemo, PairMemo, Pairs, left_mask, padding_of
 from .eagle_tree import Grown, Limits, first_in_race, grow
 from .foreseen import PromptStates
+from .late_rows import aligned_laws, column_of
 from .pointers import PointerMixture
 from .sequential import SequentialDrafter
 from .tree_size import TreeSize
@@ -282,10 +283,10 @@ class EagleDrafter(SequentialDrafter):
             for b, places in enumerate(room):
                 going[b] = going[b] and len(tokens[b]) < places
             if any(going):
-                column = [_column(more, drawn, step) for more, drawn in zip(late, tokens, strict=True)]
+                column = [column_of(more, drawn, step) for more, drawn in zip(late, tokens, strict=True)]
                 hidden = self._advance(rows, column, hidden, step)
             step += 1
-        return _aligned(laws, [len(more) for more in late], tokens) if law.draws else None
+        return aligned_laws(laws, [len(more) for more in late], tokens) if law.draws else None
 
     def _catch_up(self, rows: list[Pairs]) -> torch.Tensor:
         try:
@@ -384,24 +385,3 @@ class EagleDrafter(SequentialDrafter):
     def _working(self) -> WorkingVocabulary:
         assert self.working is not None, "begin() comes first"
         return self.working
-
-
-def _column(late: list[int], drawn: list[int], step: int) -> int:
-    """The token a row is fed at a step; rows that have stopped are fed anything."""
-    if step < len(late):
-        return late[step]
-    return drawn[-1] if drawn else 0
-
-
-def _aligned(laws: list[torch.Tensor | None], delays: list[int], tokens: list[list[int]]) -> torch.Tensor | None:
-    """`[B, K, V]` from a law `[B, V]` a step; row b drew its first token at step `delays[b]`."""
-    like = next((law for law in laws if law is not None), None)
-    width = max(len(row) for row in tokens)
-    if like is None or not width:
-        return None
-    stacked = torch.stack([torch.zeros_like(like) if law is None else law for law in laws], dim=1)  # [B, steps, V]
-    if not any(delays):
-        return stacked[:, :width]
-    columns = torch.arange(width)[None, :] + torch.tensor(delays)[:, None]
-    columns = columns.clamp(max=stacked.shape[1] - 1).to(stacked.device)
-    return stacked.gather(1, columns[:, :, None].expand(-1, -1, stacked.shape[2]))

@@ -147,7 +147,7 @@ def _source_here(name: str, role: str) -> str:
             f"{role} is {name!r}, of which there is nothing here, neither a folder nor a copy in the hub's cache; "
             f"{ACCEPTED}."
         )
-    return os.path.dirname(config)
+    return os.path.dirname(str(config))
 
 
 def _load_here(name: str, source: str, target: Any, role: str) -> Any:
