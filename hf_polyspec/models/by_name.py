@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ..errors import DamagedFileError
 from ..quantization.autogptq import SETTINGS
 from ..quantization.checkpoint import load_quantized
 from ..quantization.config import GPTQ_METHODS
@@ -167,9 +166,7 @@ def _load(name: str, source: str, load: Callable[[], Loaded], what: str = "model
     try:
         with loading(source):
             return load()
-    except DamagedFileError:
-        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         where = "" if Path(name).expanduser().exists() else ", neither from the hub nor from its cache"
-        reason = " ".join(str(error).split("\n")[0].split())[:300]
+        reason = " ".join(str(error).split("\n")[0].split())[:500]
         raise ValueError(f"The {what} of {name} could not be loaded{where}: {reason}") from error

@@ -121,8 +121,7 @@ def load_quantized(
         The model on this package's layers, in eval mode.
 
     Raises:
-        ValueError: No GPTQ checkpoint, or a layout of one kernel; DamagedFileError, which is one, where a file of it
-            is damaged.
+        ValueError: No GPTQ checkpoint, a layout of one kernel, or a file of it is damaged; the sentence names it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

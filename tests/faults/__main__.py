@@ -4,12 +4,18 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 from .rounds import round_of
+
+# The modules that test files share lie there.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def main() -> None:
@@ -18,6 +24,7 @@ def main() -> None:
     asked.add_argument("--rounds", type=int, default=10)
     asked.add_argument("--seed", type=int, default=0, help="of the first round; every other's is one more")
     given = asked.parse_args()
+    torch.set_num_threads(1)
     total: Counter[str] = Counter()
     started = time.monotonic()
     for seed in range(given.seed, given.seed + given.rounds):

@@ -31,6 +31,13 @@ def interrupted(place: Path, chance: random.Random, every: int) -> int:
     return count
 
 
+def answers_interrupted(chance: random.Random, lines: int, opcodes: int) -> int:
+    """Interrupt generate() with a caller's cache at every n-th line, and the writing of the cache at n-th opcodes."""
+    from .answers import interrupted
+
+    return interrupted(chance.randrange(lines), lines) + interrupted(chance.randrange(opcodes), opcodes, opcodes=True)
+
+
 def killed(place: Path, chance: random.Random, every: int) -> int:
     """Kill a process at every n-th line of the storage room."""
     count = 0
@@ -196,6 +203,7 @@ def round_of(seed: int, place: Path) -> Counter[str]:
     return Counter(
         {
             "interrupts": interrupted(place / "interrupts", chance, 1),
+            "interrupted answers": answers_interrupted(chance, 31, 7),
             "kills": killed(place / "kills", chance, 1),
             "full disks": full(place / "full", chance, 12) + mounted(place / "mounted", chance),
             "torn files": torn_files(place / "torn", chance, 40),

@@ -25,6 +25,10 @@ def test_interrupts_at_lines_of_the_storage_room(tmp_path: Path) -> None:
     assert rounds.interrupted(tmp_path, chance("interrupts"), 5) > 60
 
 
+def test_interrupts_of_an_answer_that_extends_the_callers_cache() -> None:
+    assert rounds.answers_interrupted(chance("answers"), 401, 41) > 50
+
+
 def test_kills_at_lines_of_the_storage_room(tmp_path: Path) -> None:
     assert rounds.killed(tmp_path, chance("kills"), 17) > 20
 

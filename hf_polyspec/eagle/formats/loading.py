@@ -13,6 +13,7 @@ from hf_polyspec.eagle.formats.files import HUB_ARGUMENTS, read_config, read_ten
 from hf_polyspec.eagle.formats.layouts import account, check_mapping, convert
 from hf_polyspec.eagle.id_lists import split_id_lists
 from hf_polyspec.eagle.modeling import EagleHead
+from hf_polyspec.storage.checkpoints import loading
 
 # Arguments of from_pretrained that have no say in how a head is read.
 _IDLE = ("trust_remote_code", "weights_only", "_from_auto", "_from_pipeline", "adapter_kwargs")
@@ -36,7 +37,7 @@ def load_head(
         The head, or the head and a loading report, as `base` returns it.
 
     Raises:
-        ValueError: If the checkpoint does not add up.
+        ValueError: If the checkpoint does not add up, or a file of it is damaged; the sentence names it.
     """
     if source is None:
         return base(None, *args, **kwargs)
@@ -48,8 +49,9 @@ def load_head(
     variant = kwargs.pop("variant", None)
     given = kwargs.pop("config", None)
     overrides = {key: kwargs.pop(key) for key in EagleHeadConfig.field_names() if key in kwargs}
-    written = read_config(name, hub)
-    tensors = read_tensors(name, hub, prefer_safetensors, variant)
+    with loading(name):
+        written = read_config(name, hub)
+        tensors = read_tensors(name, hub, prefer_safetensors, variant)
     if written.get("model_type") == EagleHeadConfig.model_type:
         tensors, lists = split_id_lists(tensors, name)
         config = _with_lists(given, lists) or EagleHeadConfig(**{**lists, **written, **overrides})

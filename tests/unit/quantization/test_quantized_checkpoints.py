@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_polyspec.errors import DamagedFileError
 from hf_polyspec.integers.gptq_format import to_gptq
 from hf_polyspec.integers.weights import round_to_nearest
 from hf_polyspec.models.by_name import load_model
@@ -192,7 +191,6 @@ def test_a_file_that_was_cut_off_is_named(model: PreTrainedModel, tmp_path: Path
     path = save_quantized(quantize_model(model, 8), tmp_path) / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     for load in (load_quantized, load_model):
-        with pytest.raises(DamagedFileError) as found:
+        with pytest.raises(ValueError, match=f"{name} is damaged") as found:
             load(str(tmp_path))
-        assert f"{name} is damaged" in str(found.value)
         assert "\n" not in str(found.value)
