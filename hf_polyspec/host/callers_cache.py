@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .cache import READABLE_LAYERS, RollbackCache, RollbackLayer
 from .release import GENERATION_CACHE, inner_model, with_cache
+from .states import STATE_LAYERS, state_of, tensors_of
 
 Form = tuple[Any, ...]
 """Of a layer: heads and size of its keys, the same of its values, dtype and device."""
@@ -91,6 +92,15 @@ def check_prompt(cache: Cache, ids: int, width: int | None) -> bool:
     return False
 
 
+def held(cache: Cache) -> int:
+    """Tokens that a cache holds; of one that has read some and keeps no count of them, 1."""
+    if cache.layers and all(isinstance(layer, STATE_LAYERS) for layer in cache.layers):
+        counts = [layer for layer in cache.layers if hasattr(layer, "get_seq_length")]
+        if not counts:
+            return int(any(tensors_of([vars(layer)]) for layer in cache.layers))
+    return int(cache.get_seq_length())
+
+
 def floor(cache: Cache) -> int:
     """Tokens of each row that cannot be read again: what a window before their end would see is not all held."""
     held = int(cache.get_seq_length())
@@ -133,10 +143,12 @@ def write_cache(source: RollbackCache, target: Cache, start: int) -> None:
     made = _beside(target)
     for index in range(len(source.layers)):
         layer, source.layers[index] = source.layers[index], RollbackLayer()
-        if layer.is_initialized and layer.get_seq_length() > start:
+        if hasattr(layer, "get_seq_length") and layer.is_initialized and layer.get_seq_length() > start:
             _check_room(made, index, layer.get_seq_length())
             made.update(layer.keys[:, :, start:], layer.values[:, :, start:], index)
             _let_go(made.layers[index])
+        if isinstance(layer, STATE_LAYERS):
+            vars(made.layers[index]).update(state_of(layer))
     steps, back = _exchange(target, made)
     try:
         _at_once(steps)
