@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 from ..exactness.context import Context, Prompt
 from ..telemetry.counters import LevelStats
 from .recurrent import RecurrentRunner
-from .release import inner_model, with_cache
+from .release import forward_arguments, inner_model, with_cache
 from .runner import ModelRunner
 from .states import keeps_states, unknown_layer
 
@@ -80,11 +80,13 @@ def _plain(model: Any, text: list[int]) -> torch.Tensor:
     """Logits `[1 + M, V]` after the first R tokens and each of M more, fed one by one."""
     device = next(iter(model.parameters())).device
     cache = with_cache(model, DynamicCache(config=inner_model(model).config))
-    pieces = [text[:_READ], *([token] for token in text[_READ:])]
+    takes_positions = "position_ids" in forward_arguments(model)
     found = []
-    for piece in pieces:
-        output = model(input_ids=torch.tensor([piece], device=device), use_cache=True, return_dict=True, **cache)
-        found.append(output.logits[0, -1])
+    for start, end in [(0, _READ), *((n, n + 1) for n in range(_READ, len(text)))]:
+        inputs = {"input_ids": torch.tensor([text[start:end]], device=device)}
+        if takes_positions:
+            inputs["position_ids"] = torch.arange(start, end, device=device)[None]
+        found.append(model(**inputs, use_cache=True, return_dict=True, **cache).logits[0, -1])
     return torch.stack(found)
 
 

@@ -203,9 +203,26 @@ class RecurrentRunner(ModelRunner):
                 if name in piece:
                     piece[name] = inputs[name][:, start:end]
             if inputs["attention_mask"] is not None:
-                piece["attention_mask"] = inputs["attention_mask"][:, : past + end]
+                seen = not start or self.cache.measurable
+                piece["attention_mask"] = inputs["attention_mask"][:, : past + end] if seen else None
             outputs.append(super()._call(piece, min(logits, end - start), past, stats, grown))
         return _joined(outputs)
+
+    def _inputs(
+        self, context: Context, sequences: list[list[int]], keep: list[int], past: int, fed: int
+    ) -> dict[str, Any]:
+        inputs = super()._inputs(context, sequences, keep, past, fed)
+        if past and not self.cache.measurable:
+            # Nothing of a model without keys and values looks at columns that were read before; some of these models
+            # take the whole mask for that of the new ones, so plain generation shows them none either.
+            inputs["attention_mask"] = None
+        return inputs
+
+    def _align(self, logits: torch.Tensor, drafts: list[list[int]], wanted: int) -> torch.Tensor:
+        lacking = wanted - logits.shape[1]
+        if lacking > 0:  # a pass that only absorbs, whose logits nobody reads, may be narrower than its filling
+            logits = torch.cat([logits[:, :1].expand(-1, lacking, -1), logits], dim=1)
+        return super()._align(logits, drafts, wanted)
 
     def _remember(self, sequences: list[list[int]], expected: int) -> None:
         if not self.cache.measurable:
