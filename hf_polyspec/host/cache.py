@@ -227,7 +227,8 @@ class RollbackCache(DynamicCache):
     @property
     def rollable(self) -> list[Any]:
         """The layers that hold keys and values."""
-        return self.layers
+        found: list[Any] = self.layers
+        return found
 
     @property
     def length(self) -> int:

@@ -117,16 +117,16 @@ def _check_state(model: Any, role: str, kind: str) -> None:
     """Refuse a model that keeps what can neither be cut nor put back."""
     manner = manner_of(model)
     odd = sorted(set(layer_types(model.config)) - ATTENTION_LAYERS)
+    kinds = f" ({', '.join(odd)} layers)" if odd else ""
     if manner is Manner.NONE:
         raise ValueError(
-            f"{role} ({kind}) keeps a state ({', '.join(odd) or 'recurrent'} layers) that could not be put back to "
-            "what it was before a draft (tried on a few tokens); chains cannot use it."
+            f"{role} ({kind}) keeps a recurrent state{kinds} that could not be put back to what it was before a draft "
+            "when it was tried on a few tokens; chains cannot use it."
         )
     if manner is Manner.ATTENTION and (odd or getattr(inner_model(model), "_is_stateful", False)):
-        state = f" ({', '.join(odd)} layers)" if odd else ""
         raise ValueError(
-            f"{role} ({kind}) keeps a state{state} outside of the caches of transformers, where it cannot be put back "
-            "after a rejected draft; chains cannot use it."
+            f"{role} ({kind}) keeps a recurrent state{kinds} outside of transformers' cache layers, where it cannot be "
+            "put back after a rejected draft; chains cannot use it."
         )
 
 

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 from ..exactness.context import Context, Prompt
 from ..telemetry.counters import LevelStats
 from .recurrent import RecurrentRunner
-from .release import forward_arguments, inner_model, with_cache
+from .release import forward_arguments, inner_model, input_device, with_cache
 from .runner import ModelRunner
 from .states import keeps_states, unknown_layer
 
@@ -35,6 +35,8 @@ def manner_of(model: Any) -> Manner:
     """How a model's cache can be made to follow a context; models without a state are not run for it."""
     inner = inner_model(model)
     if inner not in _manners:
+        if keeps_states(model) and input_device(model).type == "meta":
+            return Manner.BLOCKS  # nothing to try it on; most of them are so
         _manners[inner] = _tried(model) if keeps_states(model) else Manner.ATTENTION
     return _manners[inner]
 
@@ -78,7 +80,7 @@ def _text(model: Any) -> list[int]:
 
 def _plain(model: Any, text: list[int]) -> torch.Tensor:
     """Logits `[1 + M, V]` after the first R tokens and each of M more, fed one by one."""
-    device = next(iter(model.parameters())).device
+    device = input_device(model)
     cache = with_cache(model, DynamicCache(config=inner_model(model).config))
     takes_positions = "position_ids" in forward_arguments(model)
     found = []

@@ -194,8 +194,8 @@ class RecurrentRunner(ModelRunner):
         fed = inputs[named].shape[1]
         if not self.steps or not self.use_cache or fed == 1:
             return super()._call(inputs, logits, past, stats, grown)
-        # Plain generation reads a prompt in one pass, whatever follows column by column.
-        first = min(fed, max(1, fed - min(grown))) if not past else 1
+        # Plain generation reads a prompt in one pass, and whatever follows column by column.
+        first = max(1, fed - min(grown))
         outputs = []
         for start, end in [(0, first), *((c, c + 1) for c in range(first, fed))]:
             piece = dict(inputs)

@@ -28,7 +28,7 @@ STATE_LAYERS: tuple[Any, ...] = tuple(
 _StateLayer: Any = getattr(cache_utils, "LinearAttentionLayer", object)
 
 
-class RollbackStateLayer(_StateLayer, RollbackLayer):  # type: ignore[misc]
+class RollbackStateLayer(_StateLayer, RollbackLayer):
     """A layer that keeps keys and values beside its state."""
 
     is_compileable = False
@@ -130,7 +130,7 @@ def _own(layer: Any) -> Any:
 
 def state_of(layer: Any) -> dict[str, Any]:
     """A layer's attributes that it has because it keeps a state, as they are."""
-    if not isinstance(layer, RollbackLayer):
+    if not hasattr(layer, "get_seq_length"):
         return dict(vars(layer))
     names = vars(_StateLayer(layer.number_of_states))
     return {name: value for name, value in vars(layer).items() if name in names and name not in ("device", "dtype")}
