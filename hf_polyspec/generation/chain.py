@@ -152,7 +152,7 @@ def build_chain(target: Any, assistants: Sequence[Any], setting: Setting, runner
         pad=setting.pad,
         draft_limit=_draft_limit(assistants, 0, setting, runner),
         trees=trees,
-        note=note,
+        note=note or _slow(runner),
     )
     chain.begin(0, setting.batch, vocabulary_size(target))
     _lend(chain)
@@ -276,7 +276,7 @@ def _level(
             draft_limit=_draft_limit(assistants, place + 1, setting, runner),
             direct_tokens=_direct_tokens(below, setting, options),
             trees=trees,
-            note=note,
+            note=note or _slow(runner),
         )
     length = options.num_assistant_tokens or DEFAULT_DRAFT_TOKENS
     return CausalLMDrafter(
@@ -330,6 +330,13 @@ def _trees(runner: ModelRunner, below: Drafter, reason: str | None = None) -> tu
         reason = "it keeps no cache" if runner.takes_positions else "it takes no position_ids"
     reason = reason or hindrance(inner_model(runner.model))
     return reason is None, None if reason is None else f"chains instead of trees under {runner.name}: {reason}"
+
+
+def _slow(runner: ModelRunner) -> str | None:
+    """What to say of a model that no draft can speed up."""
+    if not runner.steps:
+        return None
+    return f"{runner.name} goes on exactly only one token a pass (its recurrent state), so it is offered no drafts"
 
 
 def _bound(head: EagleHead, above: Any, role: str) -> EagleHead:
