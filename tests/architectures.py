@@ -205,25 +205,8 @@ class Refused:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-RECURRENT = "keeps a state that cannot be rolled back after a rejected proposal"
 REFUSED = (
-    Refused("Mamba", "mamba", "recurrent state", RECURRENT),
-    Refused("Falcon Mamba", "falcon_mamba", "recurrent state", RECURRENT),
-    Refused("RWKV", "rwkv", "recurrent state", RECURRENT, {"attention_hidden_size": 32}),
-    Refused("RecurrentGemma", "recurrent_gemma", "recurrent state", RECURRENT, {"lru_width": 32}),
-    Refused(
-        "Qwen3-Next",
-        "qwen3_next",
-        "recurrent state",
-        RECURRENT,
-        {
-            **EXPERTS,
-            "head_dim": 8,
-            "layer_types": ["linear_attention", "full_attention"],
-            "shared_expert_intermediate_size": 24,
-        },
-    ),
-    Refused("LFM2", "lfm2", "recurrent state", RECURRENT, {"layer_types": ["conv", "full_attention"]}),
+    Refused("RWKV", "rwkv", "recurrent state", "keeps its state outside of a cache", {"attention_hidden_size": 32}),
     Refused("BERT (without `is_decoder=True`)", "bert", "is_decoder", "attends to both sides"),
     Refused(
         "CPM-Ant",

@@ -16,6 +16,7 @@ from ..eagle.modeling import EagleHead
 from ..host.compatibility import check_model, check_vocabularies, vocabulary_size
 from ..host.generation import CHOOSES_HIDDEN_STATES, CandidateGenerator
 from ..host.lending import FEW, is_copy
+from ..host.manners import runner_for
 from ..host.release import inner_model
 from ..host.runner import ModelRunner
 from ..host.trees import hindrance
@@ -149,9 +150,9 @@ def build_chain(target: Any, assistants: Sequence[Any], setting: Setting, runner
         rule=setting.options.polyspec_verification,
         eos=setting.eos,
         pad=setting.pad,
-        draft_limit=_draft_limit(assistants, 0, setting),
+        draft_limit=_draft_limit(assistants, 0, setting, runner),
         trees=trees,
-        note=note,
+        note=note or _slow(runner),
     )
     chain.begin(0, setting.batch, vocabulary_size(target))
     _lend(chain)
@@ -164,7 +165,11 @@ def _lend(chain: Verifier) -> None:
     if not target.use_cache or target.record:  # somebody wants to see how the prompt is read
         return
     for level in levels_of(chain)[1:]:
-        if isinstance(level, (Verifier, CausalLMDrafter)) and is_copy(level.runner.model, target.model):
+        if (
+            isinstance(level, (Verifier, CausalLMDrafter))
+            and level.runner.cuts
+            and is_copy(level.runner.model, target.model)
+        ):
             level.runner.lender = target
             chain.borrowers.append(level.runner)
             if isinstance(level, Verifier) and level.direct_tokens:
@@ -211,8 +216,13 @@ def _is_branch(following: Sequence[Any]) -> bool:
     return len(following) <= 1 and all(isinstance(one, (Drafter, CandidateGenerator)) for one in following)
 
 
-def _draft_limit(assistants: Sequence[Any], place: int, setting: Setting) -> int | None:
-    """The caller's num_assistant_tokens for a drafter without a model, which has no configuration of its own."""
+def _draft_limit(assistants: Sequence[Any], place: int, setting: Setting, runner: ModelRunner) -> int | None:
+    """The caller's num_assistant_tokens for a drafter without a model, which has no configuration of its own.
+
+    A model that reads one token a pass gains nothing from a draft and is offered none.
+    """
+    if runner.steps:
+        return 0
     without_model = place < len(assistants) and isinstance(assistants[place], (Drafter, CandidateGenerator))
     return setting.options.num_assistant_tokens if without_model else None
 
@@ -244,7 +254,7 @@ def _level(
         )
     name = _display_name(assistant)
     hidden = assistant.get_input_embeddings().weight.shape[-1]
-    runner = ModelRunner(
+    runner = runner_for(
         assistant,
         f"assistant_models[{place}] ({name})",
         setting.device,
@@ -263,10 +273,10 @@ def _level(
             rule=options.polyspec_verification,
             eos=setting.eos,
             pad=setting.pad,
-            draft_limit=_draft_limit(assistants, place + 1, setting),
+            draft_limit=_draft_limit(assistants, place + 1, setting, runner),
             direct_tokens=_direct_tokens(below, setting, options),
             trees=trees,
-            note=note,
+            note=note or _slow(runner),
         )
     length = options.num_assistant_tokens or DEFAULT_DRAFT_TOKENS
     return CausalLMDrafter(
@@ -314,10 +324,19 @@ def _trees(runner: ModelRunner, below: Drafter, reason: str | None = None) -> tu
     """Whether a verifier is to check trees, and what to say if it cannot though they were asked for."""
     if not below.grows_trees:
         return False, None
+    if reason is None and not runner.cuts:
+        reason = "its recurrent state follows one text at a time"
     if reason is None and not (runner.use_cache and runner.takes_positions):
         reason = "it keeps no cache" if runner.takes_positions else "it takes no position_ids"
     reason = reason or hindrance(inner_model(runner.model))
     return reason is None, None if reason is None else f"chains instead of trees under {runner.name}: {reason}"
+
+
+def _slow(runner: ModelRunner) -> str | None:
+    """What to say of a model that no draft can speed up."""
+    if not runner.steps:
+        return None
+    return f"{runner.name} goes on exactly only one token a pass (its recurrent state), so it is offered no drafts"
 
 
 def _bound(head: EagleHead, above: Any, role: str) -> EagleHead:

@@ -16,13 +16,13 @@ from ..control import OnlineControl
 from ..exactness.callers_generator import BESIDE
 from ..exactness.context import EMBEDDED, Context, Prompt
 from ..exactness.distributions import LawMaker
-from ..host.callers_cache import check_cache, check_prompt, read_cache, write_cache
+from ..host.callers_cache import check_cache, check_prompt, read_cache, tokens_held, write_cache
 from ..host.compatibility import check_options
 from ..host.generation import GenerateDecoderOnlyOutput, decoder_output, is_callers, mask_length, pad_id
+from ..host.manners import runner_for
 from ..host.modeling import Cache
 from ..host.plain_cache import PlainCache
 from ..host.release import GENERATION_CACHE, cache_names, cache_of
-from ..host.runner import ModelRunner
 from ..levels.verifier import NoDraft, Verifier
 from ..telemetry.stats import PolySpecStats
 from .chain import Setting, build_chain, check_assistants, levels_of
@@ -204,11 +204,11 @@ class _Job:
             )
             if wanted
         }
-        runner = ModelRunner(
-            self.model, "the target", self.device, use_cache=self.use_cache, record=record, reads_embeds=True
+        runner = runner_for(
+            self.model, "the target", self.device, use_cache=self.use_cache, record=record, reads_embeds=True, kept=1
         )
-        if self.use_cache and self.user_cache is not None and self.user_cache.get_seq_length() > 0:
-            copy, self.cached = read_cache(self.user_cache)
+        if self.use_cache and self.user_cache is not None and tokens_held(self.user_cache) > 0:
+            copy, self.cached = read_cache(self.user_cache, self.model)
             copy.floor = max(copy.floor, self.context.prompt.hidden)  # tokens without ids cannot be read again
             runner.adopt(copy, [ids[: self.cached] for ids in self.context.ids])
         setting = Setting(
@@ -324,7 +324,7 @@ def _context(input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: di
         raise ValueError("input_ids has 0 rows; assistant_models need at least one prompt.")
     ids = [[int(token) for token in row] for row in input_ids.tolist()]
     cache = cache_of(model_kwargs)
-    past = 0 if cache is None else int(cache.get_seq_length())
+    past = 0 if cache is None else tokens_held(cache)
     mask = model_kwargs.get("attention_mask")
     width = mask.shape[1] if mask is not None else mask_length(config)
     hidden = 0
@@ -348,6 +348,9 @@ def _context(input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: di
         )
     if mask is not None and (mask.ndim != 2 or mask.shape[0] != len(ids)):
         raise ValueError(f"attention_mask must be [batch, length], [{len(ids)}, {columns}], got {list(mask.shape)}.")
+    if past and width == columns - past:  # of the ids alone, after a cache that counts nothing
+        width = columns
+        mask = None if mask is None else torch.cat([mask.new_ones(mask.shape[0], past), mask], dim=1)
     if width is not None and width < columns:
         raise ValueError(
             f"attention_mask has {width} columns and the prompt has {columns}; give one for each, those in a cache too."

@@ -225,22 +225,28 @@ class RollbackCache(DynamicCache):
         return layer.extend(shape, like)
 
     @property
+    def rollable(self) -> list[Any]:
+        """The layers that hold keys and values."""
+        found: list[Any] = self.layers
+        return found
+
+    @property
     def length(self) -> int:
         """Columns held, the same in every layer.
 
         Raises:
             RollbackError: layers disagree, which only a forward pass that failed midway can bring about.
         """
-        lengths = {layer.get_seq_length() for layer in self.layers}
+        lengths = {layer.get_seq_length() for layer in self.rollable}
         if len(lengths) > 1:
             raise RollbackError(f"the cache's layers hold different numbers of tokens: {sorted(lengths)}")
         return int(lengths.pop()) if lengths else 0
 
     def shrink(self, length: int) -> None:
         """Keep the first `length` columns of every layer, and check that they are what is left."""
-        for layer in self.layers:
+        for layer in self.rollable:
             layer.shrink(length)
-        if self.layers and self.length != length:
+        if self.rollable and self.length != length:
             raise RollbackError(f"rolling back to {length} tokens left {self.length} in the cache")
 
     def realign(self, lengths: list[int], keep: list[int]) -> int:
@@ -271,7 +277,7 @@ class RollbackCache(DynamicCache):
         if all(source == destination for source, destination, _ in moves):
             self.shrink(new_width)
             return new_width
-        for layer in self.layers:
+        for layer in self.rollable:
             layer.shift(moves, new_width)
         return new_width
 
@@ -279,7 +285,7 @@ class RollbackCache(DynamicCache):
         """Make column c of row b what is now column `columns[b, c]`; `columns` is `[B, S']`."""
         same = (columns == torch.arange(columns.shape[1])).all(dim=0)
         start = int(same.long().cumprod(0).sum())
-        for layer in self.layers:
+        for layer in self.rollable:
             if start == columns.shape[1]:
                 layer.shrink(start)
             else:
@@ -288,5 +294,5 @@ class RollbackCache(DynamicCache):
     def keep_rows(self, rows: list[int]) -> None:
         """Keep the given rows of the batch."""
         index = torch.tensor(rows)
-        for layer in self.layers:
+        for layer in self.rollable:
             layer.keep_rows(index)

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .cache import READABLE_LAYERS, RollbackCache, RollbackLayer
 from .release import GENERATION_CACHE, inner_model, with_cache
+from .states import STATE_LAYERS, StateCache, copy_of, keeps_states, state_of, tensors_of
 
 Form = tuple[Any, ...]
 """Of a layer: heads and size of its keys, the same of its values, dtype and device."""
@@ -41,7 +42,8 @@ def check_cache(cache: Any, model: Any, rows: int) -> None:
         )
     lengths = [_length(layer) for layer in cache.layers]
     if any(lengths) or type(cache) not in (DynamicCache, StaticCache):
-        odd = next((layer for layer in cache.layers if type(layer) not in READABLE_LAYERS), None)
+        known = (layer for layer in cache.layers if not isinstance(layer, STATE_LAYERS))
+        odd = next((layer for layer in known if type(layer) not in READABLE_LAYERS), None)
         if odd is not None:
             raise ValueError(
                 f"{GENERATION_CACHE} of type {type(cache).__name__} has {type(odd).__name__} layers, which cannot be "
@@ -68,9 +70,11 @@ def check_prompt(cache: Cache, ids: int, width: int | None) -> bool:
     Raises:
         ValueError: the cache holds more than the prompt, or nothing is left to be read.
     """
-    held = int(cache.get_seq_length())
+    held = tokens_held(cache)
     if not held:
         return False
+    if _counts_nothing(cache):
+        return True
     if width is not None and width != ids:
         if width != held + ids:
             raise ValueError(
@@ -91,9 +95,21 @@ def check_prompt(cache: Cache, ids: int, width: int | None) -> bool:
     return False
 
 
+def tokens_held(cache: Cache) -> int:
+    """Tokens that a cache holds; 1 for one that has read some and keeps no count of them."""
+    if _counts_nothing(cache):
+        return int(bool(tensors_of([vars(layer) for layer in cache.layers])))
+    return int(cache.get_seq_length())
+
+
+def _counts_nothing(cache: Cache) -> bool:
+    """Whether a cache is of states alone: plain generation then reads all ids as what comes after them."""
+    return bool(cache.layers) and not any(hasattr(layer, "get_seq_length") for layer in cache.layers)
+
+
 def floor(cache: Cache) -> int:
     """Tokens of each row that cannot be read again: what a window before their end would see is not all held."""
-    held = int(cache.get_seq_length())
+    held = tokens_held(cache)
     found = 0
     for layer in cache.layers:
         columns = layer.keys.shape[2] if _length(layer) else held
@@ -103,7 +119,7 @@ def floor(cache: Cache) -> int:
     return found
 
 
-def read_cache(cache: Cache) -> tuple[RollbackCache, int]:
+def read_cache(cache: Cache, model: Any = None) -> tuple[RollbackCache, int]:
     """A private copy of a caller's cache that `check_cache` has passed.
 
     Sliding layers that have already dropped old columns get zeros in their place. The copy's `floor` says which tokens
@@ -112,11 +128,15 @@ def read_cache(cache: Cache) -> tuple[RollbackCache, int]:
     Returns:
         The copy and the number of tokens in it.
     """
-    made = RollbackCache()
-    total = int(cache.get_seq_length())
+    made = StateCache(model) if keeps_states(model) else RollbackCache()
+    total = tokens_held(cache)
     for index, layer in enumerate(cache.layers):
+        if isinstance(layer, STATE_LAYERS):
+            vars(made.layers[index]).update(copy_of([state_of(layer)])[0])
         if _length(layer):
             made.update(_full_width(layer.keys, total), _full_width(layer.values, total), index)
+    if isinstance(made, StateCache):
+        made.width = total
     made.floor = floor(cache)
     return made, total
 
@@ -133,10 +153,12 @@ def write_cache(source: RollbackCache, target: Cache, start: int) -> None:
     made = _beside(target)
     for index in range(len(source.layers)):
         layer, source.layers[index] = source.layers[index], RollbackLayer()
-        if layer.is_initialized and layer.get_seq_length() > start:
+        if hasattr(layer, "get_seq_length") and layer.is_initialized and layer.get_seq_length() > start:
             _check_room(made, index, layer.get_seq_length())
             made.update(layer.keys[:, :, start:], layer.values[:, :, start:], index)
             _let_go(made.layers[index])
+        if isinstance(layer, STATE_LAYERS):
+            vars(made.layers[index]).update(state_of(layer))
     steps, back = _exchange(target, made)
     try:
         _at_once(steps)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig
 
+from .manners import Manner, manner_of
 from .release import cache_argument, inner_model, no_cache_argument
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -101,13 +101,7 @@ def check_model(model: nn.Module, role: str) -> None:
             f"{role} has a prompt-learning adapter ({peft_config.peft_type}), whose virtual tokens cannot be rolled "
             "back; use LoRA or merge the adapter."
         )
-    odd = sorted(set(layer_types(config)) - ATTENTION_LAYERS)
-    if odd or getattr(inner_model(model), "_is_stateful", False):
-        state = f" ({', '.join(odd)} layers)" if odd else ""
-        raise ValueError(
-            f"{role} ({kind}) keeps a recurrent state{state} that cannot be rolled back after a rejected draft; "
-            "chains are built from attention-only models."
-        )
+    _check_state(model, role, kind)
     # BERT's family; GPT-NeoX has the first of the two as well and means nothing by it.
     if getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention"):
         raise ValueError(f"{role} ({kind}) attends to both sides; load it with is_decoder=True in its config.")
@@ -119,21 +113,27 @@ def check_model(model: nn.Module, role: str) -> None:
         raise ValueError(f"{role} ({kind}) has no language-modelling head; load it with AutoModelForCausalLM.")
 
 
+def _check_state(model: Any, role: str, kind: str) -> None:
+    """Refuse a model that keeps what can neither be cut nor put back."""
+    manner = manner_of(model)
+    odd = sorted(set(layer_types(model.config)) - ATTENTION_LAYERS)
+    kinds = f" ({', '.join(odd)} layers)" if odd else ""
+    if manner is Manner.NONE:
+        raise ValueError(
+            f"{role} ({kind}) keeps a recurrent state{kinds} that could not be put back to what it was before a draft "
+            "when it was tried on a few tokens; chains cannot use it."
+        )
+    if manner is Manner.ATTENTION and (odd or getattr(inner_model(model), "_is_stateful", False)):
+        raise ValueError(
+            f"{role} ({kind}) keeps a recurrent state{kinds} outside of transformers' cache layers, where it cannot be "
+            "put back after a rejected draft; chains cannot use it."
+        )
+
+
 def layer_types(config: Any) -> list[str]:
     """The kinds of layers a model has, as its text config names them."""
     text = config.get_text_config(decoder=True)
     return list(getattr(text, "layer_types", None) or ["full_attention"])
-
-
-def input_device(model: Any) -> torch.device:
-    """Where the model wants its ids: the device of its input embedding (a sharded model has several)."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    for module in (embedding, model):
-        if module is not None:
-            for tensor in module.parameters():
-                if tensor.device.type != "meta":
-                    return torch.device(tensor.device)
-    return torch.device("cpu")
 
 
 def check_vocabularies(target: Any, assistant: Any, role: str) -> None:

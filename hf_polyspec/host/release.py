@@ -79,6 +79,17 @@ def _compiled_forward(module: Any) -> bool:
     return hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
 
 
+def input_device(model: Any) -> torch.device:
+    """Where the model wants its ids: the device of its input embedding (a sharded model has several)."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    for module in (embedding, model):
+        if module is not None:
+            for tensor in module.parameters():
+                if tensor.device.type != "meta":
+                    return torch.device(tensor.device)
+    return torch.device("cpu")
+
+
 def parameters_of(function: Any) -> Mapping[str, inspect.Parameter]:
     """A function's parameters by name; none where it does not tell."""
     try:

@@ -17,10 +17,9 @@ from ..exactness.tree_geometry import ROOT, depths
 from ..telemetry.counters import LevelStats
 from .cache import RollbackCache
 from .columns import mask_of, positions_of
-from .compatibility import input_device
 from .lending import WORTH, borrow
 from .positions import position_table
-from .release import cache_argument, forward_arguments, inner_model
+from .release import cache_argument, forward_arguments, inner_model, input_device
 from .row_arguments import RowArguments
 from .trees import additive, tree_mask
 
@@ -49,6 +48,9 @@ class ModelRunner:
             fail on an id it does not have, as it does in plain generation.
     """
 
+    cuts = True  # the cache at any column, as trees and lending want it
+    steps = False  # one column a pass
+
     def __init__(
         self,
         model: Any,
@@ -74,7 +76,7 @@ class ModelRunner:
         rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
         self._rows: int | None = rows if replace_unknown_ids else None
         self._table = position_table(model)
-        self.cache = RollbackCache()
+        self.cache: RollbackCache = RollbackCache()
         self.memo: list[list[int]] = []
         self._arguments = RowArguments(inner_model(model))
         self._present: list[int] | None = None  # rows that are left of those at the beginning, None for all

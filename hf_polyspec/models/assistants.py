@@ -14,8 +14,8 @@ import torch
 from ..cpu.joint_product import change_count
 from ..eagle.formats.files import read_config, read_tensors
 from ..errors import DamagedFileError
-from ..host.compatibility import input_device
 from ..host.modeling import cached_file
+from ..host.release import input_device
 from ..levels.early_exit import PREFIX, early_exit, parse_early_exit
 from ..levels.names import name_of
 from ..levels.suffix import SuffixDrafter

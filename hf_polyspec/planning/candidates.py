@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ..eagle.modeling import EagleHead
-from ..host.compatibility import input_device
+from ..host.release import input_device
 from ..levels.base import Drafter
 from .agreement import TREES
 from .replay import Chain

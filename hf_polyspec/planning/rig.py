@@ -11,7 +11,7 @@ from ..exactness.distributions import LawMaker
 from ..exactness.proposal import Proposal
 from ..generation.chain import Setting, build_chain
 from ..generation.options import PolySpecOptions
-from ..host.runner import ModelRunner
+from ..host.manners import runner_for
 from ..levels.base import Drafter
 from ..levels.verifier import Verifier
 
@@ -43,5 +43,5 @@ def rig(model: Any, below: Sequence[Any], *, batch: int = 1, **options: Any) -> 
         batch: rows; options: of `PolySpecOptions`.
     """
     setting = Setting(PolySpecOptions(**options), model.device, frozenset(), 0, batch)
-    runner = ModelRunner(model, "the model", model.device, reads_embeds=True, replace_unknown_ids=True)
+    runner = runner_for(model, "the model", model.device, reads_embeds=True, replace_unknown_ids=True)
     return build_chain(model, list(below), setting, runner)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tiny_checkpoints import save_pair
-from transformers import AutoConfig, BartConfig, BartForConditionalGeneration, MambaConfig
+from transformers import AutoConfig, BartConfig, BartForConditionalGeneration, RwkvConfig
 from typer.testing import CliRunner, Result
 
 import hf_polyspec
@@ -148,9 +148,9 @@ def test_inspect_names_what_does_not_fit(folders: tuple[str, str], tmp_path: Pat
     tiny("llama", vocab_size=48).save_pretrained(tmp_path / "other")  # type: ignore[operator]
     other = " ".join(run("inspect", str(tmp_path / "other"), "--target", folders[0]).output.split())
     assert re.search(r"as middle no: .* tokenizer ", other)
-    MambaConfig(vocab_size=48, hidden_size=16, num_hidden_layers=1, state_size=4).save_pretrained(tmp_path / "mamba")
-    mamba = " ".join(run("inspect", str(tmp_path / "mamba")).output.split())
-    assert re.search(r"as target no: .*recurrent state", mamba)
+    RwkvConfig(vocab_size=48, hidden_size=16, num_hidden_layers=1).save_pretrained(tmp_path / "rwkv")
+    rwkv = " ".join(run("inspect", str(tmp_path / "rwkv")).output.split())
+    assert re.search(r"as target no: .*recurrent state", rwkv)
     bart = BartConfig(vocab_size=48, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
                       decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16)  # fmt: skip
     BartForConditionalGeneration(bart).save_pretrained(tmp_path / "bart")

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a model's cache follows a context that is taken back: found by trying it on a few tokens, once a model."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from ..exactness.context import Context, Prompt
+from ..telemetry.counters import LevelStats
+from .recurrent import RecurrentRunner
+from .release import forward_arguments, inner_model, input_device, with_cache
+from .runner import ModelRunner
+from .states import keeps_states, unknown_layer
+
+
+class Manner(Enum):
+    """How a runner has to treat a model."""
+
+    ATTENTION = "keys and values, which can be cut"
+    BLOCKS = "a state that goes on from one pass of several columns to the next"
+    STEPS = "a state that goes on exactly only one column a pass"
+    NONE = "a state that cannot be put back"
+
+
+_READ, _MORE = 5, 4
+_manners: WeakKeyDictionary[Any, Manner] = WeakKeyDictionary()
+
+
+def manner_of(model: Any) -> Manner:
+    """How a model's cache can be made to follow a context; models without a state are not run for it."""
+    inner = inner_model(model)
+    if inner not in _manners:
+        if keeps_states(model) and input_device(model).type == "meta":
+            return Manner.BLOCKS  # nothing to try it on; most of them are so
+        _manners[inner] = _tried(model) if keeps_states(model) else Manner.ATTENTION
+    return _manners[inner]
+
+
+def runner_for(model: Any, name: str, device: torch.device | None = None, **options: Any) -> ModelRunner:
+    """The runner that fits a model.
+
+    Args:
+        model, name, device, options: see `ModelRunner`.
+        options: may hold `kept`, see `RecurrentRunner`.
+    """
+    kept = options.pop("kept", None)
+    manner = manner_of(model)
+    if manner is Manner.ATTENTION:
+        return ModelRunner(model, name, device, **options)
+    if kept is not None:
+        options["kept"] = kept
+    return RecurrentRunner(model, name, device, steps=manner is Manner.STEPS, **options)
+
+
+@torch.no_grad()
+def _tried(model: Any) -> Manner:
+    """What plain generation's logits say of a runner's, after a draft that was taken back."""
+    if unknown_layer(model) is not None:
+        return Manner.NONE
+    text = _text(model)
+    try:
+        wanted = _plain(model, text)
+        for manner in (Manner.BLOCKS, Manner.STEPS):
+            if _alike(_run(model, text, steps=manner is Manner.STEPS), wanted, model):
+                return manner
+    except Exception:
+        return Manner.NONE
+    return Manner.NONE
+
+
+def _text(model: Any) -> list[int]:
+    rows = model.get_input_embeddings().weight.shape[0]
+    return [(7 * place + 3) % rows for place in range(_READ + _MORE)]
+
+
+def _plain(model: Any, text: list[int]) -> torch.Tensor:
+    """Logits `[1 + M, V]` after the first R tokens and each of M more, fed one by one."""
+    device = input_device(model)
+    cache = with_cache(model, DynamicCache(config=inner_model(model).config))
+    takes_positions = "position_ids" in forward_arguments(model)
+    found = []
+    for start, end in [(0, _READ), *((n, n + 1) for n in range(_READ, len(text)))]:
+        inputs = {"input_ids": torch.tensor([text[start:end]], device=device)}
+        if takes_positions:
+            inputs["position_ids"] = torch.arange(start, end, device=device)[None]
+        found.append(model(**inputs, use_cache=True, return_dict=True, **cache).logits[0, -1])
+    return torch.stack(found)
+
+
+def _run(model: Any, text: list[int], *, steps: bool) -> torch.Tensor:
+    """The same from a runner that was given another draft before, and some tokens of this one before that."""
+    stats = LevelStats("probe", 0)
+    prompt = Prompt(_READ, None, torch.arange(_READ)[None])
+    runner = RecurrentRunner(model, "probe", steps=steps)
+    first = runner.run(Context([text[:_READ]], prompt), [[]], stats).logits[0]
+    context = Context([text[: _READ + 1]], prompt)
+    draft = text[_READ + 1 :]
+    runner.run(context, [draft[::-1]], stats)
+    runner.run(context, [draft[:1]], stats)
+    return torch.cat([first, runner.run(context, [draft], stats).logits[0]])
+
+
+def _alike(found: torch.Tensor, wanted: torch.Tensor, model: Any) -> bool:
+    """Whether logits differ by no more than rounding, which grows with the square root of a type's precision."""
+    dtype = wanted.dtype if wanted.dtype != torch.float32 else next(iter(model.parameters())).dtype
+    precision = torch.finfo(dtype if dtype.is_floating_point else torch.float32).eps
+    wanted = wanted.float()
+    bound = 3 * precision**0.5 * float(wanted.std())
+    return found.shape == wanted.shape and float((found.float() - wanted).abs().max()) <= bound

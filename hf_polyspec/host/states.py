@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Caches with layers whose state is carried on instead of being kept token by token, and pictures of such states.
+
+A recurrent state and the window of a convolution stand for all that was read, and nothing of it can be cut off again.
+They can be copied, row by row, and put back. Which attributes of a layer make up its state is found by looking at a
+layer that has read nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import cache_utils
+from transformers.cache_utils import DynamicCache
+
+from .cache import READABLE_LAYERS, RollbackCache, RollbackLayer
+from .release import inner_model
+
+State = list[dict[str, Any]]
+"""What the state layers of a cache hold, one after another: tensors whose first dimension is the row, and flags."""
+
+# Releases before 5.17 had no such layers.
+STATE_LAYERS: tuple[Any, ...] = tuple(
+    kind for name in ("LinearAttentionCacheLayerMixin",) if (kind := getattr(cache_utils, name, None)) is not None
+)
+_StateLayer: Any = getattr(cache_utils, "LinearAttentionLayer", object)
+
+
+class RollbackStateLayer(_StateLayer, RollbackLayer):
+    """A layer that keeps keys and values beside its state."""
+
+    is_compileable = False
+
+    def __init__(self, number_of_states: int = 1) -> None:
+        RollbackLayer.__init__(self)
+        _StateLayer.__init__(self, number_of_states=number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        # Keys and values come by place, states by name, in every release that has such layers.
+        owner: Any = RollbackLayer if args else _StateLayer
+        owner.lazy_initialization(self, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        RollbackLayer.crop(self, tokens_to_remove)
+
+
+def planned_layers(model: Any) -> list[Any]:
+    """The empty layers that transformers makes for a model; none where its config does not tell."""
+    try:
+        return list(DynamicCache(config=inner_model(model).config).layers)
+    except Exception:
+        return []
+
+
+def keeps_states(model: Any) -> bool:
+    """Whether some layers of a model carry a state on."""
+    return any(isinstance(layer, STATE_LAYERS) for layer in planned_layers(model))
+
+
+def unknown_layer(model: Any) -> str | None:
+    """The class of a layer of the model's cache that is neither keys and values nor a state, None where there is none.
+
+    Models that bring a cache class of their own are told apart by the attributes it has on top of the usual ones.
+    """
+    for layer in planned_layers(model):
+        if not isinstance(layer, STATE_LAYERS) and type(layer) not in READABLE_LAYERS:
+            return type(layer).__name__
+    return None
+
+
+class StateCache(RollbackCache):
+    """A `RollbackCache` some of whose layers keep a state.
+
+    Attributes:
+        width: columns that were fed, for a cache without keys and values, which cannot be measured.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.layers = [_own(layer) for layer in planned_layers(model)]
+        self.stateful: list[Any] = [layer for layer in self.layers if isinstance(layer, STATE_LAYERS)]
+        self._nothing: State = self.state()
+        self.width = 0
+
+    @property
+    def rollable(self) -> list[RollbackLayer]:
+        # Some families plan keys and values for layers that never get any.
+        return [layer for layer in self.layers if isinstance(layer, RollbackLayer) and layer.is_initialized]
+
+    @property
+    def measurable(self) -> bool:
+        """Whether some layer knows how many columns it has read."""
+        return bool(self.rollable)
+
+    @property
+    def length(self) -> int:
+        return super().length if self.measurable else self.width
+
+    def realign(self, lengths: list[int], keep: list[int]) -> int:
+        self.width = super().realign(lengths, keep) if self.measurable else max(keep)
+        return self.width
+
+    def keep_rows(self, rows: list[int]) -> None:
+        super().keep_rows(rows)
+        self.put(rows_of(self.state(copied=False), rows))
+
+    def state(self, copied: bool = True) -> State:
+        """What the state layers hold, as a copy or as it is."""
+        found = [state_of(layer) for layer in self.stateful]
+        return copy_of(found) if copied else found
+
+    def put(self, state: State) -> None:
+        """Make the state layers hold this, which is then theirs: passes write into it."""
+        for layer, values in zip(self.stateful, state, strict=True):
+            vars(layer).update(values)
+
+    def forget(self) -> None:
+        """Make the state layers hold what they do before the first pass."""
+        self.put(copy_of(self._nothing))
+
+
+def _own(layer: Any) -> Any:
+    if isinstance(layer, STATE_LAYERS):
+        return RollbackStateLayer(layer.number_of_states) if hasattr(layer, "get_seq_length") else layer
+    # A dummy stays what it is; windows get full layers, as everywhere (see `cache`).
+    return RollbackLayer() if hasattr(layer, "get_seq_length") else layer
+
+
+def state_of(layer: Any) -> dict[str, Any]:
+    """A layer's attributes that it has because it keeps a state, as they are."""
+    if not hasattr(layer, "get_seq_length"):
+        return dict(vars(layer))
+    names = vars(_StateLayer(layer.number_of_states))
+    return {name: value for name, value in vars(layer).items() if name in names and name not in ("device", "dtype")}
+
+
+def _mapped(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _mapped(one, function) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_mapped(one, function) for one in value]
+    return value
+
+
+def copy_of(state: State) -> State:
+    """The same in tensors of its own."""
+    copied: State = _mapped(state, torch.clone)
+    return copied
+
+
+def rows_of(state: State, rows: Sequence[int]) -> State:
+    """Some rows of a state, in tensors of their own."""
+    picked: State = _mapped(state, lambda tensor: tensor[torch.tensor(rows, device=tensor.device)])
+    return picked
+
+
+def set_rows(state: State, other: State, rows: Sequence[int]) -> None:
+    """Put some rows of another state into a state."""
+    for into, source in zip(tensors_of(state), tensors_of(other), strict=True):
+        index = torch.tensor(rows, device=into.device)
+        into[index] = source[index]
+
+
+def tensors_of(state: State) -> list[torch.Tensor]:
+    """All tensors of a state, in an order that depends on the layers only."""
+    found: list[torch.Tensor] = []
+    _mapped(state, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return found
+
+
+def bytes_of(state: State) -> int:
+    """Memory that a state takes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(state))

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A runner's logits after any history of drafts, extensions and rollbacks are those of the text read at once."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from tiny_models import tiny
+
+from hf_polyspec.exactness.context import Context, Prompt
+from hf_polyspec.host import recurrent
+from hf_polyspec.host.manners import Manner, manner_of, runner_for
+from hf_polyspec.host.recurrent import RecurrentRunner
+from hf_polyspec.host.states import StateCache
+from hf_polyspec.telemetry.counters import LevelStats
+
+SETTINGS = {
+    "mamba2": {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3},
+    "mamba": {"state_size": 8},
+}
+PROMPT = 4
+
+
+def _fresh(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+
+
+@torch.no_grad()
+def _walk(model: torch.nn.Module, runner: RecurrentRunner, steps: int, rows: int = 3) -> float:
+    """Largest difference of a logit from a fresh pass, over random turns of uneven rows."""
+    chance = random.Random(7)
+    stats = LevelStats("walk", 0)
+    texts = [[chance.randrange(3, 48) for _ in range(PROMPT)] for _ in range(rows)]
+    prompt = Prompt(PROMPT, None, torch.arange(PROMPT).expand(rows, -1))
+    worst = 0.0
+    for _ in range(steps):
+        drafts = [[chance.randrange(3, 48) for _ in range(chance.randrange(5))] for _ in texts]
+        logits = runner.run(Context([list(ids) for ids in texts], prompt), drafts, stats).logits
+        for row, (ids, draft) in enumerate(zip(texts, drafts, strict=True)):
+            wanted = _fresh(model, ids + draft)[len(ids) - 1 :]
+            worst = max(worst, float((logits[row, : len(draft) + 1] - wanted).abs().max()))
+        for ids, draft in zip(texts, drafts, strict=True):
+            ids += draft[: chance.randrange(len(draft) + 1)]
+            if chance.random() < 0.2:  # a level above took some of it back
+                del ids[max(PROMPT, len(ids) - chance.randrange(1, 9)) :]
+            ids.append(chance.randrange(3, 48))
+    return worst
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_logits_are_those_of_the_text(kind: str) -> None:
+    model = tiny(kind, attention="eager", **SETTINGS[kind])
+    runner = runner_for(model, "walked")
+    assert isinstance(runner, RecurrentRunner)
+    assert runner.steps == (kind == "mamba")
+    assert _walk(model, runner, 24) < 1e-3
+
+
+@pytest.mark.parametrize("what", ["nothing", "convolution"])
+def test_a_state_that_is_not_put_back_shows(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the logits, and in the trial that decides how a model is served."""
+    right = StateCache.put
+
+    def wrong(self: StateCache, state: list[dict[str, object]]) -> None:
+        kept = self.state(copied=False)
+        if what == "nothing" and any(any(flags["has_previous_state"].values()) for flags in kept):  # type: ignore[attr-defined]
+            return
+        if what == "convolution" and any(any(flags["has_previous_state"].values()) for flags in kept):  # type: ignore[attr-defined]
+            state = [{**new, "recurrent_states": old["recurrent_states"]} for new, old in zip(state, kept, strict=True)]
+        right(self, state)
+
+    monkeypatch.setattr(StateCache, "put", wrong)
+    model = tiny("mamba2", attention="eager", **SETTINGS["mamba2"])
+    assert _walk(model, RecurrentRunner(model, "walked"), 8) > 0.1
+    assert manner_of(model) is Manner.NONE
+
+
+@torch.no_grad()
+def test_what_lags_behind_is_absorbed_before_it_grows() -> None:
+    """Drafts that are always rejected: no pass feeds more than the lag and its draft, and few passes are extra."""
+    model = tiny("mamba2", attention="eager", **SETTINGS["mamba2"])
+    fed: list[int] = []
+    model.register_forward_pre_hook(lambda _, __, given: fed.append(given["input_ids"].shape[1]), with_kwargs=True)
+    runner, stats = RecurrentRunner(model, "lagging", kept=1), LevelStats("lagging", 0)
+    prompt = Prompt(30, None, torch.arange(30)[None])
+    text = list(range(3, 33))
+    for step in range(40):
+        runner.run(Context([list(text)], prompt), [[1, 2, 1, 2]], stats)
+        text.append(3 + step)
+    assert fed[0] == 29  # the prompt is absorbed alone, so that no round reads it again
+    assert max(fed[1:]) == recurrent.LAG + 5
+    assert len(fed) == 1 + 40 + 40 // (recurrent.LAG + 1)
+    assert len(runner._pictures) == 1
+
+
+@torch.no_grad()
+def test_pictures_stand_at_distances_that_about_double() -> None:
+    """One token a pass, as a drafter reads: few pictures are kept, and one is near for every place to go back to."""
+    model = tiny("mamba2", attention="eager", **SETTINGS["mamba2"])
+    runner, stats = RecurrentRunner(model, "drafting"), LevelStats("drafting", 0)
+    prompt = Prompt(PROMPT, None, torch.arange(PROMPT)[None])
+    text = list(range(3, 3 + PROMPT))
+    for step in range(60):
+        runner.run(Context([list(text)], prompt), [[]], stats)
+        text.append(3 + step % 40)
+    lengths = [one.lengths[0] for one in runner._pictures]
+    assert len(lengths) == recurrent.KEPT
+    for back in range(1, 9):
+        nearest = max(n for n in lengths if n < len(text) - back)
+        assert len(text) - back - nearest <= 2 * back + 2
+    size = sum(
+        t.numel() * 4
+        for layer in runner.cache.stateful
+        for t in (*layer.conv_states.values(), *layer.recurrent_states.values())
+    )
+    assert any(f"{recurrent.KEPT * size:,} bytes" in note for note in stats.notes)
+    assert len(stats.notes) == 1
