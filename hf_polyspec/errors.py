@@ -4,6 +4,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
 
 
 class LevelError(RuntimeError):
@@ -40,3 +45,26 @@ class DamagedFileError(ValueError):
 
 class FolderInUseError(OSError):
     """Another process is writing into a folder that takes one writer."""
+
+
+@contextmanager
+def level_failures(what: str) -> Iterator[None]:
+    """Let what a level's model raises say which level it was.
+
+    Callers look for batch sizes by catching that memory ran out, so such an error stays what it is and has the level in
+    its notes (PEP 678); any other becomes the cause of a LevelError.
+
+    Args:
+        what: "the forward pass of NAME failed".
+
+    Raises:
+        LevelError: Something else than the end of memory.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        noted: Any = error
+        noted.__notes__ = [*getattr(error, "__notes__", ()), f"hf_polyspec: {what}."]  # Python 3.10 has no `add_note`
+        raise
+    except Exception as error:
+        raise LevelError(f"{what}: {error}") from error

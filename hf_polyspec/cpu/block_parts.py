@@ -82,6 +82,7 @@ class BlockParts:
         attention: The module; norms: before attention and before the gates.
         joint, output, gates, down: Layers that read the same input.
         places: Every module inside, with its parent's modules and its name among them.
+        shapes: Outputs and inputs of every linear layer.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -97,6 +98,9 @@ class BlockParts:
             (parent._modules, name, child) for parent in layer.modules() for name, child in parent._modules.items()
         ]
 
+        groups = (*self.joint, *self.output, *self.gates, *self.down)
+        self.shapes = [(linear, (int(linear.out_features), int(linear.in_features))) for linear in groups]
+
     def in_place(self) -> bool:
         """Whether every module inside is the one that was found."""
         return all(siblings.get(name) is module for siblings, name, module in self.places)
@@ -109,6 +113,7 @@ class BlockParts:
             and self._untouched()
             and attention.is_causal
             and attention_name(attention.config) == "sdpa"
+            and all(_is_shaped(linear, shape) for linear, shape in self.shapes)
             and all(not matters(name, value) for name, value in kwargs.items())
             and all(fits(norm.weight, x) for norm in self.norms)
         )
@@ -125,6 +130,12 @@ class BlockParts:
             if has_hooks(module):
                 return False
         return True
+
+
+def _is_shaped(linear: nn.Module, shape: tuple[int, int]) -> bool:
+    """Whether the float weight of a layer has the shape it was found with; what libraries pack has another one."""
+    weight = linear._parameters.get("weight")
+    return type(weight) is not nn.Parameter or weight.shape == shape
 
 
 def hooked(layer: nn.Module) -> bool:

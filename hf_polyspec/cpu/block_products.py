@@ -29,7 +29,16 @@ def block_products(parts: BlockParts, dtype: torch.dtype, rows: int = 1) -> Bloc
     if joint is None or output is None or gates is None or down is None:
         return None
     products = BlockProducts(joint, output, gates, down)
-    return products if products.stored in (torch.int8, torch.uint8, dtype) else None
+    fit = products.stored in (torch.int8, torch.uint8, dtype) and _shapes(parts) == tuple(
+        product.shape for product in (joint, output, gates, down)
+    )
+    return products if fit else None
+
+
+def _shapes(parts: BlockParts) -> tuple[tuple[int, int], ...]:
+    """Outputs and inputs of the four products of a layer as it was found."""
+    (queries, width), (keys, _), (values, _), output, (gate, _), (up, _), down = (shape for _, shape in parts.shapes)
+    return (queries + keys + values, width), output, (gate + up, width), down
 
 
 def block_shape(parts: BlockParts) -> BlockShape:
@@ -57,10 +66,11 @@ def joint_output(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
 def compiled_product(layers: Sequence[nn.Module], dtype: torch.dtype, rows: int) -> Product | None:
     """The compiled product that gives the outputs of layers, if it is the one that would be used."""
     from hf_polyspec.cpu.compiled.digits import DigitProduct
+    from hf_polyspec.cpu.compiled.groups import GroupProduct
     from hf_polyspec.cpu.compiled.product import CompiledProduct
 
     kernel = joint_kernel(layers, dtype, rows)
-    return kernel if isinstance(kernel, CompiledProduct | DigitProduct) else None
+    return kernel if isinstance(kernel, CompiledProduct | DigitProduct | GroupProduct) else None
 
 
 def joint_kernel(layers: Sequence[nn.Module], dtype: torch.dtype, rows: int = 1) -> Kernel | None:

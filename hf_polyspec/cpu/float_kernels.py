@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from functools import cache
 
-import psutil
 import torch
 from torch import Tensor
 
 from hf_polyspec.cpu.compiled import ROWS, compiles, left_to_torch
+from hf_polyspec.cpu.memory import half_stays_free
 from hf_polyspec.integers.linear import Kernel
 
 
@@ -96,6 +96,11 @@ def packed_size(matrix: Tensor) -> int:
     return matrix.numel() * (matrix.element_size() if own else 4)
 
 
+def packing_size(matrix: Tensor, joined: bool) -> int:
+    """Bytes of memory that `pack_float` needs while it packs; `joined`: with those of putting matrices together."""
+    return packed_size(matrix) * 2 + (matrix.nbytes if joined else 0)
+
+
 def room_for(matrix: Tensor, size: int | None = None) -> bool:
     """Whether half of the device's memory stays free after keeping `size` bytes beside `matrix` (None: its own)."""
     if size is None:
@@ -103,5 +108,4 @@ def room_for(matrix: Tensor, size: int | None = None) -> bool:
     if matrix.is_cuda:
         free, total = torch.cuda.mem_get_info(matrix.device)
         return bool(free - size > total / 2)
-    memory = psutil.virtual_memory()
-    return bool(memory.available - size > memory.total / 2)
+    return half_stays_free(size)

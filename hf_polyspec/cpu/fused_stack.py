@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hf_polyspec.cpu.block_parts import BlockParts, plain_turns
 from hf_polyspec.cpu.block_products import block_products, block_shape, new_states
+from hf_polyspec.cpu.compiled.places import held
 from hf_polyspec.cpu.joint_product import change_count
 from hf_polyspec.host.cache import RollbackCache, RollbackLayer
 
@@ -141,6 +142,7 @@ class _Waiting:
             and x.shape == before.shape
             and x.dtype is before.dtype
             and x.is_contiguous()
+            and held(x)
             # torch's count of changes is not enough: tensors of inference mode have none.
             and same_bytes(x.data_ptr(), before.data_ptr(), self._size)
             and self._counts == _counts(mask, self._turns)

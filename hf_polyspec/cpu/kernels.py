@@ -260,14 +260,18 @@ def int4_run_group(weight: QuantizedWeight) -> tuple[int | None, Tensor | None]:
         The largest size of 256, 128, 64, 32 that divides the width and every stored group (None if there is none),
         and a permutation `[K]`, or None where inputs are already in order.
     """
+    common, order = _common_group(weight)
+    return next((size for size in _INT4_GROUPS if common % size == 0), None), order
+
+
+def _common_group(weight: QuantizedWeight) -> tuple[int, Tensor | None]:
+    """The largest size that divides every stored group, and the order of inputs that makes groups contiguous."""
     index = weight.g_idx.long()
     order = None
     if bool((index[1:] < index[:-1]).any()):
         order = torch.argsort(index, stable=True)
     sizes = torch.bincount(index)
-    common = math.gcd(*(int(size) for size in sizes.tolist()))
-    group = next((size for size in _INT4_GROUPS if common % size == 0), None)
-    return group, order
+    return math.gcd(*(int(size) for size in sizes.tolist())), order
 
 
 def build_int8_kernel(source: Source, bias: Tensor | None, activation_bits: int | None = None) -> Kernel:
@@ -310,6 +314,22 @@ def _compiled_int8(weight: QuantizedWeight, bias: Tensor | None, digits: int) ->
     return DigitProduct(weight.codes, weight.zeros[:, 0], weight.scales[:, 0], bias, digits)
 
 
+def _compiled_int4(weight: QuantizedWeight, bias: Tensor | None) -> Kernel | None:
+    """The product for any number of rows, on CPUs with dot products of bytes and for groups that fill registers."""
+    from hf_polyspec.cpu.compiled.dots import has_dots
+    from hf_polyspec.cpu.compiled.groups import GRAIN, WIDEST, GroupProduct
+
+    common, order = _common_group(weight)
+    group = common if common <= WIDEST else math.gcd(common, WIDEST)
+    if not has_dots() or group % GRAIN:
+        return None
+    index, codes = weight.g_idx.long(), weight.codes
+    if order is not None:
+        index, codes = index[order], codes[:, order]
+    first = index[::group]  # [K / group], the stored group each run group lies in
+    return GroupProduct(codes, weight.zeros[:, first], weight.scales[:, first], bias, order)
+
+
 def _widened_int8(weight: QuantizedWeight, bias: Tensor | None) -> Kernel:
     from hf_polyspec.cpu.compiled.product import CompiledProduct
 
@@ -319,9 +339,17 @@ def _widened_int8(weight: QuantizedWeight, bias: Tensor | None) -> Kernel:
 
 
 def build_int4_kernel(source: Source, bias: Tensor | None) -> Kernel:
-    """The fastest kernel of this machine for weights of 4 bits or fewer."""
+    """The fastest kernel of this machine for weights of 4 bits or fewer.
+
+    Where nothing is compiled for it, few rows are multiplied in bfloat16 and many as floats: what a row gets depends
+    on how many stand beside it then, which `notes` tells the user.
+    """
     weight = source()
     device = weight.codes.device.type
+    if device == "cpu" and compiles():
+        compiled = _compiled_int4(weight, bias)
+        if compiled is not None:
+            return compiled
     if device not in ("cpu", "cuda") or int4_run_group(weight)[0] is None:
         return Dequantized(source, bias)
     if device == "cuda" and torch.cuda.get_device_capability(weight.codes.device) < (8, 0):

@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_polyspec.cpu.compiled import compiles, left_to_torch
-from hf_polyspec.cpu.float_kernels import multiplies, pack_float, packed_size, packs, room_for
+from hf_polyspec.cpu.compiled.places import address
+from hf_polyspec.cpu.float_kernels import multiplies, pack_float, packing_size, packs
 from hf_polyspec.cpu.fusable import fusable, fused_blocks
 from hf_polyspec.cpu.fused_block import FusedBlock
 from hf_polyspec.cpu.joint_product import SIBLINGS, JointProduct, change_count, sampled
+from hf_polyspec.cpu.memory import grant
+from hf_polyspec.cpu.shortage import Shortage
 from hf_polyspec.defaults import require_model
 from hf_polyspec.host.release import is_compiled
 from hf_polyspec.integers.linear import Kernel
@@ -45,25 +48,47 @@ class PackedProduct(JointProduct):
     layers: list[nn.Linear]
     looks_at_weights = True
 
-    def __init__(self, layers: Sequence[nn.Linear], kept: Kept | None = None) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], kept: Kept | None = None, shortage: Shortage | None = None) -> None:
         super().__init__(layers)
         self._packed: Kernel | None = None if kept is None else kept[0]
         self._stamp: tuple[Marks, ...] = () if kept is None else kept[1]
+        self._shortage = shortage or Shortage()
+        self.lacks = 0
+        """Bytes that were not to be had when the matrix was to be packed last."""
 
     def kept(self) -> Kept | None:
         """The packed matrix and what it was packed from, None if it has not been needed yet."""
         return None if self._packed is None else (self._packed, self._stamp)
 
     def kernel(self) -> Kernel | None:
-        """The packed matrix of the weights as they are now, None where memory is short."""
+        """The packed matrix of the weights as they are now, None where there can be none or memory is short."""
+        if not _can_multiply(self.layers):
+            return None
         stamp = tuple(_marks(layer) for layer in self.layers)
-        if stamp != self._stamp:  # first pass, or a weight was changed since
-            self._packed, self._stamp = None, stamp
+        # First pass, or a weight was changed since, or memory was short: it is asked for again in every pass.
+        if stamp != self._stamp or self.lacks:
             weights = [layer.weight.detach() for layer in self.layers]
-            if room_for(weights[0], _size(weights)):
-                matrix = weights[0] if len(weights) == 1 else torch.cat(weights)
-                self._packed = pack_float(matrix, self._bias())
+            self._packed, self._stamp, self._sizes = None, stamp, [weight.shape[0] for weight in weights]
+            self._packed = self._pack(weights)
         return self._packed
+
+    def _pack(self, weights: list[Tensor]) -> Kernel | None:
+        """The packed matrix, None where there is no memory for it."""
+        needed = sum(packing_size(weight, len(weights) > 1) for weight in weights)
+        if grant(needed):
+            try:
+                packed = pack_float(weights[0] if len(weights) == 1 else torch.cat(weights), self._bias())
+                self.lacks = 0
+                return packed
+            except (
+                MemoryError,
+                RuntimeError,
+            ) as error:  # torch's allocator raises the latter, and packing nothing else
+                if not isinstance(error, MemoryError) and "alloc" not in str(error):
+                    raise
+        self.lacks = needed
+        self._shortage.tell(self.layers, needed)
+        return None
 
     def takes(self, dtype: torch.dtype, rows: int) -> bool:
         plain = all(dtype is layer.weight.dtype and _can_pack(layer.weight) for layer in self.layers)
@@ -75,9 +100,13 @@ class PackedProduct(JointProduct):
         start, _, count, *_ = self._stamp[member]
         return start == weight.data_ptr() and count == change_count(weight)
 
+    def alone(self, member: int) -> PackedProduct:
+        """The product of one of the layers by itself."""
+        return PackedProduct([self.layers[member]], shortage=self._shortage)
+
     def dissolve(self) -> None:
         super().dissolve()
-        self._packed, self._stamp = None, ()
+        self._packed, self._stamp, self.lacks = None, (), 0
         _APART.update(self.layers)
 
     def _bias(self) -> Tensor | None:
@@ -90,7 +119,7 @@ class PackedProduct(JointProduct):
 
     def __getstate__(self) -> dict[str, object]:
         # Packed weights are opaque to copy and pickle, and quick to build again.
-        return {**super().__getstate__(), "_packed": None, "_stamp": ()}
+        return {**super().__getstate__(), "_packed": None, "_stamp": (), "lacks": 0}
 
 
 def _marks(layer: nn.Linear) -> Marks:
@@ -102,20 +131,34 @@ def _marks(layer: nn.Linear) -> Marks:
     assert weight is not None
     start = weight.data_ptr()
     sample = tuple(string_at(*place) for place in sampled(weight))
+    marks = (start, weight.dtype, change_count(weight), weight.shape, sample)
     if bias is None:
-        return (start, weight.dtype, change_count(weight), sample)
-    return (start, weight.dtype, change_count(weight), sample, bias.data_ptr(), change_count(bias), _beginning(bias))
+        return marks
+    return (*marks, bias.data_ptr(), change_count(bias), string_at(*sampled(bias, whole=False)[0]))
+
+
+def _can_multiply(layers: Sequence[nn.Linear]) -> bool:
+    """Whether the layers' matrices can stand one below the other.
+
+    Raises:
+        RuntimeError: The memory of one was taken away; torch may end the process over that.
+    """
+    for layer in layers:
+        weight, bias = _own(layer, "weight"), _own(layer, "bias")
+        if weight is None or not _can_pack(weight) or weight.shape[1] != layers[0].weight.shape[1]:
+            return False
+        address(weight, "weights")
+        if bias is not None:
+            if bias.shape != weight.shape[:1] or bias.device != weight.device or not bias.is_contiguous():
+                return False
+            address(bias, "biases")
+    return True
 
 
 def _own(layer: nn.Linear, name: str) -> Tensor | None:
     """A parameter without the detour through `nn.Module.__getattr__`: asked for in every pass."""
     found: Tensor | None = layer._parameters[name] if name in layer._parameters else getattr(layer, name)
     return found
-
-
-def _beginning(bias: Tensor) -> bytes:
-    readable = bias.is_contiguous() and bias.device.type == "cpu"
-    return string_at(*sampled(bias, whole=False)[0]) if readable else b""
 
 
 class PackedForward:
@@ -149,7 +192,7 @@ class PackedForward:
         torchs = rows < few_rows(weight.dtype) or left_to_torch(rows, weight.dtype)
         if not (trained or torchs or input.dtype is not weight.dtype or not _can_pack(weight) or _autocasts()):
             if product.dissolved:
-                product, member = self._place = PackedProduct([linear]), 0
+                product, member = self._place = product.alone(member), 0
             part = product.part(member, input) if _plain(input, linear.in_features) else None
             if part is not None:
                 return part
@@ -157,12 +200,13 @@ class PackedForward:
 
 
 def _can_pack(weight: Tensor) -> bool:
-    """Whether the numbers of a weight lie in memory one after the other, and packing them pays.
+    """Whether the numbers of a matrix lie in memory one after the other, and packing them pays.
 
     Subclasses (quantised, distributed) bring products of their own; a weight that is no parameter is made anew by
     somebody's hook in every pass.
     """
-    return type(weight) is nn.Parameter and packs(weight) and weight.is_contiguous()
+    plain = type(weight) is nn.Parameter and weight.dim() == 2
+    return plain and packs(weight) and weight.is_contiguous()
 
 
 def _plain(x: Tensor, width: int) -> bool:
@@ -189,8 +233,9 @@ def pack(model: Model) -> Model:
     AVX512-BF16) are multiplied in float32 and rounded once at the end. Parameters, `state_dict` and class of every
     layer stay; a weight that is changed later is packed again (one exception: a few numbers written through `.data`,
     which torch does not count; `unpack` and `pack` after that). Costs a second copy of the matrices, in float32 for
-    those types unless numba is installed; matrices for which less than half of the memory would stay free are left as
-    they are. Does nothing on other devices, under autocast, and for layers whose `forward` someone else has already
+    those types unless numba is installed. It is made matrix by matrix in the first pass, as far as memory is left: what
+    is not packed is said once in a warning and in the statistics of a generation, and tried again in every pass. Does
+    nothing on other devices, under autocast, and for layers whose `forward` someone else has already
     replaced.
 
     Args:
@@ -201,7 +246,7 @@ def pack(model: Model) -> Model:
     """
     require_model("pack", model)
     blocks = list(fusable(model))  # tried out before anything is packed, which is put off until it is needed
-    for product in _products(_packable(model), {}):
+    for product in _products(_packable(model), {}, _shortage(model)):
         _install(product)
     for block in blocks:
         block.__dict__["forward"] = FusedBlock(block)
@@ -232,8 +277,18 @@ def _kind(layer: nn.Linear) -> tuple[object, ...]:
     return (layer.in_features, layer.weight.dtype, layer.weight.device)
 
 
-def _products(groups: Iterable[list[nn.Linear]], kept: Mapping[nn.Linear, Kept]) -> list[PackedProduct]:
-    return [PackedProduct(layers, kept.get(layers[0])) for layers in groups]
+def _products(
+    groups: Iterable[list[nn.Linear]], kept: Mapping[nn.Linear, Kept], shortage: Shortage
+) -> list[PackedProduct]:
+    return [PackedProduct(layers, kept.get(layers[0]), shortage) for layers in groups]
+
+
+def _shortage(model: nn.Module) -> Shortage:
+    """What the products of a model share, from one time that it is packed to the next."""
+    found = _SHORT.get(model)
+    if found is None:
+        found = _SHORT[model] = Shortage(type(model).__name__)
+    return found
 
 
 def _install(product: PackedProduct) -> None:
@@ -243,42 +298,49 @@ def _install(product: PackedProduct) -> None:
 
 # Packed matrices of assistants between two generations, for as long as their layers live.
 _KEPT: WeakKeyDictionary[nn.Linear, Kept] = WeakKeyDictionary()
+_SHORT: WeakKeyDictionary[nn.Module, Shortage] = WeakKeyDictionary()
 
 
 @contextmanager
 def packed_assistants(assistants: Iterable[object], target: nn.Module | None = None) -> Iterator[None]:
-    """Pack the assistants of a chain while it runs; afterwards they are as they were.
+    """Pack the assistants of a chain while it runs; afterwards they are as they were, whatever ended it.
 
     What was packed and fused is kept for the next time. Layers shared with the target are left alone (the target's
-    are packed only by `pack`), and so is everything where less than half of the memory would stay free, and compiled
-    models.
+    are packed only by `pack`), and so are compiled models; where memory is short see `pack`.
 
     Args:
         assistants: Members of a chain; those that are no models are passed over.
         target: The model above them.
     """
     alone = set() if target is None else {id(module) for module in target.modules()}
-    chosen: dict[int, list[nn.Linear]] = {}
+    products: dict[int, PackedProduct] = {}
     models = [one for one in assistants if isinstance(one, nn.Module) and not is_compiled(one)]
     for assistant in models:
-        groups = list(_packable(assistant))
-        chosen.update((id(layers[0]), layers) for layers in groups if not any(id(one) in alone for one in layers))
-    products = _products(chosen.values(), _KEPT)
-    if not _room(products):
-        products = []
+        groups = [layers for layers in _packable(assistant) if not any(id(one) in alone for one in layers)]
+        for product in _products(groups, _KEPT, _shortage(assistant)):
+            products[id(product.layers[0])] = product
     blocks = [block for model in models for block in fused_blocks(model) if id(block.layer) not in alone]
-    for product in products:
-        _install(product)
-    for block in blocks:
-        block.layer.__dict__["forward"] = block
+    layers = [block.layer for block in blocks]
+    layers += [layer for product in products.values() for layer in product.layers]
     try:
-        yield
+        # Twice, since an interrupt can end either of them midway.
+        try:
+            for product in products.values():
+                _install(product)
+            for block in blocks:
+                block.layer.__dict__["forward"] = block
+            yield
+        finally:
+            _restore(layers)
     finally:
-        for block in blocks:
-            block.layer.__dict__.pop("forward", None)
-        for product in products:
-            for layer in product.layers:
-                _keep(layer.__dict__.pop("forward", None))
+        _restore(layers)
+
+
+def _restore(layers: Iterable[nn.Module]) -> None:
+    """Give layers their own forward back, and keep what they were computed with for the next time."""
+    for layer in layers:
+        if isinstance(layer.__dict__.get("forward"), PackedForward | FusedBlock):
+            _keep(layer.__dict__.pop("forward"))
 
 
 def _keep(forward: object) -> None:
@@ -286,16 +348,6 @@ def _keep(forward: object) -> None:
     kept = forward.product.kept() if isinstance(forward, PackedForward) else None
     if isinstance(forward, PackedForward) and kept is not None:
         _KEPT[forward.product.layers[0]] = kept
-
-
-def _room(products: Sequence[PackedProduct]) -> bool:
-    fresh = [[layer.weight for layer in product.layers] for product in products if product.kept() is None]
-    return not fresh or room_for(fresh[0][0], sum(map(_size, fresh)))
-
-
-def _size(weights: Sequence[Tensor]) -> int:
-    """Bytes that one product of these matrices keeps."""
-    return sum(map(packed_size, weights))
 
 
 def unfuse(model: Model) -> Model:

@@ -33,6 +33,11 @@ class SharedInput(JointProduct):
             kernel = self._kernel = self._build()
         return kernel
 
+    @property
+    def built(self) -> Kernel | None:
+        """The joint kernel if it has been needed."""
+        return self._kernel
+
     def reset(self) -> None:
         """Forget the packed weights and any waiting parts: the layers have moved."""
         self._kernel = None

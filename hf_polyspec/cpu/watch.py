@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_polyspec.cpu.block_parts import BlockParts, fits, global_hooks, has_hooks
+from hf_polyspec.cpu.block_parts import BlockParts, global_hooks, has_hooks
 from hf_polyspec.cpu.block_products import joint_kernel, product_of
 from hf_polyspec.cpu.compiled.samples import Samples
 from hf_polyspec.cpu.joint_product import JointProduct, change_count, sampled
 from hf_polyspec.host.attention import attention_name
 
+Place = tuple[int, torch.Size, torch.dtype, int, bool]
+Marks = tuple[int, torch.Size, torch.dtype, int, bool, int]
 _SETTINGS = ("is_causal", "head_dim", "scaling", "num_key_value_groups", "layer_idx", "config")
 
 
@@ -50,7 +52,7 @@ class Watch:
         ]
         self._configs = list({id(parts.attention.config): parts.attention.config for parts in blocks}.values())
         self._norms = [
-            (norm._parameters, norm.weight, norm.weight.data_ptr()) for parts in blocks for norm in parts.norms
+            (norm._parameters, norm.weight, *_place(norm.weight)) for parts in blocks for norm in parts.norms
         ]
         groups = [group for parts in blocks for group in (parts.joint, parts.output, parts.gates, parts.down)]
         self._watch_weights(groups)
@@ -65,7 +67,7 @@ class Watch:
         """Write down the weights from which products were made that would not notice a change by themselves."""
         self._products: list[JointProduct] = []
         self._members: list[tuple[Any, JointProduct]] = []
-        self._tensors: list[tuple[Any, str, Tensor | None, int, int, torch.dtype | None, int]] = []
+        self._tensors: list[tuple[dict[str, Any], str, Tensor | None, Marks | None]] = []
         samples: list[tuple[int, int]] = []
         for group in groups:
             product: Any = product_of(group[0])
@@ -76,7 +78,7 @@ class Watch:
                 self._members.append((layer.__dict__["forward"], product))
                 for name, whole in (("weight", True), ("bias", False)):
                     tensor = layer._parameters.get(name)
-                    self._tensors.append((layer._parameters, name, tensor, *_marks(tensor)))
+                    self._tensors.append((layer._parameters, name, tensor, _marks(tensor)))
                     samples += [] if tensor is None else sampled(tensor, whole)
         self._samples = Samples(samples)
 
@@ -87,7 +89,7 @@ class Watch:
             and not global_hooks()
             and self._same_modules()
             and self._same_settings()
-            and self._same_norms(x)
+            and self._same_norms()
             and self._same_products()
             and self._same_kernels()
             and self._samples.same()  # last: the others make sure that the addresses still are the weights'
@@ -107,9 +109,9 @@ class Watch:
                 return False
         return all(attention_name(config) == "sdpa" for config in self._configs)
 
-    def _same_norms(self, x: Tensor) -> bool:
-        for parameters, weight, start in self._norms:
-            if parameters.get("weight") is not weight or weight.data_ptr() != start or not fits(weight, x):
+    def _same_norms(self) -> bool:
+        for parameters, weight, *place in self._norms:
+            if parameters.get("weight") is not weight or _place(weight) != (*place,):
                 return False
         return True
 
@@ -120,16 +122,8 @@ class Watch:
         for forward, product in self._members:
             if forward.product is not product:
                 return False
-        for parameters, name, tensor, *marks in self._tensors:
-            if parameters.get(name) is not tensor:
-                return False
-            if tensor is not None and not (
-                tensor.data_ptr() == marks[0]
-                and tensor.nbytes == marks[1]
-                and tensor.dtype is marks[2]
-                and (-1 if tensor.is_inference() else tensor._version) == marks[3]
-                and tensor.is_contiguous()
-            ):
+        for parameters, name, tensor, marks in self._tensors:
+            if parameters.get(name) is not tensor or (tensor is not None and _marks(tensor) != marks):
                 return False
         return True
 
@@ -150,5 +144,10 @@ def _is_watched(product: object) -> bool:
     return isinstance(product, JointProduct) and product.looks_at_weights
 
 
-def _marks(tensor: Tensor | None) -> tuple[int, int, torch.dtype | None, int]:
-    return (0, 0, None, 0) if tensor is None else (tensor.data_ptr(), tensor.nbytes, tensor.dtype, change_count(tensor))
+def _place(tensor: Tensor) -> Place:
+    """What says that a tensor's numbers still lie where they lay; less memory behind them than there was does not."""
+    return (tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.untyped_storage().nbytes(), tensor.is_contiguous())
+
+
+def _marks(tensor: Tensor | None) -> Marks | None:
+    return None if tensor is None else (*_place(tensor), change_count(tensor))

@@ -136,6 +136,7 @@ def decode(
         try:
             with _packed(own if options.polyspec_pack else [], model):
                 rows, origins = job.run(chain, streamer)
+            _note_kernels(chain)
             job.tell_lost(chain)
             return job.output(chain, rows, origins, time.perf_counter() - started)
         finally:
@@ -148,6 +149,17 @@ def _packed(assistants: list[Any], model: Any) -> AbstractContextManager[None]:
     from ..cpu.packing import packed_assistants
 
     return packed_assistants(assistants, model)
+
+
+def _note_kernels(chain: Verifier) -> None:
+    """Let every level's statistics say what is to be known of how it is multiplied on this machine."""
+    from ..cpu.notes import notes
+
+    for level in levels_of(chain):
+        runner = getattr(level, "runner", None)
+        model = getattr(level, "head", None) if runner is None else runner.model
+        if isinstance(model, torch.nn.Module):
+            level.stats.notes.extend(notes(model))
 
 
 class _Job:

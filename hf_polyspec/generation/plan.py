@@ -246,7 +246,7 @@ def fingerprint(member: Any) -> str:
 
 def _shapes(model: nn.Module) -> dict[str, str]:
     """Shape and type of every weight by name. Nothing is copied or converted: this is asked in every generation."""
-    from ..quantization.model import quantized_layers
+    from ..quantization.modules import quantized_layers
 
     quantized = quantized_layers(model)
     # The state of a quantised layer is that of a checkpoint, which takes packing all of its integers.

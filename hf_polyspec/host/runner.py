@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import LevelError, RollbackError
+from ..errors import RollbackError, level_failures
 from ..exactness.context import EMBEDDED, Context, Prompt, common_prefix
 from ..exactness.passes import Pass
 from ..exactness.tree_geometry import ROOT, depths
@@ -99,7 +99,8 @@ class ModelRunner:
             columns: logits wanted besides the K + 1 of the draft (for a prefill that wants them all).
 
         Raises:
-            LevelError: the model raised; the cache is left at the ids it surely holds.
+            LevelError: the model raised; the cache is left at the ids it surely holds. (That memory ran out is raised
+                as it is, see `level_failures`.)
             RollbackError: the cache's length is not what was fed into it.
         """
         whole = context
@@ -198,11 +199,11 @@ class ModelRunner:
             inputs["logits_to_keep"] = logits
         stats.forward_passes += 1
         try:
-            with self._arguments.of(self._present, grown):
+            with level_failures(f"the forward pass of {self.name} failed"), self._arguments.of(self._present, grown):
                 return self.model(**inputs, **self.record, return_dict=True)
-        except Exception as error:
+        except Exception:
             self._recover(past)
-            raise LevelError(f"the forward pass of {self.name} failed: {error}") from error
+            raise
 
     def _plant(
         self,

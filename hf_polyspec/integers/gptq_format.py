@@ -10,7 +10,8 @@ A linear layer `name` with K inputs and N outputs is stored as four tensors (and
 | `scales` | `[G, N]` float16 | |
 | `g_idx` | `[K]` int32 | the group of each input; out of order under act-order (`desc_act`) |
 
-AutoGPTQ stores every zero less one ("v1", `checkpoint_format: gptq`); gptqmodel's `gptq_v2` stores it as it is.
+AutoGPTQ stores every zero less one ("v1", `checkpoint_format: gptq`); gptqmodel's `gptq_v2` stores it as it is. Some
+tools write the one and say the other; symmetric weights have one possible zero, which tells (`stored_version`).
 3-bit codes straddle words: 32 codes lie as one stream of bits in 3 words, which is how all widths are read here.
 """
 
@@ -106,6 +107,27 @@ def to_gptq(weight: QuantizedWeight, version: int = 1) -> dict[str, Tensor]:
         "scales": weight.scales.t().to(torch.float16).contiguous(),
         "g_idx": weight.g_idx.to(torch.int32).contiguous(),
     }
+
+
+def stored_version(qzeros: Tensor, bits: int) -> int:
+    """How the zeros of symmetric weights are stored: 1 if less one, 2 if as they are.
+
+    Args:
+        qzeros: As in the checkpoint.
+        bits: Bits a code.
+
+    Raises:
+        ValueError: They are neither, so the weights are not symmetric.
+    """
+    found = sorted(set(unpack_codes(qzeros.t().contiguous(), bits).flatten().tolist()))
+    middle = 1 << (bits - 1)
+    versions = {middle - 1: 1, middle: 2}
+    if len(found) != 1 or found[0] not in versions:
+        raise ValueError(
+            f"the zeros of symmetric {bits}-bit weights are all stored as {middle - 1} or all as {middle}, "
+            f"these are from {found[0]} to {found[-1]}"
+        )
+    return versions[found[0]]
 
 
 def from_gptq(tensors: Mapping[str, Tensor], bits: int, group_size: int, version: int = 1) -> QuantizedWeight:

@@ -8,11 +8,12 @@ device wants on the first forward pass. Which kernel that is, and which is fast 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from hf_polyspec.integers.foreign import dequantized, stored_elsewhere
 from hf_polyspec.integers.gptq_format import GPTQ_TENSORS, from_gptq, pack_codes, storable, to_gptq, unpack_codes
 from hf_polyspec.integers.weights import QuantizedWeight, round_to_nearest
 
@@ -33,6 +34,9 @@ class Group(Protocol):
     def part(self, member: int, x: Tensor) -> Tensor | None: ...
 
     def reset(self) -> None: ...
+
+    @property
+    def built(self) -> Kernel | None: ...
 
 
 class QuantizedLinear(nn.Module):
@@ -90,6 +94,11 @@ class QuantizedLinear(nn.Module):
         return QuantizedWeight(codes, scales, self.zeros, self.g_idx, self.bits, self.group_size)
 
     @property
+    def symmetric(self) -> bool:
+        """Whether zeros carry no information."""
+        return bool((self.zeros == 1 << (self.bits - 1)).all())
+
+    @property
     def weight(self) -> Tensor:
         """The float matrix `[N, K]` this layer stands for, built anew at every access."""
         return self.quantized_weight().dequantize()
@@ -117,6 +126,11 @@ class QuantizedLinear(nn.Module):
         if kernel is None:
             kernel = self._kernel = self.build_kernel(self.quantized_weight, self.bias)
         return kernel
+
+    @property
+    def built(self) -> Kernel | None:
+        """What computes this layer, alone or with others; None if it has not been needed yet."""
+        return self._kernel if self._group is None else self._group.built
 
     @torch.no_grad()
     def forward(self, input: Tensor) -> Tensor:
@@ -196,11 +210,14 @@ class QuantizedLinear(nn.Module):
 
 
 def float_weight(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight `[N, K]` and bias `[N]` of a float linear layer.
+    """Weight `[N, K]` and bias `[N]` of a linear layer; of one that another library has quantised, dequantised.
 
     Raises:
-        TypeError: Neither an `nn.Linear` nor a transformers `Conv1D`.
+        TypeError: Neither an `nn.Linear`, nor a transformers `Conv1D`, nor such a layer.
+        ValueError: Such a layer, and its weight cannot be had.
     """
+    if not isinstance(linear, QuantizedLinear) and stored_elsewhere(linear):
+        return dequantized(linear)
     weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
     offset = bias.detach() if isinstance(bias, Tensor) else None
     if isinstance(linear, nn.Linear):
@@ -208,3 +225,12 @@ def float_weight(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     if type(linear).__name__ == "Conv1D" and isinstance(weight, Tensor):
         return weight.detach().t(), offset
     raise TypeError(f"{type(linear).__name__} is not a linear layer that can be quantised.")
+
+
+def matrix_shape(linear: nn.Module) -> tuple[int, int]:
+    """`(N, K)` of what `float_weight` gives."""
+    layer: Any = linear
+    if not isinstance(linear, QuantizedLinear) and stored_elsewhere(linear):
+        return int(layer.out_features), int(layer.in_features)
+    outputs, features = float_weight(linear)[0].shape
+    return outputs, features

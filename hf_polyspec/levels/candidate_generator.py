@@ -7,7 +7,7 @@ import inspect
 
 import torch
 
-from ..errors import LevelError
+from ..errors import level_failures
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker, fit_vocabulary
 from ..exactness.proposal import Proposal
@@ -49,10 +49,8 @@ class CandidateGeneratorDrafter(Drafter):
         if limits[0] < 1 or ids.shape[1] == 0:
             return Proposal([[]], None, [[]])
         with self.stats.timed():
-            try:
+            with level_failures(f"{self.name} failed to propose"):
                 candidates, logits = self.generator.get_candidates(ids, **self._older_arguments())
-            except Exception as error:
-                raise LevelError(f"{self.name} failed to propose: {error}") from error
             new = candidates[0, ids.shape[1] :][: limits[0]]
             # Cutting at the limit looks at no value, so it leaves the law alone.
             tokens = [int(token) for token in new.tolist()]

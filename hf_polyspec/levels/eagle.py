@@ -13,7 +13,7 @@ from ..defaults import DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K
 from ..eagle.configuration import LAST_HIDDEN_STATE
 from ..eagle.features import select_features
 from ..eagle.modeling import EagleHead
-from ..errors import LevelError
+from ..errors import level_failures
 from ..exactness.context import Context, Prompt
 from ..exactness.distributions import LawMaker
 from ..exactness.passes import Pass
@@ -289,10 +289,8 @@ class EagleDrafter(SequentialDrafter):
         return aligned_laws(laws, [len(more) for more in late], tokens) if law.draws else None
 
     def _catch_up(self, rows: list[Pairs]) -> torch.Tensor:
-        try:
+        with level_failures(f"the forward pass of {self.name} failed"):
             hidden, passes = self.pairs.catch_up(rows, self.chunk)
-        except Exception as error:
-            raise LevelError(f"the forward pass of {self.name} failed: {error}") from error
         self.stats.forward_passes += passes
         return hidden
 
@@ -368,10 +366,8 @@ class EagleDrafter(SequentialDrafter):
     def _step(
         self, tokens: torch.Tensor, features: torch.Tensor, places: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        try:
+        with level_failures(f"the forward pass of {self.name} failed"):
             hidden = self.head.step(self.pairs.allowed(tokens), features, places, mask, self.pairs.cache)
-        except Exception as error:
-            raise LevelError(f"the forward pass of {self.name} failed: {error}") from error
         self.stats.forward_passes += 1
         return hidden
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from ..cpu.notes import packing_here
 from ..host.compatibility import check_model, check_vocabularies, layer_types
 from .assistants import is_eagle_head
 from .by_name import load_config, load_tokenizer, resolve
@@ -46,7 +47,7 @@ def inspect_name(name: str, target: str | None = None) -> Inspection:
     config = load_config(name)
     found = Inspection(name, list(_model_facts(name, config)))
     model, problem = _skeleton(config, "this model")
-    found.facts += [*_size(model), *_tokenizer_facts(name)]
+    found.facts += [*_size(model), *_packing(model, config), *_tokenizer_facts(name)]
     if problem:
         found.roles = [(role, problem) for role in ("target", "middle", "drafter")]
         return found
@@ -88,6 +89,15 @@ def _quantisation(found: Any) -> str:
 def _size(model: Any) -> Iterator[tuple[str, str]]:
     if model is not None:
         yield "parameters", f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f} million"
+
+
+def _packing(model: Any, config: Any) -> Iterator[tuple[str, str]]:
+    if model is None or getattr(config, "quantization_config", None):
+        return
+    dtype = getattr(config, "dtype", None)
+    found = packing_here(model, dtype if isinstance(dtype, torch.dtype) else torch.float32)
+    if found is not None:
+        yield "packed on this CPU", found
 
 
 def _tokenizer_facts(name: str) -> Iterator[tuple[str, str]]:

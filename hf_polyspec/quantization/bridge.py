@@ -11,14 +11,18 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from hf_polyspec.cpu.shared_input import share_inputs
-from hf_polyspec.host.quantizers import HfQuantizer, register_quantizer
+from hf_polyspec.host.quantizers import HfQuantizer, claim, register_quantizer
 from hf_polyspec.host.tying import untie
-from hf_polyspec.integers.gptq_format import GPTQ_TENSORS, from_gptq
-from hf_polyspec.integers.linear import float_weight
+from hf_polyspec.integers.gptq_format import GPTQ_TENSORS, from_gptq, stored_version
+from hf_polyspec.integers.linear import matrix_shape
+from hf_polyspec.quantization.checkpoint import checkpoint_parts
 from hf_polyspec.quantization.config import METHOD, PolySpecQuantizationConfig
 from hf_polyspec.quantization.linear import quantized_linear
 from hf_polyspec.quantization.modules import is_linear, replace_module
 from hf_polyspec.quantization.tied_head import SETTING, restore_head
+
+# Of a checkpoint's tensors; a bias is of the model's own, which is torch's default while transformers builds it.
+_TYPES = {"qweight": torch.int32, "qzeros": torch.int32, "g_idx": torch.int32, "scales": torch.float16}
 
 
 class StoredLinear(nn.Module):
@@ -33,8 +37,7 @@ class StoredLinear(nn.Module):
         super().__init__()
         self.size = size
         for name, shape in shapes.items():
-            dtype = torch.int32 if name in ("qweight", "qzeros", "g_idx") else torch.float16
-            self.register_buffer(name, torch.empty(tuple(shape), dtype=dtype))
+            self.register_buffer(name, torch.empty(tuple(shape), dtype=_TYPES.get(name)))
 
     @property
     def weight(self) -> Tensor:
@@ -92,7 +95,7 @@ class PolySpecQuantizer(HfQuantizer):
             linear = model.get_submodule(name)
             if not is_linear(linear):
                 raise ValueError(f"{name} is a {type(linear).__name__}, the checkpoint has quantised weights for it.")
-            outputs, features = float_weight(linear)[0].shape
+            outputs, features = matrix_shape(linear)
             with torch.device("meta"):
                 layer = StoredLinear(shapes, (outputs, features))
             replace_module(model, name, layer)
@@ -109,11 +112,21 @@ class PolySpecQuantizer(HfQuantizer):
         tied = getattr(self.quantization_config, SETTING, None)
         if tied is not None:
             restore_head(model, tied, self._files)
-            # From here on the model is one with a quantised head, which is what `save_pretrained` writes.
+            # From here on the model is one with a quantised head; how it is kept is found anew when it is saved.
             delattr(self.quantization_config, SETTING)
             self.quantization_config.lm_head = True
         share_inputs(model)
         return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> Any:
+        # Called by `save_pretrained` before it writes the config: layers may have been replaced since this was made,
+        # and our layers write zeros less one, however they were read.
+        config: Any = model.config
+        stored, ties, tensors = checkpoint_parts(model)
+        config.quantization_config = PolySpecQuantizationConfig(**stored)
+        if ties is not None:
+            config.tie_word_embeddings = ties
+        return tensors, {}
 
     def _runnable(self, name: str, layer: StoredLinear, dtype: torch.dtype) -> nn.Module:
         tensors = layer.tensors()
@@ -122,10 +135,22 @@ class PolySpecQuantizer(HfQuantizer):
         bits = tensors["qweight"].shape[0] * 32 // features
         groups = tensors["scales"].shape[0]
         group_size = -1 if groups == 1 else self._group_size(features, groups)
-        weight = from_gptq(tensors, bits, group_size, self.quantization_config.version)
+        weight = from_gptq(tensors, bits, group_size, self._version(name, tensors["qzeros"], bits))
         if weight.shape != (outputs, features):
             raise ValueError(f"{name} holds a matrix of {weight.shape}, the model wants {(outputs, features)}.")
         return quantized_linear(weight, None if bias is None else bias.to(dtype))
+
+    def _version(self, name: str, qzeros: Tensor, bits: int) -> int:
+        """How a layer's zeros are stored: as the numbers tell where they can, else as the checkpoint says."""
+        if not self.quantization_config.symmetric(name):
+            return self.quantization_config.version
+        try:
+            return stored_version(qzeros, bits)
+        except ValueError as error:
+            raise ValueError(
+                f"The checkpoint says that {name} is symmetric (sym), but {error}: what its weights are cannot be "
+                "told; set sym to false in its config if its checkpoint_format is right."
+            ) from None
 
     def _group_size(self, features: int, groups: int) -> int:
         size = self.quantization_config.group_size
@@ -143,3 +168,8 @@ class PolySpecQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def saved_by_transformers(model: nn.Module) -> None:
+    """Make `save_pretrained` of a model with quantised layers write what `from_pretrained` reads."""
+    claim(model, PolySpecQuantizer(PolySpecQuantizationConfig()))  # described when it is saved

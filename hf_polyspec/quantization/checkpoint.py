@@ -9,26 +9,20 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from torch import nn
+from torch import Tensor, nn
 
 from hf_polyspec.quantization.autogptq import SETTINGS, named_for_transformers
 from hf_polyspec.quantization.config import METHOD, PolySpecQuantizationConfig, read_config
-from hf_polyspec.quantization.model import quantized_layers
-from hf_polyspec.quantization.modules import output_head
+from hf_polyspec.quantization.modules import output_head, quantized_layers
 from hf_polyspec.quantization.tied_head import SETTING, tied_head
 from hf_polyspec.storage.checkpoints import loading
 from hf_polyspec.storage.folders import filling
 from hf_polyspec.storage.reading import read_json
 
 
-def checkpoint_config(model: nn.Module) -> dict[str, Any]:
-    """The `quantization_config` that describes a quantised model.
-
-    Raises:
-        ValueError: The model has no quantised layer.
-    """
+def _described(model: nn.Module, tied: tuple[str, dict[str, Any]] | None) -> dict[str, Any]:
+    """The `quantization_config` that describes a quantised model, whose head need not be stored if `tied`."""
     layers = quantized_layers(model)
-    tied = tied_head(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no quantised layer: use quantize_model first.")
     head = output_head(model)
@@ -36,22 +30,44 @@ def checkpoint_config(model: nn.Module) -> dict[str, Any]:
     common = min((layer.bits for layer in body), key=lambda bits: -sum(layer.bits == bits for layer in body))
     widths = [layer for layer in body if layer.bits == common]
     group_size = widths[0].group_size
+    stored = {name: layer for name, layer in layers.items() if tied is None or layer is not head}
+    alike = {name for name, layer in stored.items() if (layer.bits, layer.group_size) == (common, group_size)}
     overrides = {
-        f"+:^{name}$".replace(".", r"\."): {"bits": layer.bits, "group_size": layer.group_size, "sym": layer.bits == 8}
-        for name, layer in layers.items()
-        if (layer.bits, layer.group_size) != (common, group_size) and (tied is None or layer is not head)
+        f"+:^{name}$".replace(".", r"\."): {"bits": layer.bits, "group_size": layer.group_size, "sym": layer.symmetric}
+        for name, layer in stored.items()
+        if name not in alike
     }
     return {
         "quant_method": METHOD,
         "bits": common,
         "group_size": group_size,
-        "sym": all(layer.quantized_weight().symmetric for layer in widths),
+        "sym": all(layers[name].symmetric for name in alike),
         "desc_act": False,
         "checkpoint_format": "gptq",
         "lm_head": tied is None and any(layer is head for layer in layers.values()),
         "dynamic": overrides,
         **({} if tied is None else {SETTING: tied[1]}),
     }
+
+
+def checkpoint_parts(model: nn.Module) -> tuple[dict[str, Any], bool | None, dict[str, Tensor]]:
+    """What a checkpoint of a quantised model consists of, besides its config.
+
+    Returns:
+        The `quantization_config`; whether the config is to call head and embeddings tied, None for what it says
+        already; and the tensors by name.
+
+    Raises:
+        ValueError: The model has no quantised layer.
+    """
+    tied = tied_head(model)
+    stored = _described(model, tied)
+    tensors = {
+        name: tensor.detach().contiguous()
+        for name, tensor in model.state_dict().items()
+        if tied is None or not name.startswith(f"{tied[0]}.")
+    }
+    return stored, tied is not None if stored["lm_head"] or tied is not None else None, tensors
 
 
 def save_quantized(model: nn.Module, folder: str | Path, quant_method: str = METHOD) -> Path:
@@ -79,21 +95,15 @@ def save_quantized(model: nn.Module, folder: str | Path, quant_method: str = MET
     """
     if quant_method not in (METHOD, "gptq"):
         raise ValueError(f"quant_method={quant_method!r} must be {METHOD!r} or 'gptq'.")
-    stored = {**checkpoint_config(model), "quant_method": quant_method}
+    stored, ties, tensors = checkpoint_parts(model)
     target = Path(folder)
     config: Any = copy.deepcopy(model.config)
-    tied = tied_head(model)
-    if stored["lm_head"] or tied is not None:
-        config.tie_word_embeddings = tied is not None
-    config.quantization_config = stored
+    if ties is not None:
+        config.tie_word_embeddings = ties
+    config.quantization_config = {**stored, "quant_method": quant_method}
     config.architectures = [type(model).__name__]
     # Without it transformers would take the first float tensor's dtype: that of the scales.
     config.dtype = next(parameter.dtype for parameter in model.parameters())
-    tensors = {
-        name: tensor.detach().contiguous()
-        for name, tensor in model.state_dict().items()
-        if tied is None or not name.startswith(f"{tied[0]}.")
-    }
     with filling(target, replaces=("model*.safetensors", "model.safetensors.index.json")) as place:
         config.save_pretrained(place)
         generation_config = getattr(model, "generation_config", None)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,6 +55,14 @@ class PolySpecQuantizationConfig(QuantizationConfigMixin):
     def version(self) -> int:
         """1 if zeros are stored less one, 2 if as they are."""
         return 2 if self.checkpoint_format == "gptq_v2" else 1
+
+    def symmetric(self, layer: str) -> bool:
+        """Whether the zeros of a layer carry no information, by its name; layers may have settings of their own."""
+        for pattern, settings in (getattr(self, "dynamic", None) or {}).items():
+            if "sym" in (settings or {}) and re.match(pattern.removeprefix("+:"), layer):
+                return bool(settings["sym"])
+        own = (getattr(self, "extra_config", None) or {}).get(layer, {})  # AutoRound's
+        return bool(own.get("sym", self.sym))
 
 
 def read_config(stored: Mapping[str, Any]) -> PolySpecQuantizationConfig:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_polyspec.integers.gptq_format import storable
-from hf_polyspec.integers.linear import float_weight
+from hf_polyspec.integers.linear import matrix_shape
 from hf_polyspec.quantization.checkpoint import load_quantized
 from hf_polyspec.quantization.model import quantize_model
 from hf_polyspec.quantization.modules import is_linear, output_head
@@ -169,7 +169,7 @@ def quantize_with_library(
     head = output_head(made)
     if head_bits is None or head is None or not is_linear(head):
         return made
-    outputs, features = float_weight(head)[0].shape
+    outputs, features = matrix_shape(head)
     if not storable((outputs, features), head_bits):
         return made
     return quantize_model(made, head_bits, head_bits=head_bits, modules=lambda _, module: module is head)

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from hf_polyspec.integers.linear import float_weight
+from hf_polyspec.integers.linear import float_weight, matrix_shape
 from hf_polyspec.quantization.linear import quantized_linear
 from hf_polyspec.quantization.measure import agreement
 from hf_polyspec.quantization.model import Progress, round_layer
@@ -76,7 +77,7 @@ def bits_for_agreement(
     """
     _check_wish(losses, wanted)
     texts = list(tokens)
-    sizes = {name: float_weight(model.get_submodule(name))[0].numel() for name in losses}
+    sizes = {name: prod(matrix_shape(model.get_submodule(name))) for name in losses}
     ranked = sorted(losses, key=lambda name: losses[name] / sizes[name], reverse=True)
     probe = sharing_copy(model).eval()
     _round_head(model, probe, head_bits)

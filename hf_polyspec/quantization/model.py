@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from hf_polyspec.cpu.packing import unfuse
 from hf_polyspec.cpu.shared_input import share_inputs
 from hf_polyspec.defaults import require_model
+from hf_polyspec.integers.foreign import stored_elsewhere
 from hf_polyspec.integers.gptq_format import storable
-from hf_polyspec.integers.linear import QuantizedLinear, float_weight
+from hf_polyspec.integers.linear import float_weight, matrix_shape
 from hf_polyspec.integers.weights import QuantizedWeight, check_bits, round_to_nearest, search_scales
 from hf_polyspec.quantization.awq import fold_for
+from hf_polyspec.quantization.bridge import saved_by_transformers
 from hf_polyspec.quantization.linear import Int8Linear, quantized_linear
 from hf_polyspec.quantization.modules import is_linear, output_head, replace_module, sharing_copy
 from hf_polyspec.quantization.store import LayerStore
@@ -59,8 +61,7 @@ def plan_bits(
         width: int | None = head_bits if module is head else bits
         if layer_bits is not None and name in layer_bits:
             width = layer_bits[name]
-        shape = float_weight(module)[0].shape
-        if width is not None and storable((shape[0], shape[1]), width):
+        if width is not None and storable(matrix_shape(module), width):
             plan[name] = width
     if not plan:
         raise ValueError(f"{type(model).__name__} has no linear layer that could be quantised to {bits} bits.")
@@ -126,8 +127,28 @@ def _check_request(
     if method in CALIBRATED and calibration is None:
         raise ValueError(f'method="{method}" needs calibration=input_moments(model, tokens).')
     check_bits(bits, group_size)
+    if method.startswith("awq") and any(stored_elsewhere(layer) for layer in linear_layers(model).values()):
+        raise ValueError(
+            f'method="{method}" folds scales into float weights, and those of {type(model).__name__} were quantised by '
+            'another library: use "rtn", "search" or "gptq".'
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("The model has weights that are not in memory (offloaded): load it whole to quantise it.")
+
+
+def _weight(model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a layer.
+
+    Raises:
+        ValueError: Another library keeps the weight, and it cannot be had; the sentence names the layer.
+    """
+    try:
+        return float_weight(model.get_submodule(name))
+    except ValueError as error:
+        raise ValueError(
+            f"{name} of {type(model).__name__} was quantised by another library and cannot be quantised anew: {error}; "
+            "make the middle of the float model instead."
+        ) from error
 
 
 @torch.no_grad()
@@ -152,7 +173,8 @@ def quantize_model(
     memory with the model. A PEFT model is copied with its adapters merged.
 
     Args:
-        model: Any model in float32, bfloat16 or float16.
+        model: Any model in float32, bfloat16 or float16; linear layers that bitsandbytes, torchao or another library
+            has quantised are dequantised one by one.
         bits: Bits a weight: 8 (one scale a row), or 4, 3 or 2 (a scale and a zero a group).
         group_size: Inputs that share a scale below 8 bits; widths it does not divide are handled.
         method: "rtn" rounds to the nearest code; "search" also tries narrower ranges; "gptq" spreads each
@@ -179,7 +201,7 @@ def quantize_model(
     plan = plan_bits(source, bits, head_bits, layer_bits, modules)
     quantized = unfuse(sharing_copy(source).eval())  # fused blocks would go on computing with the float layers
     for name, width in plan.items():
-        weight, bias = float_weight(source.get_submodule(name))
+        weight, bias = _weight(source, name)
         moments = None if calibration is None else calibration.get(name)
         make = partial(round_layer, weight, width, group_size, symmetric, method, moments)
         layer = quantized_linear(_kept_or_made(store, name, make), bias).to(weight.device).eval()
@@ -188,6 +210,8 @@ def quantize_model(
         if progress is not None:
             progress(name)
     share_inputs(quantized)
+    if hasattr(quantized, "save_pretrained"):
+        saved_by_transformers(quantized)
     return quantized
 
 
@@ -200,8 +224,3 @@ def _kept_or_made(store: LayerStore | None, name: str, make: Callable[[], Quanti
         rounded = make()
         store.put(name, rounded)
     return rounded
-
-
-def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """The quantised layers of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}

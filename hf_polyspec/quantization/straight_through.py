@@ -19,8 +19,7 @@ from hf_polyspec.cpu.shared_input import share_inputs
 from hf_polyspec.integers.linear import float_weight
 from hf_polyspec.integers.weights import QuantizedWeight
 from hf_polyspec.quantization.linear import Int8Linear, quantized_linear
-from hf_polyspec.quantization.model import quantized_layers
-from hf_polyspec.quantization.modules import is_linear, output_head, replace_module, sharing_copy
+from hf_polyspec.quantization.modules import is_linear, output_head, quantized_layers, replace_module, sharing_copy
 
 ADAPTER = "default"
 # A weight nearer than this to the edge of its cell starts a little inside it, so that rounding gives its code back.

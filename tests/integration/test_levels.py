@@ -101,3 +101,29 @@ def test_the_target_below_itself_is_never_rejected(target: Any) -> None:
 def test_an_id_that_the_target_does_not_have_is_an_error(target: Any, middle: Any) -> None:
     with pytest.raises(hf_polyspec.LevelError, match="the target failed: index out of range"):
         hf_polyspec.generate(target, torch.tensor([[1, VOCABULARY + 1]]), assistant_models=[middle], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "the target below itself"])
+def test_the_end_of_memory_is_raised_as_it_is(
+    target: Any, chains: dict[str, list[Any]], name: str, error: type[Exception]
+) -> None:
+    """Callers look for batch sizes by catching it; the level is named in a note, and the next call goes on."""
+    plain = target.generate(**prompts(1), max_new_tokens=NEW, do_sample=False)
+    text = "CUDA out of memory. Tried to allocate 2.00 GiB."
+    levels = [(target, "the target"), *((one, f"assistant_models[{i}]") for i, one in enumerate(chains[name]))]
+    for level, role in levels:
+        if not isinstance(level, torch.nn.Module):
+            continue
+        part = next(layer for layer in level.modules() if isinstance(layer, torch.nn.LayerNorm | torch.nn.Embedding))
+
+        def fail(*_: Any) -> None:
+            raise error(text)
+
+        hook = part.register_forward_pre_hook(fail)
+        with pytest.raises(error, match=text) as caught:
+            run(target, chains[name], 1, do_sample=False)
+        hook.remove()
+        assert type(caught.value) is error
+        assert [note for note in caught.value.__notes__ if role in note], caught.value.__notes__
+    assert torch.equal(run(target, chains[name], 1, do_sample=False).sequences, plain)

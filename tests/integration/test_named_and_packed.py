@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import hf_polyspec
-from hf_polyspec.cpu import float_kernels, packing
+from hf_polyspec.cpu import packing
 from hf_polyspec.cpu.compiled import compiles
 from hf_polyspec.integers.linear import Kernel
 from hf_polyspec.models.assistants import by_name
 from hf_polyspec.quantization import agreement, is_packed
-from hf_polyspec.quantization.model import merged_adapters, quantized_layers
+from hf_polyspec.quantization.model import merged_adapters
+from hf_polyspec.quantization.modules import quantized_layers
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
 IDS = torch.randint(3, 48, (4, 20), generator=torch.Generator().manual_seed(5))
@@ -156,20 +157,6 @@ def test_unpacked_after_an_error(enabled: None, target: PreTrainedModel, middle:
     with pytest.raises(hf_polyspec.LevelError):
         target.generate(**prompts(3), **OPTIONS, assistant_models=[broken])
     assert not is_packed(broken)
-
-
-def test_no_packing_where_memory_is_short(
-    enabled: None, target: PreTrainedModel, middle: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from types import SimpleNamespace
-
-    monkeypatch.setattr(float_kernels.psutil, "virtual_memory", lambda: SimpleNamespace(available=10, total=100))
-    member = copy.deepcopy(middle)
-    seen: list[bool] = []
-    member.register_forward_hook(lambda *_: seen.append("forward" in member.lm_head.__dict__))
-    target.generate(**prompts(3), **OPTIONS, assistant_models=[member])
-    assert seen
-    assert not any(seen)
 
 
 def test_a_changed_weight_is_packed_again(target: PreTrainedModel, middle: PreTrainedModel) -> None:

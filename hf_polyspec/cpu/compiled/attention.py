@@ -19,8 +19,22 @@ from numba import carray, njit
 from torch import Tensor
 
 from .numbers import LIKE, REORDERED, VERSION, narrow, widen
+from .places import address
 from .row_vectors import largest, powers
-from .tasks import Launch, compiled, number, number_bits, pointer, run, take, together
+from .tasks import (
+    Launch,
+    behind,
+    borrow,
+    compiled,
+    number,
+    number_bits,
+    pointer,
+    release,
+    run,
+    take,
+    together,
+    whole_lines,
+)
 from .tiles import OUTPUTS, ROWS, four_means, four_rows, one_mean
 from .vectors import LANES
 
@@ -49,8 +63,8 @@ def _one_by_one(queries: Any, keys: Any, scores: Any) -> None:
 
 
 @njit
-def _scores(queries: Any, keys: Any, scores: Any, like: Any) -> None:
-    """`[F, S]`, from queries `[F', D]` with F' rounded up to whole tiles."""
+def _scores(queries: Any, keys: Any, scores: Any, few: Any, like: Any) -> None:
+    """`[F, S]`, from queries `[F', D]` with F' rounded up to whole tiles; `few` is room for `OUTPUTS` keys."""
     seen, size = keys.shape
     if size % LANES:
         _one_by_one(queries, keys, scores)
@@ -62,8 +76,8 @@ def _scores(queries: Any, keys: Any, scores: Any, like: Any) -> None:
     if seen > OUTPUTS:  # the last tile overlaps the one before rather than being computed in another way
         _tile_of_scores(queries, keys[seen - OUTPUTS :], scores, seen - OUTPUTS, like)
     else:
-        few = np.zeros((OUTPUTS, size), keys.dtype)
         few[:seen] = keys
+        few[seen:] = 0
         _tile_of_scores(queries, few, scores, 0, like)
 
 
@@ -132,13 +146,22 @@ def attend_task(task: Any, like: Any) -> None:
     added = carray(pointer(numbers[15], np.float32(0)), (mask_rows, fed, mask_pitch))
     out = carray(pointer(numbers[16], like), (batch, fed, heads, size))
     padded = (min(fed, POSITIONS) + ROWS - 1) // ROWS * ROWS
-    queries = np.zeros((padded, size), np.float32)
-    scores = np.empty((padded, (seen + LANES - 1) // LANES * LANES), np.float32)
-    sums, totals = np.empty((padded, size), np.float32), np.empty(padded, np.float32)
+    all_columns, one = (seen + LANES - 1) // LANES * LANES, np.float32(0)
+    of_queries, of_scores = whole_lines(padded * size * 4), whole_lines(padded * all_columns * 4)
+    memory = borrow(task, 2 * of_queries + of_scores + whole_lines(padded * 4) + whole_lines(OUTPUTS * size * 4))
+    if memory == 0:
+        return
+    queries = carray(pointer(memory, one), (padded, size))
+    scores = carray(pointer(behind(queries), one), (padded, all_columns))
+    sums = carray(pointer(behind(scores), one), (padded, size))
+    totals = carray(pointer(behind(sums), one), padded)
+    few = carray(pointer(behind(totals), like), (OUTPUTS, size))
+    queries[:] = 0
     blocks = (fed + POSITIONS - 1) // POSITIONS
     while True:
         part = take(task)
         if part >= batch * heads * blocks:
+            release(memory)
             return
         b, h, block = part // heads % batch, part % heads, blocks - 1 - part // (batch * heads)
         keys, values = all_keys[b, h * shared // heads], all_values[b, h * shared // heads]
@@ -149,7 +172,7 @@ def attend_task(task: Any, like: Any) -> None:
             for d in range(size):
                 queries[f, d] = widen(all_queries[b, h, first + f, d]) * scale
         tiles = (count + ROWS - 1) // ROWS * ROWS
-        _scores(queries[:tiles], keys[:columns], scores, like)
+        _scores(queries[:tiles], keys[:columns], scores, few, like)
         m = b if mask_rows > 1 else 0
         _hide(scores[:count, :columns], kind, allowed[m, :, :columns], added[m, :, :columns], first)
         wide = (columns + LANES - 1) // LANES * LANES
@@ -215,12 +238,29 @@ def attend_numbers(
         scale: Of the scores.
         places: Addresses of queries, keys, values and output.
     """
-    kind, rows, mask_pitch, address = (NO_MASK if sizes[3] == 1 else CAUSAL), 1, 0, 0
+    kind, rows, mask_pitch, place = (NO_MASK if sizes[3] == 1 else CAUSAL), 1, 0, 0
     if mask is not None:
         kind = ALLOWED if mask.dtype is torch.bool else ADDED
-        rows, mask_pitch, address = mask.shape[0], mask.shape[3], mask.data_ptr()
+        rows, mask_pitch, place = mask.shape[0], mask.shape[3], address(mask, "numbers of the mask")
     *inputs, out = places
-    return (*sizes, pitch, kind, rows, mask_pitch, number_bits(scale), *inputs, address, out)
+    return (*sizes, pitch, kind, rows, mask_pitch, number_bits(scale), *inputs, place, out)
+
+
+def _check(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
+    """See `attend`.
+
+    Raises:
+        RuntimeError: The shapes, dtypes or layouts do not fit each other.
+    """
+    (batch, heads, fed, size), (_, shared, seen, _) = queries.shape, keys.shape
+    alike = keys.dtype is queries.dtype is values.dtype and keys.stride() == values.stride() and readable(keys)
+    if keys.shape != (batch, shared, seen, size) or values.shape != keys.shape or heads % shared or not alike:
+        raise RuntimeError(
+            f"Attention of {queries.dtype} queries {tuple(queries.shape)} was given {keys.dtype} keys "
+            f"{tuple(keys.shape)} and {values.dtype} values {tuple(values.shape)}."
+        )
+    if mask is not None and (mask.shape[1:] != (1, fed, seen) or mask.shape[0] not in (1, batch)):
+        raise RuntimeError(f"A mask for {fed} positions of {seen} columns was given as {tuple(mask.shape)}.")
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -234,12 +274,19 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, s
 
     Returns:
         `[B, F, heads D]`; zeros where everything is hidden.
+
+    Raises:
+        RuntimeError: The shapes do not fit each other, or something has lost its memory.
+        MemoryError: There is no memory to work in.
     """
     batch, heads, fed, size = queries.shape
     shared, seen = keys.shape[1], keys.shape[2]
     mask = None if mask is None else plain_mask(mask)
+    _check(queries, keys, values, mask)
     out = queries.new_empty(batch, fed, heads * size)
-    places = (queries.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr())
+    last = (batch * shared - 1) * keys.stride(1) + seen * size
+    held = address(keys, "keys", last), address(values, "values", last)
+    places = (address(queries, "queries"), *held, out.data_ptr())
     numbers = attend_numbers((batch, heads, shared, fed, seen, size), keys.stride(1) // size, mask, scale, places)
     run("compiled::scaled_dot_product", _function(queries.dtype), *numbers)
     return out

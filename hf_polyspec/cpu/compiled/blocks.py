@@ -17,7 +17,21 @@ from numba import carray, njit
 from torch import Tensor
 
 from .numbers import LIKE, REORDERED, VERSION, exponential, narrow, widen
-from .tasks import Launch, alone, compiled, number, number_bits, pointer, run, take, together
+from .places import address
+from .tasks import (
+    Launch,
+    alone,
+    borrow,
+    compiled,
+    number,
+    number_bits,
+    pointer,
+    release,
+    run,
+    take,
+    together,
+    whole_lines,
+)
 
 PART = 16
 """Rows that a thread takes at once where several do one step."""
@@ -42,10 +56,14 @@ def normalize_task(task: Any, like: Any) -> None:
     weight = carray(pointer(numbers[6], like), width)
     y = carray(pointer(numbers[7], like), (rows, width))
     total = carray(pointer(numbers[8], like), (rows if numbers[5] else 0, width))
-    wide = np.empty(width, np.float32)
+    memory = borrow(task, whole_lines(width * 4))
+    if memory == 0:
+        return
+    wide = carray(pointer(memory, np.float32(0)), width)
     while True:
         begin, end = _some_rows(task, rows)
         if begin >= end:
+            release(memory)
             return
         for r in range(begin, end):
             squares = np.float32(0)
@@ -174,7 +192,7 @@ def norm_numbers(
     rows: int, weight: Tensor, epsilon: float, x: int, y: int, update: int = 0, total: int = 0
 ) -> tuple[int, ...]:
     """The task of `normalize_task`; addresses of rows in and out, and of an update and the sum, 0 for none."""
-    return (rows, weight.shape[0], number_bits(epsilon), x, update, weight.data_ptr(), y, total)
+    return (rows, weight.shape[0], number_bits(epsilon), x, update, address(weight, "weights of a norm"), y, total)
 
 
 def rotate_numbers(
@@ -189,7 +207,8 @@ def rotate_numbers(
         pitch: Columns from one head's keys to the next head's.
     """
     cos, sin = turns
-    return (*sizes, cos.shape[2], cos.shape[0], joint, cos.data_ptr(), sin.data_ptr(), *out, pitch)
+    places = address(cos, "cosines"), address(sin, "sines")
+    return (*sizes, cos.shape[2], cos.shape[0], joint, *places, *out, pitch)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -201,12 +220,19 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, update: Tensor | None = 
 
     Returns:
         The normalised rows, and x with the update.
+
+    Raises:
+        RuntimeError: The shapes do not fit each other, or something has lost its memory.
+        MemoryError: There is no memory to work in.
     """
+    if weight.shape != x.shape[-1:] or (update is not None and update.shape != x.shape):
+        added = "nothing" if update is None else tuple(update.shape)
+        raise RuntimeError(f"A norm of {tuple(weight.shape)} weights was given {tuple(x.shape)}, to be added {added}.")
     y = torch.empty_like(x)
     total = x if update is None else torch.empty_like(x)
-    added = (0, 0) if update is None else (update.data_ptr(), total.data_ptr())
+    added = (0, 0) if update is None else (address(update, "numbers to add"), total.data_ptr())
     rows = x.numel() // x.shape[-1]
-    numbers = norm_numbers(rows, weight, epsilon, x.data_ptr(), y.data_ptr(), *added)
+    numbers = norm_numbers(rows, weight, epsilon, address(x, "hidden states"), y.data_ptr(), *added)
     run("compiled::rms_norm", _function(_normalizing, x.dtype, rows > FEW), *numbers)
     return y, total
 
@@ -221,21 +247,40 @@ def rotate(joint: Tensor, cos: Tensor, sin: Tensor, heads: int, shared: int) -> 
 
     Returns:
         `[B, heads, F, D]`, and keys and values `[B, shared, F, D]`.
+
+    Raises:
+        RuntimeError: The shapes do not fit each other, or something has lost its memory.
     """
-    batch, fed, _ = joint.shape
+    batch, fed, width = joint.shape
     size = cos.shape[-1]
+    if width != (heads + 2 * shared) * size or cos.shape[0] not in (1, batch) or cos.shape[1] != fed:
+        raise RuntimeError(
+            f"{heads} heads of queries and {shared} of keys and values with angles {tuple(cos.shape)} were given "
+            f"{tuple(joint.shape)}."
+        )
+    if sin.shape != cos.shape:
+        raise RuntimeError(f"There are cosines {tuple(cos.shape)} for sines {tuple(sin.shape)}.")
     queries = joint.new_empty(batch, heads, fed, size)
     keys, values = joint.new_empty(2, batch, shared, fed, size).unbind()
     out = (queries.data_ptr(), keys.data_ptr(), values.data_ptr())
-    numbers = rotate_numbers((batch, fed, heads, shared), (cos, sin), joint.data_ptr(), out, fed)
+    numbers = rotate_numbers(
+        (batch, fed, heads, shared), (cos, sin), address(joint, "queries, keys and values"), out, fed
+    )
     run("compiled::rotate", _function(_rotating, joint.dtype, batch * fed > FEW), *numbers)
     return queries, keys, values
 
 
 def gated(joint: Tensor) -> Tensor:
-    """`silu(gate) * up` of `[..., 2 I]` with gate and up side by side, contiguous."""
+    """`silu(gate) * up` of `[..., 2 I]` with gate and up side by side, contiguous.
+
+    Raises:
+        RuntimeError: They are not as many, or have lost their memory.
+    """
     width = joint.shape[-1] // 2
+    if joint.shape[-1] % 2:
+        raise RuntimeError(f"Gate and up are as many as each other, together not {joint.shape[-1]}.")
     y = joint.new_empty(*joint.shape[:-1], width)
     rows = y.numel() // width
-    run("compiled::gate", _function(_gating, joint.dtype, rows > FEW), rows, width, joint.data_ptr(), y.data_ptr())
+    places = address(joint, "gates"), y.data_ptr()
+    run("compiled::gate", _function(_gating, joint.dtype, rows > FEW), rows, width, *places)
     return y

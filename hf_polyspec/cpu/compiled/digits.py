@@ -21,7 +21,7 @@ from .digit_vectors import finish_one, finish_two, write_one, write_two
 from .dots import BLOCK, INPUTS, eight_dots, four_dots, in_blocks, one_dots, two_dots
 from .numbers import LIKE, VERSION, bits, from_bits, widen
 from .product import multiplied
-from .tasks import Launch, compiled, part_size, pointer, take, together
+from .tasks import Launch, behind, borrow, compiled, part_size, pointer, release, take, together, whole_lines
 from .vectors import LANES
 
 CHUNK = 32
@@ -31,7 +31,7 @@ WIDEST = 1 << 16
 
 
 @njit
-def _largest(x: Any) -> Any:
+def largest_magnitude(x: Any) -> Any:
     """The largest magnitude of a row, as float32; found among the bits, whose order is the same."""
     top = np.int32(0)
     for k in range(x.size):
@@ -42,7 +42,7 @@ def _largest(x: Any) -> Any:
 @njit
 def _write_digits(x: Any, digits: Any, sums: Any, lanes: Any, like: Any) -> Any:
     """One row as whole numbers of one or two digits, and the sum of each digit; the scale that undoes it."""
-    largest = _largest(x)
+    largest = largest_magnitude(x)
     if not largest < np.float32(np.inf):  # infinite or not a number: no number comes of it, as in torch
         digits[:], sums[:] = 0, 0
         return np.float32(np.nan)
@@ -98,10 +98,19 @@ def multiply_digits_task(task: Any, active: Any) -> None:
     steps = (width + INPUTS - 1) // INPUTS
     pitch = (outputs + BLOCK - 1) // BLOCK * BLOCK * 4
     most = min(rows, CHUNK)
-    digits = np.zeros((most * each, steps * INPUTS), np.int8)
-    sums = np.empty((most * each, BLOCK), np.int32)
-    row_scales, row_sums = np.empty(most, np.float32), np.empty((most, each), np.int32)
-    lanes, part_of_block = np.empty((each, LANES), np.int32), np.zeros(BLOCK, y.dtype)
+    of_digits, of_sums = whole_lines(most * each * steps * INPUTS), whole_lines(most * each * BLOCK * 4)
+    of_rows = whole_lines(most * 4) + whole_lines(most * each * 4)
+    memory = borrow(task, of_digits + of_sums + of_rows + whole_lines(each * LANES * 4) + BLOCK * 4)
+    if memory == 0:
+        return
+    whole, one = np.int32(0), np.float32(0)
+    digits = carray(pointer(memory, np.int8(0)), (most * each, steps * INPUTS))
+    sums = carray(pointer(behind(digits), whole), (most * each, BLOCK))
+    row_scales = carray(pointer(behind(sums), one), most)
+    row_sums = carray(pointer(behind(row_scales), whole), (most, each))
+    lanes = carray(pointer(behind(row_sums), whole), (each, LANES))
+    part_of_block = carray(pointer(behind(lanes), active), BLOCK)
+    digits[:] = 0
     parts = (outputs + size - 1) // size
     held = -1
     while True:
@@ -109,6 +118,7 @@ def multiply_digits_task(task: Any, active: Any) -> None:
         chunk, first = part // parts, part % parts * size
         start = chunk * CHUNK
         if start >= rows:
+            release(memory)
             return
         count = min(rows - start, CHUNK)
         if chunk != held:
@@ -118,16 +128,16 @@ def multiply_digits_task(task: Any, active: Any) -> None:
             held = chunk
         for begin in range(first, min(outputs, first + size), BLOCK):
             _multiply(all_codes + begin * steps * INPUTS, digits[: count * each], sums, steps)
-            whole = outputs - begin >= BLOCK
+            complete = outputs - begin >= BLOCK
             vectors = all_vectors + begin * 4
             for r in range(count):
                 found, shifts = sums[r * each :].ctypes.data, row_sums[r].ctypes.data
-                place = y[start + r, begin:].ctypes.data if whole else part_of_block.ctypes.data
+                place = y[start + r, begin:].ctypes.data if complete else part_of_block.ctypes.data
                 if each == 1:
                     finish_one(found, shifts, vectors, pitch, row_scales[r], place, active)
                 else:
                     finish_two(found, shifts, vectors, pitch, row_scales[r], place, active)
-                if not whole:
+                if not complete:
                     y[start + r, begin:] = part_of_block[: outputs - begin]
 
 

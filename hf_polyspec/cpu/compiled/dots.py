@@ -25,7 +25,8 @@ INPUTS = 4
 """Inputs that one sum takes at once."""
 
 _WORD = ir.IntType(32)
-_NAME = f"llvm.x86.avx512.vpdpbusd.{LANES * 32}"
+DOT = f"llvm.x86.avx512.vpdpbusd.{LANES * 32}"
+"""The instruction's name."""
 
 
 @cache
@@ -56,7 +57,7 @@ def _dots(rows: int) -> Any:
 
         def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
             codes, digits, sums, pitch, steps = arguments
-            dot = cgutils.get_or_insert_function(builder.module, ir.FunctionType(WORDS, [WORDS] * 3), _NAME)
+            dot = cgutils.get_or_insert_function(builder.module, ir.FunctionType(WORDS, [WORDS] * 3), DOT)
 
             def number(value: int) -> Any:
                 return context.get_constant(types.int64, value)

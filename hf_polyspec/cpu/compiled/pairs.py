@@ -45,16 +45,28 @@ def paired(stored: Any) -> bool:
     return bool(PAIRED and stored == types.uint16)
 
 
-def operands(rows: Any, inputs: Any, stored: Any) -> Any:
-    """Room for rows as they are multiplied with weights of a kind: float32, or bfloat16 and an even number of them."""
+def deep(inputs: Any, stored: Any) -> Any:
+    """Inputs a row as they are multiplied with weights of a kind: an even number where these are pairs."""
     raise NotImplementedError
 
 
-@overload(operands, strict=False)
-def _operands(rows: Any, inputs: Any, stored: Any) -> Any:
+@overload(deep, strict=False)
+def _deep(inputs: Any, stored: Any) -> Any:
     if paired(stored):
-        return lambda rows, inputs, stored: np.zeros((rows, inputs + inputs % 2), np.uint16)
-    return lambda rows, inputs, stored: np.zeros((rows, inputs), np.float32)
+        return lambda inputs, stored: inputs + inputs % 2
+    return lambda inputs, stored: inputs
+
+
+def operand_kind(stored: Any) -> Any:
+    """A number like the activations as they are multiplied with weights of a kind: float32, or bfloat16."""
+    raise NotImplementedError
+
+
+@overload(operand_kind, strict=False)
+def _operand_kind(stored: Any) -> Any:
+    if paired(stored):
+        return lambda stored: np.uint16(0)
+    return lambda stored: np.float32(0)
 
 
 def operand(value: Any, stored: Any) -> Any:

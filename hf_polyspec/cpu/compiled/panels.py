@@ -60,7 +60,7 @@ def _multiplier(rows: int) -> Any:
     def multiply(_typing: Any, panel: Any, x: Any, sums: Any, inputs: Any, pitch: Any, stored: Any) -> Any:
         """`sums[r, n] = sum over k of panel[k, n] * x[r, k]`.
 
-        Addresses of the panel, of rows as `pairs.operands` has them and of float32 sums `[rows, WIDTH]`; inputs;
+        Addresses of the panel, of rows as `pairs.operand` has them and of float32 sums `[rows, WIDTH]`; inputs;
         bytes from one row of x to the next; a number like the weights.
         """
 

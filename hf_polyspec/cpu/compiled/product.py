@@ -17,7 +17,7 @@ from numba import carray, njit
 from torch import Tensor, nn
 
 from .numbers import LIKE, VERSION
-from .pairs import operand, operands
+from .pairs import deep, operand, operand_kind
 from .panels import (
     MOST,
     WIDTH,
@@ -31,8 +31,21 @@ from .panels import (
     twelve_rows,
     two_rows,
 )
+from .places import address
 from .support import DTYPES
-from .tasks import Launch, compiled, part_size, pointer, run, take, together
+from .tasks import (
+    Launch,
+    behind,
+    borrow,
+    compiled,
+    part_size,
+    pointer,
+    release,
+    run,
+    take,
+    together,
+    whole_lines,
+)
 
 CHUNK = 96
 """Rows that a thread holds at a time."""
@@ -67,11 +80,18 @@ def multiply_task(task: Any, stored: Any, active: Any) -> None:
     y = carray(pointer(numbers[9], active), (rows, outputs))
     bytes_each = carray(pointer(0, stored), 1).itemsize
     pitch = (outputs + WIDTH - 1) // WIDTH * WIDTH * 4
-    most = min(rows, CHUNK)
-    wide = operands(most + 1, inputs, stored)  # an odd number of rows is multiplied with one more
-    deep = wide.shape[1]
-    totals = np.zeros(most, np.float32)
-    sums, part_of_panel = np.empty((MOST, WIDTH), np.float32), np.zeros(WIDTH, y.dtype)
+    most, columns, kind, like = min(rows, CHUNK), deep(inputs, stored), operand_kind(stored), np.float32(0)
+    # an odd number of rows is multiplied with one more
+    size_of_rows = whole_lines((most + 1) * columns * carray(pointer(0, kind), 1).itemsize)
+    memory = borrow(task, size_of_rows + whole_lines(most * 4) + whole_lines(MOST * WIDTH * 4) + WIDTH * 4)
+    if memory == 0:
+        return
+    wide = carray(pointer(memory, kind), (most + 1, columns))
+    totals = carray(pointer(behind(wide), like), most)
+    sums = carray(pointer(behind(totals), like), (MOST, WIDTH))
+    part_of_panel = carray(pointer(behind(sums), active), WIDTH)
+    wide[:] = 0
+    totals[:] = 0
     parts = (outputs + size - 1) // size
     held = -1
     while True:
@@ -79,6 +99,7 @@ def multiply_task(task: Any, stored: Any, active: Any) -> None:
         chunk, first = part // parts, part % parts * size
         start = chunk * CHUNK
         if start >= rows:
+            release(memory)
             return
         count = min(rows - start, CHUNK)
         if chunk != held:
@@ -91,7 +112,7 @@ def multiply_task(task: Any, stored: Any, active: Any) -> None:
         groups = (count + MOST - 1) // MOST
         each = (count + groups - 1) // groups
         for begin in range(first, min(outputs, first + size), WIDTH):
-            panel = all_panels + begin * deep * bytes_each
+            panel = all_panels + begin * columns * bytes_each
             vectors, whole = all_vectors + begin * 4, outputs - begin >= WIDTH
             for top in range(0, count, each):
                 some = min(each, count - top)
@@ -185,7 +206,8 @@ def multiplied(product: Product, x: Tensor, function: Callable[[torch.dtype], La
         `[..., N]` in x's dtype.
 
     Raises:
-        RuntimeError: x has another width, is elsewhere, or is no plain tensor.
+        RuntimeError: x has another width, is elsewhere, has lost its memory, or is no plain tensor.
+        MemoryError: There is no memory to work in.
     """
     outputs, width = product.shape
     if x.shape[-1] != width or x.device.type != "cpu" or type(x) not in (Tensor, nn.Parameter):
@@ -194,5 +216,5 @@ def multiplied(product: Product, x: Tensor, function: Callable[[torch.dtype], La
         return multiplied(product, x.float(), function).to(x.dtype)
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], outputs)
-    run("compiled::linear", function(x.dtype), *product.task(x.numel() // width, x.data_ptr(), y.data_ptr()))
+    run("compiled::linear", function(x.dtype), *product.task(x.numel() // width, address(x, "inputs"), y.data_ptr()))
     return y

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
+from numba.core import cgutils
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 from torch.profiler import record_function
@@ -57,6 +58,74 @@ def _count(_typing: Any, address: Any) -> Any:
 def take(task: Any) -> Any:
     """The number of the next part, which nobody else gets."""
     return _count(task)
+
+
+FAILED = 1 << 40
+"""A task's counter stands here or beyond when a thread got no memory: more than there are parts of any task."""
+
+
+@intrinsic
+def _give_up(_typing: Any, address: Any) -> Any:
+    """Count all parts of a task as taken."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        counter = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), FAILED), "acq_rel")
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def _allocate(_typing: Any, size: Any) -> Any:
+    """The address of so many bytes, a multiple of 64; 0 if there are not as many."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(64)
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(word, [word, word]), "aligned_alloc")
+        return builder.call(function, [ir.Constant(word, 64), arguments[0]])
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def release(_typing: Any, address: Any) -> Any:
+    """Give back what `borrow` gave."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "free"), [arguments[0]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@njit
+def whole_lines(size: Any) -> Any:
+    """Bytes rounded up to whole lines of memory."""
+    return (size + 63) // 64 * 64
+
+
+@njit
+def behind(numbers: Any) -> Any:
+    """The address of the first line of memory after an array."""
+    return numbers.ctypes.data + whole_lines(numbers.size * numbers.itemsize)
+
+
+@njit
+def borrow(task: Any, size: Any) -> Any:
+    """Memory for one thread of a task until `release`; 0 if there is none, and then the task ends without a result.
+
+    numba's arrays would raise. What a thread raises nobody catches, and at the next gate the others would wait for it.
+
+    Args:
+        task: Its address.
+        size: Bytes, of `whole_lines`.
+    """
+    memory = _allocate(size)
+    if memory == 0:
+        _give_up(task)
+    return memory
 
 
 @intrinsic
@@ -217,10 +286,24 @@ def run(name: str, launch: Launch, *numbers: int) -> None:
         name: What torch's profiler calls it.
         launch: From `alone` or `together`.
         numbers: The task after its counter.
+
+    Raises:
+        MemoryError: A thread got no memory to work in.
     """
     task = array("q", (0, *numbers))
     with _shown(name):
         launch(task.buffer_info()[0])
+    check_counter(task[0])
+
+
+def check_counter(count: int) -> None:
+    """Refuse the result of a task whose counter, or whose stages' largest, stands here.
+
+    Raises:
+        MemoryError: A thread got no memory to work in.
+    """
+    if count >= FAILED:
+        raise MemoryError("There was no memory for the numbers in between of a pass on the CPU.")
 
 
 def profiling() -> bool:

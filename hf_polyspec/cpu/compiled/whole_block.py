@@ -22,10 +22,11 @@ from torch import Tensor
 
 from .attention import attend_numbers, attend_task
 from .blocks import FEW, add_task, gate_task, norm_numbers, normalize_task, rotate_numbers, rotate_task
-from .digits import multiply_digits_task
+from .groups import multiply_codes_task
 from .numbers import LIKE, VERSION
+from .places import address
 from .product import Product, multiply_task
-from .tasks import HEADER, Launch, compiled, enter, leave, pointer, staged, team, together
+from .tasks import HEADER, Launch, check_counter, compiled, enter, leave, pointer, staged, team, together
 
 SLOT = 18
 """Numbers of a stage."""
@@ -39,7 +40,7 @@ def _multiply(task: Any, stored: Any, like: Any) -> None:
 @overload(_multiply, strict=False)
 def _multiply_stored(task: Any, stored: Any, like: Any) -> Any:
     if stored == types.uint8:
-        return lambda task, stored, like: multiply_digits_task(task, like)
+        return lambda task, stored, like: multiply_codes_task(task, like)
     return lambda task, stored, like: multiply_task(task, stored, like)
 
 
@@ -175,11 +176,16 @@ def whole_block(
 
     Returns:
         `[B, F, H]`.
+
+    Raises:
+        RuntimeError: Something has lost its memory.
+        MemoryError: There is no memory to work in.
     """
     scratch = x.new_empty(scratch_size(x, products, shape))
     out = torch.empty_like(x)
     task = staged(block_stages(x, out, scratch, products, shape, turns, mask, cache), SLOT)
     run_blocks(products.joint.dtype, x.dtype, 1, 8 * len(task), task.buffer_info()[0])
+    check_counter(max(task[HEADER::SLOT]))
     return out
 
 
@@ -213,6 +219,7 @@ def block_stages(
     batch, fed, width = x.shape
     rows, each = batch * fed, x.element_size()
     keys, values, start = cache
+    given, held_keys, held_values = address(x, "hidden states"), address(keys, "keys"), address(values, "values")
     ends = accumulate(_widths(products, shape, width), initial=0)
     normed, joint, queries, seen, update, total, gates, opened, _ = (
         scratch.data_ptr() + rows * end * each for end in ends
@@ -220,16 +227,16 @@ def block_stages(
     first, second = shape.norms
     capacity, heads = keys.shape[2], (shape.heads, shape.shared)
     offset = start * shape.size * each
-    written = (queries, keys.data_ptr() + offset, values.data_ptr() + offset)
-    read = (queries, keys.data_ptr(), values.data_ptr(), seen)
+    written = (queries, held_keys + offset, held_values + offset)
+    read = (queries, held_keys, held_values, seen)
     sizes = (batch, *heads, fed, start + fed, shape.size)
     return (
-        norm_numbers(rows, *first, x.data_ptr(), normed),
+        norm_numbers(rows, *first, given, normed),
         products.joint.task(rows, normed, joint),
         rotate_numbers((batch, fed, *heads), turns, joint, written, capacity),
         attend_numbers(sizes, capacity, mask, shape.scale, read),
         products.output.task(rows, seen, update),
-        norm_numbers(rows, *second, x.data_ptr(), normed, update, total),
+        norm_numbers(rows, *second, given, normed, update, total),
         products.gates.task(rows, normed, gates),
         (rows, products.gates.shape[0] // 2, gates, opened),
         products.down.task(rows, opened, update),

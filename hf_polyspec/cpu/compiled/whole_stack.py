@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .attention import attend_numbers
-from .tasks import HEADER, staged
+from .places import address
+from .tasks import HEADER, check_counter, staged
 from .whole_block import SLOT, BlockProducts, BlockShape, block_stages, run_blocks, scratch_size
 
 Room = tuple[Tensor, Tensor, int]
@@ -72,14 +73,19 @@ class StackTask:
         self._capacities = np.empty(len(blocks), np.int64)
 
     def run(self, x: Tensor, turns: tuple[Tensor, Tensor], mask: Tensor | None, rooms: Sequence[Room]) -> None:
-        """Compute all blocks; the arguments are of the shapes that the task was made for, but for masks and rooms."""
+        """Compute all blocks; the arguments are of the shapes that the task was made for, but for masks and rooms.
+
+        Raises:
+            RuntimeError: Something has lost its memory.
+            MemoryError: There is no memory to work in.
+        """
         task, start, fed = self._task, rooms[0][2], x.shape[1]
         cos, sin = turns
         task[:] = self._table
-        task[0, _INPUT] = x.data_ptr()
-        task[:, _TURNS] = cos.shape[0], cos.data_ptr(), sin.data_ptr()
-        self._places[0] = [room[0].data_ptr() for room in rooms]
-        self._places[1] = [room[1].data_ptr() for room in rooms]
+        task[0, _INPUT] = address(x, "hidden states")
+        task[:, _TURNS] = cos.shape[0], address(cos, "cosines"), address(sin, "sines")
+        self._places[0] = [address(room[0], "keys") for room in rooms]
+        self._places[1] = [address(room[1], "values") for room in rooms]
         self._capacities[:] = [room[0].shape[2] for room in rooms]
         task[:, _HELD] = self._places.T
         task[:, _NEW] = self._places.T + start * self._column_size
@@ -87,6 +93,7 @@ class StackTask:
         task[:, _SEEN] = start + fed
         task[:, _MASK] = self._mask(x, mask, start + fed)
         run_blocks(*self._kinds, len(task), task.strides[0], task.ctypes.data)
+        check_counter(task[:, HEADER::SLOT].max())
 
     def _mask(self, x: Tensor, mask: Tensor | None, seen: int) -> tuple[int, ...]:
         """The numbers of attention's task that tell of the mask."""

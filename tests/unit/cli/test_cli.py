@@ -137,6 +137,7 @@ def test_inspect_of_a_model(folders: tuple[str, str]) -> None:
         "'</s>' = 2",
         r"chat template +yes",
         r"quantisation +none",
+        r"packed on this CPU +[\d.]+ MB beside the weights' [\d.]+ MB, ",
     ):
         assert re.search(part, text), part
     assert re.search(r"as target +yes", text)

@@ -268,25 +268,6 @@ def test_threads_share_a_packed_model(model: PreTrainedModel) -> None:
     assert not joint.dissolved
 
 
-def test_without_memory_the_plain_product_stays(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = _logits(model)
-    asked: list[int] = []
-
-    def none_left(matrix: torch.Tensor, size: int | None = None) -> bool:
-        asked.append(size or 0)
-        return False
-
-    monkeypatch.setattr(packing, "room_for", none_left)
-    monkeypatch.setattr(packing, "fusable", lambda model: [])
-    pack(model)
-    assert torch.equal(_logits(model), before)
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    products = {id(layer.forward.product) for layer in layers}
-    assert len(asked) == len(products)
-    assert torch.equal(_logits(model), before)
-    assert len(asked) == len(products), "asked again in every pass"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_copies_keep_siblings_together(model: PreTrainedModel, dtype: torch.dtype) -> None:
     pack(model.to(dtype))

@@ -15,7 +15,7 @@ from tiny_models import prompts
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_polyspec.quantization import agreement, quantize_model, quantize_with_library
-from hf_polyspec.quantization.model import quantized_layers
+from hf_polyspec.quantization.modules import quantized_layers
 
 Tiny = Callable[..., PreTrainedModel]
 # What these packages say on import and in use is theirs.

@@ -23,7 +23,7 @@ from hf_polyspec.cli.quantize import quantize_command
 from hf_polyspec.errors import DamagedFileError, FolderInUseError
 from hf_polyspec.quantization import SpeedRatio, load_quantized
 from hf_polyspec.quantization.measure import Comparison
-from hf_polyspec.quantization.model import quantized_layers
+from hf_polyspec.quantization.modules import quantized_layers
 from hf_polyspec.quantization.report import Report, print_report
 from hf_polyspec.quantization.store import LayerStore
 from hf_polyspec.storage.locks import one_writer

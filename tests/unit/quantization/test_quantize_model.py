@@ -24,7 +24,7 @@ from hf_polyspec.quantization import (
     sensitivity,
     speed_ratios,
 )
-from hf_polyspec.quantization.model import quantized_layers
+from hf_polyspec.quantization.modules import quantized_layers
 from hf_polyspec.quantization.store import LayerStore
 
 Tiny = Callable[..., PreTrainedModel]

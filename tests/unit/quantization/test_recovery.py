@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import hf_polyspec
 from hf_polyspec.errors import DamagedFileError
 from hf_polyspec.quantization import input_moments, load_quantized, quantize_model, save_quantized
-from hf_polyspec.quantization.model import quantized_layers
+from hf_polyspec.quantization.modules import quantized_layers
 from hf_polyspec.quantization.recovery import STATE, Recovery, RecoveryOptions, recover
 from hf_polyspec.quantization.straight_through import Grid, Student
 

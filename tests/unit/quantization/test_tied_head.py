@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_polyspec.quantization import load_quantized, quantize_model, save_quantized
-from hf_polyspec.quantization.model import quantized_layers
+from hf_polyspec.quantization.modules import quantized_layers
 
 Tiny = Callable[..., PreTrainedModel]
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 640}
