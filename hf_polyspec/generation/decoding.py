@@ -360,7 +360,7 @@ def _context(input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: di
         )
     if mask is not None and (mask.ndim != 2 or mask.shape[0] != len(ids)):
         raise ValueError(f"attention_mask must be [batch, length], [{len(ids)}, {columns}], got {list(mask.shape)}.")
-    if past and width == columns - past:  # of the ids alone, after a cache that counts nothing
+    if past and hidden and width == input_ids.shape[1]:  # of the ids alone, after a cache that counts nothing
         width = columns
         mask = None if mask is None else torch.cat([mask.new_ones(mask.shape[0], past), mask], dim=1)
     if width is not None and width < columns:
