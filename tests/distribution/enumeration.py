@@ -127,6 +127,9 @@ class TableModel:
     def can_read(self, context: Context) -> bool:
         return True
 
+    def within(self, context: Context, limits: list[int]) -> list[int]:
+        return limits
+
     def run(self, context: Context, drafts: list[list[int]], stats: Any) -> Pass:
         width = 1 + max(len(draft) for draft in drafts)
         logits = torch.zeros(len(drafts), width, self.vocabulary, dtype=torch.float64)
