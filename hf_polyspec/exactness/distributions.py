@@ -13,17 +13,16 @@ that may have different lengths. Three kinds of processors are told apart, by ex
 
 from __future__ import annotations
 
-import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import LogitsProcessor
 
 from .context import Context
+from .forks import AllowedTokens, Lent, duplicate
 from .noise import Noise
 from .processors import DraftVocabularyProcessor
 from .randomness import Randomness, TorchRandomness
@@ -64,6 +63,9 @@ PREFIX = _types(
     "ExponentialDecayLengthPenalty",
     "SuppressTokensAtBeginLogitsProcessor",
 )
+FUNCTIONS = _types("PrefixConstrainedLogitsProcessor")
+"""Ones that ask a function of the caller's of the row and its ids, by its contract of nothing else."""
+STATELESS = POINTWISE | PREFIX | {AllowedTokens}
 
 
 class LawMaker:
@@ -76,6 +78,10 @@ class LawMaker:
         randomness: source of all draws; torch's global generator by default.
         noise: what plain generation draws with, step by step. With it every level picks what wins the race under its
             own law, and nothing that is proposed has to carry a law. None for draws of each level's own.
+        ends: ids that end a text: nothing is asked about what stands behind one that was proposed.
+
+    Attributes:
+        left_out: names of processors that levels below go without, and why; shared with all of them.
     """
 
     def __init__(
@@ -85,13 +91,18 @@ class LawMaker:
         device: torch.device,
         randomness: Randomness | None = None,
         noise: Noise | None = None,
+        ends: Collection[int] = (),
     ) -> None:
         self.processors = list(processors)
         self.do_sample = do_sample
         self.device = device
         self.noise = noise if do_sample else None
         self.randomness = randomness or TorchRandomness()
-        self.in_order = any(type(p) not in POINTWISE | PREFIX for p in self.processors)
+        self.ends = ends
+        self.left_out: dict[str, str] = {}
+        self._parent: LawMaker | None = None
+        self._lent: list[Lent] = []
+        self.in_order = any(type(p) not in STATELESS for p in self.processors)
         first_pointwise = len(self.processors)
         while first_pointwise and type(self.processors[first_pointwise - 1]) in POINTWISE:
             first_pointwise -= 1
@@ -134,6 +145,9 @@ class LawMaker:
         Args:
             ids: `[B, L]`, everything before the position; logits: `[B, V]`.
         """
+        self.settle()
+        if self._parent is not None:
+            self._take_over()
         scores = logits.clone()
         with nullcontext() if self.noise is None else self.noise.watched():
             for processor in self.processors:
@@ -256,22 +270,53 @@ class LawMaker:
     def fork(self, batch: int) -> LawMaker:
         """The law maker of the level below: independent of this one from here on.
 
-        Stateless processors are shared. Processors with state are copied as they stand (models and tokenizers inside
-        them are shared, not copied). Where that cannot be done - a batch, whose rows run apart below the target, or a
-        processor that runs a model of its own - the level below goes without them: its proposals are then accepted
-        less often, and remain exact because they carry the law they were drawn from.
+        Stateless processors are shared. Those with state are got for it as they stand, in the cheapest way that each
+        allows (`forks`), and not before they are asked: most drafters ask none. Where that cannot be done - a batch,
+        whose rows run apart below the target, or a processor that runs a model of its own - the level below goes
+        without them: its proposals are then accepted less often (`left_out` says so), and remain exact.
         """
         if not self.in_order:
             return self
-        kept = []
+        if batch == 1:
+            found = LawMaker(self.processors, self.do_sample, self.device, self.randomness, self.noise, self.ends)
+            found._parent = self
+        else:
+            kept = [AllowedTokens(p) if type(p) in FUNCTIONS else p for p in self.processors]
+            for processor in kept:
+                if type(processor) not in STATELESS:
+                    self.left_out[_name(processor)] = "rows of a batch run apart"
+            kept = [p for p in kept if type(p) in STATELESS]
+            found = LawMaker(kept, self.do_sample, self.device, self.randomness, self.noise, self.ends)
+        found.left_out = self.left_out
+        return found
+
+    def _take_over(self) -> None:
+        """Get processors of one's own from the law maker above, which has not asked its own since the fork."""
+        above, place = [], self._parent
+        while place is not None:  # one that has none of its own yet stands for those above it
+            above.append(place)
+            place = place._parent
+        self._parent = None
+        kept: list[LogitsProcessor] = []
         for processor in self.processors:
-            if type(processor) in POINTWISE | PREFIX:
+            name = _name(processor)
+            if type(processor) in STATELESS or type(processor) in FUNCTIONS:
                 kept.append(processor)
-            elif batch == 1 and not any(isinstance(v, nn.Module) for v in vars(processor).values()):
-                duplicate = _copy_state(processor)
-                if duplicate is not None:
-                    kept.append(duplicate)
-        return LawMaker(kept, self.do_sample, self.device, self.randomness, self.noise)
+            elif name not in self.left_out:
+                own, lent, reason = duplicate(processor)
+                if own is None:
+                    self.left_out[name] = reason
+                else:
+                    kept.append(own)
+                for one in above:
+                    one._lent += lent
+        self.processors = kept
+
+    def settle(self) -> None:
+        """The level below is done: matchers that were lent to it stand again where they stood."""
+        for lent in self._lent:
+            lent.give_back()
+        self._lent.clear()
 
     def _run_prefix(self, context: Context, drafts: list[list[int]], logits: torch.Tensor) -> torch.Tensor:
         rows = [context.visible(b) + drafts[b] for b in range(context.batch)]
@@ -281,13 +326,17 @@ class LawMaker:
         for b, start in enumerate(lengths):
             for i in range(len(drafts[b]) + 1):
                 groups.setdefault(start + i, []).append((b, i))
-        for length, members in groups.items():
+        for length, members in sorted(groups.items()):  # a function may know a text only from its beginning
             ids = torch.tensor([_cut(row, length) for row in rows], dtype=torch.long, device=logits.device)
             scores = torch.zeros(len(rows), logits.shape[2], dtype=logits.dtype, device=logits.device)
             for b, i in members:
                 scores[b] = logits[b, i]
+            asked = [b for b, i in members if i == 0 or drafts[b][i - 1] not in self.ends]
             for processor in self._prefix:
-                scores = processor(ids, scores)
+                if isinstance(processor, AllowedTokens):
+                    scores = processor.of_rows(ids, scores, asked)
+                else:
+                    scores = processor(ids, scores)
             for b, i in members:
                 logits[b, i] = scores[b]
         return logits
@@ -306,19 +355,10 @@ def fit_vocabulary(logits: torch.Tensor, size: int) -> torch.Tensor:
     return logits
 
 
+def _name(processor: LogitsProcessor) -> str:
+    return f"{type(processor).__module__}.{type(processor).__qualname__}"
+
+
 def _cut(row: list[int], length: int) -> list[int]:
     """Exactly `length` ids; filling is only ever seen in rows whose result is not used."""
     return row[:length] + [0] * (length - len(row))
-
-
-def _copy_state(processor: LogitsProcessor) -> LogitsProcessor | None:
-    """A deep copy that shares modules and tokenizers; None if the processor will not be copied."""
-    memo: dict[int, Any] = {
-        id(value): value
-        for value in vars(processor).values()
-        if isinstance(value, nn.Module) or hasattr(value, "convert_ids_to_tokens")
-    }
-    try:
-        return copy.deepcopy(processor, memo)
-    except Exception:
-        return None

@@ -9,7 +9,7 @@ last: one a position, it cannot know less).
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,9 @@ from .context import Context
 from .distributions import LawMaker
 from .proposal import Proposal
 from .verification import Verdict, overlap, verify_block, verify_tokens
+
+Going = Callable[[list[int], torch.Tensor], list[bool]]
+"""Told the next token of every row and the scores `[B, V]` it was picked by: which rows go on behind it."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ def judge(
     rule: str,
     pad: int,
     bias_budget: float = 0.0,
+    going: Going | None = None,
 ) -> Judgement:
     """Decide what to keep of a proposal and draw the token after it.
 
@@ -59,9 +63,11 @@ def judge(
         rule: "token" or "block" where levels draw by themselves, or "auto": block verification where it can help.
         pad: the id that rows which no longer emit are continued with, where all rows must keep one length.
         bias_budget: 0 to 1, see `verification.verify_tokens`; above 0 rules out block verification.
+        going: where processors keep state, asked after each position which rows go on; None: those without one of the
+            law's `ends`.
     """
     if law.in_order:
-        return _in_order(law, context, proposal, logits, active, pad, bias_budget)
+        return _in_order(law, context, proposal, logits, active, pad, bias_budget, going)
     scores = law.scores(context, proposal.tokens, logits)
     if law.draws:
         return _sampled(law, proposal, scores, active, rule, bias_budget)
@@ -136,11 +142,14 @@ def _in_order(
     active: list[bool],
     pad: int,
     bias_budget: float,
+    going: Going | None,
 ) -> Judgement:
     """Position i is processed after i - 1 is final, all rows in step, stopping at the first position that any row
-    does not take from its proposal. The processors see exactly the calls of plain generation."""
+    does not take from its proposal, and where all have ended. The processors see exactly the calls of plain
+    generation: none behind the end of a text, and what rows that have ended are continued with beside others."""
     views = [context.visible(b) for b in range(context.batch)]
     emitted: list[list[int]] = [[] for _ in views]
+    lengths, alive = [0] * len(views), list(active)  # of what counts of each row; whether it goes on
     accepted = [0] * len(views)
     all_scores, laws = [], []
     bias = [0.0] * len(views)
@@ -148,18 +157,23 @@ def _in_order(
         ids = torch.tensor([v + e for v, e in zip(views, emitted, strict=True)], dtype=torch.long)
         scores = law.scores_at(ids.to(logits.device).reshape(len(views), -1), logits[:, i])
         column = _column(proposal, i)
-        kept, chosen, p = _judge_column(law, context, i, column, scores, active, bias_budget)
+        kept, chosen, p = _judge_column(law, context, i, column, scores, alive, bias_budget)
         all_scores.append(scores)
         laws.append(p)
         if p is not None and bias_budget:
-            judged = [int(bool(token) and alive) for token, alive in zip(column.tokens, active, strict=True)]
+            judged = [int(bool(token) and on) for token, on in zip(column.tokens, alive, strict=True)]
             bias = [a + b for a, b in zip(bias, _introduced(column, p[:, None], judged, bias_budget), strict=True)]
-        for b, alive in enumerate(active):
-            emitted[b].append(chosen[b] if alive else pad)
-            accepted[b] += kept[b] if alive else 0
-        if not all(k for k, alive in zip(kept, active, strict=True) if alive):
+        step = [token if on else pad for token, on in zip(chosen, alive, strict=True)]
+        taken = [k for k, on in zip(kept, alive, strict=True) if on]
+        for b, on in enumerate(alive):
+            emitted[b].append(step[b])
+            lengths[b] += on
+            accepted[b] += kept[b] if on else 0
+        more = [token not in law.ends for token in step] if going is None else going(step, scores)
+        alive = [on and goes for on, goes in zip(alive, more, strict=True)]
+        if not all(taken) or not any(alive):
             break
-    tokens = [row if alive else [] for row, alive in zip(emitted, active, strict=True)]
+    tokens = [row[:length] for row, length in zip(emitted, lengths, strict=True)]
     stacked = torch.stack([p for p in laws if p is not None], dim=1) if law.draws else None
     return Judgement(accepted, tokens, torch.stack(all_scores, dim=1), stacked, bias if bias_budget else [])
 

@@ -56,7 +56,7 @@ class PolySpecCandidateGenerator(CandidateGenerator):
             )
         self.chain = build_below(assistants, Setting(options, device, ends, 0, batch=1))
         self.chain.begin(1, 1, vocabulary_size(target))
-        self.law = LawMaker(logits_processor or [], bool(generation_config.do_sample), device)
+        self.law = LawMaker(logits_processor or [], bool(generation_config.do_sample), device, ends=ends)
         self.max_length = generation_config.max_length
         self._proposed = 0
         self._prompt: Prompt | None = None
@@ -80,7 +80,10 @@ class PolySpecCandidateGenerator(CandidateGenerator):
         # transformers adds a token of its own to whatever it accepts.
         room = max(0, self.max_length - length - 1)
         context = Context([[int(token) for token in input_ids[0].tolist()]], self._prompt)
-        proposal = self.chain.propose(context, [room], self.law.fork(1))
+        try:
+            proposal = self.chain.propose(context, [room], self.law.fork(1))
+        finally:
+            self.law.settle()
         self._proposed = proposal.width
         new = torch.tensor(proposal.tokens, dtype=torch.long, device=input_ids.device).reshape(1, -1)
         logits = None if proposal.q is None else proposal.q.to(input_ids.device).log()

@@ -136,8 +136,9 @@ def decode(
         try:
             with _packed(own if options.polyspec_pack else [], model):
                 rows, origins = job.run(chain, streamer)
-                _note_kernels(chain)
+            _note_kernels(chain)
             job.tell_lost(chain)
+            job.tell_left_out(chain)
             return job.output(chain, rows, origins, time.perf_counter() - started)
         finally:
             if job.control is not None:
@@ -190,7 +191,7 @@ class _Job:
         check_seeds(options, self.context.batch)
         self.visible = input_ids.shape[1]
         self.stopping = Stopping.sort(criteria, config.max_length or _UNLIMITED)
-        self.law = LawMaker(processors, bool(config.do_sample), self.device)
+        self.law = LawMaker(processors, bool(config.do_sample), self.device, ends=self.stopping.eos)
         self.pad = pad_id(config)
         self.wanted = Wanted()
         if config.return_dict_in_generate:
@@ -241,7 +242,8 @@ class _Job:
             chain.prefill(self.context, self.config.prefill_chunk_size)
         if self.law.do_sample:
             self.chances = Chances(self.options, self.device, self.context.batch, chain.vocabulary)
-            self.law = LawMaker(self.law.processors, True, self.device, self.chances.randomness, self.chances.noise)
+            drawn = self.chances.randomness, self.chances.noise
+            self.law = LawMaker(self.law.processors, True, self.device, *drawn, self.stopping.eos)
         if self.options.polyspec_control == "online":
             self.control = OnlineControl(
                 chain, mode=(self.law.do_sample, self.config.temperature, self.options.couples)
@@ -274,6 +276,14 @@ class _Job:
         chain.stats.notes.append(lost)
         if not self.config.return_dict_in_generate and lost is not BESIDE:
             warnings.warn(f"{lost[0].upper()}{lost[1:]}.", stacklevel=2)
+
+    def tell_left_out(self, chain: Verifier) -> None:
+        """Say in the statistics which processors levels below went without."""
+        for name, reason in self.law.left_out.items():
+            chain.stats.notes.append(
+                f"levels below draft without {name}, so that less of it is accepted: {reason} "
+                "(docs/troubleshooting.md, Structured output)"
+            )
 
     def output(
         self, chain: Verifier, rows: list[list[int]], origins: list[list[int]], seconds: float

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from transformers import StoppingCriteriaList
 
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
+from ..exactness.judgement import Going
 from ..exactness.noise import SharedNoise
 from ..host.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 from ..levels.verifier import Emission, Verifier
@@ -135,6 +137,7 @@ class DecodingLoop:
         self.control = control
         self.noise = noise
         self.steps = 0
+        self._seen: deque[tuple[bool, list[bool]]] = deque()
         self.bias: list[float] = []
 
     def run(self, context: Context) -> tuple[list[list[int]], list[list[int]]]:
@@ -154,6 +157,7 @@ class DecodingLoop:
             control = None if self.target.reads_for_others(context) else self.control
             if control is not None:
                 control.before(context, limits)
+            self.target.going = self._look_ahead(rows) if self.law.in_order else None
             emission = self.target.round(context, limits, self.law)
             if control is not None:
                 control.after(emission)
@@ -215,8 +219,7 @@ class DecodingLoop:
         return token
 
     def _finish(self, rows: list[_Row], step: list[int]) -> None:
-        late = self.stopping.out_of_time()
-        judged = self._judge_others(rows)
+        late, judged = self._seen.popleft() if self._seen else (self.stopping.out_of_time(), self._judge_others(rows))
         for b, (row, token, stop) in enumerate(zip(rows, step, judged, strict=True)):
             if row.finished:
                 continue
@@ -237,12 +240,38 @@ class DecodingLoop:
                 self.target.stats.withdraw(last, kept)
                 behind -= last.emitted - kept
 
-    def _judge_others(self, rows: list[_Row]) -> list[bool]:
+    def _look_ahead(self, rows: list[_Row]) -> Going:
+        """What a round is to ask after each token where processors keep state, since they are not to be asked about
+        what stands behind an end: which rows go on. Criteria are called once a token, here instead of later."""
+        self._seen.clear()
+        ahead: list[list[int]] = [[] for _ in rows]
+        scores: list[torch.Tensor] = []
+        ended = [row.finished for row in rows]
+
+        def going(step: list[int], of_step: torch.Tensor) -> list[bool]:
+            scores.append(of_step)
+            for more, token in zip(ahead, step, strict=True):
+                more.append(token)
+            late, judged = self.stopping.out_of_time(), self._judge_others(rows, ahead, scores)
+            self._seen.append((late, judged))
+            for b, (row, token) in enumerate(zip(rows, step, strict=True)):
+                full = len(row.committed) + len(ahead[b]) >= self.stopping.max_length
+                ended[b] = ended[b] or late or judged[b] or full or token in self.stopping.eos
+            # Without an id that ends a text, plain generation draws for every row until all have ended.
+            return [not end for end in ended] if self.stopping.pads else [not all(ended)] * len(ended)
+
+        return going
+
+    def _judge_others(
+        self, rows: list[_Row], ahead: Sequence[list[int]] = (), scores: Sequence[torch.Tensor] = ()
+    ) -> list[bool]:
+        """Criteria on every row, with tokens that are about to be committed behind it and the scores of those."""
         if not self.stopping.others:
             return [False] * len(rows)
-        ids = torch.tensor([row.committed for row in rows], device=self.device)
-        scores = self.recorder.scores if self.recorder.wanted.scores else None
-        done = self.stopping.others(ids, scores)
+        texts = [row.committed for row in rows]
+        texts = [ids + more for ids, more in zip(texts, ahead, strict=True)] if ahead else texts
+        told = (*self.recorder.scores, *scores) if self.recorder.wanted.scores else None
+        done = self.stopping.others(torch.tensor(texts, device=self.device), told)
         return [bool(value) for value in done.tolist()]
 
     def _drop_finished(self, context: Context, rows: list[_Row], present: list[int]) -> tuple[Context, list[int]]:

@@ -62,6 +62,7 @@ class Patch:
 
         _show(generate, original, extra)
         self.function = generate
+        _made[generate] = self
 
 
 def _show(function: Any, original: Callable[..., Any], extra: tuple[str, ...]) -> None:
@@ -79,6 +80,8 @@ def _show(function: Any, original: Callable[..., Any], extra: tuple[str, ...]) -
 
 _everywhere: Patch | None = None
 _attached: WeakKeyDictionary[Any, Patch] = WeakKeyDictionary()
+_made: WeakKeyDictionary[Callable[..., Any], Patch] = WeakKeyDictionary()
+"""Every patch by its function: a copy of a model carries the function on, and nothing else tells."""
 
 
 def patch_all(door: Door, extra: tuple[str, ...]) -> None:
@@ -107,7 +110,7 @@ def patch_one(model: Any, door: Door, extra: tuple[str, ...]) -> None:
     """Stand in for one model's generate(), for a wrapped one that of the model inside; twice changes nothing."""
     base = inner_model(model)
     own = vars(base).get("generate")
-    patch = _attached.get(base)
+    patch = _attached.get(base) or _carried_on(own)
     if patch is not None and _stands(patch, own):
         return
     patch = _attached[base] = Patch(_unbound(base, own), door, extra, own)
@@ -117,15 +120,25 @@ def patch_one(model: Any, door: Door, extra: tuple[str, ...]) -> None:
 def unpatch_one(model: Any) -> None:
     """Undo `patch_one`; an instance attribute that was there before is there again."""
     base = inner_model(model)
-    patch = _attached.pop(base, None)
+    own = vars(base).get("generate")
+    patch = _attached.pop(base, None) or _carried_on(own)
     if patch is None:
         return
-    if not _stands(patch, vars(base).get("generate")):
+    if not _stands(patch, own):
         patch.off_for.add(base)  # under somebody else's
     elif patch.before is None:
         del base.generate
+    elif isinstance(patch.before, types.MethodType) and isinstance(patch.before.__self__, type(base)):
+        same = patch.before.__self__ is base
+        base.generate = patch.before if same else types.MethodType(patch.before.__func__, base)
     else:
         base.generate = patch.before
+
+
+def _carried_on(own: Any) -> Patch | None:
+    """The patch of the model that this one was copied from, which the copy goes on with."""
+    function = getattr(own, "__func__", None)
+    return None if function is None else _made.get(function)
 
 
 def _stands(patch: Patch, own: Any) -> bool:

@@ -29,8 +29,11 @@ def ask(
         LevelError: it failed, or handed up something that is no proposal for these rows.
         ValueError: it refused.
     """
-    with _blamed(source), _generator_lent(source, context, rooms, law):
-        proposal = source.propose(context, rooms, law.fork(context.batch))
+    try:
+        with _blamed(source), _generator_lent(source, context, rooms, law):
+            proposal = source.propose(context, rooms, law.fork(context.batch))
+    finally:
+        law.settle()
     fault = proposal_fault(proposal, rooms, vocabulary)
     if fault is not None:
         raise LevelError(f"{source.role} {fault}.")

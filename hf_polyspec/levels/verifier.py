@@ -15,7 +15,7 @@ import torch
 
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker, fit_vocabulary
-from ..exactness.judgement import Judgement, judge, record
+from ..exactness.judgement import Going, Judgement, judge, record
 from ..exactness.passes import Pass
 from ..exactness.proposal import Proposal, TreeProposal
 from ..exactness.tree_geometry import depths
@@ -77,6 +77,7 @@ class Verifier(Drafter):
         source: the level that is asked for proposals: `below`, one further down, or `NoDraft`. A control may change
             it, as it may change `block_size` and `draft_limit`, between two rounds.
         observer: told of every check, or None.
+        going: says which rows go on behind a token, where processors keep state; None: all but those that it ends.
         borrowers: models below that take this one's keys and values instead of reading a prompt (see `lending`).
         watchers: levels that are shown this model's reading of a prompt, since the model above them does not read it.
     """
@@ -112,6 +113,7 @@ class Verifier(Drafter):
         self.direct_tokens = direct_tokens
         self.source: Drafter = below
         self.observer: Callable[[Check], None] | None = None
+        self.going: Going | None = None
         self.borrowers: list[ModelRunner] = []
         self.watchers: list[Drafter] = []
         self.vocabulary = 0
@@ -170,7 +172,7 @@ class Verifier(Drafter):
             with self._watched(law):
                 passed = self.runner.run(context, proposal.tokens, self.stats)
             logits = fit_vocabulary(passed.logits, self.vocabulary)
-            judgement = judge(law, context, proposal, logits, active, self.rule, self.pad, self.bias_budget)
+            judgement = judge(law, context, proposal, logits, active, self.rule, self.pad, self.bias_budget, self.going)
             counted = record(self.stats, proposal, judgement, active, self.eos)
             self.stats.bias += sum(judgement.bias)
         return Emission(
