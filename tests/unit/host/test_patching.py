@@ -72,7 +72,8 @@ def takes_assistants(model: Any, chain: list[Any]) -> bool:
     try:
         found = model.generate(**prompts(1), **SHORT, assistant_models=chain).tolist()
     except ValueError as error:
-        assert "assistant_models" in str(error)
+        if "assistant_models" not in str(error):
+            raise
         return False
     assert found == plain
     return True
