@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The theory of a speculative chain, equation by equation: one door to the five files that hold it.
+"""The theory of a speculative chain, equation by equation: one door to the six files that hold it.
 
 =====================  ==============================================================================
 file                   what it answers
 =====================  ==============================================================================
 ``lengths``            how many tokens a pass emits: law, mean, variance; Theorem 3.3 as printed
+``coupling``           how often levels that share one noise agree
 ``costs``              what a token costs: Lemma 3.1 as printed, its exact form, the chain recursion
 ``rounds``             rounds with their overshoot, the best block sizes
 ``insertion``          whether another model pays: conditions C1 and C2 of Theorem 3.2 as printed, and
@@ -13,10 +14,11 @@ file                   what it answers
                        lossy acceptance, the lenient middle
 =====================  ==============================================================================
 
-Words: ``agreement`` is the probability that a verifier accepts one proposed token, ``sum(min(p, q))`` under
-sampling; ``proposed`` is how many tokens it is offered; ``emitted`` is how many it yields, its own recovered
-or bonus token included. Times may be in any unit as long as it is the same one everywhere. "The paper" is
-*Polybasic Speculative Decoding Through a Theoretical Perspective* (ICML 2025, arXiv 2510.26527).
+Words: ``agreement`` is the probability that a verifier accepts one proposed token, under sampling that of the rule in
+use (``coupled_acceptance``, or ``sum(min(p, q))``); ``proposed`` is how many tokens it is offered; ``emitted`` is how
+many it yields, its own recovered or bonus token included. Times may be in any unit as long as it is the same one
+everywhere. "The paper" is *Polybasic Speculative Decoding Through a Theoretical Perspective* (ICML 2025, arXiv
+2510.26527).
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from .costs import (
     implied_beta,
     lemma_time_per_token,
 )
+from .coupling import coupled_acceptance, coupled_agreement, noise_behind
 from .insertion import (
     Inequality,
     Insertion,
@@ -101,6 +104,8 @@ __all__ = [
     "committed_lengths",
     "condition_c1",
     "condition_c2",
+    "coupled_acceptance",
+    "coupled_agreement",
     "critical_length_before",
     "drafted_round",
     "emitted_law",
@@ -119,6 +124,7 @@ __all__ = [
     "length_law_by_position",
     "length_variance",
     "multi_draft_rejections",
+    "noise_behind",
     "pareto_front",
     "printed_mean_length",
     "printed_second_moment",
