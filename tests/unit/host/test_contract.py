@@ -46,13 +46,13 @@ def test_the_installed_release_keeps_its_promises():
 def test_a_newer_release_passes_with_one_warning_that_names_both(newer, door):
     model = tiny("llama")
     plain = model.generate(**prompts(1), **SHORT).tolist()
+    doors: dict[str, Any] = {
+        "enable": hf_polyspec.enable,
+        "attach": lambda: hf_polyspec.attach(model),
+        "generate": lambda: hf_polyspec.generate(model, **prompts(1), **SHORT, assistant_models=[noisy(model)]),
+    }
     with pytest.warns(UserWarning, match=r"transformers 5\.4\.1 is newer than 5\.3, .* was tried and holds") as caught:
-        if door == "enable":
-            hf_polyspec.enable()
-        elif door == "attach":
-            hf_polyspec.attach(model)
-        else:
-            hf_polyspec.generate(model, **prompts(1), **SHORT, assistant_models=[noisy(model)])
+        doors[door]()
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")

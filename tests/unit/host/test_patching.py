@@ -69,13 +69,13 @@ WRAPS = pytest.mark.parametrize("wrap", [wrapping, bare], ids=lambda wrap: wrap.
 def takes_assistants(model: Any, chain: list[Any]) -> bool:
     """Whether the model's generate() runs a chain; what it says of plain text must not depend on that."""
     plain = model.generate(**prompts(1), **SHORT).tolist()
+    refused = ""
     try:
-        found = model.generate(**prompts(1), **SHORT, assistant_models=chain).tolist()
+        assert model.generate(**prompts(1), **SHORT, assistant_models=chain).tolist() == plain
     except ValueError as error:
-        assert "assistant_models" in str(error)
-        return False
-    assert found == plain
-    return True
+        refused = str(error)
+    assert "assistant_models" in refused or not refused
+    return not refused
 
 
 @WRAPS
@@ -156,10 +156,7 @@ def test_attached_above_enable_and_left_behind_by_it(model, chain):
 def test_copies_of_attached_models(model, chain, copied):
     """A copy's generate is its own, and what is done to one is not done to the other."""
     hf_polyspec.attach(model)
-    try:
-        twin = copied(model)
-    except (AttributeError, pickle.PicklingError):
-        pytest.fail("an attached model is pickled as any other")
+    twin = copied(model)
     assert getattr(twin.generate, "__self__", twin) is twin
     assert twin.generate(**prompts(1), **SHORT).tolist() == model.generate(**prompts(1), **SHORT).tolist()
     hf_polyspec.detach(twin)

@@ -95,7 +95,7 @@ def test_what_says_nothing_is_refused_with_what_was_looked_for():
     model = of_kind(_named(RANDOM, inspect.Parameter.empty))
     assert release.cache_argument(model) is None
     target = tiny("llama")
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="argument") as caught:
         hf_polyspec.generate(target, **prompts(1), **SHORT, assistant_models=[model])
     sentence = str(caught.value)
     assert "\n" not in sentence
