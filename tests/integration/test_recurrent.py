@@ -12,6 +12,7 @@ from tiny_models import noisy, prompts, tiny
 from transformers import PreTrainedModel
 
 from hf_polyspec import SuffixDrafter
+from hf_polyspec.host.release import GENERATION_CACHE, cache_argument
 
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 DELTA = {
@@ -147,7 +148,7 @@ def test_the_cache_handed_back_is_plain_generations(enabled: None, kind: str, ba
     inputs = prompts(batch)
     call = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
     chain: Callable[[], dict[str, Any]] = lambda: {"assistant_models": [noisy(model, 0.05)]}  # noqa: E731
-    name = "cache" if hasattr(model.generate(**inputs, **call), "cache") else "past_key_values"
+    name, argument = GENERATION_CACHE, cache_argument(model)
     plain, got = model.generate(**inputs, **call), model.generate(**inputs, **call, **chain())
     for one, other in zip(
         _held(plain[name], inputs["attention_mask"]), _held(got[name], inputs["attention_mask"]), strict=True
@@ -162,8 +163,8 @@ def test_the_cache_handed_back_is_plain_generations(enabled: None, kind: str, ba
         mask[:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
     turn = {"input_ids": ids, "attention_mask": mask, **call}
     second, again = (
-        model.generate(**turn, **{name: plain[name]}),
-        model.generate(**turn, **{name: got[name]}, **chain()),
+        model.generate(**turn, **{argument: plain[name]}),
+        model.generate(**turn, **{argument: got[name]}, **chain()),
     )
     assert again.sequences.tolist() == second.sequences.tolist()
 

@@ -108,15 +108,22 @@ def _shown(given: object) -> str:
     return "object" if type(given) is object else str(given)
 
 
-@pytest.mark.parametrize(
-    "assistants", ["gpt2", 5, object(), {"a": 1}, ["gpt2"], [None], [[]], "module", "class"], ids=_shown
-)
+@pytest.mark.parametrize("assistants", [5, object(), {"a": 1}, [None], [[]], "module", "class"], ids=_shown)
 def test_assistants_of_a_wrong_type(target, generate, passes, assistants):
     given = {"module": [torch.nn.Linear(2, 2)], "class": [PreTrainedModel]}
     chosen = given.get(assistants, assistants) if isinstance(assistants, str) else assistants
     with pytest.raises(TypeError, match="assistant_models") as caught:
         generate(target, **prompts(1), **SHORT, assistant_models=chosen)
     one_sentence(caught.value)
+    assert passes.count == 0
+
+
+@pytest.mark.parametrize("assistants", ["gpt2", ["gpt2"]], ids=_shown)
+def test_a_name_of_which_there_is_nothing_here(target, generate, passes, assistants):
+    """A string is a level, and a string alone a list of one; nothing is downloaded."""
+    with pytest.raises(ValueError, match=r"assistant_models.*'gpt2'") as caught:
+        generate(target, **prompts(1), **SHORT, assistant_models=assistants)
+    assert "\n" not in str(caught.value)
     assert passes.count == 0
 
 
