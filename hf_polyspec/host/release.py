@@ -69,7 +69,12 @@ def is_compiled(model: Any) -> bool:
 
 def without_compiled_forwards(copy: Any) -> Any:
     """A copied model whose modules compute with their own forward: a compiled one is still bound to the original."""
-    for module in copy.modules():
+    while "_orig_mod" in copy._modules:
+        copy = copy._orig_mod
+    for module in list(copy.modules()):
+        for name, child in module._modules.items():
+            if child is not None and "_orig_mod" in child._modules:
+                module._modules[name] = child._orig_mod
         if _compiled_forward(module):
             del module.forward
     return copy

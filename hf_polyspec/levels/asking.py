@@ -7,9 +7,7 @@ from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
-import torch
-
-from ..errors import LevelError, RollbackError
+from ..errors import LevelError, RollbackError, level_failures
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
 from ..exactness.proposal import Proposal, TreeProposal, proposal_fault, tree_fault
@@ -75,10 +73,15 @@ def _generator_lent(source: Drafter, context: Context, rooms: list[int], law: La
 @contextmanager
 def _blamed(source: Drafter) -> Iterator[None]:
     """Errors carry the level's name; a refusal stays a ValueError, lack of memory what it is."""
+    what = f"{source.role} failed to propose"
     try:
         yield
-    except (LevelError, RollbackError, MemoryError, torch.OutOfMemoryError):
+    except (LevelError, RollbackError):
         raise
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
     except Exception as error:
-        kind = ValueError if isinstance(error, ValueError) else LevelError
-        raise kind(f"{source.role} failed to propose: {error}") from error
+        if getattr(error, "__notes__", None):  # memory that ran out in a pass, whose level is noted already
+            raise
+        with level_failures(what):
+            raise

@@ -160,7 +160,7 @@ def _load_here(name: str, source: str, target: Any, role: str) -> Any:
         if source == name and _is_made(name):
             raise
         reason = " ".join(str(error).split())
-        if "trust_remote_code" in reason:
+        if "trust_remote_code" in str(error.__cause__):
             reason = "it brings Python code of its own: load it with trust_remote_code=True and pass the model"
         raise ValueError(f"{role} is {name!r}, and {reason.rstrip('.')}; {ACCEPTED}.") from error
     if source != name:

@@ -4,19 +4,24 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import prompts
+from tiny_models import head_for, prompts
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_polyspec
 from hf_polyspec.cpu import packing
 from hf_polyspec.cpu.compiled import compiles
 from hf_polyspec.integers.linear import Kernel
+from hf_polyspec.models import assistants
 from hf_polyspec.models.assistants import by_name
 from hf_polyspec.quantization import agreement, is_packed
 from hf_polyspec.quantization.model import merged_adapters
@@ -88,8 +93,115 @@ def test_names_that_cannot_be(enabled: None, target: PreTrainedModel) -> None:
     for names, words in ((["suffix", "int8"], "only drafts"), (["early-exit"], "number of layers")):
         with pytest.raises(ValueError, match=words):
             target.generate(**prompts(1), **OPTIONS, assistant_models=names)
-    with pytest.raises(TypeError, match="must be a list"):
-        target.generate(**prompts(1), **OPTIONS, assistant_models="int8")
+
+
+def test_one_name_is_a_list_of_one(enabled: None, target: PreTrainedModel, tmp_path: Path) -> None:
+    plain = target.generate(**prompts(1), **OPTIONS)
+    target.save_pretrained(tmp_path)
+    for name in ("int8", "suffix", str(tmp_path), tmp_path):
+        found = target.generate(**prompts(1), **OPTIONS, assistant_models=name)
+        assert found.sequences.tolist() == plain.sequences.tolist()
+
+
+def test_folders_are_levels_and_are_loaded_once(
+    enabled: None, target: PreTrainedModel, middle: PreTrainedModel, tmp_path: Path
+) -> None:
+    place = tmp_path / "middle"
+    middle.save_pretrained(place)
+    model = copy.deepcopy(target)
+    first = by_name(model, (str(place), "suffix"))
+    assert [type(one).__name__ for one in first] == ["LlamaForCausalLM", "SuffixDrafter"]
+    assert first[0].dtype is model.dtype
+    assert not first[0].training
+    assert by_name(model, [place])[0] is first[0]
+    middle.save_pretrained(place)  # written anew
+    os.utime(place / "config.json", (1, 1))
+    again = by_name(model, [place])[0]
+    assert again is not first[0]
+    assert by_name(copy.deepcopy(model), [place])[0] is not again, "kept with its target"
+    out = model.generate(**prompts(2), **OPTIONS, assistant_models=[place, "suffix"])
+    assert out.sequences.tolist() == model.generate(**prompts(2), **OPTIONS).sequences.tolist()
+    assert [level.name for level in out.polyspec.levels[1:]] == ["middle", "suffix"]
+
+
+def test_a_folder_with_a_head_is_a_head(enabled: None, target: PreTrainedModel, tmp_path: Path) -> None:
+    head_for(target).save_pretrained(tmp_path / "head")
+    model = copy.deepcopy(target)
+    (head,) = by_name(model, [tmp_path / "head"])
+    assert type(head).__name__ == "EagleHead"
+    out = model.generate(**prompts(1), **OPTIONS, assistant_models=str(tmp_path / "head"))
+    assert out.sequences.tolist() == model.generate(**prompts(1), **OPTIONS).sequences.tolist()
+
+
+@pytest.mark.parametrize("name", ["int7", "gpt2", "owner/model", "no/such/folder", "", "~/nowhere"])
+def test_a_name_of_nothing_is_refused_with_the_names_there_are(
+    enabled: None, target: PreTrainedModel, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without asking a hub: what is not here is not fetched in the middle of a call."""
+    asked: list[str] = []
+    monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", lambda url, **_: asked.append(url))
+    with pytest.raises(ValueError, match=r"assistant_models\[1\] is ") as caught:
+        target.generate(**prompts(1), **OPTIONS, assistant_models=["int8", name])
+    sentence = str(caught.value)
+    assert repr(name) in sentence
+    assert "int8, int4, early-exit:<layers>, suffix" in sentence
+    assert "\n" not in sentence
+    assert not asked
+
+
+def test_a_hub_id_is_what_lies_in_the_hubs_cache(
+    enabled: None, target: PreTrainedModel, middle: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_here = tmp_path / "snapshots" / "0123abc"
+    middle.save_pretrained(copy_here)
+
+    def cached(name: str, file: str, **options: Any) -> str | None:
+        assert options == {"local_files_only": True}
+        return str(copy_here / file) if name == "owner/middle" else None
+
+    monkeypatch.setattr(assistants, "cached_file", cached)
+    (found,) = by_name(copy.deepcopy(target), ["owner/middle"])
+    assert found.name_or_path == "owner/middle"
+    assert torch.equal(found.lm_head.weight, middle.lm_head.weight)
+
+
+def test_code_in_a_folder_is_never_run_and_never_asked_about(
+    enabled: None, target: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither to load a level nor to compare its tokenizer with the target's."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("nobody is to be asked"))
+    code = f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise RuntimeError('ran')\n"
+    for place, kind in ((tmp_path / "model", "config"), (tmp_path / "words", "tokenizer_config")):
+        target.save_pretrained(place)
+        (place / "own.py").write_text(code, encoding="utf-8")
+        file = place / f"{kind}.json"
+        told = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"tokenizer_class": "OwnTokenizer"}
+        names = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M", "AutoTokenizer": ["own.T", None]}
+        told["auto_map"] = {k: v for k, v in names.items() if (k == "AutoTokenizer") == (kind == "tokenizer_config")}
+        if kind == "config":
+            told["model_type"] = "something_of_its_own"
+        file.write_text(json.dumps(told), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"assistant_models\[0\] is .*trust_remote_code=True and pass the model"):
+        target.generate(**prompts(1), **OPTIONS, assistant_models=[tmp_path / "model"])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "words").eval()
+    loaded.generation_config.pad_token_id = 0
+    other = copy.deepcopy(loaded)
+    other.name_or_path = str(tmp_path / "model")
+    out = loaded.generate(**prompts(1), **OPTIONS, assistant_models=[other])
+    assert out.polyspec.levels[1].forward_passes > 0
+    assert not (tmp_path / "ran").exists()
+
+
+def test_threads_that_name_the_same_level_have_the_same(target: PreTrainedModel) -> None:
+    model = copy.deepcopy(target)
+    made: list[Any] = []
+    threads = [threading.Thread(target=lambda: made.append(by_name(model, "int8")[0])) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 4
+    assert len({id(one) for one in made}) == 1
 
 
 @pytest.fixture

@@ -108,9 +108,11 @@ def _shown(given: object) -> str:
     return "object" if type(given) is object else str(given)
 
 
-@pytest.mark.parametrize("assistants", [5, object(), {"a": 1}, [None], [[]], "module", "class"], ids=_shown)
+@pytest.mark.parametrize(
+    "assistants", [5, object(), {"a": 1}, [None], [[]], [b"int8"], "module", "class", "drafter class"], ids=_shown
+)
 def test_assistants_of_a_wrong_type(target, generate, passes, assistants):
-    given = {"module": [torch.nn.Linear(2, 2)], "class": [PreTrainedModel]}
+    given = {"module": [torch.nn.Linear(2, 2)], "class": [PreTrainedModel], "drafter class": [SuffixDrafter]}
     chosen = given.get(assistants, assistants) if isinstance(assistants, str) else assistants
     with pytest.raises(TypeError, match="assistant_models") as caught:
         generate(target, **prompts(1), **SHORT, assistant_models=chosen)
@@ -125,6 +127,50 @@ def test_a_name_of_which_there_is_nothing_here(target, generate, passes, assista
         generate(target, **prompts(1), **SHORT, assistant_models=assistants)
     assert "\n" not in str(caught.value)
     assert passes.count == 0
+
+
+def test_a_model_without_weights_is_named(target, generate, passes):
+    with torch.device("meta"):
+        empty = type(target)(copy.deepcopy(target.config)).eval()
+    with pytest.raises(ValueError, match=r"assistant_models\[1\] .* is on the meta device") as caught:
+        generate(target, **prompts(1), **SHORT, assistant_models=[target, empty])
+    one_sentence(caught.value)
+    with pytest.raises(ValueError, match=r"the target .* is on the meta device"):
+        generate(empty, **prompts(1), **SHORT, assistant_models=["suffix"])
+    assert passes.count == 0
+
+
+def test_batches_and_masks_that_do_not_fit(target, generate, passes):
+    inputs = prompts(2)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    for changed, words in (
+        ({"input_ids": ids[:0], "attention_mask": mask[:0]}, "input_ids has 0 rows"),
+        ({"attention_mask": mask[:, :7]}, "attention_mask has 7 columns and the prompt has 9"),
+        ({"attention_mask": torch.ones(2, 7, dtype=torch.long)}, "attention_mask has 7 columns and the prompt has 9"),
+    ):
+        with pytest.raises(ValueError, match=words) as caught:
+            generate(target, **{**inputs, **changed}, **SHORT)
+        one_sentence(caught.value)
+    assert passes.count == 0
+
+
+@pytest.mark.parametrize("given", [None, "x", 5, PreTrainedModel], ids=_shown)
+@pytest.mark.parametrize("function", ["attach", "detach", "pack", "unpack", "quantize_model"])
+def test_functions_that_take_a_model_say_so(function, given):
+    with pytest.raises(TypeError, match=rf"^{function}\(\) takes a model, got ") as caught:
+        getattr(hf_polyspec, function)(given)
+    one_sentence(caught.value)
+    assert (given.__name__ if isinstance(given, type) else repr(given)) in str(caught.value)
+
+
+def test_attach_takes_a_model_that_generates():
+    with pytest.raises(TypeError, match=r"attach\(\) takes a model that has a generate\(\), got Linear"):
+        hf_polyspec.attach(torch.nn.Linear(2, 2))
+
+
+def test_a_corpus_that_is_no_list_of_texts():
+    with pytest.raises(TypeError, match="corpus must be texts as lists of token ids, got 5"):
+        SuffixDrafter(5)
 
 
 def test_a_single_model_instead_of_a_list(target, middle, generate, passes):

@@ -107,8 +107,9 @@ def test_refusals_keep_their_kind_and_lack_of_memory_stays_what_it_is(target):
 
     with pytest.raises(ValueError, match=r"assistant_models\[0\] \(made\) failed to propose: only on Sundays"):
         hf_polyspec.generate(target, **prompts(1), **SHORT, assistant_models=[Made(refuses)])
-    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+    with pytest.raises(torch.OutOfMemoryError, match="no memory") as caught:
         hf_polyspec.generate(target, **prompts(1), **SHORT, assistant_models=[Made(starves)])
+    assert caught.value.__notes__ == ["hf_polyspec: assistant_models[0] (made) failed to propose."]
 
 
 def broken(model: PreTrainedModel, value: float) -> PreTrainedModel:
