@@ -74,8 +74,8 @@ def without_compiled_forwards(copy: Any) -> Any:
     for module in list(copy.modules()):
         for name, child in module._modules.items():
             if child is not None and "_orig_mod" in child._modules:
-                module._modules[name] = child._orig_mod
-        if _compiled_forward(module):
+                module._modules[name] = child._modules["_orig_mod"]
+        if _compiled_forward(module) and "_orig_mod" not in module._modules:
             del module.forward
     return copy
 
