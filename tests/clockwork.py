@@ -56,6 +56,9 @@ class ClockedRunner(ModelRunner):
     def can_read(self, context: Context) -> bool:
         return True
 
+    def within(self, context: Context, limits: list[int]) -> list[int]:
+        return limits
+
     def choice(self, position: int) -> int:
         if position not in self.right:
             self.right[position] = self.dice.random() < self.agreement()

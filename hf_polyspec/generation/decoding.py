@@ -136,7 +136,7 @@ def decode(
         try:
             with _packed(own if options.polyspec_pack else [], model):
                 rows, origins = job.run(chain, streamer)
-            _note_kernels(chain)
+                _note_kernels(chain)
             job.tell_lost(chain)
             job.tell_left_out(chain)
             return job.output(chain, rows, origins, time.perf_counter() - started)
