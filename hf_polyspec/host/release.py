@@ -67,6 +67,11 @@ def is_compiled(model: Any) -> bool:
     return False
 
 
+def plain_name(name: str) -> str:
+    """A module's name in a model of which no part is wrapped by torch.compile."""
+    return name.replace("_orig_mod.", "")
+
+
 def without_compiled_forwards(copy: Any) -> Any:
     """A copied model whose modules compute with their own forward: a compiled one is still bound to the original."""
     while "_orig_mod" in copy._modules:

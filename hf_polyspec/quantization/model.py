@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_polyspec.cpu.packing import unfuse
 from hf_polyspec.cpu.shared_input import share_inputs
 from hf_polyspec.defaults import require_model
+from hf_polyspec.host.release import plain_name
 from hf_polyspec.integers.foreign import stored_elsewhere
 from hf_polyspec.integers.gptq_format import storable
 from hf_polyspec.integers.linear import float_weight, matrix_shape
@@ -206,7 +207,7 @@ def quantize_model(
         make = partial(round_layer, weight, width, group_size, symmetric, method, moments)
         layer = quantized_linear(_kept_or_made(store, name, make), bias).to(weight.device).eval()
         layer.activation_bits = activation_bits if isinstance(layer, Int8Linear) else None
-        replace_module(quantized, name, layer)
+        replace_module(quantized, plain_name(name), layer)  # the copy's parts are not compiled
         if progress is not None:
             progress(name)
     share_inputs(quantized)
