@@ -129,6 +129,7 @@ def test_a_name_of_which_there_is_nothing_here(target, generate, passes, assista
     assert passes.count == 0
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate")  # older releases warn of the device first
 def test_a_model_without_weights_is_named(target, generate, passes):
     with torch.device("meta"):
         empty = type(target)(copy.deepcopy(target.config)).eval()
