@@ -125,7 +125,8 @@ class BlockParts:
             if siblings.get(name) is not module or module is None:
                 return False
             own = module.__dict__
-            if "forward" in own and not hasattr(own["forward"], "product"):
+            forward = own.get("forward")  # read once: in another thread it may be taken away
+            if forward is not None and not hasattr(forward, "product"):
                 return False
             if has_hooks(module):
                 return False

@@ -339,8 +339,10 @@ def packed_assistants(assistants: Iterable[object], target: nn.Module | None = N
 def _restore(layers: Iterable[nn.Module]) -> None:
     """Give layers their own forward back, and keep what they were computed with for the next time."""
     for layer in layers:
-        if isinstance(layer.__dict__.get("forward"), PackedForward | FusedBlock):
-            _keep(layer.__dict__.pop("forward"))
+        forward = layer.__dict__.get("forward")
+        if isinstance(forward, PackedForward | FusedBlock):
+            layer.__dict__.pop("forward", None)  # another thread may have been here
+            _keep(forward)
 
 
 def _keep(forward: object) -> None:

@@ -75,7 +75,7 @@ class Watch:
                 continue
             self._products.append(product)
             for layer in group:
-                self._members.append((layer.__dict__["forward"], product))
+                self._members.append((layer.__dict__.get("forward"), product))
                 for name, whole in (("weight", True), ("bias", False)):
                     tensor = layer._parameters.get(name)
                     self._tensors.append((layer._parameters, name, tensor, _marks(tensor)))
@@ -120,7 +120,7 @@ class Watch:
             if product.dissolved:
                 return False
         for forward, product in self._members:
-            if forward.product is not product:
+            if getattr(forward, "product", None) is not product:  # taken away by another thread, perhaps
                 return False
         for parameters, name, tensor, marks in self._tensors:
             if parameters.get(name) is not tensor or (tensor is not None and _marks(tensor) != marks):
