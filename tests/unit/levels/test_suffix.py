@@ -289,3 +289,15 @@ def test_two_generations_at_once_are_told_apart_or_refused() -> None:
     for call in (lambda: first.observe([2], [1]), lambda: first.keep_rows([3])):
         with pytest.raises(LevelError, match=r"used by two generations at once; .* copy\.copy\(drafter\)"):
             call()
+
+
+def test_what_is_learnt_in_the_middle_of_a_text_counts_at_once_for_all_that_share_the_corpus() -> None:
+    """A state that a row stands in may be split by it: what follows 2 is then no longer what follows 1, 2."""
+    first = begun(corpus=[[1, 2, 3]])
+    second = copy.copy(first)
+    second.begin(1, 1, 1000)
+    assert drafts(first, context([7, 2]), limit=1) == drafts(second, context([7, 2]), limit=1) == [[3]]
+    first.learn([[5, 2, 8]])
+    for drafter in (first, second, begun(corpus=[[1, 2, 3], [5, 2, 8]])):
+        assert drafts(drafter, context([7, 2]), limit=1) == [[8]]
+        assert drafts(drafter, context([1, 2]), limit=1) == [[3]]
