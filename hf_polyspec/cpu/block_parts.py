@@ -40,7 +40,8 @@ def looks_like_llama(module: nn.Module) -> bool:
             return False
     block: Any = module
     attention, norms = block.self_attn, (block.input_layernorm, block.post_attention_layernorm)
-    if not all(hasattr(attention, name) for name in _WANTED) or next(attention.parameters(recurse=False), None):
+    own = any(parameter is not None for parameter in attention._parameters.values())
+    if own or not all(hasattr(attention, name) for name in _WANTED):
         return False
     return _sizes_fit(block) and all(
         hasattr(norm, "variance_epsilon") and isinstance(norm.weight, nn.Parameter) and norm.weight.dtype in DTYPES

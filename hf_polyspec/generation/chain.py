@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..defaults import DEFAULT_DRAFT_TOKENS
 from ..eagle.features import bind, feature_layers, target_parts, view_of
 from ..eagle.modeling import EagleHead
 from ..host.compatibility import check_model, check_vocabularies, vocabulary_size
+from ..host.forwarding import Extras
 from ..host.generation import CHOOSES_HIDDEN_STATES, CandidateGenerator
 from ..host.lending import FEW, is_copy
 from ..host.manners import runner_for
@@ -42,6 +43,7 @@ class Setting:
         eos: ids that end a text; pad: id that finished rows go on with.
         batch: number of rows.
         embedded: width H of the prompt's embeddings if it came as embeddings, else 0.
+        extras: what else the target is given.
     """
 
     options: PolySpecOptions
@@ -50,6 +52,7 @@ class Setting:
     pad: int
     batch: int
     embedded: int = 0
+    extras: Extras = field(default_factory=Extras)
 
 
 def check_assistants(target: Any, assistants: Any) -> list[Any]:
@@ -137,6 +140,7 @@ def build_chain(target: Any, assistants: Sequence[Any], setting: Setting, runner
     Raises:
         ValueError: a drafter cannot serve this many rows.
     """
+    runner.serve(setting.batch)
     below = build_below(assistants, setting, target)
     # Hidden states and attentions are asked for by column, and a tree's columns are no text.
     watched = "the caller asked for hidden states or attentions" if runner.record else None
@@ -162,7 +166,8 @@ def build_chain(target: Any, assistants: Sequence[Any], setting: Setting, runner
 def _lend(chain: Verifier) -> None:
     """Let levels that are copies of the target take its keys and values."""
     target = chain.runner
-    if not target.use_cache or target.record:  # somebody wants to see how the prompt is read
+    # Nothing is lent where somebody wants to see how the prompt is read, or rows must not be moved.
+    if not target.use_cache or target.record or target.in_step:
         return
     for level in levels_of(chain)[1:]:
         if (
@@ -260,7 +265,8 @@ def _level(
         setting.device,
         reads_embeds=bool(setting.embedded) and hidden == setting.embedded,
         replace_unknown_ids=True,
-    )
+        extras=None if target is None else setting.extras.for_level(assistant, target),
+    ).serve(setting.batch)
     options = setting.options.for_assistant(assistant)
     if below is not None:
         trees, note = _trees(runner, below)
@@ -328,6 +334,8 @@ def _trees(runner: ModelRunner, below: Drafter, reason: str | None = None) -> tu
         reason = "its recurrent state follows one text at a time"
     if reason is None and not (runner.use_cache and runner.takes_positions):
         reason = "it keeps no cache" if runner.takes_positions else "it takes no position_ids"
+    if reason is None and (runner.in_step or not runner.keeps_positions):
+        reason = "it counts positions by the columns of its cache"
     reason = reason or hindrance(inner_model(runner.model))
     return reason is None, None if reason is None else f"chains instead of trees under {runner.name}: {reason}"
 

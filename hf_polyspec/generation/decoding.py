@@ -14,15 +14,17 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from ..control import OnlineControl
 from ..exactness.callers_generator import BESIDE
-from ..exactness.context import EMBEDDED, Context, Prompt
+from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
-from ..host.callers_cache import check_cache, check_prompt, read_cache, tokens_held, write_cache
+from ..host.callers_cache import check_cache, read_cache, tokens_held, write_cache
 from ..host.compatibility import check_options
-from ..host.generation import GenerateDecoderOnlyOutput, decoder_output, is_callers, mask_length, pad_id
+from ..host.forwarding import Extras
+from ..host.generation import GenerateDecoderOnlyOutput, decoder_output, is_callers, pad_id
 from ..host.manners import runner_for
 from ..host.modeling import Cache
 from ..host.plain_cache import PlainCache
-from ..host.release import GENERATION_CACHE, cache_names, cache_of
+from ..host.release import cache_names, cache_of
+from ..host.rope import gate
 from ..levels.verifier import NoDraft, Verifier
 from ..telemetry.stats import PolySpecStats
 from .chain import Setting, build_chain, check_assistants, levels_of
@@ -32,6 +34,7 @@ from .members import lent, members
 from .options import PolySpecOptions
 from .outputs import Recorder, Wanted
 from .plan import resolve_plan
+from .prompts import context_of
 
 SYNCED_GPUS = (
     "synced_gpus (DeepSpeed ZeRO-3, FSDP) needs all processes to run the same number of forward passes, "
@@ -181,13 +184,19 @@ class _Job:
         self.options = options
         self.device = input_ids.device
         understood = _UNDERSTOOD | cache_names(model_kwargs)
-        extra = [name for name, value in model_kwargs.items() if value is not None and name not in understood]
-        if extra:
-            raise ValueError(f"the forward argument {extra[0]!r} is not supported with assistant_models; leave it out.")
+        self.extras = Extras.of(
+            {name: value for name, value in model_kwargs.items() if name not in understood},
+            model_kwargs.get("position_ids"),
+        )
+        if config.prefill_chunk_size and self.extras.marks_prompt:
+            raise ValueError(
+                "prefill_chunk_size cuts a prompt with images or other inputs into pieces, which assistant_models do "
+                "not serve; leave it out."
+            )
         self.user_cache: Cache | None = cache_of(model_kwargs)
         check_cache(self.user_cache, model, input_ids.shape[0])
         self.use_cache = bool(model_kwargs.get("use_cache", True))
-        self.context = _context(input_ids, config, model_kwargs)
+        self.context = context_of(input_ids, config, model_kwargs)
         check_seeds(options, self.context.batch)
         self.visible = input_ids.shape[1]
         self.stopping = Stopping.sort(criteria, config.max_length or _UNLIMITED)
@@ -218,11 +227,19 @@ class _Job:
             if wanted
         }
         runner = runner_for(
-            self.model, "the target", self.device, use_cache=self.use_cache, record=record, reads_embeds=True, kept=1
+            self.model,
+            "the target",
+            self.device,
+            use_cache=self.use_cache,
+            record=record,
+            reads_embeds=True,
+            extras=self.extras,
+            kept=1,
         )
         if self.use_cache and self.user_cache is not None and tokens_held(self.user_cache) > 0:
             copy, self.cached = read_cache(self.user_cache, self.model)
-            copy.floor = max(copy.floor, self.context.prompt.hidden)  # tokens without ids cannot be read again
+            if embeds is None:
+                copy.floor = max(copy.floor, self.context.prompt.hidden)  # tokens without ids cannot be read again
             runner.adopt(copy, [ids[: self.cached] for ids in self.context.ids])
         setting = Setting(
             self.options,
@@ -231,6 +248,7 @@ class _Job:
             self.pad,
             self.context.batch,
             0 if embeds is None else embeds.shape[2],
+            self.extras,
         )
         return build_chain(self.model, assistants, setting, runner)
 
@@ -256,9 +274,16 @@ class _Job:
             device=self.device,
             recorder=self.recorder,
             streamer=streamer,
-            may_drop_rows=not (self.wanted.any or self._cache_is_kept() or self.law.bound_to_rows or self.law.in_order),
+            may_drop_rows=not (
+                self.wanted.any
+                or self._cache_is_kept()
+                or self.law.bound_to_rows
+                or self.law.in_order
+                or (self.extras.first and not self.use_cache)
+            ),
             control=self.control,
             noise=None if self.chances is None else self.chances.noise,
+            gate=gate(self.model, self._padding()),
         )
         try:
             found = loop.run(self.context)
@@ -319,6 +344,11 @@ class _Job:
         chunk = self.config.prefill_chunk_size or columns
         return [min(chunk, columns - start) for start in range(0, columns, chunk)]
 
+    def _padding(self) -> int:
+        """Fewest columns of left padding in any row."""
+        mask = self.context.prompt.mask
+        return 0 if mask is None else int((mask.cumsum(-1) == 0).sum(-1).min())
+
     def _cache_is_kept(self) -> bool:
         """Whether anybody sees the target's cache after the call."""
         if not self.use_cache or self.user_cache is None:
@@ -333,54 +363,3 @@ class _Job:
         final = Context([f + row[:-1] for f, row in zip(front, rows, strict=True)], self.context.prompt)
         chain.runner.settle(final, chain.stats)
         write_cache(chain.runner.cache, self.user_cache, self.cached)
-
-
-def _context(input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Context:
-    """The prompt as levels see it.
-
-    Raises:
-        ValueError: mask or positions of a form that a chain does not understand, or an empty prompt.
-    """
-    embeds = model_kwargs.get("inputs_embeds")
-    if input_ids.shape[0] == 0:
-        raise ValueError("input_ids has 0 rows; assistant_models need at least one prompt.")
-    ids = [[int(token) for token in row] for row in input_ids.tolist()]
-    cache = cache_of(model_kwargs)
-    past = 0 if cache is None else tokens_held(cache)
-    mask = model_kwargs.get("attention_mask")
-    width = mask.shape[1] if mask is not None else mask_length(config)
-    hidden = 0
-    if embeds is not None:
-        if past:
-            raise ValueError(f"inputs_embeds with a filled {GENERATION_CACHE} is not supported with assistant_models.")
-        if input_ids.shape[1] != 0:
-            raise ValueError("inputs_embeds together with input_ids is not supported with assistant_models; pass one.")
-        hidden = embeds.shape[1]
-    elif past and check_prompt(cache, input_ids.shape[1], width):
-        # Only the new ids were passed. What the cache holds has no ids here, so it gets stand-ins.
-        hidden = past
-    ids = [[EMBEDDED] * hidden + row for row in ids]
-    columns = len(ids[0])
-    if columns == 0:
-        raise ValueError("the prompt is empty; assistant_models need at least one token to start from.")
-    positions = model_kwargs.get("position_ids")
-    if positions is not None and positions.ndim != 2:
-        raise ValueError(
-            "position_ids must be [batch, length]; multimodal positions are not supported with assistant_models."
-        )
-    if mask is not None and (mask.ndim != 2 or mask.shape[0] != len(ids)):
-        raise ValueError(f"attention_mask must be [batch, length], [{len(ids)}, {columns}], got {list(mask.shape)}.")
-    if past and hidden and width == input_ids.shape[1]:  # of the ids alone, after a cache that counts nothing
-        width = columns
-        mask = None if mask is None else torch.cat([mask.new_ones(mask.shape[0], past), mask], dim=1)
-    if width is not None and width < columns:
-        raise ValueError(
-            f"attention_mask has {width} columns and the prompt has {columns}; give one for each, those in a cache too."
-        )
-    mask = None if mask is None else mask[:, :columns].long().cpu()
-    if positions is None or positions.shape[1] != columns:
-        full = torch.ones(len(ids), columns, dtype=torch.long) if mask is None else mask
-        positions = (full.cumsum(-1) - 1).clamp(min=0)
-    if positions.shape[0] != len(ids):
-        positions = positions.expand(len(ids), -1)
-    return Context(ids, Prompt(columns, mask, positions.long().cpu(), embeds, hidden))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -107,6 +107,7 @@ class DecodingLoop:
         may_drop_rows: whether finished rows may be taken out of the batch.
         control: steers the chain, or None.
         noise: is told how many steps are final; None where there is none.
+        gate: how far a pass over a row of so many columns may reach (see `host.rope`), or None.
 
     Attributes:
         bias: per row, the total variation that a lossy verification introduced.
@@ -125,6 +126,7 @@ class DecodingLoop:
         may_drop_rows: bool = False,
         control: Control | None = None,
         noise: SharedNoise | None = None,
+        gate: Callable[[int], int | None] | None = None,
     ) -> None:
         self.target = target
         self.law = law
@@ -138,6 +140,7 @@ class DecodingLoop:
         self.noise = noise
         self.steps = 0
         self._seen: deque[tuple[bool, list[bool]]] = deque()
+        self.gate = gate
         self.bias: list[float] = []
 
     def run(self, context: Context) -> tuple[list[list[int]], list[list[int]]]:
@@ -151,8 +154,8 @@ class DecodingLoop:
         in_step = self.law.in_order and context.batch > 1
         first = True
         while not all(row.finished for row in rows):
-            limits = [self._limit(rows[r]) for r in present]
             lengths = [len(ids) for ids in context.ids]
+            limits = self._gated([self._limit(rows[r]) for r in present], lengths)
             # The pass that reads a prompt for others has nothing to choose, and says nothing of later ones.
             control = None if self.target.reads_for_others(context) else self.control
             if control is not None:
@@ -186,6 +189,16 @@ class DecodingLoop:
             return 0
         # A prompt that already fills the limit still gets one token, as in plain generation.
         return max(1, self.stopping.max_length - len(row.committed) - len(row.queue))
+
+    def _gated(self, limits: list[int], lengths: list[int]) -> list[int]:
+        """Limits with which no pass reaches across a length that it must not; rows meet before they go on beyond it."""
+        going = [length for limit, length in zip(limits, lengths, strict=True) if limit]
+        if self.gate is None or not going or (end := self.gate(min(going))) is None:
+            return limits
+        if min(going) == end:
+            self.target.runner.stays = end
+            return [min(limit, 1) for limit in limits]
+        return [max(0, min(limit, end - length)) for limit, length in zip(limits, lengths, strict=True)]
 
     def _queue(self, row: _Row, tokens: list[int], origins: list[int]) -> None:
         for token, origin in zip(tokens, origins, strict=True):

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the columns of a pass are: which hold a token, and at which position of its text."""
+"""What the columns of a pass are: which hold a token, at which position of its text, and what is said after it."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from ..exactness.context import Context
+from ..exactness.context import Context, Prompt
 
 
 def mask_of(context: Context, unused: list[int], width: int) -> torch.Tensor | None:
@@ -36,3 +38,35 @@ def positions_of(context: Context, sequences: list[list[int]], fed: int) -> torc
             onward = prompt.following[row] + max(first, prompt.width) - prompt.width
             positions[row, fed - counted :] = torch.arange(onward, onward + counted)
     return positions
+
+
+def embedded_inputs(model: Any, prompt: Prompt, ids: torch.Tensor, unused: list[int], width: int) -> torch.Tensor:
+    """Input embeddings `[B, F, H]`: the caller's where he gave a prompt's, the model's own elsewhere.
+
+    Args:
+        model: the level's; prompt: with embeddings.
+        ids: `[B, F]` of the fed columns, on the model's device.
+        unused: columns at the left of each row; width: columns S + F in all.
+    """
+    assert prompt.embeds is not None
+    given = prompt.embeds.to(ids.device)
+    embedded: torch.Tensor = model.get_input_embeddings()(ids.clamp(min=0)).to(given.dtype).clone()
+    fed = ids.shape[1]
+    for row, left in enumerate(unused):
+        first = width - fed - left  # index in the row's sequence of the first fed column
+        start, end = max(0, -first), min(fed, given.shape[1] - first)
+        if start < end:
+            embedded[row, start:end] = given[row, first + start : first + end]
+    return embedded
+
+
+def aligned(logits: torch.Tensor, drafts: list[list[int]], wanted: int, device: torch.device) -> torch.Tensor:
+    """The last K + 1 columns, moved so that each row's draft starts at column 0; float32 or wider, on `device`."""
+    logits = logits[:, -wanted:]
+    logits = logits.to(device=device, dtype=torch.promote_types(logits.dtype, torch.float32))
+    shifts = [wanted - 1 - len(draft) for draft in drafts]
+    if not any(shifts):
+        return logits
+    columns = torch.arange(wanted)[None, :] + torch.tensor(shifts)[:, None]
+    columns = columns.clamp(max=wanted - 1).to(device)
+    return logits.gather(1, columns[:, :, None].expand(-1, -1, logits.shape[2]))

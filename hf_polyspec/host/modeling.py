@@ -3,13 +3,23 @@
 
 from __future__ import annotations
 
-from transformers import AutoModel, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils.generic import ModelOutput
 from transformers.utils.hub import cached_file
 
 __all__ = [
+    "CONFIG_MAPPING",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
     "Cache",
     "CacheLayerMixin",
     "DynamicCache",

@@ -11,23 +11,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import RollbackError, level_failures
-from ..exactness.context import EMBEDDED, Context, Prompt, common_prefix
+from ..exactness.context import Context, Prompt, common_prefix
 from ..exactness.passes import Pass
-from ..exactness.tree_geometry import ROOT, depths
+from ..exactness.tree_geometry import ROOT
 from ..telemetry.counters import LevelStats
 from .cache import RollbackCache
-from .columns import mask_of, positions_of
+from .columns import aligned, embedded_inputs, mask_of, positions_of
+from .forwarding import Extras, Forwarding
+from .in_step import asked, in_step_note
 from .lending import WORTH, borrow
 from .positions import position_table
 from .release import cache_argument, forward_arguments, inner_model, input_device
+from .rope import crosses, reads_anew
 from .row_arguments import RowArguments
-from .trees import additive, tree_mask
+from .trees import plant
 
 if TYPE_CHECKING:
     from ..exactness.proposal import TreeProposal
 
-FILLING = 0
-"""An id that every vocabulary has, for columns whose outputs nobody looks at."""
+FILLING = 0  # an id that every vocabulary has, for columns whose outputs nobody looks at
 
 
 class ModelRunner:
@@ -46,6 +48,7 @@ class ModelRunner:
             its cache holds them); if not, it sees only the ids after them.
         replace_unknown_ids: for an assistant, whose vocabulary may have fewer rows than the target's; the target is to
             fail on an id it does not have, as it does in plain generation.
+        extras: further forward arguments.
     """
 
     cuts = True  # the cache at any column, as trees and lending want it
@@ -61,6 +64,7 @@ class ModelRunner:
         record: dict[str, Any] | None = None,
         reads_embeds: bool = False,
         replace_unknown_ids: bool = False,
+        extras: Extras | None = None,
     ) -> None:
         self.model = model
         self.name = name
@@ -69,21 +73,40 @@ class ModelRunner:
         self.record = record or {}
         self.use_cache = use_cache
         self.reads_embeds = reads_embeds
-        accepted = forward_arguments(model)
         self._cache_argument = cache_argument(model)
-        self._slices_logits = "logits_to_keep" in accepted
-        self.takes_positions = "position_ids" in accepted
+        self._slices_logits = "logits_to_keep" in forward_arguments(model)
+        self.takes_positions = "position_ids" in forward_arguments(model)
         rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
         self._rows: int | None = rows if replace_unknown_ids else None
         self._table = position_table(model)
         self.cache: RollbackCache = RollbackCache()
         self.memo: list[list[int]] = []
+        self._forwarding = Forwarding(model, extras, asks=self.cuts)
         self._arguments = RowArguments(inner_model(model))
         self._present: list[int] | None = None  # rows that are left of those at the beginning, None for all
+        self._prompt = 0  # columns that were read in a pass of their own and stay
+        self._anew_after = reads_anew(model)
+        self.stays = 0  # columns that cannot be read again as they were, once they are all read
         self.lender: ModelRunner | None = None
         """The runner of a model that this one is a copy of, see `lending`."""
-        self.borrows_from = WORTH
-        """Fewest tokens that are taken from it."""
+        self.borrows_from = WORTH  # fewest tokens that are taken from it
+        self.in_step = False
+        """Whether a token's column in the cache must be its place in the text, see `in_step`."""
+
+    def serve(self, batch: int) -> ModelRunner:
+        """So many rows are to come; raises ValueError where the model cannot check drafts (see `in_step.asked`)."""
+        self.in_step = asked(self.model, self.name, batch)
+        return self
+
+    @property
+    def keeps_positions(self) -> bool:
+        """Whether the model is called with the position ids `[B, F]` that it is given here."""
+        return self._forwarding.extras.positions is None and self._forwarding.keeps_positions()
+
+    @property
+    def note(self) -> str | None:
+        """How rows run, where not each on its own; said in the statistics."""
+        return in_step_note(self.model) if self.in_step else None
 
     def adopt(self, cache: RollbackCache, memo: list[list[int]]) -> None:
         """Start from a cache that already holds the keys and values of `memo`."""
@@ -108,6 +131,7 @@ class ModelRunner:
         sequences = [ids + draft for ids, draft in zip(context.ids, drafts, strict=True)]
         wanted = 1 + max(len(draft) for draft in drafts)
         self._borrow(context, sequences, stats)
+        self._read_prompt(context, sequences, stats)
         more = self._filling(sequences, wanted)
         filled = [draft + [FILLING] * count for draft, count in zip(drafts, more, strict=True)]
         sequences = [ids + draft for ids, draft in zip(context.ids, filled, strict=True)]
@@ -133,6 +157,7 @@ class ModelRunner:
         """
         wanted = 1 + max(len(nodes) for nodes in tree.tokens)
         self._borrow(context, context.ids, stats)
+        self._read_prompt(context, context.extended(tree.tokens).ids, stats)
         more = self._filling(context.extended(tree.tokens).ids, wanted)
         nodes = [row + [FILLING] * count for row, count in zip(tree.tokens, more, strict=True)]
         parents = [row + [ROOT] * count for row, count in zip(tree.parents, more, strict=True)]
@@ -163,6 +188,20 @@ class ModelRunner:
         self._remember(read, new_width)
         return replace(passed, read=read, kept=kept)
 
+    def reads_alone(self, context: Context) -> bool:
+        """Whether the prompt has yet to be read, in a pass with nothing behind it."""
+        return self._forwarding.marks_prompt and self.use_cache and not self._prompt
+
+    def _read_prompt(self, context: Context, sequences: list[list[int]], stats: LevelStats) -> None:
+        if not self.reads_alone(context):
+            return
+        self._prompt = context.prompt.width  # what an image stands for, say, cannot be read again as ids
+        if min((len(ids) for ids in self.memo), default=0) >= self._prompt:
+            self._forwarding.begun = True  # taken from another model
+        elif min(map(len, sequences)) > self._prompt:
+            ids = [row[: self._prompt] for row in context.ids]
+            self.run(Context(ids, context.prompt), [[] for _ in ids], stats)
+
     def _borrow(self, context: Context, sequences: list[list[int]], stats: LevelStats) -> None:
         if self.lender is not None and not context.prompt.hidden:
             taken = borrow(self, self.lender, sequences)
@@ -187,8 +226,10 @@ class ModelRunner:
         keep, fed = self._plan(sequences, wanted)
         past = self._roll_back(keep)
         inputs = self._inputs(context, sequences, keep, past, fed)
+        if not self._forwarding.plain:
+            inputs = self._forwarding.complete(inputs, sequences, past, self._present)
         if parents is not None:
-            self._plant(inputs, context, sequences, parents, past + fed)
+            plant(inputs, context, sequences, parents, past + fed, self.model)
             # Until it is known which path stays, no id of the cache is certain.
             self.memo = [[] for _ in sequences]
         grown = [len(ids) - context.prompt.width for ids in sequences]
@@ -205,34 +246,6 @@ class ModelRunner:
             self._recover(past)
             raise
 
-    def _plant(
-        self,
-        inputs: dict[str, Any],
-        context: Context,
-        sequences: list[list[int]],
-        parents: list[list[int]],
-        width: int,
-    ) -> None:
-        """Give the forward arguments of a chain the mask and positions of trees instead."""
-        unused = [width - len(ids) for ids in sequences]
-        mask = mask_of(context, unused, width)
-        real = torch.ones(len(unused), width, dtype=torch.bool) if mask is None else mask.bool()
-        places = torch.arange(width)[None, :] - torch.tensor(unused)[:, None]  # [B, S]
-        positions = inputs["position_ids"].clone()  # [B, F]
-        fed = positions.shape[1]
-        for b, of_row in enumerate(parents):
-            if of_row:
-                depth, count = torch.tensor(depths(of_row)), len(of_row)
-                places[b, -count:] = len(context.ids[b]) - 1 + depth
-                positions[b, -count:] = positions[b, -count - 1] + depth.to(positions.device)
-        added = additive(tree_mask(real, fed, parents), places, self.model)
-        inputs["attention_mask"] = (
-            {kind: one.to(self.model_device) for kind, one in added.items()}
-            if isinstance(added, dict)
-            else added.to(self.model_device)
-        )
-        inputs["position_ids"] = positions
-
     def can_read(self, context: Context) -> bool:
         """Whether every row has something that this model can be fed."""
         view = self._own_view(context)
@@ -247,8 +260,10 @@ class ModelRunner:
 
     def _own_view(self, context: Context) -> Context:
         """The context as this model sees it: without embedded positions if they mean nothing to it."""
-        if not context.prompt.hidden or self.reads_embeds:
+        if self.reads_embeds or (context.prompt.embeds is None and not context.prompt.hidden):
             return context
+        if not context.prompt.hidden:
+            return Context(context.ids, replace(context.prompt, embeds=None))
         ids = [context.visible(b) for b in range(context.batch)]
         return Context(ids, Prompt(0, None, torch.full((len(ids), 1), -1, dtype=torch.long)))
 
@@ -259,7 +274,7 @@ class ModelRunner:
 
         `watch`, if given, is shown every pass.
         """
-        length = len(context.ids[0])
+        length = 0 if self.reads_alone(context) else len(context.ids[0])
         start = len(self.memo[0]) if self.memo else 0
         for end in range(start + chunk, length, chunk):
             piece = Context([ids[:end] for ids in context.ids], context.prompt)
@@ -272,8 +287,7 @@ class ModelRunner:
     @contextmanager
     def recording(self, record: dict[str, Any]) -> Iterator[None]:
         """Give these arguments to every forward pass for a while, besides the usual ones."""
-        usual = self.record
-        self.record = {**record, **usual}
+        usual, self.record = self.record, {**record, **self.record}
         try:
             yield
         finally:
@@ -300,6 +314,9 @@ class ModelRunner:
         Rows that need fewer columns than the neediest are rolled back a little further, so that the input is
         rectangular and every row's cache still ends at the right edge.
         """
+        if self._anew_after is not None and crosses(self._anew_after, self.memo, sequences):
+            self.memo = []
+            self.cache.shrink(0)
         if not self.use_cache or not self.memo:
             return [0] * len(sequences), max(len(ids) for ids in sequences)
         missing = [
@@ -312,8 +329,13 @@ class ModelRunner:
     def _filling(self, sequences: list[list[int]], wanted: int) -> list[int]:
         """How many columns each row is fed behind its own, so that none is rolled back behind the cache's floor.
 
-        The neediest row decides how many columns all rows feed; with these no row needs more than it did.
+        Rows that run in step are filled up to the longest: a token's column in the cache is its place in the text.
+        What stands behind a row's own columns is seen by none of them. Otherwise the neediest row decides how many
+        columns all rows feed; with these no row needs more than it did.
         """
+        if self.in_step:
+            longest = max(len(ids) for ids in sequences)
+            return [longest - len(ids) for ids in sequences]
         floor = self.cache.floor if self.use_cache and self.memo else 0
         if not floor:
             return [0] * len(sequences)
@@ -321,14 +343,12 @@ class ModelRunner:
         return [max(0, floor + fed - len(ids)) for ids in sequences]
 
     def _roll_back(self, keep: list[int]) -> int:
-        if not self.memo or not self.use_cache:
-            return 0
-        return self.cache.realign([len(ids) for ids in self.memo], keep)
+        return self.cache.realign([len(ids) for ids in self.memo], keep) if self.memo and self.use_cache else 0
 
     def _inputs(
         self, context: Context, sequences: list[list[int]], keep: list[int], past: int, fed: int
     ) -> dict[str, Any]:
-        batch, width = len(sequences), past + fed
+        width = past + fed
         # Every row's sequence ends at column `width`, so row b has this many unused columns at its left.
         unused = [width - len(ids) for ids in sequences]
         rows = [[0] * (fed - len(ids)) + ids[-fed:] for ids in sequences]
@@ -350,41 +370,22 @@ class ModelRunner:
                 positions.clamp_(max=self._table.rows - 1)
             inputs["position_ids"] = positions.to(self.model_device)
         if context.prompt.embeds is not None and min(keep) < context.prompt.embeds.shape[1]:
-            inputs["inputs_embeds"] = self._embed(context, ids, unused, width)
+            inputs["inputs_embeds"] = embedded_inputs(
+                self.model, context.prompt, ids.to(self.model_device), unused, width
+            )
         else:
             inputs["input_ids"] = ids.to(self.model_device)
-        assert ids.shape == (batch, fed)
         return inputs
 
-    def _embed(self, context: Context, ids: torch.Tensor, unused: list[int], width: int) -> torch.Tensor:
-        """Input embeddings `[B, F, H]`: the caller's where a position was given as one, the model's own elsewhere."""
-        assert context.prompt.embeds is not None
-        given = context.prompt.embeds.to(self.model_device)
-        own = self.model.get_input_embeddings()(ids.clamp(min=0).to(self.model_device))
-        embedded: torch.Tensor = own.to(given.dtype).clone()
-        fed = ids.shape[1]
-        for row, left in enumerate(unused):
-            first = width - fed - left  # index in the row's sequence of the first fed column
-            for column in range(max(0, -first), min(fed, given.shape[1] - first)):
-                if ids[row, column] == EMBEDDED:
-                    embedded[row, column] = given[row, first + column]
-        return embedded
-
     def _align(self, logits: torch.Tensor, drafts: list[list[int]], wanted: int) -> torch.Tensor:
-        """The last K + 1 columns, moved so that each row's draft starts at column 0; float32 or wider."""
-        logits = logits[:, -wanted:]
-        logits = logits.to(device=self.device, dtype=torch.promote_types(logits.dtype, torch.float32))
-        shifts = [wanted - 1 - len(draft) for draft in drafts]
-        if not any(shifts):
-            return logits
-        columns = torch.arange(wanted)[None, :] + torch.tensor(shifts)[:, None]
-        columns = columns.clamp(max=wanted - 1).to(self.device)
-        return logits.gather(1, columns[:, :, None].expand(-1, -1, logits.shape[2]))
+        return aligned(logits, drafts, wanted, self.device)
 
     def _remember(self, sequences: list[list[int]], expected: int) -> None:
         self.memo = sequences
-        held = self.cache.length
-        if held != expected:
+        if self.cuts:
+            read = self.stays if self._anew_after is None and min(map(len, sequences)) >= self.stays else 0
+            self.cache.floor = max(self.cache.floor, self._prompt, read)
+        if (held := self.cache.length) != expected:
             raise RollbackError(
                 f"{self.name}'s cache holds {held} tokens after a pass that should have left {expected}; "
                 f"{type(self.model).__name__} does not keep its cache in a way that can be rolled back."

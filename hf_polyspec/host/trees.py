@@ -8,8 +8,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ..exactness.tree_geometry import ROOT
+from ..exactness.context import Context
+from ..exactness.tree_geometry import ROOT, depths
 from .attention import attention_name
+from .columns import mask_of
 
 _measured: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
@@ -119,3 +121,38 @@ def _obeys(model: Any) -> bool | None:
     error = (tree[0, 1:].float() - straight).abs().max()
     coarse = 1e-3 if model.dtype == torch.float32 else 5e-2
     return bool(error <= coarse * straight.abs().max())
+
+
+def plant(
+    inputs: dict[str, Any],
+    context: Context,
+    sequences: list[list[int]],
+    parents: list[list[int]],
+    width: int,
+    model: Any,
+) -> None:
+    """Give the forward arguments of a chain the mask and positions of trees instead.
+
+    Args:
+        inputs: the arguments, `position_ids` among them.
+        context: rows that the trees continue; sequences: what is in the columns, trees and filling included.
+        parents: of the nodes that end every row; width: columns S + F in all.
+        model: whose arguments they are.
+    """
+    unused = [width - len(ids) for ids in sequences]
+    mask = mask_of(context, unused, width)
+    real = torch.ones(len(unused), width, dtype=torch.bool) if mask is None else mask.bool()
+    places = torch.arange(width)[None, :] - torch.tensor(unused)[:, None]  # [B, S]
+    positions = inputs["position_ids"].clone()  # [B, F]
+    fed = positions.shape[1]
+    for b, of_row in enumerate(parents):
+        if of_row:
+            depth, count = torch.tensor(depths(of_row)), len(of_row)
+            places[b, -count:] = len(context.ids[b]) - 1 + depth
+            positions[b, -count:] = positions[b, -count - 1] + depth.to(positions.device)
+    added = additive(tree_mask(real, fed, parents), places, model)
+    device = positions.device
+    inputs["attention_mask"] = (
+        {kind: one.to(device) for kind, one in added.items()} if isinstance(added, dict) else added.to(device)
+    )
+    inputs["position_ids"] = positions

@@ -48,6 +48,10 @@ class CausalLMDrafter(SequentialDrafter):
         )
         self.runner = runner
 
+    def begin(self, index: int, batch: int, vocabulary: int) -> None:
+        super().begin(index, batch, vocabulary)
+        self.stats.notes += [self.runner.note] if self.runner.note else []
+
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
         batch = context.batch
         tokens: list[list[int]] = [[] for _ in range(batch)]

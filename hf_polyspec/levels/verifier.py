@@ -124,8 +124,7 @@ class Verifier(Drafter):
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
         super().begin(index, batch, vocabulary)
         self.vocabulary = vocabulary
-        if self.note:
-            self.stats.notes.append(self.note)
+        self.stats.notes += [note for note in (self.note, self.runner.note) if note]
         self.below.begin(index + 1, batch, vocabulary)
 
     def round(self, context: Context, limits: list[int], law: LawMaker) -> Emission:
@@ -190,6 +189,8 @@ class Verifier(Drafter):
 
     def reads_for_others(self, context: Context) -> bool:
         """Whether this level has a prompt to read that levels below would otherwise read for themselves."""
+        if self.runner.reads_alone(context):
+            return True
         if not self.borrowers or context.prompt.hidden:
             return False
         held = self.runner.memo or [[] for _ in context.ids]

@@ -20,9 +20,10 @@ from hf_polyspec.host.release import GENERATION_CACHE
 if not compiles():
     pytest.skip("compiled functions do not run here", allow_module_level=True)
 
-from tiny_models import head_for
+from tiny_models import head_for, tiny
 
 from hf_polyspec.cpu import fusable
+from hf_polyspec.cpu.block_parts import looks_like_llama
 from hf_polyspec.cpu.fused_block import FusedBlock
 from hf_polyspec.generation.doors import generate
 from hf_polyspec.quantization import pack, quantize_model
@@ -330,3 +331,12 @@ def test_a_profile_shows_the_steps(tiny: Tiny, computed: list[FusedBlock]) -> No
     assert kinds.pop("compiled::linear") == "matrix products"
     assert kinds.pop("compiled::scaled_dot_product") == "attention"
     assert set(kinds.values()) == {"small operations"}
+
+
+def test_attention_with_a_parameter_of_its_own_is_left_alone() -> None:
+    """A learned sink, say, which a fused block would pass over; with one entry or several."""
+    model = tiny("llama")
+    block = model.model.layers[0]
+    assert looks_like_llama(block)
+    block.self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
+    assert not looks_like_llama(block)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What generate() prepared of a prompt, as levels see it: ids, mask, positions, embeddings, what a cache holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from ..exactness.context import EMBEDDED, Context, Prompt
+from ..host.callers_cache import check_prompt, tokens_held
+from ..host.generation import mask_length
+from ..host.release import GENERATION_CACHE, cache_of
+
+
+def context_of(input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Context:
+    """The prompt as levels see it.
+
+    Raises:
+        ValueError: mask or positions of a form that a chain does not understand, or an empty prompt.
+    """
+    embeds = model_kwargs.get("inputs_embeds")
+    if input_ids.shape[0] == 0:
+        raise ValueError("input_ids has 0 rows; assistant_models need at least one prompt.")
+    ids = [[int(token) for token in row] for row in input_ids.tolist()]
+    cache = cache_of(model_kwargs)
+    past = 0 if cache is None else tokens_held(cache)
+    mask = model_kwargs.get("attention_mask")
+    width = mask.shape[1] if mask is not None else mask_length(config)
+    hidden = 0
+    if embeds is not None:
+        columns = embeds.shape[1]
+        if past >= columns:
+            raise ValueError(
+                f"inputs_embeds has {columns} columns and {GENERATION_CACHE} holds {past} tokens already; embeddings "
+                "are those of the whole prompt, what the cache holds included, and at least one must be new."
+            )
+        if input_ids.shape[1] not in (0, columns):
+            raise ValueError(
+                f"inputs_embeds has {columns} columns and input_ids {input_ids.shape[1]}; where both are given, "
+                "assistant_models need an id for each embedding."
+            )
+        hidden = columns - input_ids.shape[1]
+    elif past and check_prompt(cache, input_ids.shape[1], width):
+        # Only the new ids were passed. What the cache holds has no ids here, so it gets stand-ins.
+        hidden = past
+    ids = [[EMBEDDED] * hidden + row for row in ids]
+    columns = len(ids[0])
+    if columns == 0:
+        raise ValueError("the prompt is empty; assistant_models need at least one token to start from.")
+    positions = model_kwargs.get("position_ids")
+    if positions is not None and positions.ndim not in (2, 3):
+        raise ValueError("position_ids must be [batch, length] or [dimensions, batch, length].")
+    if positions is not None and positions.ndim == 3:
+        if positions.shape[2] != columns:
+            raise ValueError(f"position_ids has {positions.shape[2]} columns, and the prompt {columns}; pass as many.")
+        positions = None  # levels that know no others are given plain ones
+    if mask is not None and (mask.ndim != 2 or mask.shape[0] != len(ids)):
+        raise ValueError(f"attention_mask must be [batch, length], [{len(ids)}, {columns}], got {list(mask.shape)}.")
+    if past and hidden and width == input_ids.shape[1]:  # of the ids alone, after a cache that counts nothing
+        width = columns
+        mask = None if mask is None else torch.cat([mask.new_ones(mask.shape[0], past), mask], dim=1)
+    if width is not None and width < columns:
+        raise ValueError(
+            f"attention_mask has {width} columns and the prompt has {columns}; give one for each, those in a cache too."
+        )
+    mask = None if mask is None else mask[:, :columns].long().cpu()
+    if positions is None or positions.shape[1] != columns:
+        full = torch.ones(len(ids), columns, dtype=torch.long) if mask is None else mask
+        positions = (full.cumsum(-1) - 1).clamp(min=0)
+    if positions.shape[0] != len(ids):
+        positions = positions.expand(len(ids), -1)
+    return Context(ids, Prompt(columns, mask, positions.long().cpu(), embeds, hidden))

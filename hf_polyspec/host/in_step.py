@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the rows of a batch may stand at different lengths: found out by looking at what the model says.
+
+Rows of different lengths end at one edge of the cache, with unused columns at their left that a mask hides and position
+ids skip. Many models count positions by the columns of their cache whatever they are told; under them rows run in step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ..exactness.context import Context, Prompt
+from ..telemetry.counters import LevelStats
+from .forwarding import Forwarding
+from .release import forward_arguments, inner_model
+
+_FIRST, _LONGER, _SHORTER = 6, 9, 7
+"""Columns of the first pass, and of two rows after the second one."""
+
+_NOTHING: list[list[int]] = [[], []]
+_known: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+_continued: WeakKeyDictionary[Any, dict[bool, bool]] = WeakKeyDictionary()
+
+
+def rows_may_part(model: Any) -> bool:
+    """Whether a row that is moved within the cache gets the logits that it gets alone; asked once a model.
+
+    A model that cannot be asked is taken for one that counts columns: rows that run in step are right under any.
+    """
+    inner = inner_model(model)
+    if inner in _known:
+        return _known[inner]
+    found = _parts(model)
+    if not inner.training:  # dropout says something else every time
+        _known[inner] = found
+    return found
+
+
+def asked(model: Any, name: str, batch: int) -> bool:
+    """Whether rows have to run in step.
+
+    Args:
+        model: a level's; name: for the message; batch: number of rows.
+
+    Raises:
+        ValueError: drafts cannot be checked with this model at all, or not in a batch.
+    """
+    if not reads_on(model, padded=False):
+        raise ValueError(
+            f"{name} ({type(inner_model(model)).__name__}) does not read several tokens after a cache as it reads them "
+            "in one text, so drafts cannot be checked with it; leave it out."
+        )
+    if batch == 1 or (Forwarding(model).keeps_positions() and rows_may_part(model)):
+        return False
+    if not reads_on(model, padded=True):
+        raise ValueError(
+            f"{name} ({type(inner_model(model)).__name__}) does not mind the padding of a batch when it reads several "
+            "tokens after a cache; give it one row at a time."
+        )
+    return True
+
+
+def in_step_note(model: Any) -> str:
+    """Said in the statistics where rows run in step."""
+    kind = type(inner_model(model)).__name__
+    return f"{kind} counts positions by its cache's columns: rows run in step, those ahead are read again"
+
+
+@torch.no_grad()
+def _parts(model: Any) -> bool:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "meta":
+        return True
+    devices = [device] if device.type == "cuda" else []
+    try:
+        # A model in training mode draws for its dropout, and nobody's numbers are to move by that.
+        with torch.random.fork_rng(devices=devices):
+            rows = _ids(model)
+            together = _read(model, rows, rows)
+            alone = _read(model, rows, rows[1:])
+            at_once = _read(model, [[]], rows[1:])
+    except Exception:
+        return False
+    return _alike(model, together[1], alone[0], (alone - at_once).abs().max())
+
+
+def reads_on(model: Any, padded: bool) -> bool:
+    """Whether several tokens after a cache get the logits that they get in one text; asked once a model.
+
+    Asked only of models that are called in a way of their own (see `forwarding`) or take no position ids: few classes,
+    among them those that read one token a pass, or keep something else than the tokens they were given.
+
+    Args:
+        model: the level's; padded: whether rows begin with padding.
+    """
+    inner = inner_model(model)
+    if not padded and "position_ids" in forward_arguments(model) and Forwarding(model).plain:
+        return True
+    found = _continued.setdefault(inner, {})
+    if padded not in found:
+        found[padded] = _reads_on(model, padded)
+    return found[padded]
+
+
+@torch.no_grad()
+def _reads_on(model: Any, padded: bool) -> bool:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "meta":
+        return True
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            long = _ids(model)[0]
+            rows = [long, long[::-1]]
+            found, wanted = (_read(model, first, rows, padding=2 if padded else 0) for first in (rows, _NOTHING))
+    except Exception:
+        return False
+    return _alike(model, found, wanted, torch.zeros(()))
+
+
+def _alike(model: Any, one: torch.Tensor, other: torch.Tensor, noise: torch.Tensor) -> bool:
+    coarse = 1e-5 if model.dtype in (torch.float32, torch.float64) else 3e-2
+    return bool((one - other).abs().max() <= 8 * noise + coarse * other.abs().max())
+
+
+def _read(model: Any, first: list[list[int]], rows: list[list[int]], padding: int = 0) -> torch.Tensor:
+    """Logits `[B, V]` after each row, read in two passes, of which the second moves the shorter rows.
+
+    Args:
+        model: whose; rows: what is read, all of it at once where `first` holds nothing.
+        padding: columns at the left of the second row that hold no token.
+    """
+    from .runner import ModelRunner  # which asks this module in its turn
+
+    stats, runner = LevelStats("probe", 0), ModelRunner(model, "the probe")
+    nothing: list[list[int]] = [[] for _ in rows]
+    mask = torch.ones(len(rows), _FIRST, dtype=torch.long)
+    if padding:
+        mask[-1, :padding] = 0
+        rows = [*rows[:-1], [0] * padding + rows[-1][padding:]]
+    prompt = Prompt(_FIRST, mask if padding else None, (mask.cumsum(-1) - 1).clamp(min=0))
+    if any(first):
+        runner.run(Context([row[:_FIRST] for row in rows], prompt), nothing, stats)
+    return runner.run(Context(rows, prompt), nothing, stats).logits[:, 0]
+
+
+def _ids(model: Any) -> list[list[int]]:
+    """Two rows of ids that stand for text."""
+    config = model.config.get_text_config(decoder=True)
+    size = int(model.get_input_embeddings().weight.shape[0])
+    special = {
+        value
+        for owner in (config, model.config)
+        for name, value in vars(owner).items()
+        if name.endswith(("token_id", "token_index")) and isinstance(value, int)
+    }
+    words = [i for i in range(size) if i not in special] if size < 1024 else [*range(256, 1024)]
+    words = [i for i in words if i not in special] or [0]
+    chosen = [words[(7 * i * i + 5 * i) % len(words)] for i in range(_LONGER + _SHORTER)]
+    return [chosen[:_LONGER], chosen[_LONGER:]]

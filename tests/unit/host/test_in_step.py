@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The question whether a model obeys position ids and masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny
+
+from hf_polyspec.host.in_step import rows_may_part
+
+
+@pytest.mark.parametrize(
+    ("kind", "may"), [("llama", True), ("opt", True), ("bloom", True), ("a Llama that counts columns", False)]
+)
+def test_asked_of_the_model_itself(kind: str, may: bool) -> None:
+    model = _counting_columns(tiny("llama")) if " " in kind else tiny(kind, attention="eager")
+    assert rows_may_part(model) is may
+
+
+def _counting_columns(model: Any) -> Any:
+    """A model whose positions are its cache's columns, whatever it is told."""
+
+    def forget(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        kwargs["position_ids"] = None
+        return args, kwargs
+
+    model.register_forward_pre_hook(forget, with_kwargs=True)
+    return model
+
+
+def test_asked_once_and_nobodys_numbers_move() -> None:
+    drawing = tiny("gpt2").train()  # for its dropout
+    before = torch.random.get_rng_state()
+    rows_may_part(drawing)
+    assert torch.equal(before, torch.random.get_rng_state())
+    model = tiny("gpt2")
+    passes: list[int] = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    rows_may_part(model)
+    asked = len(passes)
+    rows_may_part(model)
+    assert asked == len(passes) > 0
+
+
+def test_a_model_that_cannot_be_asked_counts_as_one_that_does_not_obey() -> None:
+    model = tiny("llama")
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("not now")
+
+    model.register_forward_pre_hook(refuse)
+    assert rows_may_part(model) is False
