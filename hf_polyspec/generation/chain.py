@@ -16,6 +16,7 @@ from ..eagle.modeling import EagleHead
 from ..host.compatibility import check_model, check_vocabularies, vocabulary_size
 from ..host.forwarding import Extras
 from ..host.generation import CHOOSES_HIDDEN_STATES, CandidateGenerator
+from ..host.in_step import serve
 from ..host.lending import FEW, is_copy
 from ..host.manners import runner_for
 from ..host.release import inner_model
@@ -140,7 +141,7 @@ def build_chain(target: Any, assistants: Sequence[Any], setting: Setting, runner
     Raises:
         ValueError: a drafter cannot serve this many rows.
     """
-    runner.serve(setting.batch)
+    serve(runner, setting.batch)
     below = build_below(assistants, setting, target)
     # Hidden states and attentions are asked for by column, and a tree's columns are no text.
     watched = "the caller asked for hidden states or attentions" if runner.record else None
@@ -266,7 +267,8 @@ def _level(
         reads_embeds=bool(setting.embedded) and hidden == setting.embedded,
         replace_unknown_ids=True,
         extras=None if target is None else setting.extras.for_level(assistant, target),
-    ).serve(setting.batch)
+    )
+    serve(runner, setting.batch)
     options = setting.options.for_assistant(assistant)
     if below is not None:
         trees, note = _trees(runner, below)

@@ -7,7 +7,7 @@ ids skip. Many models count positions by the columns of their cache whatever the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,9 +16,12 @@ from ..exactness.context import Context, Prompt
 from ..telemetry.counters import LevelStats
 from .forwarding import Forwarding
 from .release import forward_arguments, inner_model
+from .runner import ModelRunner
 
 _FIRST, _LONGER, _SHORTER = 6, 9, 7
 """Columns of the first pass, and of two rows after the second one."""
+
+Runner = TypeVar("Runner", bound=ModelRunner)
 
 _NOTHING: list[list[int]] = [[], []]
 _known: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
@@ -39,34 +42,41 @@ def rows_may_part(model: Any) -> bool:
     return found
 
 
-def asked(model: Any, name: str, batch: int) -> bool:
-    """Whether rows have to run in step.
+def serve(runner: Runner, batch: int) -> Runner:
+    """Tell a runner whether its rows have to run in step.
+
+    Models that keep a state are left as they are: whether they read on was tried when their manner was found.
 
     Args:
-        model: a level's; name: for the message; batch: number of rows.
+        runner: a level's; batch: number of rows to come.
 
     Raises:
         ValueError: drafts cannot be checked with this model at all, or not in a batch.
     """
+    if not runner.cuts:
+        return runner
+    model = runner.model
+    kind = type(inner_model(model)).__name__
     if not reads_on(model, padded=False):
         raise ValueError(
-            f"{name} ({type(inner_model(model)).__name__}) does not read several tokens after a cache as it reads them "
-            "in one text, so drafts cannot be checked with it; leave it out."
+            f"{runner.name} ({kind}) does not read several tokens after a cache as it reads them in one text, so "
+            "drafts cannot be checked with it; leave it out."
         )
-    if batch == 1 or (Forwarding(model).keeps_positions() and rows_may_part(model)):
-        return False
+    if batch == 1 or _is_ordinary(model) or (Forwarding(model).keeps_positions() and rows_may_part(model)):
+        return runner
     if not reads_on(model, padded=True):
         raise ValueError(
-            f"{name} ({type(inner_model(model)).__name__}) does not mind the padding of a batch when it reads several "
-            "tokens after a cache; give it one row at a time."
+            f"{runner.name} ({kind}) does not mind the padding of a batch when it reads several tokens after a cache; "
+            "give it one row at a time."
         )
-    return True
+    runner.in_step = True
+    runner.note = f"{kind} counts positions by its cache's columns: rows run in step, those ahead are read again"
+    return runner
 
 
-def in_step_note(model: Any) -> str:
-    """Said in the statistics where rows run in step."""
-    kind = type(inner_model(model)).__name__
-    return f"{kind} counts positions by its cache's columns: rows run in step, those ahead are read again"
+def _is_ordinary(model: Any) -> bool:
+    """Whether a model takes positions and is called by the common method: it is believed, and asked nothing."""
+    return "position_ids" in forward_arguments(model) and Forwarding(model).plain
 
 
 @torch.no_grad()
@@ -97,7 +107,7 @@ def reads_on(model: Any, padded: bool) -> bool:
         model: the level's; padded: whether rows begin with padding.
     """
     inner = inner_model(model)
-    if not padded and "position_ids" in forward_arguments(model) and Forwarding(model).plain:
+    if not padded and _is_ordinary(model):
         return True
     found = _continued.setdefault(inner, {})
     if padded not in found:
@@ -132,8 +142,6 @@ def _read(model: Any, first: list[list[int]], rows: list[list[int]], padding: in
         model: whose; rows: what is read, all of it at once where `first` holds nothing.
         padding: columns at the left of the second row that hold no token.
     """
-    from .runner import ModelRunner  # which asks this module in its turn
-
     stats, runner = LevelStats("probe", 0), ModelRunner(model, "the probe")
     nothing: list[list[int]] = [[] for _ in rows]
     mask = torch.ones(len(rows), _FIRST, dtype=torch.long)

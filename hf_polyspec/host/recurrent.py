@@ -77,10 +77,6 @@ class RecurrentRunner(ModelRunner):
         self._needed = [1 + len(draft) for draft in drafts]
         return self._fed(context, drafts, stats, columns)
 
-    def serve(self, batch: int) -> RecurrentRunner:
-        """Whether the model reads on after its state was tried when its manner was found; its rows part as they do."""
-        return self
-
     def settle(self, context: Context, stats: LevelStats) -> None:
         """Make the cache hold exactly these rows, all of one length."""
         while any(missing := self._missing(context.ids)):

@@ -18,7 +18,6 @@ from ..telemetry.counters import LevelStats
 from .cache import RollbackCache
 from .columns import aligned, embedded_inputs, mask_of, positions_of
 from .forwarding import Extras, Forwarding
-from .in_step import asked, in_step_note
 from .lending import WORTH, borrow
 from .positions import position_table
 from .release import cache_argument, forward_arguments, inner_model, input_device
@@ -90,23 +89,14 @@ class ModelRunner:
         self.lender: ModelRunner | None = None
         """The runner of a model that this one is a copy of, see `lending`."""
         self.borrows_from = WORTH  # fewest tokens that are taken from it
+        self.note: str | None = None  # how rows run, where not each on its own; said in the statistics
         self.in_step = False
         """Whether a token's column in the cache must be its place in the text, see `in_step`."""
-
-    def serve(self, batch: int) -> ModelRunner:
-        """So many rows are to come; raises ValueError where the model cannot check drafts (see `in_step.asked`)."""
-        self.in_step = asked(self.model, self.name, batch)
-        return self
 
     @property
     def keeps_positions(self) -> bool:
         """Whether the model is called with the position ids `[B, F]` that it is given here."""
         return self._forwarding.extras.positions is None and self._forwarding.keeps_positions()
-
-    @property
-    def note(self) -> str | None:
-        """How rows run, where not each on its own; said in the statistics."""
-        return in_step_note(self.model) if self.in_step else None
 
     def adopt(self, cache: RollbackCache, memo: list[list[int]]) -> None:
         """Start from a cache that already holds the keys and values of `memo`."""
