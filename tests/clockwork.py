@@ -48,6 +48,7 @@ class ClockedRunner(ModelRunner):
         self.seconds = seconds
         self.agreement = agreement
         self.model = nn.Linear(size, 1, bias=False)
+        self.note = None
         self.memo: list[list[int]] = []
         self.dice = random.Random(size)
         self.right: dict[int, bool] = {}
@@ -55,6 +56,9 @@ class ClockedRunner(ModelRunner):
 
     def can_read(self, context: Context) -> bool:
         return True
+
+    def reads_alone(self, context: Context) -> bool:
+        return False
 
     def within(self, context: Context, limits: list[int]) -> list[int]:
         return limits

@@ -103,6 +103,7 @@ class TableModel:
     """A "model" whose law at every prefix is an independent random one; stands in for a `ModelRunner`."""
 
     model = torch.nn.Identity().eval()
+    note = None
 
     def __init__(self, vocabulary: int, seed: int, like: TableModel | None = None, distance: float = 1.0) -> None:
         self.vocabulary = vocabulary
@@ -126,6 +127,9 @@ class TableModel:
 
     def can_read(self, context: Context) -> bool:
         return True
+
+    def reads_alone(self, context: Context) -> bool:
+        return False
 
     def within(self, context: Context, limits: list[int]) -> list[int]:
         return limits
