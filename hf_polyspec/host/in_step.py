@@ -15,15 +15,15 @@ import torch
 from ..exactness.context import Context, Prompt
 from ..telemetry.counters import LevelStats
 from .forwarding import Forwarding
+from .positions import position_table
 from .release import forward_arguments, inner_model
 from .runner import ModelRunner
 
-_FIRST, _LONGER, _SHORTER = 6, 9, 7
-"""Columns of the first pass, and of two rows after the second one."""
+_LONGEST, _READ_ON = 9, 3
+"""Columns of the longer of two rows at most, and how many of them the second pass reads; the shorter row has one."""
 
 Runner = TypeVar("Runner", bound=ModelRunner)
 
-_NOTHING: list[list[int]] = [[], []]
 _known: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 _continued: WeakKeyDictionary[Any, dict[bool, bool]] = WeakKeyDictionary()
 
@@ -89,9 +89,10 @@ def _parts(model: Any) -> bool:
         # A model in training mode draws for its dropout, and nobody's numbers are to move by that.
         with torch.random.fork_rng(devices=devices):
             rows = _ids(model)
-            together = _read(model, rows, rows)
-            alone = _read(model, rows, rows[1:])
-            at_once = _read(model, [[]], rows[1:])
+            first = len(rows[0]) - _READ_ON
+            together = _read(model, first, rows)
+            alone = _read(model, first, rows[1:])
+            at_once = _read(model, 0, rows[1:])
     except Exception:
         return False
     return _alike(model, together[1], alone[0], (alone - at_once).abs().max())
@@ -124,7 +125,11 @@ def _reads_on(model: Any, padded: bool) -> bool:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             long = _ids(model)[0]
             rows = [long, long[::-1]]
-            found, wanted = (_read(model, first, rows, padding=2 if padded else 0) for first in (rows, _NOTHING))
+            first = len(long) - _READ_ON
+            if padded and first < 2:  # no room for padding and a token before the second pass
+                return True
+            padding = min(2, first - 1) if padded else 0
+            found, wanted = (_read(model, width, rows, padding=padding) for width in (first, 0))
     except Exception:
         return False
     return _alike(model, found, wanted, torch.zeros(()))
@@ -135,27 +140,31 @@ def _alike(model: Any, one: torch.Tensor, other: torch.Tensor, noise: torch.Tens
     return bool((one - other).abs().max() <= 8 * noise + coarse * other.abs().max())
 
 
-def _read(model: Any, first: list[list[int]], rows: list[list[int]], padding: int = 0) -> torch.Tensor:
+def _read(model: Any, width: int, rows: list[list[int]], padding: int = 0) -> torch.Tensor:
     """Logits `[B, V]` after each row, read in two passes, of which the second moves the shorter rows.
 
     Args:
-        model: whose; rows: what is read, all of it at once where `first` holds nothing.
+        model: whose; width: columns of the first pass, 0 where all of it is read at once; rows: what is read.
         padding: columns at the left of the second row that hold no token.
     """
     stats, runner = LevelStats("probe", 0), ModelRunner(model, "the probe")
     nothing: list[list[int]] = [[] for _ in rows]
-    mask = torch.ones(len(rows), _FIRST, dtype=torch.long)
+    shown = width or min(map(len, rows))
+    mask = torch.ones(len(rows), shown, dtype=torch.long)
     if padding:
         mask[-1, :padding] = 0
         rows = [*rows[:-1], [0] * padding + rows[-1][padding:]]
-    prompt = Prompt(_FIRST, mask if padding else None, (mask.cumsum(-1) - 1).clamp(min=0))
-    if any(first):
-        runner.run(Context([row[:_FIRST] for row in rows], prompt), nothing, stats)
+    prompt = Prompt(shown, mask if padding else None, (mask.cumsum(-1) - 1).clamp(min=0))
+    if width:
+        runner.run(Context([row[:width] for row in rows], prompt), nothing, stats)
     return runner.run(Context(rows, prompt), nothing, stats).logits[:, 0]
 
 
 def _ids(model: Any) -> list[list[int]]:
-    """Two rows of ids that stand for text."""
+    """Two rows of ids that stand for text, no longer than the model's table of positions if it has one."""
+    table = position_table(model)
+    longer = _LONGEST if table is None else max(_READ_ON + 1, min(_LONGEST, table.rows))
+    shorter = longer - _READ_ON + 1
     config = model.config.get_text_config(decoder=True)
     size = int(model.get_input_embeddings().weight.shape[0])
     special = {
@@ -166,5 +175,5 @@ def _ids(model: Any) -> list[list[int]]:
     }
     words = [i for i in range(size) if i not in special] if size < 1024 else [*range(256, 1024)]
     words = [i for i in words if i not in special] or [0]
-    chosen = [words[(7 * i * i + 5 * i) % len(words)] for i in range(_LONGER + _SHORTER)]
-    return [chosen[:_LONGER], chosen[_LONGER:]]
+    chosen = [words[(7 * i * i + 5 * i) % len(words)] for i in range(longer + shorter)]
+    return [chosen[:longer], chosen[longer:]]
