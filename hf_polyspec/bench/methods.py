@@ -7,6 +7,7 @@
     hf:assisted:NAME               transformers' assisted generation with an assistant of the run
     hf:early-exit:LAYERS           transformers' assisted generation with the target's own first layers
     polyspec:NAME,NAME             a chain of the run's assistants, the slowest first
+    polyspec:none                  a chain without assistants: the target alone in this package's loop
     planned                        the chain of the plan given with --plan
 
 Options follow an @: `polyspec:int8,suffix@block=12,draft=6`, `polyspec:suffix@control=online`.
@@ -20,6 +21,7 @@ from itertools import combinations
 from typing import Any
 
 from ..generation.options import PolySpecOptions
+from ..models.assistants import NONE
 
 PLAIN = "plain"
 PACKED = "plain-packed"
@@ -94,6 +96,8 @@ class Method:
         text = self.kind
         if self.members:
             text += ":" + ",".join(self.members)
+        elif self.kind == CHAIN:
+            text += f":{NONE}"
         if self.layers:
             text += f":{self.layers}"
         if self.options:
@@ -144,6 +148,8 @@ def parse(text: str, known: Sequence[str]) -> Method:
             raise ValueError(f"--methods names {text!r}; after {EARLY_EXIT}: comes a number of layers.")
         return Method(kind, layers=int(rest or 0))
     members = tuple(part.strip() for part in rest.split(",") if part.strip())
+    if kind == CHAIN and members == (NONE,):
+        return Method(kind, options=options)
     if kind in (CHAIN, ASSISTED):
         if not members:
             raise ValueError(
@@ -246,6 +252,8 @@ def sweep(methods: Sequence[Method], values: Mapping[str, Sequence[str]], drafte
 
 def _acts(key: str, method: Method, drafters: Sequence[str]) -> bool:
     """Whether an option can make a difference to a chain."""
+    if not method.members:
+        return False
     if key == "block":
         return len(method.members) > 1
     if key in ("tree", "depth", "topk"):

@@ -33,6 +33,7 @@ DEFAULT_PROMPT = (
 )
 WARM_UP_TOKENS = 12
 PLAIN = "plain generate()"
+ALONE = "the model alone"
 
 
 def default_assistants(model: str) -> list[str]:
@@ -42,6 +43,11 @@ def default_assistants(model: str) -> list[str]:
         model: its name; the one for which a trained head ships with the package gets the head as well.
     """
     return ["int8", HEAD, "suffix"] if model == PACKAGE else ["int8", "suffix"]
+
+
+def chain_name(names: Sequence[str]) -> str:
+    """What a chain is called, by its assistants."""
+    return " + ".join(names) or ALONE
 
 
 @dataclass(frozen=True)
@@ -111,14 +117,14 @@ class ConsoleStreamer(TextStreamer):
 
 
 def answer(
-    model: Any, tokenizer: Any, assistants: Sequence[Any], request: Request, name: str, streamer: Any = None
+    model: Any, tokenizer: Any, assistants: Sequence[Any] | None, request: Request, name: str, streamer: Any = None
 ) -> Answer:
     """Answer a request with one chain.
 
     Args:
         model: the target; `attach` is called on it.
         tokenizer: the target's.
-        assistants: the levels below, none for plain generate().
+        assistants: the levels below, an empty list for the target alone; None for plain generate().
         request: what to generate.
         name: of the chain.
         streamer: gets the tokens, or None.
@@ -130,7 +136,7 @@ def answer(
     pad = getattr(tokenizer, "pad_token_id", None)
     config = generation_config(model, request.max_new_tokens, request.temperature, pad)
     arguments: dict[str, Any] = {"generation_config": config}
-    if assistants:
+    if assistants is not None:
         attach(model)
         arguments |= {"assistant_models": list(assistants), **(request.options or {})}
     torch.manual_seed(request.seed)
@@ -150,7 +156,8 @@ def run_demo(
 
     Args:
         model: the target; tokenizer: its own.
-        assistants: the levels below, the slowest first; names: how to call them.
+        assistants: the levels below, the slowest first; names: how to call them. Without any, plain generate() is
+            compared with the target alone.
         request: what to generate.
         console: where everything is printed.
 
@@ -163,14 +170,16 @@ def run_demo(
     # needed, which may be late in a chain's answer: chains warm up with all of it.
     short = replace(request, max_new_tokens=min(WARM_UP_TOKENS, request.max_new_tokens))
     answers = []
-    for depth in range(len(assistants) + 1):
+    chains: list[tuple[str, list[Any] | None]] = [(PLAIN, None)]
+    for depth in range(1, len(assistants) + 1) if assistants else [0]:
         levels = list(assistants)[len(assistants) - depth :]
-        name = " + ".join(names[len(names) - depth :]) if depth else PLAIN
+        chains.append((chain_name(names[len(names) - depth :]), levels))
+    for name, below in chains:
         with console.status(f"warming up {name}"):
-            answer(model, tokenizer, levels, request if levels else short, name)
+            answer(model, tokenizer, below, request if below else short, name)
         console.rule(name, align="left")
         streamer = ConsoleStreamer(tokenizer, console)
-        answers.append(answer(model, tokenizer, levels, request, name, streamer))
+        answers.append(answer(model, tokenizer, below, request, name, streamer))
         last = answers[-1]
         console.print(
             f"{len(last.generated)} tokens in {last.seconds:.2f} s, {last.tokens_per_second:.1f} tokens/s\n",

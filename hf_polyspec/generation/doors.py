@@ -21,7 +21,6 @@ from ..host.contract import check_release
 from ..host.generation import StopStringCriteria, without
 from ..host.patching import patch_all, patch_one, positional_names, unpatch_all, unpatch_one
 from ..host.release import inner_model
-from ..levels.verifier import NoDraft
 from .decoding import SYNCED_GPUS, decode
 from .members import members
 from .options import BESIDE, PolySpecOptions
@@ -161,7 +160,7 @@ def _generate(
         chosen, sizes = resolve_plan(plan, model, members(model, assistant_models), given)
         if not chosen and not _has_own_seed(model, given):
             return original(**{name: value for name, value in given.items() if name not in PolySpecOptions.names()})
-        given, bound = given | sizes, bound | {"assistant_models": chosen or [NoDraft()]}
+        given, bound = given | sizes, bound | {"assistant_models": chosen}
     given = _with_stop_strings(model, given)
     return original(**_without_configured(model, given), custom_generate=functools.partial(decode, **bound))
 

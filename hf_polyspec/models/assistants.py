@@ -26,6 +26,8 @@ from .packaged import HEAD, PACKAGE
 
 _BITS = {"int8": 8, "int4": 4}
 _EAGLE_MODEL_TYPE = "polyspec_eagle"
+NONE = "none"
+"""On a command line: no assistant at all."""
 
 
 ACCEPTED = (
@@ -193,6 +195,19 @@ def quantized_copy(model: Any, bits: int) -> Any:
     # The copy's own attribute: the original keeps its name.
     copy.name_or_path = f"{name_of(model) or type(model).__name__} int{bits}"
     return copy
+
+
+def named_assistants(words: list[str]) -> list[str]:
+    """The assistants that a command line names: none where its only word is `none`.
+
+    Raises:
+        ValueError: as `check_assistant_names`, or `none` stands beside others.
+    """
+    if NONE in words and len(words) > 1:
+        raise ValueError(f"--assistant {NONE} stands for the model alone: name no other beside it.")
+    names = [] if words == [NONE] else words
+    check_assistant_names(names)
+    return names
 
 
 def check_assistant_names(names: list[str]) -> None:

@@ -6,12 +6,13 @@ from __future__ import annotations
 import copy
 import inspect
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from every_door import DOORS, RECIPE, WithMixin, callable_given
 from tiny_models import VOCABULARY, noisy, prompts, tiny
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
@@ -19,7 +20,6 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     TextGenerationPipeline,
@@ -29,7 +29,6 @@ from transformers import (
 import hf_polyspec
 from hf_polyspec.generation.plan import Plan, mark_of
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "custom_generate"
 OPTIONS = {"max_new_tokens": 14, "do_sample": False, "return_dict_in_generate": True}
 CHAIN = {"polyspec_block_size": 4, "num_assistant_tokens": 3}
 
@@ -50,42 +49,6 @@ def model() -> PreTrainedModel:
 @pytest.fixture
 def chain(model: PreTrainedModel) -> list[PreTrainedModel]:
     return [noisy(model, 0.03, seed=1), noisy(model, 0.05, seed=2)]
-
-
-class WithMixin(hf_polyspec.PolySpecGenerationMixin, LlamaForCausalLM):
-    """A model class of a user's own."""
-
-
-def enabled(model: PreTrainedModel, **options: Any) -> Any:
-    hf_polyspec.enable()
-    return model.generate(**options)
-
-
-def attached(model: PreTrainedModel, **options: Any) -> Any:
-    assert hf_polyspec.attach(model) is model
-    return model.generate(**options)
-
-
-def mixed_in(model: PreTrainedModel, **options: Any) -> Any:
-    other = WithMixin(model.config).eval()
-    other.load_state_dict(model.state_dict())
-    other.generation_config = model.generation_config
-    return other.generate(**options)
-
-
-def callable_given(model: PreTrainedModel, **options: Any) -> Any:
-    return model.generate(**options, custom_generate=hf_polyspec.decode)
-
-
-def recipe(model: PreTrainedModel, **options: Any) -> Any:
-    return model.generate(**options, custom_generate=str(RECIPE), trust_remote_code=True)
-
-
-def function(model: PreTrainedModel, **options: Any) -> Any:
-    return hf_polyspec.generation.doors.generate(model, **options)
-
-
-DOORS: list[Callable[..., Any]] = [enabled, attached, mixed_in, callable_given, recipe, function]
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -77,7 +77,6 @@ REFUSED_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"polyspec_block_size": True}, "polyspec_block_size"),
     ({"polyspec_verification": "lenient"}, "polyspec_verification"),
     ({"generation_config": GenerationConfig(polyspec_blocksize=3)}, "polyspec_blocksize"),
-    ({"assistant_models": []}, "empty"),
     ({"stop_strings": ["x"]}, "tokenizer"),
     ({"custom_generate": print}, "custom_generate"),
 ]

@@ -20,6 +20,7 @@ DRAFTERS = ["head", "suffix"]
         "hf:assisted:int8",
         "hf:early-exit:3",
         "polyspec:int8,head@block=12,draft=6",
+        "polyspec:none",
         "planned",
     ],
 )
@@ -88,6 +89,12 @@ def test_without_methods_everything_is_run_and_plain_comes_first() -> None:
     assert "hf:assisted:head" not in [method.name for method in expand(["peers"], ("head",), ["head"], False)]
     with pytest.raises(ValueError, match="--plan FILE"):
         expand(["planned"], KNOWN, DRAFTERS, plan=False)
+
+
+def test_a_chain_of_none_has_no_sizes() -> None:
+    alone = parse("polyspec:none", KNOWN)
+    assert alone == Method("polyspec")
+    assert sweep([alone], {"draft": ["2", "4"], "block": ["4"], "tree": ["8"]}, DRAFTERS) == [alone]
 
 
 def test_a_sweep_multiplies_only_what_the_option_acts_on() -> None:

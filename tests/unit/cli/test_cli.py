@@ -109,6 +109,18 @@ def test_demo_writes_the_coloured_page(folders: tuple[str, str], tmp_path: Path)
     assert text.count('class="polyspec-text"') == 1
 
 
+def test_none_is_the_model_alone(folders: tuple[str, str]) -> None:
+    result = run("demo", "--model", folders[0], "--assistant", "none", *DEMO)
+    assert result.exit_code == 0, result.output
+    assert "The 2 texts are identical" in result.output
+    assert re.search(r"the model alone .* target 1\.00", result.output)
+    answered = run("generate", "abcabc", "--model", folders[0], "--assistant", "none", "--max-new-tokens", "8")
+    assert "0 target" in answered.stderr
+    assert "1 " not in "".join(line[:2] for line in answered.stderr.splitlines())
+    said = refused("generate", "abcabc", "--model", folders[0], "--assistant", "none", "--assistant", "suffix")
+    assert "name no other beside it" in said
+
+
 def test_generate_prints_the_text_alone_on_stdout(folders: tuple[str, str]) -> None:
     options = ("--model", folders[0], "--max-new-tokens", "16")
     result = run("generate", "abcabc", *options, "--assistant", folders[1])
