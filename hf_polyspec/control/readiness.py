@@ -21,8 +21,7 @@ def missing(level: Drafter, context: Context) -> int:
     runner = getattr(level, "runner", None)
     if not isinstance(runner, ModelRunner):
         return 0
-    held = runner.memo or [[] for _ in context.ids]
-    return max(0, *(len(ids) - len(have) for ids, have in zip(context.ids, held, strict=True)))
+    return max(0, *runner.lacks(context))
 
 
 def catch_up_seconds(chain: Chain, knowledge: Knowledge, context: Context, levels: tuple[int, ...]) -> float:
@@ -50,7 +49,7 @@ def scout(level: Drafter, context: Context, times: Times, clock: Callable[[], fl
         Seconds it took; 0 if the level could not be fed or has read something already.
     """
     runner = getattr(level, "runner", None)
-    if not isinstance(runner, ModelRunner) or runner.memo:
+    if not isinstance(runner, ModelRunner) or any(runner.memo):
         return 0.0
     started = clock()
     for end in (1, 2):

@@ -99,6 +99,13 @@ class HeadCache:
         if self._positions is not None:
             self._positions = self._positions.index_select(0, rows.to(self._positions.device))
 
+    def add_rows(self, count: int) -> None:
+        """Adds rows of zeros behind the others, with as many entries."""
+        self._keys = [_more_rows(keys, count) for keys in self._keys]
+        self._values = [_more_rows(values, count) for values in self._values]
+        if self._positions is not None:
+            self._positions = _more_rows(self._positions, count)
+
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the keys and values `[B, n_kv, length, d]` that one layer holds."""
         return self._keys[layer][:, :, : self.length], self._values[layer][:, :, : self.length]
@@ -115,6 +122,10 @@ def _write(buffer: torch.Tensor, new: torch.Tensor, start: int) -> torch.Tensor:
         buffer = grown
     buffer[:, :, start:stop] = new
     return buffer
+
+
+def _more_rows(entries: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.cat((entries, entries.new_zeros((count, *entries.shape[1:]))))
 
 
 def _take(entries: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

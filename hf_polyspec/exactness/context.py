@@ -24,6 +24,7 @@ class Prompt:
         embeds: `[B, E, H]` embeddings of the first E columns, or None.
         hidden: number of leading columns without ids.
         rows: places that the rows had in the batch as the call began, None while all are there.
+        starts: per row, how many of its ids are prompt, where prompts have lengths of their own; None: `width`.
     """
 
     width: int
@@ -32,6 +33,18 @@ class Prompt:
     embeds: torch.Tensor | None = None
     hidden: int = 0
     rows: tuple[int, ...] | None = None
+    starts: tuple[int, ...] | None = None
+
+    @classmethod
+    def apart(cls, starts: Sequence[int], places: Sequence[int]) -> Prompt:
+        """Prompts without padding, each of its own length; rows may join.
+
+        Args:
+            starts: ids of each; places: what each row is called, whoever runs beside it.
+        """
+        # No column is the prompt's: positions are counted from the first id on.
+        positions = torch.full((len(starts), 1), -1, dtype=torch.long)
+        return cls(0, None, positions, rows=tuple(places), starts=tuple(starts))
 
     @cached_property
     def following(self) -> list[int]:
@@ -47,6 +60,7 @@ class Prompt:
             None if self.embeds is None else self.embeds[rows],
             self.hidden,
             tuple(rows if self.rows is None else (self.rows[row] for row in rows)),
+            None if self.starts is None else tuple(self.starts[row] for row in rows),
         )
 
 
@@ -70,6 +84,10 @@ class Context:
         """A new context with `tokens[b]` appended to row b; this one stays as it is."""
         return Context([row + more for row, more in zip(self.ids, tokens, strict=True)], self.prompt)
 
+    def select(self, rows: list[int]) -> Context:
+        """Only the given rows, in this order."""
+        return Context([self.ids[row] for row in rows], self.prompt.select(rows))
+
     @property
     def places(self) -> Sequence[int]:
         """Where each row stood in the batch as the call began."""
@@ -77,7 +95,8 @@ class Context:
 
     def steps(self) -> list[int]:
         """Per row, how many tokens follow the prompt: the step at which plain generation draws the next one."""
-        return [len(row) - self.prompt.width for row in self.ids]
+        starts = self.prompt.starts or [self.prompt.width] * self.batch
+        return [len(row) - start for row, start in zip(self.ids, starts, strict=True)]
 
     def visible(self, row: int) -> list[int]:
         """Row's ids as logits processors and id-based drafters may see them: without positions that have none."""

@@ -21,6 +21,7 @@ class Pass:
         read: per row, the ids the model has now read; the last F of them were fed in this pass.
         kept: for a pass over trees, once judged: per row, the fed columns of context and accepted path, whose ids end
             `read`.
+        counts: per row, how many of the F columns were fed, those at the right edge; None where all of them were.
     """
 
     logits: torch.Tensor
@@ -28,3 +29,8 @@ class Pass:
     fed: int
     read: list[list[int]] = field(default_factory=list)
     kept: list[list[int]] | None = None
+    counts: list[int] | None = None
+
+    def fed_of(self, row: int) -> int:
+        """Columns that were fed for a row."""
+        return self.fed if self.counts is None else self.counts[row]

@@ -152,6 +152,16 @@ class RollbackLayer(DynamicLayer):
         self._key_buffer = self._key_buffer[rows.to(self._key_buffer.device)]
         self._value_buffer = self._value_buffer[rows.to(self._value_buffer.device)]
 
+    def add_rows(self, count: int) -> None:
+        """So many rows of zeros join behind the others."""
+        if self._key_buffer is None or self._value_buffer is None:
+            return
+        self._reserved = None
+        self._key_buffer, self._value_buffer = (
+            torch.cat([buffer, buffer.new_zeros(count, *buffer.shape[1:])])
+            for buffer in (self._key_buffer, self._value_buffer)
+        )
+
 
 def _move(row: torch.Tensor, source: int, destination: int, count: int) -> None:
     """Columns of one row's buffer `[H, capacity, D]` to another place, which may overlap with theirs."""
@@ -296,3 +306,8 @@ class RollbackCache(DynamicCache):
         index = torch.tensor(rows)
         for layer in self.rollable:
             layer.keep_rows(index)
+
+    def add_rows(self, count: int) -> None:
+        """So many rows that hold nothing join behind the others."""
+        for layer in self.rollable:
+            layer.add_rows(count)

@@ -52,6 +52,7 @@ class ModelRunner:
 
     cuts = True  # the cache at any column, as trees and lending want it
     steps = False  # one column a pass
+    own_rows = False  # every row has its own columns, see `RaggedRunner`
 
     def __init__(
         self,
@@ -86,12 +87,11 @@ class ModelRunner:
         self._prompt = 0  # columns that were read in a pass of their own and stay
         self._anew_after = reads_anew(model)
         self.stays = 0  # columns that cannot be read again as they were, once they are all read
-        self.lender: ModelRunner | None = None
-        """The runner of a model that this one is a copy of, see `lending`."""
+        self.asked: list[bool] | None = None  # rows that the next pass is for, None for all
+        self.lender: ModelRunner | None = None  # of a model that this one is a copy of, see `lending`
         self.borrows_from = WORTH  # fewest tokens that are taken from it
         self.note: str | None = None  # how rows run, where not each on its own; said in the statistics
-        self.in_step = False
-        """Whether a token's column in the cache must be its place in the text, see `in_step`."""
+        self.in_step = False  # whether a token's column in the cache must be its place in the text, see `in_step`
 
     @property
     def keeps_positions(self) -> bool:
@@ -209,10 +209,7 @@ class ModelRunner:
         parents: list[list[int]] | None = None,
     ) -> tuple[Any, int, int]:
         """One pass over what the cache lacks of these rows; `parents` are those of the nodes that end them, if any do.
-
-        Returns:
-            The model's output, the columns that were cached before, and those that were fed.
-        """
+        Returns the model's output, the columns that were cached before, and those that were fed."""
         keep, fed = self._plan(sequences, wanted)
         past = self._roll_back(keep)
         inputs = self._inputs(context, sequences, keep, past, fed)
@@ -292,11 +289,25 @@ class ModelRunner:
             self.cache.realign([len(ids) for ids in self.memo], lengths)
             self.memo = context.ids
 
+    def lacks(self, context: Context) -> list[int]:
+        """Per row, how many ids it has that were not read, as far as numbers tell."""
+        held = self.memo or [[] for _ in context.ids]
+        return [len(ids) - len(have) for ids, have in zip(context.ids, held, strict=True)]
+
+    def plain_cache(self) -> RollbackCache:
+        """The cache with all rows ending at its right edge; for after `settle`."""
+        return self.cache
+
     def keep_rows(self, rows: list[int]) -> None:
         """Only these rows go on."""
         self.cache.keep_rows(rows)
         self._present = rows if self._present is None else [self._present[row] for row in rows]
         self.memo = [self.memo[row] for row in rows] if self.memo else []
+
+    def add_rows(self, count: int) -> None:
+        """So many rows join behind the others; nothing of them has been read."""
+        self.cache.add_rows(count)
+        self.memo = [*self.memo, *([] for _ in range(count))] if self.memo else []
 
     def _plan(self, sequences: list[list[int]], wanted: int) -> tuple[list[int], int]:
         """How many cached columns each row keeps, and how many columns F all rows feed.

@@ -117,5 +117,15 @@ class Drafter(ABC):
     def keep_rows(self, rows: list[int]) -> None:
         """Only these rows of the batch go on, in this order."""
 
+    def add_rows(self, count: int) -> None:
+        """So many rows join behind the others, of which nothing is known; asked where `takes_rows`."""
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether rows may join while others run (`hf_polyspec.Engine`): a level that follows its rows when some leave
+        has to follow them here too."""
+        mine = type(self)
+        return mine.keep_rows is Drafter.keep_rows or mine.add_rows is not Drafter.add_rows
+
     def end(self) -> None:
         """The generation is over: release what need not outlive it."""

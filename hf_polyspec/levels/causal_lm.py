@@ -76,8 +76,12 @@ class CausalLMDrafter(SequentialDrafter):
     def keep_rows(self, rows: list[int]) -> None:
         self.runner.keep_rows(rows)
 
+    def add_rows(self, count: int) -> None:
+        self.runner.add_rows(count)
+
     def _step(self, context: Context, tokens: list[list[int]], going: list[bool], law: LawMaker) -> torch.Tensor:
         """Draw the next token of every row that is still going; returns the laws `[B, V]`."""
         nothing: list[list[int]] = [[] for _ in tokens]
+        self.runner.asked = going
         logits = self.runner.run(context.extended(tokens), nothing, self.stats).logits
         return self.draw(context, tokens, fit_vocabulary(logits, self.vocabulary), list(going), going, law)

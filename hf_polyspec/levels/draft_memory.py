@@ -40,6 +40,12 @@ class DraftMemory:
         self.foreseen = [self.foreseen[r].copied() for r in rows]
         self._recycled = [self._recycled[r].copied() for r in rows]
 
+    def add_rows(self, count: int) -> None:
+        """So many rows join, whose texts begin anew."""
+        self._copies = [*self._copies, *(CopyPointer() for _ in range(count))]
+        self.foreseen = [*self.foreseen, *(ForeseenPointer() for _ in range(count))]
+        self._recycled = [*self._recycled, *(RecyclePointer() for _ in range(count))]
+
     def follow(self, texts: Sequence[list[int]]) -> PointerMixture:
         """Bring each row to its text.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -110,7 +111,7 @@ class EagleDrafter(SequentialDrafter):
         self.features: list[FeatureMemo] = []
         self.pairs = PairMemo(head)
         self.working: WorkingVocabulary | None = None
-        self._unread: list[tuple[list[list[int]], list[list[int]] | None, int, torch.Tensor]] = []
+        self._unread: list[tuple[Pass, torch.Tensor]] = []
         self._columns = 0  # of the passes in `_unread`
         self._sizes: list[TreeSize] = []
         self._shown: torch.Tensor | None = None  # logits of the last pass above
@@ -118,7 +119,7 @@ class EagleDrafter(SequentialDrafter):
         self._samples = False
         self._prompt: Prompt | None = None
         self._padding: list[int] = []
-        self._prompt_states = PromptStates()
+        self._prompt_states = PromptStates(0)
 
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
         super().begin(index, batch, vocabulary)
@@ -139,7 +140,7 @@ class EagleDrafter(SequentialDrafter):
         states = select_features(passed.output.hidden_states, self.layers)  # [B, F, n H]
         if self.memory is not None:
             self._prompt_states.keep(passed)
-        self._unread.append((passed.read, passed.kept, passed.fed, states))
+        self._unread.append((replace(passed, output=None), states))  # not what else it holds
         self._columns += passed.fed
         if self._columns >= _UNREAD:
             self._read()
@@ -164,11 +165,12 @@ class EagleDrafter(SequentialDrafter):
         if not unread:
             return
         with self.stats.timed():
-            fused = self.head.fuse(torch.cat([states for *_, states in unread], dim=1))  # [B, F_1 + F_2 + ..., H]
-            pieces = torch.split(fused, [states.shape[1] for *_, states in unread], dim=1)
-            for (read, kept, fed, _), piece in zip(unread, pieces, strict=True):
-                for b, (memo, ids, row) in enumerate(zip(self.features, read, piece, strict=True)):
-                    memo.store(ids, row[-min(fed, len(ids)) :] if kept is None else row[kept[b]])
+            fused = self.head.fuse(torch.cat([states for _, states in unread], dim=1))  # [B, F_1 + F_2 + ..., H]
+            pieces = torch.split(fused, [states.shape[1] for _, states in unread], dim=1)
+            for (passed, _), piece in zip(unread, pieces, strict=True):
+                for b, (memo, ids, row) in enumerate(zip(self.features, passed.read, piece, strict=True)):
+                    count = min(passed.fed_of(b), len(ids))
+                    memo.store(ids, row[len(row) - count :] if passed.kept is None else row[passed.kept[b]])
 
     def resize_trees(self, nodes: int) -> None:
         """Most nodes of the trees from the next round on."""
@@ -189,6 +191,16 @@ class EagleDrafter(SequentialDrafter):
         if self.memory is not None:
             self._prompt_states.keep_rows(rows)
             self.memory.keep_rows(rows)
+
+    def add_rows(self, count: int) -> None:
+        self._read()
+        self.features = [*self.features, *(FeatureMemo() for _ in range(count))]
+        self._sizes = [*self._sizes, *(self._new_size() for _ in range(count))]
+        self._shown, self._chains = None, [*self._chains, *([] for _ in range(count))]
+        self.pairs.add_rows(count)
+        self._prompt_states.add_rows(count)
+        if self.memory is not None:
+            self.memory.add_rows(count)
 
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
         rows = self._known_pairs(context)
@@ -222,13 +234,16 @@ class EagleDrafter(SequentialDrafter):
     def _forget(self, batch: int) -> None:
         self.features = [FeatureMemo() for _ in range(batch)]
         self.pairs = PairMemo(self.head)
-        depth = None if self.carried is None else self.carried.depth
-        self._sizes = [TreeSize(self.tree_depth, max(1, self.tree_tokens), depth) for _ in range(batch)]
+        self._sizes = [self._new_size() for _ in range(batch)]
         self._shown, self._prompt, self._padding = None, None, []
         self._chains = [[] for _ in range(batch)]
-        self._unread, self._columns, self._prompt_states = [], 0, PromptStates()
+        self._unread, self._columns, self._prompt_states = [], 0, PromptStates(batch)
         if self.memory is not None:
             self.memory.begin(batch)
+
+    def _new_size(self) -> TreeSize:
+        depth = None if self.carried is None else self.carried.depth
+        return TreeSize(self.tree_depth, max(1, self.tree_tokens), depth)
 
     def _notice(self, tokens: list[list[int]], parents: list[list[int]], paths: list[list[int]]) -> None:
         """Learn from the last pass of the level above, which accepted these paths of these trees."""
@@ -268,7 +283,7 @@ class EagleDrafter(SequentialDrafter):
         already draft: each step is one column for all rows.
         """
         hidden, pointed, working = self._catch_up(rows), self._pointed(rows), self._working
-        ids, late = working.target_ids, [row.ids[row.end + 1 :] for row in rows]
+        ids, late = working.target_ids, [row.late for row in rows]
         going = [places > 0 for places in room]
         laws: list[torch.Tensor | None] = []
         step = 0
@@ -346,7 +361,7 @@ class EagleDrafter(SequentialDrafter):
         width = self.pairs.width
         seen = torch.arange(width)[None, :] >= torch.tensor(self.pairs.unused)[:, None]  # [B, S]
         # Rows with late tokens take them in first; the last of each row's goes into the last of these columns.
-        late = [row.ids[row.end + 1 :] for row in rows]
+        late = [row.late for row in rows]
         most = max(len(more) for more in late)
         for step in range(most):
             own = [step - most + len(more) for more in late]  # index of the row's late token, negative for none

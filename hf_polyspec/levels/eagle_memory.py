@@ -77,6 +77,11 @@ class Pairs:
     def count(self) -> int:
         return max(0, self.end - self.begin)
 
+    @property
+    def late(self) -> list[int]:
+        """Tokens that come after the pairs, which the level above has not read; none of a row without pairs."""
+        return self.ids[self.end + 1 :] if self.count else []
+
     def shared(self, other: Pairs) -> int:
         """Number of leading pairs that both have."""
         if self.begin != other.begin or not self.count or not other.count:
@@ -148,6 +153,13 @@ class PairMemo:
             self.cache.crop(self.width)
             self.cache.select_rows(torch.tensor(rows))
             self.rows = [self.rows[row] for row in rows]
+
+    def add_rows(self, count: int) -> None:
+        """So many rows join, of which no pairs are held."""
+        if self.rows:
+            self.cache.crop(self.width)
+            self.cache.add_rows(count)
+            self.rows = [*self.rows, *(Pairs([], 0, 0, 0, FeatureMemo()) for _ in range(count))]
 
     def _plan(self, rows: list[Pairs]) -> tuple[list[int], int]:
         """Pairs each row keeps, and columns F all rows feed; the last pair is always fed, for its output."""

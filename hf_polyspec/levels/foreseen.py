@@ -9,6 +9,7 @@ few ids goes on with it more often than a copy of as many ids is right by itself
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -65,46 +66,60 @@ class ForeseenPointer(TailPointer):
         return None
 
 
+@dataclass
+class _Kept:
+    """Of one row: what passes had read, how many columns each fed, and their final states `[F, H]`."""
+
+    passes: list[tuple[list[int], int, torch.Tensor]] = field(default_factory=list)
+    places: int = 0
+    told: bool = False
+
+
 class PromptStates:
     """The final states of the level above at the places of the prompts, kept until the first draft.
 
     What is read after it are drafts, of which there are laws already.
     """
 
-    def __init__(self) -> None:
-        self._passes: list[tuple[list[list[int]], int, torch.Tensor]] = []
-        self._told = False
+    def __init__(self, rows: int) -> None:
+        self._rows = [_Kept() for _ in range(rows)]
 
     def keep(self, passed: Pass) -> None:
         """Keep those of a pass over prompts, or parts of them."""
-        if self._told or passed.kept is not None or sum(fed for _, fed, _ in self._passes) >= _MOST:
+        waiting = [(b, row) for b, row in enumerate(self._rows) if not row.told and passed.fed_of(b)]
+        if passed.kept is not None or not any(row.places < _MOST for _, row in waiting):
             return
         final = select_features(passed.output.hidden_states, [LAST_HIDDEN_STATE])  # [B, F, H]
-        self._passes.append((passed.read, passed.fed, final))
+        for b, row in waiting:
+            row.passes.append((passed.read[b], passed.fed_of(b), final[b]))
+            row.places += passed.fed_of(b)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Go on with some of the rows, in their new order."""
-        index = list(rows)
-        self._passes = [([read[r] for r in index], fed, final[index]) for read, fed, final in self._passes]
+        self._rows = [replace(self._rows[r], passes=list(self._rows[r].passes)) for r in rows]
+
+    def add_rows(self, count: int) -> None:
+        """So many rows join, whose prompts have yet to be read."""
+        self._rows = [*self._rows, *(_Kept() for _ in range(count))]
 
     def tell(self, pointers: Sequence[ForeseenPointer], working: WorkingVocabulary, padding: Sequence[int]) -> None:
-        """Have each row's pointer learn what was kept, if anything was, and keep nothing more.
+        """Have each row's pointer learn what was kept, if anything was, and keep nothing more of it.
 
         Args:
             pointers: of each row; working: scores what the level above held likeliest; padding: leading positions of
                 each row that are not text.
         """
-        if not self._passes:
-            return
-        passes, self._passes, self._told = self._passes, [], True
-        for b, (pointer, empty) in enumerate(zip(pointers, padding, strict=True)):
+        for row, pointer, empty in zip(self._rows, pointers, padding, strict=True):
+            if not row.passes:
+                continue
+            passes, row.passes, row.told = row.passes, [], True
             text: list[int] = []
             likeliest: list[int] = []
             for read, fed, final in passes:
-                first = max(len(read[b]) - fed, empty)
-                if first < len(read[b]):
-                    text += read[b][first:]
-                    for piece in torch.split(final[b, first - len(read[b]) :], _CHUNK):
+                first = max(len(read) - fed, empty)
+                if first < len(read):
+                    text += read[first:]
+                    for piece in torch.split(final[first - len(read) :], _CHUNK):
                         found = working.likeliest(piece)
                         likeliest += [] if found is None else found.tolist()
             pointer.learn(text, likeliest)

@@ -137,6 +137,14 @@ class JoinedDrafter(Drafter):
         self.head.keep_rows(rows)
         self.branch.keep_rows(rows)
 
+    def add_rows(self, count: int) -> None:
+        self.head.add_rows(count)
+        self.branch.add_rows(count)
+
+    @property
+    def takes_rows(self) -> bool:
+        return self.head.takes_rows and self.branch.takes_rows
+
     def end(self) -> None:
         self.head.end()
         self.branch.end()

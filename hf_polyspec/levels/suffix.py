@@ -217,6 +217,10 @@ class SuffixDrafter(Drafter):
         self._rows = [_Row() if r in rows[:i] else self._rows[r] for i, r in enumerate(rows)]
         self._prompt = None
 
+    def add_rows(self, count: int) -> None:
+        self._rows = [*self._rows, *(_Row() for _ in range(count))]
+        self._prompt = None
+
     def end(self) -> None:
         self._rows = []
         self._prompt = None

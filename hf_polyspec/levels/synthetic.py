@@ -118,6 +118,9 @@ class SyntheticLevel(Drafter):
     def keep_rows(self, rows: list[int]) -> None:
         self._fresh = [self._fresh[row] for row in rows]
 
+    def add_rows(self, count: int) -> None:
+        self._fresh = [*self._fresh, *[True] * count]
+
     def _continue(self, text: list[int], start: int, count: int) -> list[int]:
         right = text[start : start + count]
         return [t if self._coins.random() < self.acceptance else (t + 1) % self.vocabulary for t in right]

@@ -138,7 +138,7 @@ class Verifier(Drafter):
             LevelError: a model's forward pass failed.
         """
         active = [limit > 0 for limit in limits]
-        if self.reads_for_others(context):
+        if self.reads_for_others(context, active):
             return self._round_without_draft(context, active, law)
         rooms = self._rooms_below(context, limits)
         if self.trees and not law.in_order and not context.prompt.hidden:
@@ -168,6 +168,7 @@ class Verifier(Drafter):
 
     def _judged(self, context: Context, proposal: Proposal, active: list[bool], law: LawMaker) -> Emission:
         with self.stats.timed():
+            self.runner.asked = active
             with self._watched(law):
                 passed = self.runner.run(context, proposal.tokens, self.stats)
             logits = fit_vocabulary(passed.logits, self.vocabulary)
@@ -187,15 +188,19 @@ class Verifier(Drafter):
             counted,
         )
 
-    def reads_for_others(self, context: Context) -> bool:
-        """Whether this level has a prompt to read that levels below would otherwise read for themselves."""
+    def reads_for_others(self, context: Context, active: list[bool] | None = None) -> bool:
+        """Whether this level has a prompt to read that levels below would otherwise read for themselves.
+
+        Args:
+            context: the rows; active: those that something is asked of, None for all.
+        """
         if self.runner.reads_alone(context):
             return True
         if not self.borrowers or context.prompt.hidden:
             return False
-        held = self.runner.memo or [[] for _ in context.ids]
         # Row by row: those of a batch may come to be of very different lengths.
-        return min(len(ids) - len(have) for ids, have in zip(context.ids, held, strict=True)) > WORTH
+        lacking = self.runner.lacks(context)
+        return min([count for count, one in zip(lacking, active or [], strict=False) if one] or lacking) > WORTH
 
     def _round_without_draft(self, context: Context, active: list[bool], law: LawMaker) -> Emission:
         """One token a row from the pass that reads the prompt, which levels below are shown as their own."""
@@ -235,6 +240,7 @@ class Verifier(Drafter):
         offered = self.stats.clock()
         drafted = [max(depths(parents), default=0) for parents in tree.parents]
         with self.stats.timed():
+            self.runner.asked = active
             with self._watched(law):
                 passed = self.runner.run_tree(context, tree, self.stats)
             logits = fit_vocabulary(passed.logits, self.vocabulary)
@@ -334,6 +340,14 @@ class Verifier(Drafter):
     def keep_rows(self, rows: list[int]) -> None:
         self.runner.keep_rows(rows)
         self.below.keep_rows(rows)
+
+    def add_rows(self, count: int) -> None:
+        self.runner.add_rows(count)
+        self.below.add_rows(count)
+
+    @property
+    def takes_rows(self) -> bool:
+        return self.below.takes_rows
 
     def end(self) -> None:
         self.below.end()
