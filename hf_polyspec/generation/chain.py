@@ -21,7 +21,9 @@ from ..host.lending import FEW, is_copy
 from ..host.manners import runner_for
 from ..host.release import inner_model
 from ..host.runner import ModelRunner
+from ..host.translated import TranslatedRunner
 from ..host.trees import hindrance
+from ..host.vocabularies import Vocabularies
 from ..levels.base import Drafter
 from ..levels.candidate_generator import CandidateGeneratorDrafter
 from ..levels.carried import carried_sizes
@@ -45,6 +47,7 @@ class Setting:
         batch: number of rows.
         embedded: width H of the prompt's embeddings if it came as embeddings, else 0.
         extras: what else the target is given.
+        vocabularies: for every assistant the two it stands between, None where there is one; empty where all share one.
     """
 
     options: PolySpecOptions
@@ -54,10 +57,18 @@ class Setting:
     batch: int
     embedded: int = 0
     extras: Extras = field(default_factory=Extras)
+    vocabularies: Sequence[Vocabularies | None] = ()
+
+    def vocabularies_of(self, place: int) -> Vocabularies | None:
+        """What stands between the target and an assistant with another tokenizer."""
+        return self.vocabularies[place] if self.vocabularies else None
 
 
-def check_assistants(target: Any, assistants: Any) -> list[Any]:
+def check_assistants(target: Any, assistants: Any, vocabularies: Sequence[Vocabularies | None] = ()) -> list[Any]:
     """Refuse what cannot be a chain, before anything is computed.
+
+    Args:
+        target, assistants: as the caller gave them; vocabularies: see `Setting`.
 
     Returns:
         The assistants as a list; none for the target alone.
@@ -92,7 +103,8 @@ def check_assistants(target: Any, assistants: Any) -> list[Any]:
             _bound(assistant, ([target, *assistants])[i], role)
         else:
             check_model(assistant, role)
-            check_vocabularies(target, assistant, role)
+            if not (vocabularies and vocabularies[i]):
+                check_vocabularies(target, assistant, role)
     return list(assistants)
 
 
@@ -258,16 +270,7 @@ def _level(
             chain_tokens=head.draft_tokens,
         )
     name = _display_name(assistant)
-    hidden = assistant.get_input_embeddings().weight.shape[-1]
-    runner = runner_for(
-        assistant,
-        f"assistant_models[{place}] ({name})",
-        setting.device,
-        reads_embeds=bool(setting.embedded) and hidden == setting.embedded,
-        replace_unknown_ids=True,
-        extras=None if target is None else setting.extras.for_level(assistant, target),
-    )
-    serve(runner, setting.batch)
+    runner = _runner(assistant, place, setting, target)
     options = setting.options.for_assistant(assistant)
     if below is not None:
         trees, note = _trees(runner, below)
@@ -296,6 +299,22 @@ def _level(
         draft_temperature=options.polyspec_draft_temperature or 1.0,
         carried=carried_sizes(inner_model(assistant), length),
     )
+
+
+def _runner(assistant: Any, place: int, setting: Setting, target: Any) -> ModelRunner:
+    """The runner of an assistant, in the target's ids."""
+    vocabularies = setting.vocabularies_of(place)
+    hidden = assistant.get_input_embeddings().weight.shape[-1]
+    runner = runner_for(
+        assistant,
+        f"assistant_models[{place}] ({_display_name(assistant)})",
+        setting.device,
+        reads_embeds=bool(setting.embedded) and hidden == setting.embedded and vocabularies is None,
+        replace_unknown_ids=True,
+        extras=None if target is None or vocabularies is not None else setting.extras.for_level(assistant, target),
+    )
+    serve(runner, setting.batch)
+    return runner if vocabularies is None else TranslatedRunner(runner, vocabularies)
 
 
 def _head_level(assistants: Sequence[Any], place: int, setting: Setting, target: Any) -> EagleDrafter:
@@ -331,6 +350,8 @@ def _trees(runner: ModelRunner, below: Drafter, reason: str | None = None) -> tu
     """Whether a verifier is to check trees, and what to say if it cannot though they were asked for."""
     if not below.grows_trees:
         return False, None
+    if reason is None and isinstance(runner, TranslatedRunner):
+        reason = "it has another tokenizer than the target"
     if reason is None and not runner.cuts:
         reason = "its recurrent state follows one text at a time"
     if reason is None and not (runner.use_cache and runner.takes_positions):

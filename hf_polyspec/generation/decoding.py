@@ -25,6 +25,7 @@ from ..host.modeling import Cache
 from ..host.plain_cache import PlainCache
 from ..host.release import cache_names, cache_of
 from ..host.rope import gate
+from ..host.vocabularies import Vocabularies
 from ..levels.verifier import Verifier
 from ..telemetry.stats import PolySpecStats
 from .chain import Setting, build_chain, check_assistants, levels_of
@@ -35,6 +36,7 @@ from .options import PolySpecOptions
 from .outputs import Recorder, Wanted
 from .plan import resolve_plan
 from .prompts import context_of
+from .tokenizers import vocabularies
 
 SYNCED_GPUS = (
     "synced_gpus (DeepSpeed ZeRO-3, FSDP) needs all processes to run the same number of forward passes, "
@@ -81,6 +83,7 @@ def decode(
     polyspec_seed: int | Sequence[int] | None = None,
     streamer: Any = None,
     tokenizer: Any = None,
+    assistant_tokenizer: Any = None,
     synced_gpus: bool = False,
     **model_kwargs: Any,
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
@@ -101,7 +104,9 @@ def decode(
         polyspec_plan: a `Plan`, its dict or its path; it names which of `assistant_models` to use, and sizes for the
             options not passed here.
         streamer: gets the new tokens of every step, `[B]`.
-        tokenizer: accepted for the sake of the contract; not used.
+        tokenizer: the target's, needed beside `assistant_tokenizer`.
+        assistant_tokenizer: of an assistant with another vocabulary than the target's, or a list with one for each
+            member of the chain, None for those with the target's.
         synced_gpus: must be False.
         model_kwargs: mask, positions, cache and other forward arguments prepared by generate().
 
@@ -133,8 +138,10 @@ def decode(
             "polyspec_bias_budget needs do_sample=True: greedy decoding has no probabilities to trade, "
             "and is exact at any budget; leave it out."
         )
-    assistants = check_assistants(model, assistant_models)
+    pairs = vocabularies(model, assistant_models, tokenizer, assistant_tokenizer) if assistant_models else []
+    assistants = check_assistants(model, assistant_models, pairs)
     job = _Job(model, input_ids, logits_processor, stopping_criteria, generation_config, options, model_kwargs)
+    job.vocabularies = pairs
     with lent(assistants) as own:
         chain = job.chain(own)
         try:
@@ -215,6 +222,7 @@ class _Job:
         self.control: OnlineControl | None = None
         self.chances: Chances | None = None
         self.bias: list[float] = []
+        self.vocabularies: Sequence[Vocabularies | None] = ()
 
     def chain(self, assistants: list[Any]) -> Verifier:
         """The levels, ready to run; the target starts from the caller's cache if there is something in it."""
@@ -250,6 +258,7 @@ class _Job:
             self.context.batch,
             0 if embeds is None else embeds.shape[2],
             self.extras,
+            self.vocabularies,
         )
         return build_chain(self.model, assistants, setting, runner)
 

@@ -153,7 +153,9 @@ def _generate(
     given = _by_name(args, kwargs)
     _refuse_early(model, given)
     bound: dict[str, Any] = {"assistant_models": assistant_models, "streamer": given.get("streamer")}
-    given = {name: value for name, value in given.items() if name != "custom_generate"}
+    # transformers loses both on the way to a callable, and refuses the second one without an assistant of its own.
+    bound |= {name: given[name] for name in ("tokenizer", "assistant_tokenizer") if given.get(name) is not None}
+    given = {name: value for name, value in given.items() if name not in ("custom_generate", "assistant_tokenizer")}
     plan = given.pop("polyspec_plan", None)
     plan = _configured(model, given, "polyspec_plan") if plan is None else plan
     if plan is not None:

@@ -158,7 +158,7 @@ def check_vocabularies(target: Any, assistant: Any, role: str) -> None:
         raise ValueError(
             f"{role} ({_name(assistant) or type(assistant).__name__}, {sizes[1]} tokens) has another tokenizer than "
             f"the target ({_name(target) or type(target).__name__}, {sizes[0]} tokens); "
-            "every level of a chain must share the target's tokenizer."
+            "pass both tokenizers (tokenizer=, assistant_tokenizer=), or a level that shares the target's."
         )
 
 
