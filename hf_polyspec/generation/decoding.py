@@ -138,7 +138,7 @@ def decode(
             "polyspec_bias_budget needs do_sample=True: greedy decoding has no probabilities to trade, "
             "and is exact at any budget; leave it out."
         )
-    pairs = vocabularies(model, assistant_models, tokenizer, assistant_tokenizer) if assistant_models else []
+    pairs = vocabularies(model, assistant_models, tokenizer, assistant_tokenizer)
     assistants = check_assistants(model, assistant_models, pairs)
     job = _Job(model, input_ids, logits_processor, stopping_criteria, generation_config, options, model_kwargs)
     job.vocabularies = pairs

@@ -16,7 +16,8 @@ from ..levels.base import Drafter
 def vocabularies(
     target: Any, assistants: Sequence[Any], tokenizer: Any, assistant_tokenizer: Any
 ) -> list[Vocabularies | None]:
-    """For every member the two vocabularies it stands between; None for those that share the target's.
+    """For every member the two vocabularies it stands between; None for those that share the target's, and nothing at
+    all where all do.
 
     Args:
         target: the model generate() was called on; assistants: the members of its chain.
@@ -28,8 +29,8 @@ def vocabularies(
         ValueError: the target's is missing, the list has another length than assistant_models, it does not say which
             member is meant, or a member's vocabulary has no word of the target's.
     """
-    if assistant_tokenizer is None:
-        return [None] * len(assistants)
+    if assistant_tokenizer is None or not isinstance(assistants, (list, tuple)):
+        return []
     if tokenizer is None:
         raise ValueError("assistant_tokenizer needs the target's tokenizer too: pass tokenizer=... to generate().")
     if isinstance(assistant_tokenizer, (list, tuple)):

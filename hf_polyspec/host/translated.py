@@ -10,6 +10,7 @@ target's is mostly one of the model's; where a proposal holds others, they are r
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class TranslatedRunner(ModelRunner):
         self.inner = inner
         self.pair = pair
         self.steps = inner.steps
+        self.own_rows = inner.own_rows
+        self.asked = None
         self.lender = None
         self.note = "; ".join(
             filter(None, (inner.note, f"{inner.name} knows {len(pair.mine)} of the target's {pair.rows} ids as words"))
@@ -52,9 +55,13 @@ class TranslatedRunner(ModelRunner):
         """As `ModelRunner.run`, logits `[B, K + 1, V]` over the target's ids."""
         pieces = [[self.pair.piece(token) for token in draft] for draft in drafts]
         flat = [[i for piece in row for i in piece] for row in pieces]
+        self.inner.asked = self.asked
         passed = self.inner.run(self._translated(context), flat, stats)
         logits = self.pair.scores(_after_tokens(passed.logits, pieces))
-        return Pass(logits, passed.output, passed.fed, context.extended(drafts).ids)
+        return replace(passed, logits=logits, read=context.extended(drafts).ids)
+
+    def lacks(self, context: Context) -> list[int]:
+        return self.inner.lacks(self._translated(context))
 
     def reads_alone(self, context: Context) -> bool:
         """Never: what stands in a prompt besides words is not shown to this model."""
@@ -80,6 +87,11 @@ class TranslatedRunner(ModelRunner):
         self.inner.keep_rows(rows)
         if self._rows_of_text:
             self._rows_of_text = [self._rows_of_text[row] for row in rows]
+
+    def add_rows(self, count: int) -> None:
+        self.inner.add_rows(count)
+        if self._rows_of_text:
+            self._rows_of_text += translations(self.pair, range(count))
 
     def _translated(self, context: Context) -> Context:
         if len(self._rows_of_text) != context.batch:
