@@ -7,9 +7,8 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
-from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, cast
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich import box
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from .chain import chain_options, load_chain, quiet, takes_chain
 from .commands import COMMANDS, Command, load_command
 from .measure import measure
 
@@ -100,84 +100,6 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
 Seed = Annotated[int, typer.Option(help="Of the sampling.")]
 Pack = Annotated[bool, typer.Option("--pack", help="Pack the model for the CPU (see hf_polyspec.pack).")]
 Html = Annotated[Path | None, typer.Option(help="Write the text here, each token coloured by its level.")]
-_CHAIN: dict[str, tuple[str, Any]] = {
-    "block_size": (
-        "polyspec_block_size",
-        Annotated[int | None, typer.Option(help="Tokens a middle collects before the level above checks them.")],
-    ),
-    "direct_tokens": (
-        "polyspec_direct_tokens",
-        Annotated[int | None, typer.Option(help="Suffix drafts pass a middle by from this length on; 0 for never.")],
-    ),
-    "draft_tokens": (
-        "num_assistant_tokens",
-        Annotated[int | None, typer.Option(help="Tokens a drafting model proposes a round.")],
-    ),
-    "tree_tokens": (
-        "polyspec_tree_tokens",
-        Annotated[int | None, typer.Option(help="Most tokens of the trees of an EAGLE head; 0 for chains.")],
-    ),
-    "tree_depth": (
-        "polyspec_tree_depth",
-        Annotated[int | None, typer.Option(help="Most tokens of a path of such a tree.")],
-    ),
-    "tree_top_k": (
-        "polyspec_tree_top_k",
-        Annotated[int | None, typer.Option("--tree-top-k", help="Continuations followed at each depth of it.")],
-    ),
-    "draft_vocabulary": (
-        "polyspec_draft_vocabulary",
-        Annotated[str | None, typer.Option(help="Ids an EAGLE head chooses from: a number, or auto.")],
-    ),
-    "draft_temperature": (
-        "polyspec_draft_temperature",
-        Annotated[float | None, typer.Option(help="Below 1: draw likelier drafts than a drafter's own law would.")],
-    ),
-    "copies": (
-        "polyspec_draft_copies",
-        Annotated[
-            bool | None,
-            typer.Option(
-                "--copies/--no-copies", help="Mix what is known from the text and from rejected guesses into a head's."
-            ),
-        ],
-    ),
-    "confidence": (
-        "assistant_confidence_threshold",
-        Annotated[float | None, typer.Option(help="0 to 1: a draft ends where the drafter is less sure.")],
-    ),
-    "schedule": (
-        "num_assistant_tokens_schedule",
-        Annotated[
-            str | None, typer.Option(help="constant, or heuristic: draft more after all was accepted, else less.")
-        ],
-    ),
-}
-"""The options of `demo` and `generate` for the chain: the word of the command line, the option behind it, its kind."""
-
-
-def _takes_chain(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameter `chain` is replaced by the words of `_CHAIN`; it gets the options that were given.
-
-    Args:
-        command: with a parameter `chain`, a dict of options that are checked before the command is called.
-    """
-    own = signature(command, eval_str=True)
-    words = [
-        Parameter(word, Parameter.KEYWORD_ONLY, default=None, annotation=kind) for word, (_, kind) in _CHAIN.items()
-    ]
-    shown = [each for one in own.parameters.values() for each in (words if one.name == "chain" else [one])]
-
-    def run(**given: Any) -> None:
-        chain = {option: given.pop(word) for word, (option, _) in _CHAIN.items()}
-        chain["polyspec_draft_vocabulary"] = _number_or_word(chain["polyspec_draft_vocabulary"])
-        command(**given, chain=_chain_options(**chain))
-
-    # typer reads a command's options from these.
-    wrapped: Any = functools.wraps(command)(run)
-    wrapped.__signature__ = own.replace(parameters=shown)
-    wrapped.__annotations__ = {one.name: one.annotation for one in shown}
-    return cast(Callable[..., None], wrapped)
 
 
 @app.callback(invoke_without_command=True)
@@ -194,7 +116,7 @@ def _root(
 
 
 @app.command()
-@_takes_chain
+@takes_chain
 def demo(
     model: ModelName = None,
     assistant: Assistants = None,
@@ -217,14 +139,14 @@ def demo(
 
     request = _request(prompt, max_new_tokens, temperature, seed, chain)
     console = _console()
-    target, tokenizer, assistants, names = _load(console, model, assistant, device, dtype, html, pack)
+    target, tokenizer, assistants, names = load_chain(console, model, assistant, device, dtype, html, pack)
     answers = running.run_demo(target, tokenizer, assistants, names, request, console)
     if html is not None:
         _write_page(html, tokenizer, answers)
 
 
 @app.command()
-@_takes_chain
+@takes_chain
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from standard input.")],
     model: ModelName = None,
@@ -249,12 +171,12 @@ def generate(
     """One prompt, answered by one chain; the text goes to standard output, the table to standard error."""
     from . import demo as running
 
-    options = chain | _chain_options(polyspec_control=control, polyspec_bias_budget=bias_budget)
+    options = chain | chain_options(polyspec_control=control, polyspec_bias_budget=bias_budget)
     if bias_budget and temperature == 0:
         raise ValueError("--bias-budget needs a --temperature above 0: greedy decoding is exact at any budget.")
     request, packed = _planned(_request(prompt, max_new_tokens, temperature, seed, options), plan)
     console = Console(stderr=True)
-    target, tokenizer, assistants, names = _load(console, model, assistant, device, dtype, html, pack or packed)
+    target, tokenizer, assistants, names = load_chain(console, model, assistant, device, dtype, html, pack or packed)
     streamer = running.ConsoleStreamer(tokenizer, Console())
     answer = running.answer(target, tokenizer, assistants, request, running.chain_name(names), streamer)
     if answer.stats is not None:
@@ -269,7 +191,7 @@ def inspect(
     target: Annotated[str | None, typer.Option(help="The model it is to assist.")] = None,
 ) -> None:
     """What hf_polyspec sees in a model, folder or EAGLE head, and which place in a chain it can take."""
-    _quiet()
+    quiet()
     from ..models.inspection import inspect_name
 
     found = inspect_name(name, target)
@@ -279,19 +201,6 @@ def inspect(
     for label, value in [*found.facts, *((f"as {role}", fit) for role, fit in found.roles)]:
         table.add_row(label, value.replace("[", r"\["))
     _console().print(table)
-
-
-def _chain_options(**given: Any) -> dict[str, Any]:
-    """The options of the chain that were given, checked before a model is loaded."""
-    from ..generation.options import PolySpecOptions
-
-    options = {name: value for name, value in given.items() if value is not None}
-    PolySpecOptions(**options)
-    return options
-
-
-def _number_or_word(text: str | None) -> int | str | None:
-    return int(text) if text is not None and text.isdigit() else text
 
 
 def _request(prompt: str | None, tokens: int, temperature: float, seed: int, options: dict[str, Any]) -> Any:
@@ -314,46 +223,6 @@ def _planned(request: Any, plan: Path | None) -> tuple[Any, bool]:
     return replace(request, options={**(request.options or {}), "polyspec_plan": found}), found.packed
 
 
-def _load(
-    console: Console,
-    model: str | None,
-    assistant: list[str] | None,
-    device: str,
-    dtype: str,
-    html: Path | None,
-    pack: bool,
-) -> tuple[Any, Any, list[Any], list[str]]:
-    """Target, tokenizer, assistants and what to call them."""
-    _quiet()
-    from ..generation.chain import check_assistants
-    from ..levels.names import short_name
-    from ..models.assistants import load_assistant, named_assistants
-    from ..models.by_name import check_device, load_model, load_tokenizer, read_dtype
-    from ..models.packaged import PACKAGE, first_time
-    from ..quantization import pack as pack_model
-    from .demo import DEFAULT_MODEL, default_assistants
-
-    name = model or DEFAULT_MODEL
-    words = named_assistants(assistant or default_assistants(name))
-    check_device(device)
-    read_dtype(dtype)
-    if html is not None and not html.absolute().parent.is_dir():
-        raise ValueError(f"The folder of {html} does not exist.")
-    with console.status(f"loading {name}{first_time(name)}"):
-        target, tokenizer = load_model(name, dtype, device), load_tokenizer(name)
-        if pack:
-            pack_model(target)
-        assistants = [load_assistant(word, target, dtype, device) for word in words]
-    check_assistants(target, assistants)
-    if name == PACKAGE:
-        console.print(
-            f"{short_name(str(target.name_or_path))}, whose published weights here come from a 4-bit file (Q4_1).",
-            style="dim",
-            highlight=False,
-        )
-    return target, tokenizer, assistants, [short_name(word) for word in words]
-
-
 def _write_page(path: Path, tokenizer: Any, answers: list[Any]) -> None:
     from ..storage.atomic import write_text
     from ..telemetry.display import html_page, stats_html, tokens_html
@@ -370,13 +239,6 @@ def _console(stderr: bool = False) -> Console:
     console = Console(stderr=stderr)
     # A pipe has no width of its own; the table needs 80 columns, lines of text need none.
     return console if console.is_terminal else Console(stderr=stderr, width=100)
-
-
-def _quiet() -> None:
-    """Loading bars and advice of the libraries below would break up what is printed here."""
-    from ..host.generation import quiet
-
-    quiet(errors_only=True)
 
 
 def _forward(name: str, command: Command) -> None:

@@ -30,6 +30,7 @@ ROOMS = (
     "planning.theory",
     "control",
     "generation",
+    "integrations",
     "eagle.training",
     "planning",
     "metrics",

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An OpenAI server on a chain: transformers' own, with our generation behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+from ..generation.chain import check_assistants
+from ..generation.members import members
+from ..host.serving import build_app
+from .prometheus import CONTENT_TYPE, Metrics
+from .turns import Turns
+
+_LOG = logging.getLogger("hf_polyspec.serve")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_Message = MutableMapping[str, Any]
+_Receive = Callable[[], Awaitable[_Message]]
+
+
+class ChainServer:
+    """Chat completions, completions, responses, the model list, health and /metrics, for one model with its chain.
+
+    What is answered, and how, is transformers' own server (`transformers serve`). Requests run one after the other. A
+    client that goes away ends its generation, streamed or not.
+
+    Args:
+        model, tokenizer: the target and its tokenizer, which stay the caller's.
+        assistants: the chain, as `generate(assistant_models=...)` takes it.
+        name: what clients call the model.
+        options: of `generate()`, for every request: sizes of the chain, a plan.
+        host: where to listen; the default can be reached from this machine alone. port: 0 for any that is free.
+        cors: whether pages of any origin may ask.
+
+    Attributes:
+        app: the FastAPI application; metrics: what /metrics shows; port: where it listens, once it has started.
+
+    Raises:
+        ImportError: the extra `hf_polyspec[serve]` is not installed, or this release's server is another one.
+        ValueError, TypeError: the chain cannot work.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        assistants: Sequence[Any],
+        *,
+        name: str,
+        options: Mapping[str, Any] | None = None,
+        host: str = LOOPBACK[0],
+        port: int = 8000,
+        cors: bool = False,
+    ) -> None:
+        assistants = members(model, assistants)
+        check_assistants(model, assistants)
+        self.host, self.port = host, port
+        self.metrics = Metrics(name)
+        self._work = Turns(model, assistants, options or {}, self.metrics)
+        try:
+            self.app = build_app(model, tokenizer, name, self._work, cors=cors)
+        except BaseException:
+            self._work.close()
+            raise
+        self.app.add_api_route("/metrics", self._metrics, methods=["GET"], include_in_schema=False)
+        self._server = _uvicorn(HangsUp(self.app), host, port)
+        self._thread: threading.Thread | None = None
+
+    def run(self) -> None:
+        """Serves until Ctrl-C or SIGTERM."""
+        self._say()
+        try:
+            self._serve()
+        finally:
+            self._work.close()
+        if not self._server.started:
+            raise OSError(self._taken())
+
+    def start(self) -> None:
+        """Serves from a thread of its own until `stop()`; returns once requests are taken.
+
+        Raises:
+            OSError: the port cannot be had.
+        """
+        self._thread = threading.Thread(target=self._serve, name="polyspec-serve", daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            if not self._thread.is_alive():
+                self._work.close()
+                raise OSError(self._taken())
+            self._thread.join(0.02)
+        self.port = self._server.servers[0].sockets[0].getsockname()[1]
+        self._say()
+
+    def stop(self) -> None:
+        """Ends what `start()` began; requests that are running are cut off."""
+        self._work.close()
+        self._server.should_exit = True
+        if self._thread is not None:
+            self._thread.join()
+
+    def __enter__(self) -> ChainServer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(SystemExit):  # so it says that it could not begin, after a line of its own
+            self._server.run()
+
+    def _taken(self) -> str:
+        return f"nothing can listen at {self.host}:{self.port}: is the port taken?"
+
+    def _say(self) -> None:
+        _LOG.info("http://%s:%s/v1; requests run one after the other, in the order in which they come", *self._at())
+        if self.host not in LOOPBACK:
+            _LOG.warning("%s can be reached from other machines, and whoever reaches it may ask it anything", self.host)
+
+    def _at(self) -> tuple[str, int]:
+        return self.host, self.port
+
+    async def _metrics(self) -> Any:
+        from fastapi import Response
+
+        return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+
+def _uvicorn(app: Any, host: str, port: int) -> Any:
+    import uvicorn
+
+    settings = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
+    return uvicorn.Server(settings)
+
+
+class HangsUp:
+    """Cancels the answer to a client that has gone; frameworks only look where an answer is streamed.
+
+    Args:
+        app: an ASGI application.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: _Receive, send: Any) -> None:
+        """One connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        messages: asyncio.Queue[_Message] = asyncio.Queue()
+        answer = asyncio.ensure_future(self.app(scope, messages.get, send))
+        listening = asyncio.ensure_future(_listen(receive, messages))
+        await asyncio.wait((answer, listening), return_when=asyncio.FIRST_COMPLETED)
+        late = answer if listening.done() else listening
+        late.cancel()
+        await asyncio.gather(late, return_exceptions=True)
+        if answer.done() and not answer.cancelled():
+            answer.result()
+
+
+async def _listen(receive: _Receive, messages: asyncio.Queue[_Message]) -> None:
+    """Passes on what the client sends, until it has gone."""
+    while True:
+        message = await receive()
+        messages.put_nowait(message)
+        if message["type"] == "http.disconnect":
+            return

@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An OpenAI server on a chain, asked by OpenAI's own client."""
+
+from __future__ import annotations
+
+import gc
+import json
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import tiny_models
+import torch
+from tiny_checkpoints import byte_tokenizer
+from typer.testing import CliRunner
+
+import hf_polyspec
+from hf_polyspec import SuffixDrafter
+from hf_polyspec.cli import app, serve
+from hf_polyspec.exactness.context import Context
+from hf_polyspec.exactness.proposal import Proposal
+from hf_polyspec.host import serving
+from hf_polyspec.integrations.prometheus import Metrics
+from hf_polyspec.integrations.server import ChainServer
+
+TOKENIZER = byte_tokenizer()
+ASKED = [{"role": "user", "content": "abcabcabc"}]
+FOR_ONE = {"model": "tiny", "messages": ASKED, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_models.tiny("llama", vocab_size=len(TOKENIZER), max_position_embeddings=1024)
+
+
+@pytest.fixture(scope="module")
+def small(model: Any) -> Any:
+    return tiny_models.noisy(model, 0.03)
+
+
+@pytest.fixture(scope="module")
+def server(model: Any, small: Any) -> Iterator[ChainServer]:
+    with ChainServer(model, TOKENIZER, [small, "suffix"], name="tiny", port=0) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def client(server: ChainServer) -> Iterator[openai.OpenAI]:
+    with ask(server) as made:
+        yield made
+
+
+def ask(server: ChainServer, **settings: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0, **settings)
+
+
+def prompt(text: str) -> Any:
+    """What the tokenizer makes of a user's words."""
+    asked = [{"role": "user", "content": text}]
+    return TOKENIZER.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def plain(model: Any, text: str, tokens: int, template: bool = True, **settings: Any) -> str:
+    """What the model's own generate() answers."""
+    ids = prompt(text) if template else TOKENIZER(text, return_tensors="pt")
+    out = model.generate(**ids, max_new_tokens=tokens, **{"do_sample": False, **settings})
+    return str(TOKENIZER.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def joined(stream: Any) -> str:
+    return "".join(part.choices[0].delta.content or "" for part in stream)
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_every_door_gives_the_text_of_plain_generate(model: Any, client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(**FOR_ONE, max_tokens=40)
+    assert chat.choices[0].message.content == plain(model, "abcabcabc", 40)
+    assert chat.choices[0].finish_reason == "length"
+    assert (chat.usage.prompt_tokens, chat.usage.completion_tokens) == (10, 40)  # type: ignore[union-attr]
+    assert (
+        joined(client.chat.completions.create(**FOR_ONE, max_tokens=40, stream=True)) == chat.choices[0].message.content
+    )
+    asked: Any = {"model": "tiny", "temperature": 0}
+    response = client.responses.create(input="abcabcabc", max_output_tokens=40, **asked)
+    assert response.output_text == chat.choices[0].message.content
+    events = client.responses.create(input="abcabcabc", max_output_tokens=40, stream=True, **asked)
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == response.output_text
+    text = client.completions.create(prompt="abcabcabc", max_tokens=40, **asked).choices[0].text
+    assert text == plain(model, "abcabcabc", 40, template=False)
+    assert [each.id for each in client.models.list()] == ["tiny"]
+
+
+def test_stop_strings_end_a_text(model: Any, client: openai.OpenAI) -> None:
+    whole = plain(model, "abcabcabc", 40)
+    stop = next(letter for letter in whole[5:] if letter.isascii() and letter.isprintable())
+    answer = client.chat.completions.create(**FOR_ONE, max_tokens=40, stop=[stop])
+    assert answer.choices[0].message.content == whole[: whole.index(stop) + 1]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_a_seed_is_its_requests_own(model: Any, client: openai.OpenAI) -> None:
+    """Requests that come at once with different seeds each get the text that plain generate() draws after theirs."""
+    state = torch.get_rng_state()
+
+    def one(seed: int) -> str | None:
+        asked: Any = {**FOR_ONE, "temperature": 0.8}
+        return client.chat.completions.create(**asked, max_tokens=24, seed=seed).choices[0].message.content
+
+    seeds = [3, 4, 3, 5]
+    with ThreadPoolExecutor(4) as threads:
+        texts = list(threads.map(one, seeds))
+    assert torch.equal(torch.get_rng_state(), state)
+    for seed, text in zip(seeds, texts, strict=True):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            assert text == plain(model, "abcabcabc", 24, do_sample=True, temperature=0.8)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no list": ({"messages": "hello"}, "cannot be read"),
+    "no role": ({"messages": [{"content": "hello"}]}, "'role' is missing"),
+    "unknown part": ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "'type' is missing"),
+    "length": ({"max_tokens": -3}, "max_new_tokens"),
+    "length of another kind": ({"max_tokens": "many"}, "cannot be read"),
+    "temperature": ({"temperature": -1}, "temperature"),
+    "seed": ({"seed": "x"}, "seed must be a whole number"),
+    "model": ({"model": "other"}, "pinned to 'tiny'"),
+    "broken config": ({"extra_body": {"generation_config": "{"}}, "cannot be read"),
+    "beams": ({"extra_body": {"generation_config": json.dumps({"num_beams": 3, "max_new_tokens": 4})}}, "num_beams"),
+    "unknown field": ({"extra_body": {"colour": 1}}, "colour"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
+@pytest.mark.parametrize("case", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_told_in_a_sentence(client: openai.OpenAI, case: tuple[dict[str, Any], str]) -> None:
+    asked, said = case
+    with pytest.raises(openai.APIStatusError) as refused:
+        client.chat.completions.create(**{**FOR_ONE, "max_tokens": 4, **asked})
+    assert refused.value.status_code in (400, 422)
+    assert said in refused.value.message
+    assert refused.value.body["type"] == "invalid_request_error"  # type: ignore[index]
+
+
+def test_what_cannot_be_streamed_is_told_in_the_stream(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.APIError) as refused:
+        joined(client.chat.completions.create(**FOR_ONE, max_tokens=-3, stream=True))
+    assert "max_new_tokens" in str(refused.value.body)
+
+
+def test_bodies_that_are_none_and_roads_that_lead_nowhere(server: ChainServer) -> None:
+    url = f"http://127.0.0.1:{server.port}"
+    for body, status in ((b"{", 422), (b"[1]", 422), (b"\xff", 400)):
+        answer = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == status
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert httpx.post(f"{url}/v1/audio/transcriptions", content=b"").status_code == 501
+    assert httpx.get(f"{url}/nothing").status_code == 404
+    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+    httpx.post(f"{url}/reset")  # which unloads what transformers' server has loaded
+    assert httpx.get(f"{url}/v1/models").json()["data"][0]["status"] == {"value": "loaded"}
+
+
+class Slow(SuffixDrafter):
+    """Never drafts, and takes its time for that."""
+
+    def propose(self, context: Context, limits: list[int], law: Any) -> Proposal:
+        time.sleep(0.01)
+        return Proposal([[] for _ in limits], None, [[] for _ in limits])
+
+
+@pytest.fixture
+def slow(model: Any) -> Iterator[ChainServer]:
+    with ChainServer(model, TOKENIZER, [Slow()], name="tiny", port=0) as started:
+        yield started
+
+
+def test_a_client_that_goes_away_ends_its_generation(model: Any, slow: ChainServer) -> None:
+    """The text would take eight seconds; what is generated of it says when it ended."""
+    seen = slow.metrics
+
+    def aborted() -> float:
+        return seen.value("vllm:request_success_total", finished_reason="abort")
+
+    with ask(slow) as client:
+        stream = client.chat.completions.create(**FOR_ONE, max_tokens=800, stream=True)
+        next(iter(stream))
+        stream.close()
+        until(lambda: aborted() == 1)
+        with pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=0.3).chat.completions.create(**FOR_ONE, max_tokens=800)
+        until(lambda: aborted() == 2)
+        assert seen.value("vllm:generation_tokens_total") < 500
+        # One that still waits is never begun.
+        stream = client.chat.completions.create(**FOR_ONE, max_tokens=800, stream=True)
+        next(iter(stream))
+        before = seen.value("vllm:prompt_tokens_total")
+        with pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=0.3).chat.completions.create(**FOR_ONE, max_tokens=800)
+        assert seen.value("vllm:prompt_tokens_total") == before + 10
+        assert seen.value("vllm:num_requests_waiting") == 1
+        begun = seen.value("vllm:time_to_first_token_seconds_count")
+        stream.close()
+        until(lambda: aborted() == 4)
+        assert seen.value("vllm:time_to_first_token_seconds_count") == begun
+        answer = client.chat.completions.create(**FOR_ONE, max_tokens=8).choices[0].message.content
+    assert answer == plain(model, "abcabcabc", 8)
+    assert seen.value("vllm:num_requests_running") == seen.value("vllm:num_requests_waiting") == 0
+
+
+def test_stopping_ends_what_runs_and_what_waits(slow: ChainServer) -> None:
+    def one(_: int) -> str:
+        with pytest.raises(openai.APIError):
+            joined(ask(slow).chat.completions.create(**FOR_ONE, max_tokens=800, stream=True))
+        return "ended"
+
+    with ThreadPoolExecutor(3) as threads:
+        waiting = [threads.submit(one, i) for i in range(3)]
+        until(lambda: slow.metrics.value("vllm:prompt_tokens_total") == 30)
+        start = time.monotonic()
+        slow.stop()
+        assert time.monotonic() - start < 7  # the three texts would take 24 s
+        assert slow.metrics.value("vllm:generation_tokens_total") < 800
+        for each in waiting:
+            each.cancel() or each.exception(timeout=10)
+
+
+def test_two_hundred_requests_leave_nothing_behind(model: Any, small: Any) -> None:
+    """Eight clients at once, every fifth request bad or given up; every other answer is right."""
+    prompts = ["abcabc", "xyzxyz", "hello hello"]
+    # A stream withholds bytes that are half a character, so the texts end with a whole one.
+    found = [[(n, plain(model, each, n)) for n in range(8, 24)] for each in prompts]
+    right = [next((n, text) for n, text in texts if not text.endswith("\ufffd")) for texts in found]
+
+    def one(i: int) -> bool:
+        tokens, text = right[i % 3]
+        asked: Any = {**FOR_ONE, "messages": [{"role": "user", "content": prompts[i % 3]}], "max_tokens": tokens}
+        if i % 10 == 3:
+            with pytest.raises(openai.BadRequestError):
+                client.chat.completions.create(**{**asked, "max_tokens": -1})
+            return True
+        if i % 10 == 7:
+            client.chat.completions.create(**{**asked, "max_tokens": 400}, stream=True).close()
+            return True
+        if i % 2:
+            return joined(client.chat.completions.create(**asked, stream=True)) == text
+        return client.chat.completions.create(**asked).choices[0].message.content == text
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        # Other libraries' objects compute what they say their class is.
+        found = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+        return len(found), sum(each.numel() for each in found)
+
+    def all_done() -> bool:
+        seen = server.metrics
+        return seen.value("vllm:num_requests_running") == seen.value("vllm:num_requests_waiting") == 0
+
+    threads = threading.active_count()
+    with ChainServer(model, TOKENIZER, [small, "suffix"], name="tiny", port=0) as server, ask(server) as client:
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(one, range(24)))
+        until(all_done)
+        before = held(), threading.active_count()
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(one, range(200)))
+        until(all_done)
+        after = held(), threading.active_count()
+    assert after[1] == before[1]
+    # What the last request leaves for a moment comes and goes; one tensor a request would be two hundred.
+    assert abs(after[0][0] - before[0][0]) < 20
+    assert abs(after[0][1] - before[0][1]) < 0.01 * before[0][1]
+    assert threading.active_count() == threads
+
+
+def test_metrics_are_those_of_the_chain(model: Any, small: Any) -> None:
+    """One request, beside the statistics of the same generation in process."""
+    with ChainServer(
+        model, TOKENIZER, [small], name="tiny", port=0, options={"num_assistant_tokens": 3}
+    ) as server, ask(server) as client:  # fmt: skip
+        client.chat.completions.create(**FOR_ONE, max_tokens=40)
+        shown = httpx.get(f"http://127.0.0.1:{server.port}/metrics")
+    ids = prompt("abcabcabc")
+    out = hf_polyspec.generate(
+        model, **ids, assistant_models=[small], num_assistant_tokens=3, max_new_tokens=40, return_dict_in_generate=True
+    )
+    target = out.polyspec.levels[0]
+    assert shown.headers["content-type"].startswith("text/plain; version=")
+    lines = dict(line.rsplit(" ", 1) for line in shown.text.splitlines() if not line.startswith("#"))
+
+    def value(name: str, labels: str = "") -> float:
+        return float(lines[f'{name}{{model_name="tiny"{labels}}}'])
+
+    assert value("vllm:spec_decode_num_accepted_tokens_total") == target.accepted > 0
+    assert value("vllm:spec_decode_num_draft_tokens_total") == target.drafted
+    assert value("vllm:spec_decode_num_drafts_total") == target.drafted_at[0]
+    per_position = [value("vllm:spec_decode_num_accepted_tokens_per_pos_total", f',position="{i}"') for i in range(3)]
+    assert per_position == target.accepted_at
+    assert value("vllm:generation_tokens_total") == 40
+    assert value("vllm:prompt_tokens_total") == 10
+    ended = lines['vllm:request_success_total{finished_reason="length",model_name="tiny"}']
+    assert ended == "1.0"
+
+
+def test_nobody_else_can_reach_it_unless_told(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "hf_polyspec.serve")
+    with ChainServer(model, TOKENIZER, ["suffix"], name="tiny", port=0) as server:
+        assert server._server.servers[0].sockets[0].getsockname()[0] == "127.0.0.1"
+        assert "one after the other" in caplog.text
+        assert "other machines" not in caplog.text
+    with ChainServer(model, TOKENIZER, ["suffix"], name="tiny", host="0.0.0.0", port=0):
+        assert "can be reached from other machines" in caplog.text
+
+
+def test_a_port_that_is_taken_is_named(model: Any) -> None:
+    threads = threading.active_count()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        server = ChainServer(model, TOKENIZER, ["suffix"], name="tiny", port=taken.getsockname()[1])
+        with pytest.raises(OSError, match=r"nothing can listen at 127\.0\.0\.1:\d+: is the port taken\?"):
+            server.start()
+    assert threading.active_count() == threads
+
+
+def test_a_chain_that_cannot_work_is_refused_before_anything_listens(model: Any) -> None:
+    threads = threading.active_count()
+    with pytest.raises(ValueError, match="suffix only drafts"):
+        ChainServer(model, TOKENIZER, ["suffix", "suffix"], name="tiny", port=0)
+    assert threading.active_count() == threads
+
+
+def test_a_server_with_other_parts_is_refused_in_a_sentence(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["transformers.cli.serving.server"]
+    monkeypatch.setattr(module, "build_server", lambda model_manager, engine: None)
+    with pytest.raises(ImportError, match=r"not put together as this package knows it \(it asks for engine\)"):
+        serving.build_app(model, TOKENIZER, "tiny", None)  # type: ignore[arg-type]
+
+
+def test_the_command(model: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    answers = []
+
+    def run(self: ChainServer) -> None:
+        with self, ask(self) as client:
+            asked: Any = {**FOR_ONE, "model": "mine"}
+            answers.append(
+                (self.host, client.chat.completions.create(**asked, max_tokens=12).choices[0].message.content)
+            )
+            answers.append((self.port, self.metrics.value("vllm:spec_decode_num_draft_tokens_total")))
+
+    monkeypatch.setattr(serve.ChainServer, "run", run)
+    words = ["serve", str(tmp_path), "--assistant", "suffix", "--name", "mine", "--port", "0", "--draft-tokens", "2"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert answers[0] == ("127.0.0.1", plain(model, "abcabcabc", 12))
+    refused = CliRunner().invoke(app, ["serve", str(tmp_path), "--port", "70000"])
+    assert refused.exit_code == 2
+    assert "--port must be from 0 to 65535" in refused.stderr
+
+
+def test_drafts_of_a_tree_count_as_its_depth() -> None:
+    stats = hf_polyspec.PolySpecStats([hf_polyspec.LevelStats("target", 0)], [[0]], 1, 0.1)
+    metrics = Metrics("m")
+    metrics.waits(1)
+    metrics.runs()
+    metrics.ended("stop", 1, 0.1, stats, True)  # a text of one token, for which nothing was drafted
+    assert metrics.value("vllm:spec_decode_num_drafts_total") == 0
