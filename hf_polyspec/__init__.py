@@ -8,6 +8,10 @@ model.generate(**inputs, assistant_models=[middle, drafter])
 
 from typing import Any
 
+from .engine.batch import BatchAnswer, generate_batch
+from .engine.desk import EngineClosedError, QueueFullError
+from .engine.engine import Engine
+from .engine.request import Handle
 from .errors import LevelError, RollbackError
 from .exactness.context import Context
 from .exactness.processors import DraftVocabularyProcessor, rank_tokens
@@ -23,9 +27,13 @@ from .telemetry.stats import PolySpecStats
 from .version import __version__ as __version__
 
 __all__ = [
+    "BatchAnswer",
     "Context",
     "DraftVocabularyProcessor",
     "Drafter",
+    "Engine",
+    "EngineClosedError",
+    "Handle",
     "LevelError",
     "LevelStats",
     "PolySpecCandidateGenerator",
@@ -33,6 +41,7 @@ __all__ = [
     "PolySpecOptions",
     "PolySpecStats",
     "Proposal",
+    "QueueFullError",
     "RollbackError",
     "SuffixDrafter",
     "attach",
@@ -42,6 +51,7 @@ __all__ = [
     "early_exit",
     "enable",
     "generate",
+    "generate_batch",
     "pack",
     "quantize_model",
     "rank_tokens",

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from ..exactness.context import Context
 from ..levels.base import Drafter
-from ..levels.verifier import Emission, Verifier
+from ..levels.emission import Emission
+from ..levels.verifier import Verifier
 from ..planning.theory.cost_model import Prediction
 from ..telemetry.counters import Check, Decision
 from .budget import Budget, Schedule

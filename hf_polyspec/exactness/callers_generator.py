@@ -60,13 +60,8 @@ class CallersGenerator:
                 self.private.set_state(self._expected)
                 _followed[self._key] = self
             else:
-                undisturbed = torch.equal(self._expected, ahead._expected)
-                seed = torch.empty((), dtype=torch.int64, device=device).random_()
-                self.private.manual_seed(int(seed))
+                self.private.manual_seed(drawn_seed(device))
                 self.lost = BESIDE
-                if undisturbed:
-                    ahead._expected = read_state(device)
-                    ahead._seeds += 1
 
     @property
     def follows(self) -> bool:
@@ -98,6 +93,18 @@ class CallersGenerator:
                 self.lost = self.lost or OTHERS  # the seeds of the calls beside this one would be drawn again
             if self.lost is None and values:
                 _write(self.device, state)
+
+
+def drawn_seed(device: torch.device) -> int:
+    """One draw from a device's default generator, to seed a stream with; the call that follows it is not disturbed."""
+    with _lock:
+        ahead = _followed.get(str(device))
+        undisturbed = ahead is not None and torch.equal(read_state(device), ahead._expected)
+        seed = int(torch.empty((), dtype=torch.int64, device=device).random_())
+        if ahead is not None and undisturbed:
+            ahead._expected = read_state(device)
+            ahead._seeds += 1
+        return seed
 
 
 @contextmanager

@@ -88,6 +88,12 @@ class Context:
         """Only the given rows, in this order."""
         return Context([self.ids[row] for row in rows], self.prompt.select(rows))
 
+    def joined(self, more: Context) -> Context:
+        """These rows and others behind them, all of them with prompts of their own length (`Prompt.apart`)."""
+        prompts = self.prompt, more.prompt
+        starts = [start for prompt in prompts for start in prompt.starts or ()]
+        return Context([*self.ids, *more.ids], Prompt.apart(starts, [*self.places, *more.places]))
+
     @property
     def places(self) -> Sequence[int]:
         """Where each row stood in the batch as the call began."""

@@ -115,6 +115,11 @@ class LawMaker:
         return self.do_sample and self.noise is None
 
     @property
+    def takes_trees(self) -> bool:
+        """Whether several continuations can be judged at once: not where processors keep state."""
+        return not self.in_order
+
+    @property
     def bound_to_rows(self) -> bool:
         """True when a processor may be tied to a row's place in the batch, so that rows must not be dropped."""
         return bool(self._prefix)
@@ -153,6 +158,18 @@ class LawMaker:
             for processor in self.processors:
                 scores = processor(ids, scores)
         return scores
+
+    def next_scores(self, context: Context, logits: torch.Tensor, active: Sequence[bool] | None = None) -> torch.Tensor:
+        """Processed scores of the next position of all rows, `[B, V]`, whatever the processors keep.
+
+        Args:
+            context: the rows; logits: `[B, V]`; active: rows that matter, None for all.
+        """
+        if self.in_order:
+            ids = torch.tensor([context.visible(b) for b in range(context.batch)], device=logits.device)
+            return self.scores_at(ids, logits)
+        nothing: list[list[int]] = [[] for _ in range(context.batch)]
+        return self.scores(context, nothing, logits[:, None])[:, 0]
 
     def proposal_scores(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores of some ids after the processors that look at scores alone, for what is only proposed.

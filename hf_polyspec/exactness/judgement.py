@@ -9,7 +9,7 @@ last: one a position, it cannot know less).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ from ..telemetry.counters import Counted, LevelStats
 from .context import Context
 from .distributions import LawMaker
 from .proposal import Proposal
+from .row_laws import RowLaws, picked
 from .verification import Verdict, overlap, verify_block, verify_tokens
 
 Going = Callable[[list[int], torch.Tensor], list[bool]]
@@ -66,12 +67,59 @@ def judge(
         going: where processors keep state, asked after each position which rows go on; None: those without one of the
             law's `ends`.
     """
+    if isinstance(law, RowLaws):
+        return _apart(law, context, proposal, logits, active, rule, pad, bias_budget)
     if law.in_order:
         return _in_order(law, context, proposal, logits, active, pad, bias_budget, going)
     scores = law.scores(context, proposal.tokens, logits)
     if law.draws:
         return _sampled(law, proposal, scores, active, rule, bias_budget)
     return _compared(law, context, proposal, scores, active)
+
+
+def _apart(
+    law: RowLaws,
+    context: Context,
+    proposal: Proposal,
+    logits: torch.Tensor,
+    active: list[bool],
+    rule: str,
+    pad: int,
+    bias_budget: float,
+) -> Judgement:
+    """Each row by its own law maker; rows that failed emit nothing."""
+    found: list[tuple[list[int], Judgement]] = []
+    for own, every in law.groups:
+
+        def of(rows: list[int], own: LawMaker = own) -> Judgement:
+            offered = proposal.select(rows)
+            of_rows = picked(logits, rows)[:, : offered.width + 1]
+            going = law.going.get(law.places[rows[0]])
+            alive = [True] * len(rows)
+            return judge(own, context.select(rows), offered, of_rows, alive, rule, pad, bias_budget, going)
+
+        found += law.guarded([b for b in every if active[b]], of)
+    if len(found) == 1 and len(found[0][0]) == context.batch:
+        return found[0][1]
+    accepted, bias = [0] * context.batch, [0.0] * context.batch
+    tokens: list[list[int]] = [[] for _ in active]
+    for rows, part in found:
+        for place, b in enumerate(rows):
+            accepted[b], tokens[b] = part.accepted[place], part.tokens[place]
+            bias[b] = part.bias[place] if part.bias else 0.0
+    scores = spread(logits, [(rows, part.scores) for rows, part in found] if law.keeps_scores else [])
+    laws = [(rows, part.p) for rows, part in found if part.p is not None]
+    p = spread(logits, laws) if laws else None
+    return Judgement(accepted, tokens, scores, p, bias if any(part.bias for _, part in found) else [])
+
+
+def spread(like: torch.Tensor, parts: Sequence[tuple[list[int], torch.Tensor]]) -> torch.Tensor:
+    """`[B, E, V]` of parts `[R, E', V]` that belong to some rows each; zeros elsewhere, E is 0 without parts."""
+    width = max((values.shape[1] for _, values in parts), default=0)
+    whole = like.new_zeros(like.shape[0], width, like.shape[2])
+    for rows, values in parts:
+        whole[rows, : values.shape[1]] = values.to(whole.dtype)
+    return whole
 
 
 def _compared(

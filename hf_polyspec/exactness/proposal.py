@@ -29,6 +29,12 @@ class Proposal:
         """Longest row."""
         return max((len(row) for row in self.tokens), default=0)
 
+    def select(self, rows: list[int]) -> Proposal:
+        """Of some rows, in this order."""
+        tokens = [self.tokens[row] for row in rows]
+        q = None if self.q is None else self.q[rows, : max(map(len, tokens))]
+        return Proposal(tokens, q, [self.origins[row] for row in rows])
+
 
 @dataclass(frozen=True)
 class TreeProposal:
@@ -53,6 +59,14 @@ class TreeProposal:
     origins: list[list[int]]
     drawn: list[list[int]] = field(default_factory=list)
     q: torch.Tensor | None = None
+
+    def select(self, rows: list[int]) -> TreeProposal:
+        """Of some rows, in this order."""
+        tokens, parents, origins, drawn = (
+            [of_row[row] for row in rows] if of_row else []
+            for of_row in (self.tokens, self.parents, self.origins, self.drawn)
+        )
+        return TreeProposal(tokens, parents, origins, drawn, None if self.q is None else self.q[rows])
 
 
 def proposal_fault(proposal: object, limits: Sequence[int], vocabulary: int) -> str | None:

@@ -23,7 +23,9 @@ from torch.nn import functional
 from ..telemetry.counters import Counted, LevelStats
 from .context import Context
 from .distributions import LawMaker
+from .judgement import spread
 from .proposal import TreeProposal
+from .row_laws import RowLaws, picked
 from .tree_geometry import ROOT, depths, path_to
 from .verification import verify_tokens
 
@@ -98,6 +100,8 @@ def judge_tree(
         logits: `[B, T + 1, V]`, column 0 after the context, column j + 1 after node j.
         active: rows that emit.
     """
+    if isinstance(law, RowLaws):
+        return _apart(law, context, tree, logits, active)
     scores = tree_scores(law, context, tree, logits)
     p = law.probabilities(scores) if law.draws else None
     if p is None:
@@ -200,6 +204,34 @@ def _try_drawn(
         b: Trial(row[int(turn)][1] if turn >= 0 else None, int(other), probability)
         for b, row, (turn, other, probability) in zip(rows, drawn, found, strict=True)
     }
+
+
+def _apart(
+    law: RowLaws, context: Context, tree: TreeProposal, logits: torch.Tensor, active: list[bool]
+) -> TreeJudgement:
+    """Each row by its own law maker; rows that failed emit nothing."""
+    found: list[tuple[list[int], TreeJudgement]] = []
+    for own, every in law.groups:
+
+        def of(rows: list[int], own: LawMaker = own) -> TreeJudgement:
+            offered = tree.select(rows)
+            of_rows = picked(logits, rows)[:, : 1 + max(map(len, offered.tokens))]
+            return judge_tree(own, context.select(rows), offered, of_rows, [True] * len(rows))
+
+        found += law.guarded([b for b in every if active[b]], of)
+    if len(found) == 1 and len(found[0][0]) == context.batch:
+        return found[0][1]
+    paths: list[list[int]] = [[] for _ in active]
+    tokens: list[list[int]] = [[] for _ in active]
+    chances: list[dict[int, float]] = [{} for _ in active]
+    for rows, part in found:
+        for place, b in enumerate(rows):
+            paths[b], tokens[b], chances[b] = part.paths[place], part.tokens[place], part.chances[place]
+    kept = found if law.keeps_scores else []
+    raw, scores = (
+        spread(logits, [(rows, getattr(part, name)) for rows, part in kept]) for name in ("logits", "scores")
+    )
+    return TreeJudgement(paths, tokens, raw, scores, None, chances)
 
 
 def record_tree(

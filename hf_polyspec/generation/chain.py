@@ -15,14 +15,14 @@ from ..eagle.features import bind, feature_layers, target_parts, view_of
 from ..eagle.modeling import EagleHead
 from ..host.compatibility import check_model, check_vocabularies, vocabulary_size
 from ..host.forwarding import Extras
-from ..host.generation import CHOOSES_HIDDEN_STATES, CandidateGenerator
+from ..host.generation import CandidateGenerator
 from ..host.in_step import serve
+from ..host.joining import joining_runner
 from ..host.lending import FEW, is_copy
 from ..host.manners import runner_for
 from ..host.release import inner_model
 from ..host.runner import ModelRunner
 from ..host.translated import TranslatedRunner
-from ..host.trees import hindrance
 from ..host.vocabularies import Vocabularies
 from ..levels.base import Drafter
 from ..levels.candidate_generator import CandidateGeneratorDrafter
@@ -33,6 +33,7 @@ from ..levels.eagle import EagleDrafter
 from ..levels.joined import JoinedDrafter
 from ..levels.names import name_of
 from ..levels.verifier import NoDraft, Verifier
+from .abilities import show_features, slowness, trees_under
 from .options import PolySpecOptions
 
 
@@ -48,6 +49,7 @@ class Setting:
         embedded: width H of the prompt's embeddings if it came as embeddings, else 0.
         extras: what else the target is given.
         vocabularies: for every assistant the two it stands between, None where there is one; empty where all share one.
+        joins: whether rows join while others run; there are none at first, and at most `batch`.
     """
 
     options: PolySpecOptions
@@ -58,6 +60,7 @@ class Setting:
     embedded: int = 0
     extras: Extras = field(default_factory=Extras)
     vocabularies: Sequence[Vocabularies | None] = ()
+    joins: bool = False
 
     def vocabularies_of(self, place: int) -> Vocabularies | None:
         """What stands between the target and an assistant with another tokenizer."""
@@ -151,12 +154,12 @@ def build_chain(target: Any, assistants: Sequence[Any], setting: Setting, runner
     Raises:
         ValueError: a drafter cannot serve this many rows.
     """
-    serve(runner, setting.batch)
+    serve(runner, 1 if setting.joins else setting.batch)
     below = build_below(assistants, setting, target)
     # Hidden states and attentions are asked for by column, and a tree's columns are no text.
     watched = "the caller asked for hidden states or attentions" if runner.record else None
-    trees, note = _trees(runner, below, watched)
-    _show_features(runner, below)
+    trees, note = trees_under(runner, below, watched)
+    show_features(runner, below)
     chain = Verifier(
         runner,
         below,
@@ -167,9 +170,9 @@ def build_chain(target: Any, assistants: Sequence[Any], setting: Setting, runner
         pad=setting.pad,
         draft_limit=_draft_limit(assistants, 0, setting, runner),
         trees=trees,
-        note=note or _slow(runner),
+        note=note or slowness(runner),
     )
-    chain.begin(0, setting.batch, vocabulary_size(target))
+    chain.begin(0, 0 if setting.joins else setting.batch, vocabulary_size(target))
     _lend(chain)
     return chain
 
@@ -208,6 +211,11 @@ def build_below(assistants: Sequence[Any], setting: Setting, target: Any = None)
     below: Drafter | None = None
     for i in reversed(range(len(assistants))):
         below = _level(assistants, i, below, setting, target)
+        if setting.joins and not below.takes_rows:
+            raise ValueError(
+                f"assistant_models[{i}] ({below.name}) follows rows that leave (keep_rows) and has no add_rows, which "
+                "an engine calls for rows that join; add it, or use generate()."
+            )
         if below.max_batch is not None and setting.batch > below.max_batch:
             raise ValueError(
                 f"assistant_models[{i}] ({below.name}) serves at most {below.max_batch} row(s) at a time, "
@@ -273,8 +281,8 @@ def _level(
     runner = _runner(assistant, place, setting, target)
     options = setting.options.for_assistant(assistant)
     if below is not None:
-        trees, note = _trees(runner, below)
-        _show_features(runner, below)
+        trees, note = trees_under(runner, below)
+        show_features(runner, below)
         return Verifier(
             runner,
             below,
@@ -286,7 +294,7 @@ def _level(
             draft_limit=_draft_limit(assistants, place + 1, setting, runner),
             direct_tokens=_direct_tokens(below, setting, options),
             trees=trees,
-            note=note or _slow(runner),
+            note=note or slowness(runner),
         )
     length = options.num_assistant_tokens or DEFAULT_DRAFT_TOKENS
     return CausalLMDrafter(
@@ -305,7 +313,7 @@ def _runner(assistant: Any, place: int, setting: Setting, target: Any) -> ModelR
     """The runner of an assistant, in the target's ids."""
     vocabularies = setting.vocabularies_of(place)
     hidden = assistant.get_input_embeddings().weight.shape[-1]
-    runner = runner_for(
+    runner = (joining_runner if setting.joins else runner_for)(
         assistant,
         f"assistant_models[{place}] ({_display_name(assistant)})",
         setting.device,
@@ -313,7 +321,7 @@ def _runner(assistant: Any, place: int, setting: Setting, target: Any) -> ModelR
         replace_unknown_ids=True,
         extras=None if target is None or vocabularies is not None else setting.extras.for_level(assistant, target),
     )
-    serve(runner, setting.batch)
+    serve(runner, 1 if setting.joins else setting.batch)
     return runner if vocabularies is None else TranslatedRunner(runner, vocabularies)
 
 
@@ -346,29 +354,6 @@ def _head_level(assistants: Sequence[Any], place: int, setting: Setting, target:
     )
 
 
-def _trees(runner: ModelRunner, below: Drafter, reason: str | None = None) -> tuple[bool, str | None]:
-    """Whether a verifier is to check trees, and what to say if it cannot though they were asked for."""
-    if not below.grows_trees:
-        return False, None
-    if reason is None and isinstance(runner, TranslatedRunner):
-        reason = "it has another tokenizer than the target"
-    if reason is None and not runner.cuts:
-        reason = "its recurrent state follows one text at a time"
-    if reason is None and not (runner.use_cache and runner.takes_positions):
-        reason = "it keeps no cache" if runner.takes_positions else "it takes no position_ids"
-    if reason is None and (runner.in_step or not runner.keeps_positions):
-        reason = "it counts positions by the columns of its cache"
-    reason = reason or hindrance(inner_model(runner.model))
-    return reason is None, None if reason is None else f"chains instead of trees under {runner.name}: {reason}"
-
-
-def _slow(runner: ModelRunner) -> str | None:
-    """What to say of a model that no draft can speed up."""
-    if not runner.steps:
-        return None
-    return f"{runner.name} goes on exactly only one token a pass (its recurrent state), so it is offered no drafts"
-
-
 def _bound(head: EagleHead, above: Any, role: str) -> EagleHead:
     """A view of a head (the same weights) that borrows embedding and lm_head from the level above; the caller's head
     stays bound to whatever it was bound to.
@@ -380,17 +365,6 @@ def _bound(head: EagleHead, above: Any, role: str) -> EagleHead:
         return bind(view_of(head), inner_model(above))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{role} ({_display_name(head)}) does not fit the level above it: {error}") from error
-
-
-def _show_features(runner: ModelRunner, below: Drafter) -> None:
-    """Have a verifier's passes return the hidden states that the level below reads, and no others.
-
-    A caller who asked for all of them gets all. Older transformers releases number a list in another way, or take it
-    for a yes, and are asked for all.
-    """
-    if below.reads_layers:
-        wanted = list(below.reads_layers) if CHOOSES_HIDDEN_STATES else True
-        runner.record = {"output_hidden_states": wanted, **runner.record}
 
 
 def _display_name(model: Any) -> str:

@@ -30,7 +30,8 @@ from ..levels.verifier import Verifier
 from ..telemetry.stats import PolySpecStats
 from .chain import Setting, build_chain, check_assistants, levels_of
 from .chances import Chances, check_seeds
-from .loop import DecodingLoop, Stopping
+from .course import Course, Stopping
+from .loop import DecodingLoop
 from .members import lent, members
 from .options import PolySpecOptions
 from .outputs import Recorder, Wanted
@@ -43,7 +44,7 @@ SYNCED_GPUS = (
     "which a chain cannot promise; gather the weights or use plain generation."
 )
 _UNLIMITED = 1 << 62
-_UNDERSTOOD = {
+UNDERSTOOD = {
     "attention_mask",
     "inputs_embeds",
     "labels",  # of a batch that a trainer hands over whole; plain generation drops them
@@ -191,7 +192,7 @@ class _Job:
         self.config = config
         self.options = options
         self.device = input_ids.device
-        understood = _UNDERSTOOD | cache_names(model_kwargs)
+        understood = UNDERSTOOD | cache_names(model_kwargs)
         self.extras = Extras.of(
             {name: value for name, value in model_kwargs.items() if name not in understood},
             model_kwargs.get("position_ids"),
@@ -276,14 +277,19 @@ class _Job:
             self.control = OnlineControl(
                 chain, mode=(self.law.do_sample, self.config.temperature, self.options.couples)
             )
-        loop = DecodingLoop(
-            chain,
+        course = Course(
+            [self.context.visible(b) for b in range(self.context.batch)],
             self.law,
             self.stopping,
             pad=self.pad,
             device=self.device,
             recorder=self.recorder,
             streamer=streamer,
+            noise=None if self.chances is None else self.chances.noise,
+        )
+        loop = DecodingLoop(
+            chain,
+            self.law,
             may_drop_rows=not (
                 self.wanted.any
                 or self._cache_is_kept()
@@ -292,16 +298,15 @@ class _Job:
                 or (self.extras.first and not self.use_cache)
             ),
             control=self.control,
-            noise=None if self.chances is None else self.chances.noise,
             gate=gate(self.model, self._padding()),
         )
         try:
-            found = loop.run(self.context)
+            loop.run(course, self.context)
         finally:
             if self.chances is not None:
                 self.chances.finish()
-        self.bias = loop.bias
-        return found
+        self.bias = [row.bias for row in course.rows]
+        return [row.committed for row in course.rows], [row.origins for row in course.rows]
 
     def tell_lost(self, chain: Verifier) -> None:
         """Say, where the text is not what a seed promises, that it is not: in the statistics, or in a warning."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..host.plain_cache import PlainCache
-from ..levels.verifier import Emission
+from ..levels.emission import Emission
 
 Layers = tuple[torch.Tensor, ...]
 

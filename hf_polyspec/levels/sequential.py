@@ -96,7 +96,7 @@ class SequentialDrafter(Drafter):
             `[B, V]`, the laws drawn from, where the level above tests against them; else without meaning.
         """
         context = context.extended(tokens)
-        scores = self._scores(context, logits, law)
+        scores = self._scores(context, logits, law, drawing)
         # Processors may forbid every id that this drafter knows: there is then nothing to draw from.
         usable = torch.isfinite(scores).any(-1)
         scores = torch.where(usable[:, None], scores, 0.0)
@@ -118,12 +118,8 @@ class SequentialDrafter(Drafter):
                 going[b] = int(token) not in self.eos and probability >= self.confidence_threshold
         return q
 
-    def _scores(self, context: Context, logits: torch.Tensor, law: LawMaker) -> torch.Tensor:
+    def _scores(self, context: Context, logits: torch.Tensor, law: LawMaker, drawing: list[bool]) -> torch.Tensor:
         if self.restriction is not None:
             ids = torch.empty(context.batch, 0, dtype=torch.long, device=logits.device)
             logits = self.restriction(ids, logits)
-        if law.in_order:
-            ids = torch.tensor([context.visible(b) for b in range(context.batch)], device=logits.device)
-            return law.scores_at(ids, logits[:, 0])  # [B, V]
-        nothing: list[list[int]] = [[] for _ in range(context.batch)]
-        return law.scores(context, nothing, logits)[:, 0]
+        return law.next_scores(context, logits[:, 0], drawing)  # [B, V]

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker, fit_vocabulary
@@ -26,34 +23,7 @@ from ..telemetry.counters import Check, Counted
 from .asking import ask, ask_for_tree
 from .base import Drafter
 from .block import Block
-
-
-@dataclass(frozen=True)
-class Emission:
-    """What one round of a verifier emitted.
-
-    Attributes:
-        tokens: per row, accepted tokens and the recovered or bonus token; empty for rows that were not asked.
-        p: `[B, E, V]`, the law each of them follows, unmodified; None where nobody tests against it.
-        origins: per row, the level that first proposed each token.
-        drafted: per row, how many tokens had been proposed.
-        accepted: per row, how many of those were kept.
-        logits, scores: `[B, E', V]` raw and processed, of the emitted positions.
-        passed: the forward pass behind it.
-        bias: per row, the total variation that a lossy verification introduced; empty when it was exact.
-        counted: per row, what `drafted` and `accepted` come to as far as the text goes.
-    """
-
-    tokens: list[list[int]]
-    p: torch.Tensor | None
-    origins: list[list[int]]
-    drafted: list[int]
-    accepted: list[int]
-    logits: torch.Tensor
-    scores: torch.Tensor
-    passed: Pass
-    bias: list[float] = field(default_factory=list)
-    counted: list[Counted] = field(default_factory=list)
+from .emission import Emission
 
 
 class Verifier(Drafter):
@@ -141,7 +111,7 @@ class Verifier(Drafter):
         if self.reads_for_others(context, active):
             return self._round_without_draft(context, active, law)
         rooms = self._rooms_below(context, limits)
-        if self.trees and not law.in_order and not context.prompt.hidden:
+        if self.trees and law.takes_trees and not context.prompt.hidden:
             began = self.stats.clock()
             tree = ask_for_tree(self.source, context, rooms, law, self.vocabulary)
             if tree is not None:

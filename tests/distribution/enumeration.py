@@ -25,7 +25,8 @@ from hf_polyspec.exactness.distributions import LawMaker
 from hf_polyspec.exactness.passes import Pass
 from hf_polyspec.exactness.proposal import Proposal
 from hf_polyspec.levels.base import Drafter
-from hf_polyspec.levels.verifier import Emission, Verifier
+from hf_polyspec.levels.emission import Emission
+from hf_polyspec.levels.verifier import Verifier
 
 CPU = torch.device("cpu")
 EXACT = 1e-9

@@ -34,7 +34,8 @@ from hf_polyspec.exactness.proposal import Proposal
 from hf_polyspec.exactness.verification import Verdict
 from hf_polyspec.levels.base import Drafter
 from hf_polyspec.levels.causal_lm import CausalLMDrafter
-from hf_polyspec.levels.verifier import Emission, Verifier
+from hf_polyspec.levels.emission import Emission
+from hf_polyspec.levels.verifier import Verifier
 
 
 def lm_drafter(model: TableModel, draft_tokens: int = 2, confidence: float = 0.0) -> CausalLMDrafter:

@@ -27,7 +27,8 @@ from hf_polyspec.exactness.distributions import LawMaker
 from hf_polyspec.exactness.proposal import Proposal
 from hf_polyspec.levels.base import Drafter
 from hf_polyspec.levels.causal_lm import CausalLMDrafter
-from hf_polyspec.levels.verifier import Emission, NoDraft, Verifier
+from hf_polyspec.levels.emission import Emission
+from hf_polyspec.levels.verifier import NoDraft, Verifier
 
 
 class Switching(Verifier):

@@ -25,7 +25,8 @@ from hf_polyspec.exactness.proposal import Proposal
 from hf_polyspec.levels import block as block_module
 from hf_polyspec.levels.base import Drafter
 from hf_polyspec.levels.causal_lm import CausalLMDrafter
-from hf_polyspec.levels.verifier import Emission, Verifier
+from hf_polyspec.levels.emission import Emission
+from hf_polyspec.levels.verifier import Verifier
 
 UNSURE = 6
 """Seed of models whose drafter stops early often enough for its lengths to tell what was drawn."""

@@ -16,8 +16,8 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from hf_polyspec.exactness.passes import Pass
 from hf_polyspec.generation.outputs import Recorder, Wanted, _row_axes
 from hf_polyspec.host.release import GENERATION_CACHE
+from hf_polyspec.levels.emission import Emission
 from hf_polyspec.levels.suffix import SuffixDrafter
-from hf_polyspec.levels.verifier import Emission
 
 MIXED = ["sliding_attention", "full_attention"]
 NEW = 9

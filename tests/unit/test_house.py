@@ -30,6 +30,7 @@ ROOMS = (
     "planning.theory",
     "control",
     "generation",
+    "engine",
     "integrations",
     "eagle.training",
     "planning",

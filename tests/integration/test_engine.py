@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine's texts are plain generate()'s for each prompt alone, in whatever company they run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import head_for, noisy, tiny
+
+from hf_polyspec import Engine, LevelError, SuffixDrafter
+from hf_polyspec.exactness.row_laws import RowNoise
+
+EOS = 5
+
+
+@pytest.fixture(scope="module")
+def target() -> Any:
+    return tiny(eos_token_id=EOS)
+
+
+@pytest.fixture(scope="module")
+def chains(target: Any) -> dict[str, list[Any]]:
+    middle, drafter = noisy(target), noisy(target, 0.2, seed=2)
+    return {
+        "none": [],
+        "a model": [drafter],
+        "a middle and a model": [middle, drafter],
+        "a middle and suffixes": [middle, SuffixDrafter()],
+        "a head": [head_for(target)],
+        "a middle and a head beside suffixes": [middle, head_for(target), SuffixDrafter()],
+    }
+
+
+def requests(count: int) -> list[tuple[list[int], int, dict[str, Any]]]:
+    """Prompts of unequal lengths, seeds and options: greedy and sampled, with and without processors that see ids."""
+    dice = torch.Generator().manual_seed(1)
+    found = []
+    for i in range(count):
+        ids = torch.randint(3, 48, (int(torch.randint(2, 30, (1,), generator=dice)),), generator=dice).tolist()
+        options: dict[str, Any] = {"max_new_tokens": 4 + 5 * i % 17}
+        if i % 3 == 1:
+            options |= {"do_sample": True, "temperature": 0.7 + 0.2 * (i % 4), "top_k": 0}
+        if i % 3 == 2:
+            options |= {"do_sample": True, "top_k": 12, "top_p": 0.9, "repetition_penalty": 1.2}
+        if i % 5 == 4:
+            options |= {"no_repeat_ngram_size": 2, "min_new_tokens": 3}
+        if i % 7 == 6:
+            options |= {"eos_token_id": [EOS, 9, 11]}
+        found.append((ids, 100 + i, options))
+    return found
+
+
+def plain(target: Any, ids: list[int], seed: int, options: dict[str, Any]) -> torch.Tensor:
+    whole = torch.tensor([ids])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        text: torch.Tensor = target.generate(whole, attention_mask=torch.ones_like(whole), **options)
+    return text
+
+
+@pytest.fixture(scope="module")
+def texts(target: Any) -> list[torch.Tensor]:
+    return [plain(target, *request) for request in requests(20)]
+
+
+def written(engine: Engine, wanted: list[tuple[list[int], int, dict[str, Any]]]) -> list[torch.Tensor]:
+    handles = [engine.submit(ids, seed=seed, **options) for ids, seed, options in wanted]
+    return [handle.result(60) for handle in handles]
+
+
+NAMES = ["none", "a model", "a middle and a model", "a middle and suffixes", "a head"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "a middle and a head beside suffixes"])
+def test_mixed_requests_over_three_slots(target: Any, chains: Any, texts: list[torch.Tensor], name: str) -> None:
+    with Engine(target, chains[name], slots=3) as engine:
+        for found, text in zip(written(engine, requests(20)), texts, strict=True):
+            assert torch.equal(found, text)
+
+
+def test_trees(target: Any, chains: Any, texts: list[torch.Tensor]) -> None:
+    with Engine(target, chains["a head"], slots=3, polyspec_tree_tokens=8) as engine:
+        handle = engine.submit([3, 4], max_new_tokens=20, do_sample=False, eos_token_id=None)
+        for found, text in zip(written(engine, requests(12)), texts, strict=False):
+            assert torch.equal(found, text)
+        assert handle.polyspec is not None
+        assert handle.polyspec.levels[0].drafted > 0
+
+
+@pytest.mark.parametrize("slots", [1, 7, 32])
+def test_order_and_company_change_nothing(target: Any, chains: Any, texts: list[torch.Tensor], slots: int) -> None:
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(slots)).tolist()
+    wanted = requests(20)
+    with Engine(target, chains["a middle and a model"], slots=slots) as engine:
+        found = written(engine, [wanted[i] for i in order])
+    assert all(torch.equal(text, texts[i]) for i, text in zip(order, found, strict=True))
+
+
+def test_noise_in_the_order_of_the_batch_is_caught(
+    target: Any, chains: Any, texts: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def by_place(self: RowNoise, rows: Any, steps: Any) -> Any:
+        named = sorted(self.rows)
+        return [self.rows[named[i % len(named)]].at([0], [own])[0] for i, own in enumerate(steps)]
+
+    monkeypatch.setattr(RowNoise, "at", by_place)
+    sampled = [(i, one) for i, one in enumerate(requests(20)) if i % 3 == 1]
+    with Engine(target, chains["a model"], slots=3) as engine:
+        try:
+            found = written(engine, [one for _, one in sampled])
+        except (LevelError, IndexError):
+            return  # it asked for noise that its row has passed
+    assert not all(torch.equal(text, texts[i]) for (i, _), text in zip(sampled, found, strict=True))
