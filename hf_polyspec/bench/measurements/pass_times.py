@@ -4,7 +4,7 @@
 One model in several forms, all in one process, passes taking turns, so that a machine that slows down slows all of
 them. A form is a dtype, maybe with what is done to it: bfloat16, bfloat16+pack, float32+int8, float32+int8a8 (with
 activations in 8 bits too), bfloat16+int4; those with integers are packed as well, as chains pack their middles.
-Prints medians in milliseconds.
+Prints medians in milliseconds, and the share of the first form's time as the median of each turn's.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,15 @@ def measure(model: str, forms: list[tuple[str, str]], tokens: list[int], context
         tokens: of each pass; context: ids in the cache; rounds: of which the median counts.
 
     Returns:
-        Milliseconds by form, in the order of `tokens`.
+        By form, in the order of `tokens`: `milliseconds`, and `shares` of the first form's time in the same turn.
     """
     models = [FORMS[change](load_model(model, dtype)) for dtype, change in forms]
     times = pass_times(models, tokens, context, rounds)
-    return {_name(form): [1000 * statistics.median(of_size[i]) for of_size in times] for i, form in enumerate(forms)}
+    names = list(enumerate(map(_name, forms)))
+    return {
+        "milliseconds": {name: [1000 * statistics.median(of[i]) for of in times] for i, name in names},
+        "shares": {name: [statistics.median(map(truediv, of[i], of[0])) for of in times] for i, name in names},
+    }
 
 
 def _name(form: tuple[str, str]) -> str:
@@ -89,14 +94,17 @@ def main(words: Sequence[str] | None = None) -> None:
     quiet()
     forms = given.form or [parse_form(text) for text in DEFAULT]
     found = measure(given.model, forms, given.tokens, given.context, given.rounds)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, title=f"{short_name(given.model)}, ms a pass")
-    table.add_column("form")
+    first = _name(forms[0])
+    title = f"{short_name(given.model)}, ms a pass of so many tokens, and the share of {first}'s"
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, title=title, padding=(0, 1, 0, 0))
+    table.add_column("form", no_wrap=True)
     for count in given.tokens:
-        table.add_column(f"{count} tokens", justify="right")
-    for name, times in found.items():
-        table.add_row(name, *(f"{value:.1f}" for value in times))
-    console = Console(width=110)
+        table.add_column(str(count), justify="right", no_wrap=True)
+    for name, times in found["milliseconds"].items():
+        cells = zip(times, found["shares"][name], strict=True)
+        table.add_row(name, *(f"{time:.1f}" + ("" if name == first else f" {part:.2f}") for time, part in cells))
+    console = Console(width=120)
     console.print(table)
     console.print(f"{given.context} ids of context, medians of {given.rounds} in turns; {describe()}", highlight=False)
     if given.json is not None:
-        write_json(given.json, {"tokens": given.tokens, "milliseconds": found, "machine": describe()})
+        write_json(given.json, {"tokens": given.tokens, **found, "machine": describe()})

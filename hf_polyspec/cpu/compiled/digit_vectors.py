@@ -16,6 +16,36 @@ from .vectors import FLOATS, LANES, WORDS, load, narrowed, place, spread, words
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
 
 
+@intrinsic
+def largest_bits(_typing: Any, x: Any, count: Any, like: Any) -> Any:
+    """The largest of the magnitudes of numbers as the bits of a float32: of bits so read the order is the same.
+
+    The address of the numbers; how many, a multiple of `LANES`; a number like them.
+    """
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        x, count, _ = arguments
+        size = context.get_constant(types.int64, like.bitwidth // 8)
+        zero, lanes = (context.get_constant(types.int64, number) for number in (0, LANES))
+        top = cgutils.alloca_once_value(builder, words(0))
+
+        def larger(one: Any, other: Any) -> Any:
+            return builder.select(builder.icmp_signed(">", one, other), one, other)
+
+        with cgutils.for_range_slice(builder, zero, count, lanes, intp=ir.IntType(64)) as (index, _):
+            found = builder.bitcast(load(builder, like, builder.add(x, builder.mul(index, size))), WORDS)
+            found = builder.and_(found, words(0x7FFFFFFF))
+            builder.store(larger(found, builder.load(top)), top)
+        best, part = builder.load(top), LANES
+        while part > 1:
+            part //= 2
+            order = ir.Constant(WORDS, [(lane + part) % LANES for lane in range(LANES)])
+            best = larger(best, builder.shuffle_vector(best, ir.Constant(WORDS, ir.Undefined), order))
+        return builder.extract_element(best, ir.Constant(ir.IntType(32), 0))
+
+    return types.int32(types.int64, types.int64, like), generate
+
+
 def _writer(each: int) -> Any:
     @intrinsic
     def write(_typing: Any, x: Any, digits: Any, sums: Any, pitch: Any, count: Any, steps: Any, like: Any) -> Any:

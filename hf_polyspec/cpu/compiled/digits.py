@@ -17,8 +17,21 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from .digit_vectors import finish_one, finish_two, write_one, write_two
-from .dots import BLOCK, INPUTS, eight_dots, four_dots, in_blocks, one_dots, two_dots
+from .digit_vectors import finish_one, finish_two, largest_bits, write_one, write_two
+from .dots import (
+    BLOCK,
+    INPUTS,
+    MOST,
+    NEXT,
+    eight_dots,
+    four_dots,
+    in_blocks,
+    one_dots,
+    six_dots,
+    ten_dots,
+    twelve_dots,
+    two_dots,
+)
 from .numbers import LIKE, VERSION, bits, from_bits, widen
 from .product import multiplied
 from .tasks import Launch, behind, borrow, compiled, part_size, pointer, release, take, together, whole_lines
@@ -31,10 +44,11 @@ WIDEST = 1 << 16
 
 
 @njit
-def largest_magnitude(x: Any) -> Any:
+def largest_magnitude(x: Any, like: Any) -> Any:
     """The largest magnitude of a row, as float32; found among the bits, whose order is the same."""
-    top = np.int32(0)
-    for k in range(x.size):
+    done = x.size // LANES * LANES
+    top = largest_bits(x.ctypes.data, done, like)
+    for k in range(done, x.size):
         top = max(top, np.int32(bits(widen(x[k])) & np.uint32(0x7FFFFFFF)))
     return from_bits(top)
 
@@ -42,7 +56,7 @@ def largest_magnitude(x: Any) -> Any:
 @njit
 def _write_digits(x: Any, digits: Any, sums: Any, lanes: Any, like: Any) -> Any:
     """One row as whole numbers of one or two digits, and the sum of each digit; the scale that undoes it."""
-    largest = largest_magnitude(x)
+    largest = largest_magnitude(x, like)
     if not largest < np.float32(np.inf):  # infinite or not a number: no number comes of it, as in torch
         digits[:], sums[:] = 0, 0
         return np.float32(np.nan)
@@ -70,21 +84,37 @@ def _write_digits(x: Any, digits: Any, sums: Any, lanes: Any, like: Any) -> Any:
 
 
 @njit
-def _multiply(codes: Any, digits: Any, sums: Any, steps: Any) -> None:
-    """One block's sums for all rows of digits."""
-    count, pitch = digits.shape
-    done = 0
-    while done + 8 <= count:
-        eight_dots(codes, digits[done:].ctypes.data, sums[done:].ctypes.data, pitch, steps)
-        done += 8
-    if done + 4 <= count:
-        four_dots(codes, digits[done:].ctypes.data, sums[done:].ctypes.data, pitch, steps)
-        done += 4
-    if done + 2 <= count:
-        two_dots(codes, digits[done:].ctypes.data, sums[done:].ctypes.data, pitch, steps)
-        done += 2
-    if done < count:
-        one_dots(codes, digits[done:].ctypes.data, sums[done:].ctypes.data, pitch, steps)
+def _some_dots(rows: Any, codes: Any, digits: Any, sums: Any, pitch: Any, steps: Any, ahead: Any, pace: Any) -> None:
+    """The sums of one block for at least so many rows of digits, at most `MOST`."""
+    if rows == 1:
+        one_dots(codes, digits, sums, pitch, steps, ahead, pace)
+    elif rows == 2:
+        two_dots(codes, digits, sums, pitch, steps, ahead, pace)
+    elif rows <= 4:
+        four_dots(codes, digits, sums, pitch, steps, ahead, pace)
+    elif rows <= 6:
+        six_dots(codes, digits, sums, pitch, steps, ahead, pace)
+    elif rows <= 8:
+        eight_dots(codes, digits, sums, pitch, steps, ahead, pace)
+    elif rows <= 10:
+        ten_dots(codes, digits, sums, pitch, steps, ahead, pace)
+    else:
+        twelve_dots(codes, digits, sums, pitch, steps, ahead, pace)
+
+
+@njit
+def _multiply(count: Any, codes: Any, digits: Any, sums: Any, steps: Any, ahead: Any) -> None:
+    """One block's sums for so many rows of digits; meanwhile the memory brings the block at `ahead`.
+
+    One that waits for the memory does not multiply: with many rows a block takes longer to multiply than to bring, so
+    what is asked for is spread over all of the time that this one takes.
+    """
+    groups = (count + MOST - 1) // MOST
+    each, pace, pitch = ((count + groups - 1) // groups + 1) // 2 * 2, NEXT // groups, digits.strides[0]
+    for group in range(groups):
+        top = group * each
+        some, place, found = min(each, count - top), digits[top:].ctypes.data, sums[top:].ctypes.data
+        _some_dots(some, codes, place, found, pitch, steps, ahead + group * steps * pace, pace)
 
 
 @njit
@@ -98,23 +128,23 @@ def multiply_digits_task(task: Any, active: Any) -> None:
     steps = (width + INPUTS - 1) // INPUTS
     pitch = (outputs + BLOCK - 1) // BLOCK * BLOCK * 4
     most = min(rows, CHUNK)
-    of_digits, of_sums = whole_lines(most * each * steps * INPUTS), whole_lines(most * each * BLOCK * 4)
+    lines = most * each + 1  # an odd number of them is multiplied with one more
+    of_digits, of_sums = whole_lines(lines * steps * INPUTS), whole_lines(lines * BLOCK * 4)
     of_rows = whole_lines(most * 4) + whole_lines(most * each * 4)
     memory = borrow(task, of_digits + of_sums + of_rows + whole_lines(each * LANES * 4) + BLOCK * 4)
     if memory == 0:
         return
     whole, one = np.int32(0), np.float32(0)
-    digits = carray(pointer(memory, np.int8(0)), (most * each, steps * INPUTS))
-    sums = carray(pointer(behind(digits), whole), (most * each, BLOCK))
+    digits = carray(pointer(memory, np.int8(0)), (lines, steps * INPUTS))
+    sums = carray(pointer(behind(digits), whole), (lines, BLOCK))
     row_scales = carray(pointer(behind(sums), one), most)
     row_sums = carray(pointer(behind(row_scales), whole), (most, each))
     lanes = carray(pointer(behind(row_sums), whole), (each, LANES))
     part_of_block = carray(pointer(behind(lanes), active), BLOCK)
     digits[:] = 0
     parts = (outputs + size - 1) // size
-    held = -1
+    held, part = -1, take(task)
     while True:
-        part = take(task)
         chunk, first = part // parts, part % parts * size
         start = chunk * CHUNK
         if start >= rows:
@@ -126,8 +156,13 @@ def multiply_digits_task(task: Any, active: Any) -> None:
                 own = digits[r * each : (r + 1) * each]
                 row_scales[r] = _write_digits(x[start + r], own, row_sums[r], lanes, active)
             held = chunk
-        for begin in range(first, min(outputs, first + size), BLOCK):
-            _multiply(all_codes + begin * steps * INPUTS, digits[: count * each], sums, steps)
+        end = min(outputs, first + size)
+        for begin in range(first, end, BLOCK):
+            codes, following = all_codes + begin * steps * INPUTS, begin + BLOCK
+            if following >= end:  # the next part is taken now, so that its codes are on their way
+                part = take(task)
+                following = part % parts * size if part // parts * CHUNK < rows else begin
+            _multiply(count * each, codes, digits, sums, steps, all_codes + following * steps * INPUTS)
             complete = outputs - begin >= BLOCK
             vectors = all_vectors + begin * 4
             for r in range(count):

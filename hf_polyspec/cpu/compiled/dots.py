@@ -17,12 +17,17 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from .vectors import LANES, WORDS, place, spread, words
+from .vectors import LANES, WORDS, place, prefetch, spread, words
 
 BLOCK = 2 * LANES
 """Outputs of a block: two registers of sums."""
 INPUTS = 4
 """Inputs that one sum takes at once."""
+
+MOST = 12 if LANES == 16 else 6
+"""Rows of digits that are multiplied at once; more sums than that do not fit into the registers."""
+NEXT = BLOCK * INPUTS
+"""Bytes of a step, and of the next block that one pass over a block asks for at each of its steps."""
 
 _WORD = ir.IntType(32)
 DOT = f"llvm.x86.avx512.vpdpbusd.{LANES * 32}"
@@ -48,15 +53,16 @@ def in_blocks(codes: Tensor) -> Tensor:
 
 def _dots(rows: int) -> Any:
     @intrinsic
-    def dots(_typing: Any, codes: Any, digits: Any, sums: Any, pitch: Any, steps: Any) -> Any:
+    def dots(_typing: Any, codes: Any, digits: Any, sums: Any, pitch: Any, steps: Any, ahead: Any, pace: Any) -> Any:
         """`sums[r, n] = sum over k of codes[n, k] * digits[r, k]` for one block of unsigned codes, signed digits.
 
         Addresses of the block, of the first digit and of the first of the sums (int32 `[rows, BLOCK]`); bytes from
-        one row of digits to the next; inputs divided by four.
+        one row of digits to the next; inputs divided by four; where lies what the memory may bring meanwhile, and
+        how many bytes of it at each step.
         """
 
         def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            codes, digits, sums, pitch, steps = arguments
+            codes, digits, sums, pitch, steps, ahead, pace = arguments
             dot = cgutils.get_or_insert_function(builder.module, ir.FunctionType(WORDS, [WORDS] * 3), DOT)
 
             def number(value: int) -> Any:
@@ -68,6 +74,9 @@ def _dots(rows: int) -> Any:
                 begin = builder.add(codes, builder.mul(step, number(BLOCK * INPUTS)))
                 halves = [builder.add(begin, number(half * LANES * 4)) for half in range(2)]
                 factors = [builder.load(place(builder, half, WORDS), align=4) for half in halves]
+                line = builder.add(ahead, builder.mul(step, pace))
+                prefetch(builder, line, 2)
+                prefetch(builder, builder.add(line, builder.lshr(pace, number(1))), 2)
                 for base, row in zip(begins, totals, strict=True):
                     address = builder.add(base, builder.mul(step, number(4)))
                     four = spread(builder, builder.load(place(builder, address, _WORD), align=1), WORDS)
@@ -79,9 +88,11 @@ def _dots(rows: int) -> Any:
                     builder.store(builder.load(total), place(builder, address, WORDS), align=4)
             return context.get_dummy_value()
 
-        return types.void(*(types.int64,) * 5), generate
+        return types.void(*(types.int64,) * 7), generate
 
     return dots
 
 
-one_dots, two_dots, four_dots, eight_dots = (_dots(rows) for rows in (1, 2, 4, 8))
+one_dots, two_dots, four_dots, six_dots, eight_dots, ten_dots, twelve_dots = (
+    _dots(rows) for rows in (1, 2, 4, 6, 8, 10, 12)
+)

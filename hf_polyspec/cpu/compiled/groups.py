@@ -38,7 +38,7 @@ _REACH = 127 * 256 + 127
 @njit
 def _write_row(x: Any, digits: Any, shifts: Any, lanes: Any, group: Any, like: Any) -> Any:
     """One row as whole numbers of two digits, and their sum in each group; the scale that undoes it."""
-    largest = largest_magnitude(x)
+    largest = largest_magnitude(x, like)
     if not largest < np.float32(np.inf):  # infinite or not a number: no number comes of it, as in torch
         digits[:], shifts[:] = 0, 0
         return np.float32(np.nan)

@@ -14,21 +14,12 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .vectors import FLOATS, LANES, load, place, spread, store_some, totals
+from .vectors import FLOATS, LANES, load, place, prefetch, spread, store_some, totals
 
 OUTPUTS = 4 if LANES == 16 else 2
 """Outputs of a tile: with half as many registers, half as many."""
 ROWS = 4
 """Rows of a tile."""
-
-
-def _prefetch(builder: Any, address: Any) -> None:
-    """Ask for a line of memory; addresses that do not exist do no harm."""
-    line, word = ir.IntType(8).as_pointer(), ir.IntType(32)
-    kind = ir.FunctionType(ir.VoidType(), [line, word, word, word])
-    prefetch = builder.module.declare_intrinsic("llvm.prefetch", (line,), kind)
-    read, keep, data = ir.Constant(word, 0), ir.Constant(word, 3), ir.Constant(word, 1)
-    builder.call(prefetch, [builder.inttoptr(address, line), read, keep, data])
 
 
 def _tile(rows: int) -> Any:
@@ -61,7 +52,7 @@ def _tile(rows: int) -> Any:
                 weights = [load(builder, stored, builder.add(base, builder.mul(index, size))) for base in inputs]
                 for base in inputs:  # the memory brings the next tile while this one is computed
                     ahead = builder.add(row(base, OUTPUTS, width, size), builder.mul(index, size))
-                    _prefetch(builder, ahead)
+                    prefetch(builder, ahead)
                 for r, base in enumerate(active):
                     numbers = load(builder, types.float32, builder.add(base, builder.mul(index, four)))
                     for n, factors in enumerate(weights):

@@ -35,6 +35,15 @@ def place(builder: Any, address: Any, kind: Any) -> Any:
     return builder.inttoptr(address, kind.as_pointer())
 
 
+def prefetch(builder: Any, address: Any, nearness: int = 3) -> None:
+    """Ask for a line of memory, into the nearest cache (3) or the second (2); what does not exist does no harm."""
+    line, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [line, word, word, word])
+    ask = builder.module.declare_intrinsic("llvm.prefetch", (line,), kind)
+    read, keep, data = ir.Constant(word, 0), ir.Constant(word, nearness), ir.Constant(word, 1)
+    builder.call(ask, [builder.inttoptr(address, line), read, keep, data])
+
+
 def load(builder: Any, stored: Any, address: Any) -> Any:
     """`LANES` numbers of memory as float32."""
     item = {types.float32: ir.FloatType(), types.int8: ir.IntType(8)}.get(stored, ir.IntType(16))

@@ -62,6 +62,30 @@ def test_numbers_of_rows(rows: int, dtype: torch.dtype, each: int) -> None:
     torch.testing.assert_close(y.double(), _wanted(x, *parts, each), **room)
 
 
+def _bits_wanted(x: Tensor, parts: tuple[Tensor, Tensor, Tensor, Tensor], each: int) -> Tensor:
+    """The product as it is rounded: exact sums of each digit, and then steps of float32 in their order."""
+    codes, zeros, scales, bias = parts
+    largest, reach = x.float().abs().amax(-1, keepdim=True), torch.tensor(float(REACH[each]))
+    whole = (x.float() * (reach / largest)).round().long()
+    high = (whole + 128) >> 8
+    steps = [whole] if each == 1 else [high, whole - 256 * high]
+    sums = [(digit @ (codes.long() - zeros.long()[:, None]).T).float() for digit in steps]
+    total = sums[0] if each == 1 else 256 * sums[0] + sums[1]
+    return (total * (scales * (largest / reach)) + bias).to(x.dtype)
+
+
+@needs_dots
+@pytest.mark.parametrize("each", [1, 2])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_every_bit_is_what_the_definition_says(dtype: torch.dtype, each: int) -> None:
+    """However many rows are multiplied at once: all sizes of tiles, of one, several and many of them."""
+    parts = _matrix(2 * BLOCK + 3, 5 * LANES + 3)
+    x = _x(CHUNK + 8, 5 * LANES + 3, dtype)
+    product, wanted = DigitProduct(*parts, each), _bits_wanted(x, parts, each)
+    for rows in range(1, len(x) + 1):
+        assert torch.equal(product(x[:rows]), wanted[:rows])
+
+
 @needs_dots
 @pytest.mark.parametrize("each", [1, 2])
 @pytest.mark.parametrize(("outputs", "width"), SIZES)

@@ -52,12 +52,16 @@ def test_every_form_is_timed_at_every_size(
     kinds = [type(model.model.layers[0].mlp.up_proj) for model in models]
     assert kinds == [nn.Linear, nn.Linear, Int8Linear, Int8Linear, Int4Linear]
     assert models[3].model.layers[0].mlp.up_proj.activation_bits == 8
-    written = json.loads(file.read_text())["milliseconds"]
-    assert list(written) == FORMS
+    kept = json.loads(file.read_text())
+    written, shares = kept["milliseconds"], kept["shares"]
+    assert list(written) == list(shares) == FORMS
     for i, form in enumerate(FORMS):
         assert written[form] == [1000 * statistics.median(of_size[i]) for of_size in times]
         assert all(len(of_size[i]) == 3 and min(of_size[i]) > 0 for of_size in times)
-    assert "6 tokens" in capsys.readouterr().out
+        assert shares[form] == [statistics.median(a / b for a, b in zip(of[i], of[0], strict=True)) for of in times]
+    shown = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith(FORMS[1]))
+    numbers = (f"{time:.1f} {share:.2f}" for time, share in zip(written[FORMS[1]], shares[FORMS[1]], strict=True))
+    assert shown.split()[1:] == " ".join(numbers).split()
 
 
 @pytest.mark.parametrize(
