@@ -87,7 +87,7 @@ class RowLaws(LawMaker):
         device: where laws live.
         noise: of all rows, None where levels draw by themselves.
         keeps_scores: whether somebody wants the scores of what is emitted.
-        failures: see below; that of the law maker above.
+        failures: see below; those that there are already.
 
     Attributes:
         failures: by name of a row, what its processors raised: nothing more is to be emitted for it.
@@ -189,10 +189,9 @@ class RowLaws(LawMaker):
         return self._each(weights.new_zeros(len(weights), dtype=torch.long), of)
 
     def fork(self, batch: int) -> LawMaker:
-        if not any(law.in_order for law in self.laws):
-            return self
+        # What fails in a draft is no failure of the text: the row drafts without it, or no more, and is judged as ever.
         forks = [law.fork(1) for law in self.laws]
-        return RowLaws(forks, self.places, self.device, self.noise, failures=self.failures)
+        return RowLaws(forks, self.places, self.device, self.noise, failures=dict(self.failures))
 
     def settle(self) -> None:
         for law in self.laws:
