@@ -10,20 +10,26 @@ from unittest import mock
 
 from hf_polyspec.exactness.context import Context
 from hf_polyspec.exactness.passes import Pass
+from hf_polyspec.host.ragged import RaggedRunner
 from hf_polyspec.host.runner import ModelRunner
 
 
 @contextmanager
 def watched_passes(look: Callable[[ModelRunner, Context, list[list[int]]], None]) -> Iterator[None]:
     """Calls `look(runner, context, drafts)` after every forward pass over chains."""
-    original = ModelRunner.run
 
-    def run(self: ModelRunner, context: Context, drafts: list[list[int]], *args: Any, **kwargs: Any) -> Pass:
-        result = original(self, context, drafts, *args, **kwargs)
-        look(self, context, drafts)
-        return result
+    def watched(original: Callable[..., Pass]) -> Callable[..., Pass]:
+        def run(self: ModelRunner, context: Context, drafts: list[list[int]], *args: Any, **kwargs: Any) -> Pass:
+            result = original(self, context, drafts, *args, **kwargs)
+            look(self, context, drafts)
+            return result
 
-    with mock.patch.object(ModelRunner, "run", run):
+        return run
+
+    with (
+        mock.patch.object(ModelRunner, "run", watched(ModelRunner.run)),
+        mock.patch.object(RaggedRunner, "run", watched(RaggedRunner.run)),
+    ):
         yield
 
 
@@ -39,8 +45,16 @@ def watched_caches() -> Iterator[list[int]]:
     def look(runner: ModelRunner, context: Context, drafts: list[list[int]]) -> None:
         if not runner.use_cache:
             return
-        asked = [ids + draft for ids, draft in zip(runner._own_view(context).ids, drafts, strict=True)]
         held = runner.memo
+        if isinstance(runner, RaggedRunner):  # rows that nothing was asked of were left as they were
+            wholes = [ids + draft for ids, draft in zip(runner.own(context), drafts, strict=True)]
+            assert all(whole[: len(row)] == row for whole, row in zip(wholes, held, strict=True))
+            assert wholes[0] == held[0] or wholes[-1] == held[-1] or wholes[1] == held[1]
+            for layer in runner.plain_cache().layers:
+                assert layer.get_seq_length() == max(len(ids) for ids in held)
+            lengths.append(max(len(ids) for ids in held))
+            return
+        asked = [ids + draft for ids, draft in zip(runner._own_view(context).ids, drafts, strict=True)]
         if runner.cache.floor:  # a row may have been filled up behind its own columns
             held = [row[: len(ids)] for row, ids in zip(held, asked, strict=True)]
         assert held == asked

@@ -11,15 +11,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_polyspec.cpu.block_parts import BlockParts, matters, plain_turns, readable_mask, readable_turns
 from hf_polyspec.cpu.block_products import block_products, block_shape, joint_output, new_states
 from hf_polyspec.cpu.compiled import computes, left_to_torch
-from hf_polyspec.cpu.fused_stack import Link, Plan, follow_trail, leave_trail, stack_output, waiting_output
+from hf_polyspec.cpu.fused_stack import Link, Past, Plan, follow_trail, leave_trail, stack_output, waiting_output
+from hf_polyspec.cpu.own_rows import apart_of, takes_rows
 from hf_polyspec.host.attention import plain_sdpa
 from hf_polyspec.host.cache import RollbackCache
+from hf_polyspec.host.ragged_cache import RaggedCache
 from hf_polyspec.host.release import named_cache, parameters_of
+from hf_polyspec.host.spans import pass_under_way
 
 if TYPE_CHECKING:
     from hf_polyspec.cpu.compiled.whole_block import BlockProducts
@@ -78,7 +82,7 @@ class FusedBlock:
 
         # One task would be one bar in a profile; the steps show what the time goes to.
         one_task = not (self._left_to_torch(x) or profiling())
-        if one_task and type(past) is RollbackCache and self._writes_into(past, x, mask):
+        if one_task and type(past) in (RollbackCache, RaggedCache) and self._writes_into(past, x, mask):
             follow_trail(self, x, mask, past, turns)
             found = stack_output(self, x, mask, past, turns)
             if found is not None:
@@ -95,9 +99,11 @@ class FusedBlock:
         rows = x.shape[0] * x.shape[1]
         return left_to_torch(rows, x.dtype) and block_products(self.parts, x.dtype, rows) is None
 
-    def _writes_into(self, past: RollbackCache, x: Tensor, mask: Tensor | None) -> bool:
+    def _writes_into(self, past: Past, x: Tensor, mask: Tensor | None) -> bool:
         """Whether the cache holds what this block would write, and the mask covers all of it."""
         index = self.parts.attention.layer_idx
+        if isinstance(past, RaggedCache):
+            return takes_rows(past, index, new_states(block_shape(self.parts), x), x, mask)
         seen = past.get_seq_length(index)
         if seen:
             layer: Any = past.layers[index]
@@ -106,14 +112,15 @@ class FusedBlock:
         return mask is None or mask.shape[3] == seen + x.shape[1]
 
     def _at_once(
-        self, x: Tensor, mask: Tensor | None, past: RollbackCache, turns: tuple[Tensor, Tensor], products: BlockProducts
+        self, x: Tensor, mask: Tensor | None, past: Past, turns: tuple[Tensor, Tensor], products: BlockProducts
     ) -> Tensor:
         from hf_polyspec.cpu.compiled.attention import plain_mask
         from hf_polyspec.cpu.compiled.whole_block import whole_block
 
         shape = block_shape(self.parts)
         room = past.extend(self.parts.attention.layer_idx, new_states(shape, x), x)
-        return whole_block(x, products, shape, turns, None if mask is None else plain_mask(mask), room)
+        apart = apart_of(past, shape.heads // shape.shared)
+        return whole_block(x, products, shape, turns, None if mask is None else plain_mask(mask), room, apart)
 
     def _in_steps(self, x: Tensor, mask: Tensor | None, past: Any, turns: tuple[Tensor, Tensor]) -> Tensor:
         from hf_polyspec.cpu.compiled.blocks import gated, rms_norm, rotate
@@ -139,6 +146,10 @@ class FusedBlock:
 def _attention(module: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     from hf_polyspec.cpu.compiled.attention import attend, readable
 
+    under_way = pass_under_way()
+    if under_way is not None:  # over columns of several rows, each of which has a region of keys and values
+        parts = under_way.rows(queries, keys, values, mask)
+        return torch.cat([attend(q.contiguous(), k, v, own, module.scaling) for q, k, v, own in parts], dim=1)
     alike = keys.dtype is queries.dtype and values.stride() == keys.stride() and values.shape == keys.shape
     if alike and readable(keys) and (mask is None or mask.shape[3] == keys.shape[2]):
         return attend(queries, keys, values, mask, module.scaling)

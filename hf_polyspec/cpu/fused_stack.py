@@ -22,13 +22,16 @@ from hf_polyspec.cpu.block_parts import BlockParts, plain_turns
 from hf_polyspec.cpu.block_products import block_products, block_shape, new_states
 from hf_polyspec.cpu.compiled.places import held
 from hf_polyspec.cpu.joint_product import change_count
+from hf_polyspec.cpu.own_rows import apart_of
 from hf_polyspec.host.cache import RollbackCache, RollbackLayer
+from hf_polyspec.host.ragged_cache import RaggedCache, RaggedLayer
 
 if TYPE_CHECKING:
-    from hf_polyspec.cpu.compiled.whole_block import BlockProducts, BlockShape
+    from hf_polyspec.cpu.compiled.whole_block import Apart, BlockProducts, BlockShape
     from hf_polyspec.cpu.compiled.whole_stack import Room, StackTask
 
 Turns = tuple[Tensor, Tensor]
+Past = RollbackCache | RaggedCache
 _PATIENCE = 64
 _ROWS = 128
 """More than so many rows are computed block by block: there the memory in between is large, and Python's part small."""
@@ -102,7 +105,9 @@ class Plan:
         ]
         self._own = local()  # a task and its memory belong to one thread
 
-    def run(self, x: Tensor, turns: Turns, mask: Tensor | None, rooms: Sequence[Room]) -> StackTask:
+    def run(
+        self, x: Tensor, turns: Turns, mask: Tensor | None, rooms: Sequence[Room], apart: Apart | None
+    ) -> StackTask:
         """Compute the blocks, see `StackTask`."""
         from hf_polyspec.cpu.compiled.whole_stack import StackTask
 
@@ -113,14 +118,14 @@ class Plan:
             if sum(map(_rows, (x, *(kept.outputs[0] for kept in tasks.values())))) > _ROWS_KEPT:
                 tasks.clear()
             task = tasks[key] = StackTask(x, self._matrices, turns, mask, rooms)
-        task.run(x, turns, mask, rooms)
+        task.run(x, turns, mask, rooms, apart)
         return task
 
 
 class _Waiting:
     """Outputs of blocks that have been computed and not been asked for, and how they will be asked for."""
 
-    def __init__(self, plan: Plan, task: StackTask, past: RollbackCache, mask: Tensor | None, turns: Turns) -> None:
+    def __init__(self, plan: Plan, task: StackTask, past: Past, mask: Tensor | None, turns: Turns) -> None:
         self._plan, self._outputs = plan, task.outputs
         self._past, self._mask, self._turns = ref(past), mask, turns
         self._counts = _counts(mask, turns)
@@ -148,7 +153,7 @@ class _Waiting:
             and self._counts == _counts(mask, self._turns)
         )
 
-    def give(self, past: RollbackCache) -> Tensor | None:
+    def give(self, past: Past) -> Tensor | None:
         """The next block's output `[B, F, H]`; None if its part of the cache has changed since it was computed."""
         layer: Any = past.layers[self._plan.blocks[self._next].parts.attention.layer_idx]
         if not layer.claim(self._fed):
@@ -170,7 +175,7 @@ class _Waiting:
 class _Trail:
     """What the block computed last gave, and how it was called."""
 
-    def __init__(self, block: Block, given: Tensor, mask: Tensor | None, past: RollbackCache, turns: Turns) -> None:
+    def __init__(self, block: Block, given: Tensor, mask: Tensor | None, past: Past, turns: Turns) -> None:
         self._block, self._given, self._past = ref(block), ref(given), ref(past)
         self._mask, self._turns = mask, turns
 
@@ -216,19 +221,19 @@ def waiting_output(block: Block, x: Tensor, mask: Tensor | None, past: Any, turn
     return found
 
 
-def leave_trail(block: Block, given: Tensor, mask: Tensor | None, past: RollbackCache, turns: Turns) -> None:
+def leave_trail(block: Block, given: Tensor, mask: Tensor | None, past: Past, turns: Turns) -> None:
     """Remember how a block was called that computed by itself, so that the next one is recognised."""
     _own.trail = _Trail(block, given, mask, past, turns)
 
 
-def follow_trail(block: Block, x: Tensor, mask: Tensor | None, past: RollbackCache, turns: Turns) -> None:
+def follow_trail(block: Block, x: Tensor, mask: Tensor | None, past: Past, turns: Turns) -> None:
     """Let the block computed last know that this one follows, if it does."""
     trail, _own.trail = _own.trail, None
     if trail is not None:
         trail.meet(block, x, mask, past, turns)
 
 
-def stack_output(block: Block, x: Tensor, mask: Tensor | None, past: RollbackCache, turns: Turns) -> Tensor | None:
+def stack_output(block: Block, x: Tensor, mask: Tensor | None, past: Past, turns: Turns) -> Tensor | None:
     """The output of a block, computed together with those of the blocks that follow, which wait from now on.
 
     Args:
@@ -249,14 +254,16 @@ def stack_output(block: Block, x: Tensor, mask: Tensor | None, past: RollbackCac
         return None
     layers: list[Any] = [past.layers[member.parts.attention.layer_idx] for member in plan.blocks]
     rooms = [layer.reserve(new, x) for layer in layers]
-    task = plan.run(x, plain_turns(turns, x), None if mask is None else plain_mask(mask), rooms)
+    shape = block_shape(block.parts)
+    apart = apart_of(past, shape.heads // shape.shared)
+    task = plan.run(x, plain_turns(turns, x), None if mask is None else plain_mask(mask), rooms, apart)
     waiting = _Waiting(plan, task, past, mask, turns)
     found = waiting.give(past)
     _own.waiting = waiting
     return found
 
 
-def _chain(block: Block, past: RollbackCache, new: tuple[int, int, int, int], x: Tensor) -> Iterator[Block]:
+def _chain(block: Block, past: Past, new: tuple[int, int, int, int], x: Tensor) -> Iterator[Block]:
     """A block and those that follow, as far as the cache holds as much for them as for the first.
 
     A cache knows how deep its model is, when two models share layers.
@@ -265,8 +272,8 @@ def _chain(block: Block, past: RollbackCache, new: tuple[int, int, int, int], x:
     following: Block | None = block
     while following is not None:
         index = following.parts.attention.layer_idx
-        layer = past.layers[index] if index < held else None
-        if type(layer) is not RollbackLayer or not layer.holds(new, x):
+        layer: Any = past.layers[index] if index < held else None
+        if type(layer) not in (RollbackLayer, RaggedLayer) or not layer.holds(new, x):
             return
         first = layer.get_seq_length() if first < 0 else first
         if layer.get_seq_length() != first:

@@ -23,6 +23,7 @@ from transformers import LogitsProcessor
 
 from .context import Context
 from .forks import AllowedTokens, Lent, duplicate
+from .id_rows import IdRows
 from .noise import Noise
 from .processors import DraftVocabularyProcessor
 from .randomness import Randomness, TorchRandomness
@@ -102,6 +103,7 @@ class LawMaker:
         self.left_out: dict[str, str] = {}
         self._parent: LawMaker | None = None
         self._lent: list[Lent] = []
+        self._texts = IdRows()
         self.in_order = any(type(p) not in STATELESS for p in self.processors)
         first_pointwise = len(self.processors)
         while first_pointwise and type(self.processors[first_pointwise - 1]) in POINTWISE:
@@ -343,8 +345,10 @@ class LawMaker:
         for b, start in enumerate(lengths):
             for i in range(len(drafts[b]) + 1):
                 groups.setdefault(start + i, []).append((b, i))
+        whole = self._texts.of(rows, logits.device)
         for length, members in sorted(groups.items()):  # a function may know a text only from its beginning
-            ids = torch.tensor([_cut(row, length) for row in rows], dtype=torch.long, device=logits.device)
+            # Its own, since a function may keep what it is given; what is behind the end of a row nobody looks at.
+            ids = whole[:, :length].clone()
             scores = torch.zeros(len(rows), logits.shape[2], dtype=logits.dtype, device=logits.device)
             for b, i in members:
                 scores[b] = logits[b, i]
@@ -374,8 +378,3 @@ def fit_vocabulary(logits: torch.Tensor, size: int) -> torch.Tensor:
 
 def _name(processor: LogitsProcessor) -> str:
     return f"{type(processor).__module__}.{type(processor).__qualname__}"
-
-
-def _cut(row: list[int], length: int) -> list[int]:
-    """Exactly `length` ids; filling is only ever seen in rows whose result is not used."""
-    return row[:length] + [0] * (length - len(row))

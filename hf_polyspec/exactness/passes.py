@@ -34,3 +34,8 @@ class Pass:
     def fed_of(self, row: int) -> int:
         """Columns that were fed for a row."""
         return self.fed if self.counts is None else self.counts[row]
+
+    @property
+    def columns(self) -> int:
+        """Columns that were computed for a row, on average and rounded up."""
+        return self.fed if self.counts is None else -(-sum(self.counts) // max(1, len(self.counts)))

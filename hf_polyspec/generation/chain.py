@@ -42,14 +42,14 @@ class Setting:
     """What all levels of one chain share.
 
     Attributes:
-        options: the caller's.
-        device: where laws are compared; the device of the caller's ids.
+        options: the caller's; device: where laws are compared, that of the caller's ids.
         eos: ids that end a text; pad: id that finished rows go on with.
         batch: number of rows.
         embedded: width H of the prompt's embeddings if it came as embeddings, else 0.
         extras: what else the target is given.
         vocabularies: for every assistant the two it stands between, None where there is one; empty where all share one.
         joins: whether rows join while others run; there are none at first, and at most `batch`.
+        own_rows: whether rows may each have their own columns, by what the caller gave.
     """
 
     options: PolySpecOptions
@@ -61,6 +61,7 @@ class Setting:
     extras: Extras = field(default_factory=Extras)
     vocabularies: Sequence[Vocabularies | None] = ()
     joins: bool = False
+    own_rows: bool = False
 
     def vocabularies_of(self, place: int) -> Vocabularies | None:
         """What stands between the target and an assistant with another tokenizer."""
@@ -180,13 +181,14 @@ def build_chain(target: Any, assistants: Sequence[Any], setting: Setting, runner
 def _lend(chain: Verifier) -> None:
     """Let levels that are copies of the target take its keys and values."""
     target = chain.runner
-    # Nothing is lent where somebody wants to see how the prompt is read, or rows must not be moved.
+    # Not where somebody wants to see how the prompt is read, or rows must not be moved.
     if not target.use_cache or target.record or target.in_step:
         return
     for level in levels_of(chain)[1:]:
         if (
             isinstance(level, (Verifier, CausalLMDrafter))
             and level.runner.cuts
+            and level.runner.own_rows is target.own_rows
             and is_copy(level.runner.model, target.model)
         ):
             level.runner.lender = target
@@ -320,6 +322,7 @@ def _runner(assistant: Any, place: int, setting: Setting, target: Any) -> ModelR
         reads_embeds=bool(setting.embedded) and hidden == setting.embedded and vocabularies is None,
         replace_unknown_ids=True,
         extras=None if target is None or vocabularies is not None else setting.extras.for_level(assistant, target),
+        rows=setting.batch if setting.own_rows and not setting.joins and vocabularies is None else 1,
     )
     serve(runner, 1 if setting.joins else setting.batch)
     return runner if vocabularies is None else TranslatedRunner(runner, vocabularies)

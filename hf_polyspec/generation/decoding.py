@@ -22,6 +22,7 @@ from ..host.forwarding import Extras
 from ..host.generation import GenerateDecoderOnlyOutput, decoder_output, is_callers, pad_id
 from ..host.manners import runner_for
 from ..host.modeling import Cache
+from ..host.own_rows import plainly_padded
 from ..host.plain_cache import PlainCache
 from ..host.release import cache_names, cache_of
 from ..host.rope import gate
@@ -245,6 +246,7 @@ class _Job:
             reads_embeds=True,
             extras=self.extras,
             kept=1,
+            rows=self.context.batch if self._rows_are_own(record) else 1,
         )
         if self.use_cache and self.user_cache is not None and tokens_held(self.user_cache) > 0:
             copy, self.cached = read_cache(self.user_cache, self.model)
@@ -260,6 +262,7 @@ class _Job:
             0 if embeds is None else embeds.shape[2],
             self.extras,
             self.vocabularies,
+            own_rows=self._rows_are_own(record),
         )
         return build_chain(self.model, assistants, setting, runner)
 
@@ -359,6 +362,11 @@ class _Job:
         chunk = self.config.prefill_chunk_size or columns
         return [min(chunk, columns - start) for start in range(0, columns, chunk)]
 
+    def _rows_are_own(self, record: dict[str, Any]) -> bool:
+        """Whether rows may each have their own columns, as far as what the caller gave goes."""
+        held = self.user_cache is not None and tokens_held(self.user_cache) > 0
+        return self.use_cache and not (record or held or self.extras.any) and plainly_padded(self.context.prompt)
+
     def _padding(self) -> int:
         """Fewest columns of left padding in any row."""
         mask = self.context.prompt.mask
@@ -377,4 +385,4 @@ class _Job:
         front = [ids[:hidden] for ids in self.context.ids]
         final = Context([f + row[:-1] for f, row in zip(front, rows, strict=True)], self.context.prompt)
         chain.runner.settle(final, chain.stats)
-        write_cache(chain.runner.cache, self.user_cache, self.cached)
+        write_cache(chain.runner.plain_cache(), self.user_cache, self.cached)

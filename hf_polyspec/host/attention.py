@@ -16,12 +16,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 __all__ = [
     "ACT2FN",
     "ROPE_INIT_FUNCTIONS",
+    "ROWS_APART",
     "attention_name",
     "dynamic_rope_update",
     "plain_sdpa",
     "register_attention",
     "sdpa_attention_forward",
 ]
+
+ROWS_APART = "polyspec_rows"
+"""What models call their attention during a pass over rows of their own, see `spans`; outside of one it is sdpa."""
 
 
 def register_attention(name: str, function: Callable[..., Any]) -> None:
@@ -38,4 +42,5 @@ def plain_sdpa() -> Callable[..., Any]:
 
 def attention_name(config: Any) -> str:
     """Which attention function a model's config has chosen; eager where it chose none."""
-    return getattr(config, "_attn_implementation", None) or "eager"
+    name = getattr(config, "_attn_implementation", None) or "eager"
+    return "sdpa" if name == ROWS_APART else name  # a pass is under way, perhaps in another thread

@@ -18,4 +18,5 @@ def joining_runner(model: Any, name: str, device: torch.device | None = None, **
     Args:
         model, name, device, options: as for `runner_for`.
     """
+    options.pop("rows", None)
     return SeparateRunner(runner_for, model, name, device, **options)

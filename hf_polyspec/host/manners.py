@@ -12,6 +12,8 @@ from transformers.cache_utils import DynamicCache
 
 from ..exactness.context import Context, Prompt
 from ..telemetry.counters import LevelStats
+from .own_rows import rows_apart
+from .ragged import RaggedRunner
 from .recurrent import RecurrentRunner
 from .release import forward_arguments, inner_model, input_device, with_cache
 from .runner import ModelRunner
@@ -46,14 +48,17 @@ def runner_for(model: Any, name: str, device: torch.device | None = None, **opti
 
     Args:
         model, name, device, options: see `ModelRunner`.
-        options: may hold `kept`, see `RecurrentRunner`.
+        options: may hold `kept`, see `RecurrentRunner`, and `rows`, the number of rows that may each have their own
+            columns (with plain prompts, a cache, and nothing recorded), 1 for none.
 
     Raises:
         ValueError: a target that keeps a state is given forward arguments that only its first pass, or some tokens of
             it, would see.
     """
-    kept = options.pop("kept", None)
+    kept, rows = options.pop("kept", None), options.pop("rows", 1)
     manner = manner_of(model)
+    if manner is Manner.ATTENTION and rows > 1 and rows_apart(model):
+        return RaggedRunner(model, name, device, rows=rows, **options)
     if manner is Manner.ATTENTION:
         return ModelRunner(model, name, device, **options)
     if kept is not None:

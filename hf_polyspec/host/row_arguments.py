@@ -39,6 +39,11 @@ class RowArguments:
             if names:
                 self._named.append((module, names))
 
+    @property
+    def any(self) -> bool:
+        """Whether there are any."""
+        return bool(self._named)
+
     @contextmanager
     def of(self, rows: list[int] | None, grown: list[int]) -> Iterator[None]:
         """During a pass, the modules are given the entries of the rows that are in it.

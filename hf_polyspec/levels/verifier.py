@@ -133,7 +133,7 @@ class Verifier(Drafter):
         emission = self._judged(context, proposal, active, law)
         self.below.watch(emission.passed)
         self.source.observe(*_as_counted(emission.counted))
-        self._tell(rooms, emission.drafted, emission.counted, [], emission.passed.fed, began, offered)
+        self._tell(rooms, emission.drafted, emission.counted, [], emission.passed.columns, began, offered)
         return emission
 
     def _judged(self, context: Context, proposal: Proposal, active: list[bool], law: LawMaker) -> Emission:
@@ -221,7 +221,7 @@ class Verifier(Drafter):
         self.below.watch(passed)
         inside = [path[: row.accepted] for path, row in zip(judgement.paths, counted, strict=True)]
         self.source.observe_tree(tree, inside)
-        self._tell(rooms, drafted, counted, [len(row) for row in tree.tokens], passed.fed, began, offered)
+        self._tell(rooms, drafted, counted, [len(row) for row in tree.tokens], passed.columns, began, offered)
         origins = [
             [*(of_row[node] for node in path), self.index] if alive else []
             for of_row, path, alive in zip(tree.origins, judgement.paths, active, strict=True)

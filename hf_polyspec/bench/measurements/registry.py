@@ -25,6 +25,7 @@ class Measurement:
 
 MEASUREMENTS = {
     "architectures": Measurement(f"{_ROOM}.architectures", "What becomes of every class of transformers as a target."),
+    "batches": Measurement(f"{_ROOM}.batches", "Batches of prompts of unequal length, beside padded rows."),
     "draft-vocabulary": Measurement(f"{_ROOM}.draft_vocabulary", "How many lm_head rows an EAGLE head should score."),
     "head-acceptance": Measurement(f"{_ROOM}.head_acceptance", "What a head's guesses are worth under its target."),
     "head-cost": Measurement(f"{_ROOM}.head_cost", "What a draft step of a head costs beside a target step."),

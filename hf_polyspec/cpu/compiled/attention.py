@@ -8,7 +8,7 @@ columns add zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 from weakref import ref
@@ -38,7 +38,7 @@ from .tasks import (
 from .tiles import OUTPUTS, ROWS, four_means, four_rows, one_mean
 from .vectors import LANES
 
-NO_MASK, ALLOWED, ADDED, CAUSAL = range(4)
+NO_MASK, ALLOWED, ADDED, CAUSAL, APART = range(5)
 POSITIONS = 32
 """Positions of a part."""
 
@@ -134,8 +134,65 @@ def _hide(scores: Any, kind: Any, allowed: Any, added: Any, first: Any) -> None:
 
 
 @njit(fastmath={"contract"})
+def _attend_apart(task: Any, like: Any) -> None:
+    """Some positions of one row of the batch, under all heads that read the same keys, are one part of the task.
+
+    Each of those heads and positions is a row of the tiles, so that a row of the batch with one new position fills
+    them too, and its keys and values are read once.
+    """
+    numbers = carray(pointer(task, np.int64(0)), 17)
+    heads, shared, fed, most, size, pitch = numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], numbers[7]
+    jobs, longest, scale, group = numbers[9], numbers[10], number(task, 11), numbers[2] // numbers[3]
+    all_queries = carray(pointer(numbers[12], like), (heads, fed, size))
+    all_keys = carray(pointer(numbers[13], like), (shared, pitch, size))
+    all_values = carray(pointer(numbers[14], like), (shared, pitch, size))
+    table = carray(pointer(numbers[15], np.int64(0)), (jobs, 4))
+    out = carray(pointer(numbers[16], like), (fed, heads, size))
+    padded = (most * group + ROWS - 1) // ROWS * ROWS
+    all_columns, one = (longest + LANES - 1) // LANES * LANES, np.float32(0)
+    of_queries, of_scores = whole_lines(padded * size * 4), whole_lines(padded * all_columns * 4)
+    memory = borrow(task, 2 * of_queries + of_scores + whole_lines(padded * 4) + whole_lines(OUTPUTS * size * 4))
+    if memory == 0:
+        return
+    queries = carray(pointer(memory, one), (padded, size))
+    scores = carray(pointer(behind(queries), one), (padded, all_columns))
+    sums = carray(pointer(behind(scores), one), (padded, size))
+    totals = carray(pointer(behind(sums), one), padded)
+    few = carray(pointer(behind(totals), like), (OUTPUTS, size))
+    queries[:] = 0
+    while True:
+        part = take(task)
+        if part >= jobs * shared:
+            release(memory)
+            return
+        job, h = part // shared, part % shared
+        first, count, base, columns = table[job, 0], table[job, 1], table[job, 2], table[job, 3]
+        keys, values = all_keys[h, base : base + columns], all_values[h, base : base + columns]
+        for g in range(group):
+            for f in range(count):
+                for d in range(size):
+                    queries[g * count + f, d] = widen(all_queries[h * group + g, first + f, d]) * scale
+        rows = group * count
+        tiles = (rows + ROWS - 1) // ROWS * ROWS
+        _scores(queries[:tiles], keys, scores, few, like)
+        wide = (columns + LANES - 1) // LANES * LANES
+        for r in range(rows):
+            seen = columns - count + r % count + 1
+            scores[r, seen:columns] = np.float32(-np.inf)
+            totals[r] = _weigh(scores[r, :wide], columns)
+        _means(scores[:tiles], values, sums, like)
+        for r in range(rows):
+            g, f = r // count, r % count
+            for d in range(size):
+                out[first + f, h * group + g, d] = narrow(sums[r, d] / totals[r], like)
+
+
+@njit(fastmath={"contract"})
 def attend_task(task: Any, like: Any) -> None:
     numbers = carray(pointer(task, np.int64(0)), 17)
+    if numbers[8] == APART:
+        _attend_apart(task, like)
+        return
     batch, heads, shared, fed, seen, size = numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6]
     pitch, kind, mask_rows, mask_pitch = numbers[7], numbers[8], numbers[9], numbers[10]
     scale = number(task, 11)
@@ -208,6 +265,23 @@ def readable(states: Tensor) -> bool:
     return ordered and capacity >= states.shape[2]
 
 
+def jobs_apart(spans: Sequence[tuple[int, int, int, int]], group: int) -> Tensor:
+    """The table of parts for rows that each have a region of keys and values: `[parts, 4]`, the longest first.
+
+    Args:
+        spans: Of each row, its first position in the pass, how many there are, where its region begins, and the columns
+            that the last of its positions sees, each of the others one less than the next.
+        group: Query heads that read the same keys.
+    """
+    most = max(1, POSITIONS // group)
+    parts = [
+        (first + start, min(most, count - start), base, columns - count + min(count, start + most))
+        for first, count, base, columns in spans
+        for start in range(0, count, most)
+    ]
+    return torch.tensor(sorted(parts, key=lambda part: -part[3]), dtype=torch.int64)
+
+
 # The last mask that had to be converted, by its object and torch's count of changes: all layers of a pass are given
 # the same one.
 _converted: tuple[ref[Tensor], int, Tensor] | None = None
@@ -227,7 +301,12 @@ def plain_mask(mask: Tensor) -> Tensor:
 
 
 def attend_numbers(
-    sizes: tuple[int, int, int, int, int, int], pitch: int, mask: Tensor | None, scale: float, places: tuple[int, ...]
+    sizes: tuple[int, int, int, int, int, int],
+    pitch: int,
+    mask: Tensor | None,
+    scale: float,
+    places: tuple[int, ...],
+    jobs: Tensor | None = None,
 ) -> tuple[int, ...]:
     """The task of `attend_task`.
 
@@ -237,12 +316,18 @@ def attend_numbers(
         mask: A `plain_mask` `[B or 1, 1, F, S]`, or None for causal, or everything if there is one position.
         scale: Of the scores.
         places: Addresses of queries, keys, values and output.
+        jobs: From `jobs_apart`, for rows with regions of their own; the batch is one, and there is no mask.
     """
+    *inputs, out = places
+    if jobs is not None:
+        most, longest = jobs[:, 1].max(), jobs[0, 3]
+        changed = (*sizes[:4], int(most), sizes[5])
+        table = address(jobs, "parts of attention")
+        return (*changed, pitch, APART, len(jobs), int(longest), number_bits(scale), *inputs, table, out)
     kind, rows, mask_pitch, place = (NO_MASK if sizes[3] == 1 else CAUSAL), 1, 0, 0
     if mask is not None:
         kind = ALLOWED if mask.dtype is torch.bool else ADDED
         rows, mask_pitch, place = mask.shape[0], mask.shape[3], address(mask, "numbers of the mask")
-    *inputs, out = places
     return (*sizes, pitch, kind, rows, mask_pitch, number_bits(scale), *inputs, place, out)
 
 

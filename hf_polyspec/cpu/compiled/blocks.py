@@ -95,15 +95,16 @@ def _turn(joint: Any, out: Any, cos: Any, sin: Any, like: Any) -> None:
 @njit(fastmath=REORDERED)
 def rotate_task(task: Any, like: Any) -> None:
     """Queries and keys turned by their position (RoFormer, Su et al. 2021, with halves), values laid out by head."""
-    numbers = carray(pointer(task, np.int64(0)), 14)
+    numbers = carray(pointer(task, np.int64(0)), 15)
     batch, fed, heads, shared, size, turns = numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6]
     joint = carray(pointer(numbers[7], like), (batch, fed, heads + 2 * shared, size))
     cos = carray(pointer(numbers[8], like), (turns, fed, size))
     sin = carray(pointer(numbers[9], like), (turns, fed, size))
     queries = carray(pointer(numbers[10], like), (batch, heads, fed, size))
-    # Keys and values go to the first columns of what may be a longer buffer.
+    # Keys and values go to the first columns of what may be a longer buffer, or each to a column of its own.
     keys = carray(pointer(numbers[11], like), (batch, shared, numbers[13], size))
     values = carray(pointer(numbers[12], like), (batch, shared, numbers[13], size))
+    columns = carray(pointer(numbers[14], np.int64(0)), (fed if numbers[14] else 0))
     while True:
         begin, end = _some_rows(task, batch * fed)
         if begin >= end:
@@ -113,9 +114,10 @@ def rotate_task(task: Any, like: Any) -> None:
             t = b if turns > 1 else 0
             for h in range(heads):
                 _turn(joint[b, f, h], queries[b, h, f], cos[t, f], sin[t, f], like)
+            column = columns[f] if columns.size else f
             for h in range(shared):
-                _turn(joint[b, f, heads + h], keys[b, h, f], cos[t, f], sin[t, f], like)
-                values[b, h, f] = joint[b, f, heads + shared + h]
+                _turn(joint[b, f, heads + h], keys[b, h, column], cos[t, f], sin[t, f], like)
+                values[b, h, column] = joint[b, f, heads + shared + h]
 
 
 @njit(fastmath=REORDERED)
@@ -196,7 +198,12 @@ def norm_numbers(
 
 
 def rotate_numbers(
-    sizes: tuple[int, int, int, int], turns: tuple[Tensor, Tensor], joint: int, out: tuple[int, int, int], pitch: int
+    sizes: tuple[int, int, int, int],
+    turns: tuple[Tensor, Tensor],
+    joint: int,
+    out: tuple[int, int, int],
+    pitch: int,
+    columns: int = 0,
 ) -> tuple[int, ...]:
     """The task of `rotate_task`.
 
@@ -205,10 +212,11 @@ def rotate_numbers(
         turns: Cosines and sines `[B or 1, F, D]`.
         joint: Address of queries, keys and values side by side; out: of the three apart.
         pitch: Columns from one head's keys to the next head's.
+        columns: Address of the column for the keys and values of each position, 0 for the first ones.
     """
     cos, sin = turns
     places = address(cos, "cosines"), address(sin, "sines")
-    return (*sizes, cos.shape[2], cos.shape[0], joint, *places, *out, pitch)
+    return (*sizes, cos.shape[2], cos.shape[0], joint, *places, *out, pitch, columns)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, update: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -156,6 +156,18 @@ class BlockShape:
     norms: tuple[tuple[Tensor, float], tuple[Tensor, float]]
 
 
+@dataclass(frozen=True)
+class Apart:
+    """Where a pass `[1, N]` over rows with regions of their own reads and writes.
+
+    Attributes:
+        jobs: From `jobs_apart`; columns: `[N]` int64, where each position's keys and values go.
+    """
+
+    jobs: Tensor
+    columns: Tensor
+
+
 def whole_block(
     x: Tensor,
     products: BlockProducts,
@@ -163,6 +175,7 @@ def whole_block(
     turns: tuple[Tensor, Tensor],
     mask: Tensor | None,
     cache: tuple[Tensor, Tensor, int],
+    apart: Apart | None = None,
 ) -> Tensor:
     """One decoder block of Llama's kind.
 
@@ -173,6 +186,7 @@ def whole_block(
         mask: `[B or 1, 1, F, S]`, see `plain_mask`; None for causal, or everything if F is 1.
         cache: buffers of keys and values `[B, shared, capacity, D]`, contiguous, and the columns filled already;
             the new ones are written there.
+        apart: For rows with regions of their own: then B is 1, there is no mask, and no column counts as filled.
 
     Returns:
         `[B, F, H]`.
@@ -183,7 +197,7 @@ def whole_block(
     """
     scratch = x.new_empty(scratch_size(x, products, shape))
     out = torch.empty_like(x)
-    task = staged(block_stages(x, out, scratch, products, shape, turns, mask, cache), SLOT)
+    task = staged(block_stages(x, out, scratch, products, shape, turns, mask, cache, apart), SLOT)
     run_blocks(products.joint.dtype, x.dtype, 1, 8 * len(task), task.buffer_info()[0])
     check_counter(max(task[HEADER::SLOT]))
     return out
@@ -209,12 +223,13 @@ def block_stages(
     turns: tuple[Tensor, Tensor],
     mask: Tensor | None,
     cache: tuple[Tensor, Tensor, int],
+    apart: Apart | None = None,
 ) -> Sequence[tuple[int, ...]]:
     """The numbers of a block's stages, for `staged`.
 
     Args:
         x: `[B, F, H]`; out: of its shape; scratch: `scratch_size` of its numbers, whatever they are.
-        products, shape, turns, mask, cache: As for `whole_block`.
+        products, shape, turns, mask, cache, apart: As for `whole_block`.
     """
     batch, fed, width = x.shape
     rows, each = batch * fed, x.element_size()
@@ -230,11 +245,12 @@ def block_stages(
     written = (queries, held_keys + offset, held_values + offset)
     read = (queries, held_keys, held_values, seen)
     sizes = (batch, *heads, fed, start + fed, shape.size)
+    columns = 0 if apart is None else address(apart.columns, "columns to write to")
     return (
         norm_numbers(rows, *first, given, normed),
         products.joint.task(rows, normed, joint),
-        rotate_numbers((batch, fed, *heads), turns, joint, written, capacity),
-        attend_numbers(sizes, capacity, mask, shape.scale, read),
+        rotate_numbers((batch, fed, *heads), turns, joint, written, capacity, columns),
+        attend_numbers(sizes, capacity, mask, shape.scale, read, None if apart is None else apart.jobs),
         products.output.task(rows, seen, update),
         norm_numbers(rows, *second, given, normed, update, total),
         products.gates.task(rows, normed, gates),

@@ -16,7 +16,7 @@ from torch import Tensor
 from .attention import attend_numbers
 from .places import address
 from .tasks import HEADER, check_counter, staged
-from .whole_block import SLOT, BlockProducts, BlockShape, block_stages, run_blocks, scratch_size
+from .whole_block import SLOT, Apart, BlockProducts, BlockShape, block_stages, run_blocks, scratch_size
 
 Room = tuple[Tensor, Tensor, int]
 """Buffers of keys and values `[B, shared, capacity, D]`, contiguous, and the columns filled already."""
@@ -29,11 +29,11 @@ def _column(stage: int, number: int) -> int:
 # Where in a block's task stands what changes from pass to pass, see the tasks of the stages.
 _INPUT = [_column(0, 4), _column(5, 4)]
 _TURNS = [_column(2, 6), _column(2, 8), _column(2, 9)]
+_COLUMNS = _column(2, 14)
 _NEW = [_column(2, 11), _column(2, 12)]
 _HELD = [_column(3, 13), _column(3, 14)]
 _PITCH = [_column(2, 13), _column(3, 7)]
-_SEEN = _column(3, 5)
-_MASK = [_column(3, 8), _column(3, 9), _column(3, 10), _column(3, 15)]
+_MASK = [_column(3, 5), _column(3, 8), _column(3, 9), _column(3, 10), _column(3, 15)]
 
 
 class StackTask:
@@ -72,8 +72,19 @@ class StackTask:
         self._places = np.empty((2, len(blocks)), np.int64)
         self._capacities = np.empty(len(blocks), np.int64)
 
-    def run(self, x: Tensor, turns: tuple[Tensor, Tensor], mask: Tensor | None, rooms: Sequence[Room]) -> None:
+    def run(
+        self,
+        x: Tensor,
+        turns: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        rooms: Sequence[Room],
+        apart: Apart | None = None,
+    ) -> None:
         """Compute all blocks; the arguments are of the shapes that the task was made for, but for masks and rooms.
+
+        Args:
+            x, turns, mask, rooms: As when it was made.
+            apart: As for `whole_block`.
 
         Raises:
             RuntimeError: Something has lost its memory.
@@ -90,14 +101,15 @@ class StackTask:
         task[:, _HELD] = self._places.T
         task[:, _NEW] = self._places.T + start * self._column_size
         task[:, _PITCH] = self._capacities[:, None]
-        task[:, _SEEN] = start + fed
-        task[:, _MASK] = self._mask(x, mask, start + fed)
+        task[:, _COLUMNS] = 0 if apart is None else address(apart.columns, "columns to write to")
+        task[:, _MASK] = self._mask(x, mask, start + fed, apart)
         run_blocks(*self._kinds, len(task), task.strides[0], task.ctypes.data)
         check_counter(task[:, HEADER::SLOT].max())
 
-    def _mask(self, x: Tensor, mask: Tensor | None, seen: int) -> tuple[int, ...]:
-        """The numbers of attention's task that tell of the mask."""
+    def _mask(self, x: Tensor, mask: Tensor | None, seen: int, apart: Apart | None) -> tuple[int, ...]:
+        """The numbers of attention's task that tell what is seen."""
         shape = self._shape
         sizes = (x.shape[0], shape.heads, shape.shared, x.shape[1], seen, shape.size)
-        numbers = (0, *attend_numbers(sizes, 0, mask, shape.scale, (0, 0, 0, 0)))
+        jobs = None if apart is None else apart.jobs
+        numbers = (0, *attend_numbers(sizes, 0, mask, shape.scale, (0, 0, 0, 0), jobs))
         return tuple(numbers[column - _column(3, 0)] for column in _MASK)

@@ -122,7 +122,7 @@ def test_the_copy_reads_no_prompt(pair: tuple[PreTrainedModel, PreTrainedModel],
     assert [note for note in found.polyspec.levels[1].notes if note.startswith("takes")] == [said]
     assert below
     assert max(below) < WORTH
-    assert [columns for columns in above if columns >= WORTH] == [WORTH + 8]
+    assert [columns for columns in above if columns >= WORTH] == [int(given["attention_mask"].sum())]
     assert set(found.polyspec.token_levels[0][:1]) == {0}, "the pass that reads the prompt gives the first token"
 
 
@@ -209,8 +209,8 @@ def test_rows_that_run_ahead_go_on_being_drafted_for(
     answers: list[bool] = []
     reads = Verifier.reads_for_others
 
-    def listening(level: Verifier, context: Context) -> bool:
-        answer = reads(level, context)
+    def listening(level: Verifier, context: Context, *active: Any) -> bool:
+        answer = reads(level, context, *active)
         if level.index == 0:
             lengths.append([len(ids) for ids in context.ids])
             answers.append(answer)
@@ -275,5 +275,5 @@ def test_samples_follow_the_target(tiny: Tiny, honest: bool, monkeypatch: pytest
         monkeypatch.setattr(Block, "_stacked", dishonest)
     with fed(middle) as below:
         found = _p_value(target, [middle, SuffixDrafter()])
-    assert max(below) < WORTH
+    assert sum(below) < 3 * 3 * SAMPLES  # all rows of a pass have their columns side by side
     assert (found > ALARM) is honest

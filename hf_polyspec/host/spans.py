@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over rows that each have their own columns: one pass `[1, N]` holds the new columns of all of them.
+
+A model chooses its attention and its masks by a name in its config. During a pass that name is ours: the function that
+makes masks keeps the rule it was given (causal, a window, chunks) instead of laying out a mask over columns of
+different rows, and the attention function calls the usual one for each row, on that row's slice of queries, keys and
+values, with the mask that the rule makes of its own positions. What a row gets is then what it gets alone. In threads
+that have no such pass under way, the same name means plain sdpa.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from threading import Lock, local
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from .attention import ROWS_APART, attention_name, plain_sdpa
+from .release import inner_model
+from .side_by_side import Padded
+from .span import Rule, Span
+
+_CPU = torch.device("cpu")
+_FEW_ROWS = 12
+"""Up to so many rows, the CPU attends to each by itself, and copies no keys."""
+_LITTLE = 4096
+"""Up to so many columns, padding included, may be copied whatever part of them is padding."""
+
+
+@dataclass
+class SpannedPass:
+    """One pass over columns of several rows.
+
+    Attributes:
+        spans: by row, in the order of their columns in the pass.
+        kept: whatever others make of the spans once a pass.
+        rules: of the masks that the model has asked for; what it was given in their place says which.
+    """
+
+    spans: Sequence[Span]
+    kept: dict[Any, Any] = field(default_factory=dict)
+    rules: list[tuple[torch.Tensor, Rule]] = field(default_factory=list)
+    _written: dict[torch.device, torch.Tensor] = field(default_factory=dict)
+    _padded: dict[torch.device, Padded] = field(default_factory=dict)
+    _masks: dict[tuple[int, torch.device], list[torch.Tensor | None]] = field(default_factory=dict)
+
+    @cached_property
+    def columns(self) -> int:
+        """Columns N of the pass."""
+        return sum(span.count for span in self.spans)
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether every row only goes on: no trees."""
+        return all(span.sees is None for span in self.spans)
+
+    def written(self, device: torch.device = _CPU) -> torch.Tensor:
+        """`[N]`, where in the cache each column of the pass belongs."""
+        if device not in self._written:
+            places = [torch.arange(span.base + span.seen, span.base + span.end) for span in self.spans]
+            self._written[device] = torch.cat(places).to(device)
+        return self._written[device]
+
+    def keep(self, rule: Rule, device: Any) -> torch.Tensor | None:
+        """Remember a rule; None for the plain causal one."""
+        if rule is causal_mask_function:
+            return None
+        # Each rule its own object: the model hands it on to the layers it was made for.
+        marker = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
+        self.rules.append((marker, rule))
+        return marker
+
+    def masks(self, marker: torch.Tensor | None, device: torch.device) -> list[torch.Tensor | None]:
+        """Per span, its mask for layers that were given `marker`; made once a pass.
+
+        Raises:
+            ValueError: the model made a mask in another way.
+        """
+        place = -1
+        if marker is not None:
+            place = next((i for i, (kept, _) in enumerate(self.rules) if kept is marker), -2)
+        if place == -2:
+            raise ValueError("a layer was given a mask that nobody asked for by a rule")
+        found = self._masks.get((place, device))
+        if found is None:
+            rule = causal_mask_function if place < 0 else self.rules[place][1]
+            made = [span.mask(rule) for span in self.spans]
+            found = [None if mask is None else mask.to(device) for mask in made]
+            self._masks[place, device] = found
+        return found
+
+    def rows(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, marker: torch.Tensor | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """Each row's queries `[1, heads, count, D]`, keys and values `[1, shared, seen + count, D]`, and mask.
+
+        Args:
+            query: of the pass `[1, heads, N, D]`; key, value: with the regions of all rows `[1, shared, capacity, D]`.
+            marker: what the layer was given for a mask.
+        """
+        for span, mask in zip(self.spans, self.masks(marker, query.device), strict=True):
+            new, held = slice(span.first, span.first + span.count), slice(span.base, span.base + span.end)
+            yield query[:, :, new], key[:, :, held], value[:, :, held], mask
+
+    def goes_together(self, device: torch.device) -> bool:
+        """Whether one call for all rows, padded for its time alone, is cheaper than one for each.
+
+        So it is with many rows, or on a device where every call costs something, and with little padding.
+        """
+        rows, most = len(self.spans), max(span.count for span in self.spans)
+        if rows <= (_FEW_ROWS if device.type == "cpu" else 1):
+            return False
+        longest, held = max(span.end for span in self.spans), sum(span.end for span in self.spans)
+        return rows * most <= 2 * self.columns and (rows * longest <= 2 * held or rows * longest <= _LITTLE)
+
+    def padded(self, device: torch.device) -> Padded:
+        """The rows side by side; made once a pass."""
+        if device not in self._padded:
+            self._padded[device] = Padded(self.spans, device)
+        return self._padded[device]
+
+
+class _Own(local):
+    """What one thread has under way."""
+
+    under_way: SpannedPass | None = None
+
+
+_own = _Own()
+
+
+def pass_under_way() -> SpannedPass | None:
+    """The pass over rows of their own that this thread is in, None outside of one."""
+    return _own.under_way
+
+
+def _attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """As transformers' attention functions: `[1, heads, N, D]` to `[1, N, heads, D]`.
+
+    `key` and `value` hold the regions of all rows, `[1, shared, capacity, D]`, see `RaggedCache`.
+    """
+    under_way = _own.under_way
+    if under_way is None:
+        found: tuple[torch.Tensor, None] = plain_sdpa()(module, query, key, value, mask, *args, **kwargs)
+        return found
+    if kwargs.get("position_bias") is not None or query.shape[2] != under_way.columns:
+        raise ValueError("attention over other columns than those of the pass, or with a bias by position")
+    if under_way.goes_together(query.device):
+        together = under_way.padded(query.device)
+        given = together.rows(query, key, value, under_way.masks(mask, query.device))
+        return together.columns(plain_sdpa()(module, *given, *args, **kwargs)[0]), None
+    parts = under_way.rows(query, key, value, mask)
+    rows = [plain_sdpa()(module, *part, *args, **kwargs)[0] for part in parts]
+    return (rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)), None
+
+
+def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """As transformers' functions that make masks."""
+    under_way = _own.under_way
+    if under_way is None:
+        made: torch.Tensor | None = sdpa_mask(*args, **kwargs)
+        return made
+    if args or kwargs.get("use_vmap") or kwargs.get("attention_mask") is not None:
+        raise ValueError("a mask that does not follow from positions alone")
+    rule = kwargs.get("mask_function", causal_mask_function)
+    return under_way.keep(rule, kwargs.get("device"))
+
+
+AttentionInterface.register(ROWS_APART, _attention)
+AttentionMaskInterface.register(ROWS_APART, _mask)
+
+
+class _Renamed:
+    """The configs of one model whose attention has our name while at least one thread is in a pass."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._inside = 0
+        self._before: list[tuple[Any, str]] = []
+
+    def enter(self, model: Any) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._before = [(config, attention_name(config)) for config in _configs(model)]
+                for config, _ in self._before:
+                    _rename(config, ROWS_APART)
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                for config, name in self._before:
+                    _rename(config, name)
+
+
+_renamed: WeakKeyDictionary[Any, _Renamed] = WeakKeyDictionary()
+_making = Lock()
+
+
+def _configs(model: Any) -> list[Any]:
+    """The configs that layers of a model's text part read their attention from, where that is sdpa."""
+    outer = model.config
+    return [
+        config
+        for config in {id(c): c for c in (outer, outer.get_text_config(decoder=True))}.values()
+        if attention_name(config) == "sdpa"
+    ]
+
+
+def _rename(config: Any, name: str) -> None:
+    config._attn_implementation = {"": name}  # of this config, not of those inside it
+
+
+@contextmanager
+def spanned(model: Any, spans: Sequence[Span]) -> Iterator[SpannedPass]:
+    """Within, calls of this model in this thread are a pass over the columns of these spans, `[1, N]`.
+
+    Args:
+        model: its attention is sdpa; its config says otherwise meanwhile, and the same again afterwards.
+        spans: of the rows, in the order of their columns.
+    """
+    inner = inner_model(model)
+    with _making:
+        renamed = _renamed.setdefault(inner, _Renamed())
+    before, _own.under_way = _own.under_way, SpannedPass(spans)
+    renamed.enter(inner)
+    try:
+        yield _own.under_way
+    finally:
+        renamed.leave()
+        _own.under_way = before
