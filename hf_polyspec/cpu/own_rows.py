@@ -29,7 +29,7 @@ def apart_of(past: Any, group: int) -> Apart | None:
         from hf_polyspec.cpu.compiled.whole_block import Apart
 
         spans = [(span.first, span.count, span.base, span.end) for span in under_way.spans]
-        found = Apart(jobs_apart(spans, group), under_way.written())
+        found = Apart(jobs_apart(spans, group), under_way.groups[None].written())
         under_way.kept[group] = found
     return found
 
@@ -45,5 +45,7 @@ def takes_rows(past: RaggedCache, index: int, shape: tuple[int, int, int, int], 
     if under_way is None or mask is not None or not under_way.plain or index >= len(past.layers):
         return False
     layer: Any = past.layers[index]
+    if layer.regions.window is not None:
+        return False
     held: bool = layer.holds(shape, x)
     return held

@@ -49,7 +49,7 @@ class RaggedRunner(ModelRunner):
 
     def __init__(self, model: Any, name: str, device: torch.device | None = None, *, rows: int, **options: Any) -> None:
         super().__init__(model, name, device, **options)
-        self.ragged = RaggedCache(rows)
+        self.ragged = RaggedCache(rows, model)
         self.memo: list[list[int]] = [[] for _ in range(rows)]
         self._pads: tuple[Prompt | None, list[int]] = (None, [])
 
@@ -71,7 +71,7 @@ class RaggedRunner(ModelRunner):
         return [len(ids) - pad - len(have) for ids, pad, have in zip(context.ids, left, self.memo, strict=True)]
 
     def add_rows(self, count: int) -> None:
-        self.ragged.regions.add(count)
+        self.ragged.add_rows(count)
         self.memo = [*self.memo, *([] for _ in range(count))]
 
     def run(self, context: Context, drafts: list[list[int]], stats: LevelStats, *, columns: int = 0) -> Pass:
@@ -109,24 +109,22 @@ class RaggedRunner(ModelRunner):
 
     def keep_paths(self, passed: Pass, context: Context, tree: TreeProposal, paths: list[list[int]]) -> Pass:
         assert passed.counts is not None
-        sources: list[int] = []
-        targets: list[int] = []
+        moves: list[tuple[int, int, int]] = []
         kept: list[list[int]] = []
         read: list[list[int]] = []
-        pads, bases = self.padding(context.prompt), self.ragged.regions.bases
+        pads = self.padding(context.prompt)
         for row, (nodes, path, count) in enumerate(zip(tree.tokens, paths, passed.counts, strict=True)):
             if not count:
                 kept.append([])
                 read.append(passed.read[row])
                 continue
             ids = self.memo[row]
-            first, start = bases[row] + len(ids), passed.fed - len(nodes)
-            sources += [first + node for node in path]
-            targets += range(first, first + len(path))
+            start = passed.fed - len(nodes)
+            moves += [(row, len(ids) + node, len(ids) + place) for place, node in enumerate(path)]
             kept.append([*range(passed.fed - count, start), *(start + node for node in path)])
             self.memo[row] = ids + [nodes[node] for node in path]
             read.append(context.ids[row][: pads[row]] + self.memo[row])
-        self.ragged.pick(sources, targets)
+        self.ragged.pick(moves)
         return Pass(passed.logits, passed.output, passed.fed, read, kept, passed.counts)
 
     def _known(self, context: Context, stats: LevelStats) -> list[list[int]]:
@@ -162,17 +160,12 @@ class RaggedRunner(ModelRunner):
         return self.ragged.rectangle([len(ids) for ids in self.memo])
 
     def keep_rows(self, rows: list[int]) -> None:
-        first: dict[int, int] = {}
-        for place, row in enumerate(rows):
-            first.setdefault(row, place)
-        if len(first) < len(rows):  # a row that is wanted twice is kept once, and read again
-            raise ValueError("rows of their own are not doubled")
-        self.ragged.regions.keep(rows)
-        self.memo = [self.memo[row] for row in rows]
+        self.ragged.keep_rows(rows)
+        self.memo = [[] if row in rows[:place] else self.memo[row] for place, row in enumerate(rows)]
 
     def _reading(self, row: int, ids: list[int], wanted: int, parents: list[int]) -> Reading:
         held = min(common_prefix(self.memo[row], ids[: len(ids) - len(parents)]), len(ids) - wanted)
-        return Reading(row, ids, held, wanted, parents)
+        return Reading(row, ids, self.ragged.usable(row, held), wanted, parents)
 
     def _read(self, context: Context, readings: list[Reading], sizes: list[int], width: int, stats: LevelStats) -> Pass:
         """Feed what is to be read, and put what came out where the rows' columns are looked for.
@@ -240,9 +233,11 @@ class RaggedRunner(ModelRunner):
         """One pass over the columns of some rows; the model's output, and the wanted logits `[M, V]`."""
         spans, first = [], 0
         for one in group:
-            spans.append(self._span(one, first))
+            spans.append(_span(one, first))
             first += one.count
-        inputs = self._row_inputs(context, group, spans)
+        of_kinds = [self.ragged.spans(one.row, span) for one, span in zip(group, spans, strict=True)]
+        groups = {window: [kinds[window] for kinds in of_kinds] for window in self.ragged.regions}
+        inputs = self._row_inputs(context, group)
         wanted = [
             place
             for one, s in zip(group, spans, strict=True)
@@ -252,27 +247,18 @@ class RaggedRunner(ModelRunner):
             inputs["logits_to_keep"] = torch.tensor(wanted)  # on the CPU: the last layer may be on another device
         stats.forward_passes += 1
         try:
-            with level_failures(f"the forward pass of {self.name} failed"), spanned(self.model, spans):
+            with level_failures(f"the forward pass of {self.name} failed"), spanned(self.model, groups):
                 output = self.model(**inputs, **self.record, return_dict=True)
         except Exception:
             self.memo = [[] for _ in self.memo]
-            self.ragged = RaggedCache(len(self.memo))
+            self.ragged = RaggedCache(len(self.memo), self.model)
             raise
         logits = output.logits[0]
         if logits.shape[0] != len(wanted):
             logits = logits[torch.tensor(wanted, device=logits.device)]
         return output, logits
 
-    def _span(self, one: Reading, first: int) -> Span:
-        base = self.ragged.regions.bases[one.row]
-        if not one.parents:
-            return Span(first, one.count, base, one.held)
-        nodes = len(one.parents)
-        sees = torch.ones(one.count, one.count, dtype=torch.bool).tril()
-        sees[-nodes:, -nodes:] = ancestors(one.parents)
-        return Span(first, one.count, base, one.held, sees, torch.tensor(places_of(one)))
-
-    def _row_inputs(self, context: Context, group: list[Reading], spans: list[Span]) -> dict[str, Any]:
+    def _row_inputs(self, context: Context, group: list[Reading]) -> dict[str, Any]:
         ids = torch.tensor([[token for one in group for token in one.ids[one.held :]]], dtype=torch.long)
         if self._rows is not None:
             ids = torch.where(ids < self._rows, ids, 0)  # see `ModelRunner`
@@ -300,6 +286,16 @@ class RaggedRunner(ModelRunner):
         return [known[place] if place < inside else onward + place for place in places]
 
 
+def _span(one: Reading, first: int) -> Span:
+    """What a row reads, as columns of a pass from `first` on; where its region is, the cache knows."""
+    if not one.parents:
+        return Span(first, one.count, 0, one.held)
+    nodes = len(one.parents)
+    sees = torch.ones(one.count, one.count, dtype=torch.bool).tril()
+    sees[-nodes:, -nodes:] = ancestors(one.parents)
+    return Span(first, one.count, 0, one.held, sees, torch.tensor(places_of(one)))
+
+
 def take_rows(borrower: RaggedRunner, lender: RaggedRunner, rows: list[list[int]]) -> int:
     """As `lending.borrow`, each row by itself: columns that the lender holds and the borrower lacks are copied.
 
@@ -312,7 +308,8 @@ def take_rows(borrower: RaggedRunner, lender: RaggedRunner, rows: list[list[int]
         if len(theirs) - len(ours) < borrower.borrows_from:
             continue
         here, there = common_prefix(ours, ids), common_prefix(theirs, ids)
-        if there - here >= borrower.borrows_from:
+        here = borrower.ragged.usable(row, here)
+        if there - here >= borrower.borrows_from and lender.ragged.usable(row, there):
             borrower.ragged.reserve(row, here, there)
             borrower.ragged.copy_from(lender.ragged, row, here, there)
             borrower.memo[row] = ids[:there]

@@ -8,15 +8,20 @@ row fills is known to whoever reads the ids (law 4), so that rolling back a row 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .cache import RollbackCache
+from .release import inner_model
+from .span import Span
 from .spans import pass_under_way
 
 _MORE_ROOM = 64
+_MARGIN = 64
+"""Columns behind a window that stay when others are let go: a row that is rolled back so far is not read again."""
 ALIGNED = 16
 """Regions begin and end at multiples of so many columns."""
 
@@ -24,47 +29,73 @@ ALIGNED = 16
 class Regions:
     """Where each row's columns are.
 
+    Args:
+        rows: of the batch.
+        window: columns that a new one may see, itself included; None for all. With a window the oldest columns are let
+            go, but for some that a row which is rolled back would see again.
+
     Attributes:
         bases: first column of each row's region; rooms: columns of it.
+        dropped: columns of each row's text that its region no longer holds, the oldest.
         capacity: columns of all regions, and of what is between them.
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, window: int | None = None) -> None:
+        self.window = window
         self.bases = [0] * rows
         self.rooms = [0] * rows
+        self.dropped = [0] * rows
         self.capacity = 0
 
-    def reserve(self, row: int, columns: int) -> int:
-        """Make room for so many columns of a row, elsewhere if its region is too small.
+    def usable(self, row: int, held: int) -> int:
+        """How many of the first `held` columns of a row's text need not be read again: all of them, or none."""
+        dropped = self.dropped[row]
+        return held if not dropped or (self.window is not None and held >= dropped + self.window) else 0
+
+    def reserve(self, row: int, held: int, columns: int) -> tuple[int, int, int]:
+        """Make room for a row's text of so many columns, the first `held` of which are usable.
 
         Returns:
-            Where its region was before.
+            What moves: from where, to where, and how many columns.
         """
-        before = self.bases[row]
-        if columns <= self.rooms[row]:
-            return before
-        room = columns + max(_MORE_ROOM, columns // 2)
+        before, dropped = self.bases[row], self.dropped[row] if held else 0
+        self.dropped[row] = dropped
+        if columns - dropped <= self.rooms[row]:
+            return before, before, 0
+        first = dropped if self.window is None else max(dropped, held - self.window - _MARGIN)
+        self.dropped[row], needed = first, columns - first
+        if needed > self.rooms[row]:
+            self._settle(row, needed + max(_MORE_ROOM, 0 if self.window is not None else columns // 2))
+        return before + first - dropped, self.bases[row], held - first
+
+    def _settle(self, row: int, room: int) -> None:
+        """Give a row a region of so many columns, in the first gap that is large enough, or behind all the others."""
         room = (room + ALIGNED - 1) // ALIGNED * ALIGNED
         taken = sorted((base, base + size) for base, size in zip(self.bases, self.rooms, strict=True) if size)
         start = 0
-        for base, end in taken:  # the first gap that is large enough, or behind all of them
+        for base, end in taken:
             if base - start >= room:
                 break
-            start = end
+            start = max(start, end)
         self.bases[row], self.rooms[row] = start, room
         if start + room > self.capacity:
             self.capacity = max(start + room, self.capacity + self.capacity // 2) // ALIGNED * ALIGNED
-        return before
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Only these rows' regions stay; each row once."""
-        self.bases = [self.bases[row] for row in rows]
-        self.rooms = [self.rooms[row] for row in rows]
+        """Only these rows' regions stay; a row that is named again begins with nothing."""
+        again = [row in rows[:place] for place, row in enumerate(rows)]
+        for name in ("bases", "rooms", "dropped"):
+            values = getattr(self, name)
+            setattr(self, name, [0 if more else values[row] for row, more in zip(rows, again, strict=True)])
 
     def add(self, count: int) -> None:
         """So many more rows, which hold nothing."""
-        self.bases += [0] * count
-        self.rooms += [0] * count
+        for values in (self.bases, self.rooms, self.dropped):
+            values += [0] * count
+
+    def place(self, row: int, position: int) -> int:
+        """The column of a position of a row's text."""
+        return self.bases[row] + position - self.dropped[row]
 
 
 class RaggedLayer(DynamicLayer):
@@ -92,9 +123,11 @@ class RaggedLayer(DynamicLayer):
         if under_way is None or key_states.shape[2] != under_way.columns or key_states.shape[0] != 1:
             raise ValueError("keys and values of other columns than those of the pass")
         self.fit(key_states, value_states)
-        written = under_way.written(key_states.device)
+        group = under_way.groups[self.regions.window]
+        written = group.written(key_states.device)
         self.keys.index_copy_(2, written, key_states)
         self.values.index_copy_(2, written, value_states)
+        under_way.owners[self.keys.data_ptr()] = group
         return self.keys, self.values
 
     def fit(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -125,11 +158,13 @@ class RaggedLayer(DynamicLayer):
         return reserved is not None and reserved[0] is pass_under_way() and reserved[1] is self.keys
 
     def move(self, source: int, target: int, count: int) -> None:
-        """Columns to another place, which does not overlap with theirs."""
+        """Columns to another place."""
         if self.keys is not None:
             self.fit(self.keys, self.values)
             for states in (self.keys, self.values):
-                states[:, :, target : target + count] = states[:, :, source : source + count]
+                moved = states[:, :, source : source + count]
+                overlaps = abs(source - target) < count
+                states[:, :, target : target + count] = moved.clone() if overlaps else moved
 
     def pick(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Column `sources[i]` becomes column `targets[i]`, all at once."""
@@ -148,16 +183,20 @@ def _wider(states: torch.Tensor | None, like: torch.Tensor, capacity: int) -> to
 
 
 class RaggedCache(DynamicCache):
-    """A cache of `RaggedLayer`s, added as the model asks for them.
+    """A cache of `RaggedLayer`s.
 
-    Attributes:
-        regions: where rows are, in every layer.
+    Args:
+        rows: of the batch; model: whose own cache says which of its layers see a window only.
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, model: Any) -> None:
         super().__init__()
-        self.regions = Regions(rows)
-        self.layer_class_to_replicate: Any = lambda *_args, **_kwargs: RaggedLayer(self.regions)
+        self.windows = windows_of(model)
+        self.regions = {window: Regions(rows, window) for window in {None, *self.windows}}
+        self.layer_class_to_replicate: Any = lambda *_args, **_kwargs: self._layer(len(self.layers))
+
+    def _layer(self, index: int) -> RaggedLayer:
+        return RaggedLayer(self.regions[self.windows[index] if index < len(self.windows) else None])
 
     def extend(
         self, index: int, shape: tuple[int, int, int, int], like: torch.Tensor
@@ -166,51 +205,83 @@ class RaggedCache(DynamicCache):
         layer = self.ragged_layers[index]
         return layer.keys, layer.values, 0
 
-    def fit(self) -> None:
-        """Give every layer that holds something the columns of all regions."""
-        for layer in self.ragged_layers:
-            if layer.keys is not None:
-                layer.fit(layer.keys, layer.values)
-
     @property
     def ragged_layers(self) -> list[Any]:
         """The layers that hold keys and values."""
         found: list[Any] = self.layers
         return found
 
+    def fit(self) -> None:
+        """Give every layer that holds something the columns of all regions."""
+        for layer in self.ragged_layers:
+            if layer.keys is not None:
+                layer.fit(layer.keys, layer.values)
+
+    def usable(self, row: int, held: int) -> int:
+        """How many of the first `held` columns of a row's text need not be read again, in any layer."""
+        return min(regions.usable(row, held) for regions in self.regions.values())
+
     def reserve(self, row: int, held: int, columns: int) -> None:
-        """Make room for so many columns of a row, the first `held` of which stay what they are."""
-        before = self.regions.reserve(row, columns)
-        if held and self.regions.bases[row] != before:
-            for layer in self.ragged_layers:
-                layer.move(before, self.regions.bases[row], held)
+        """Make room for so many columns of a row, the first `held` of which are usable and stay what they are."""
+        for regions in self.regions.values():
+            source, target, count = regions.reserve(row, held, columns)
+            if source != target and count > 0:
+                for layer in self.ragged_layers:
+                    if layer.regions is regions:
+                        layer.move(source, target, count)
+
+    def spans(self, row: int, span: Span) -> dict[int | None, Span]:
+        """A row's span in layers of every kind; its base is filled in."""
+        return {
+            window: replace(span, base=regions.bases[row], dropped=regions.dropped[row])
+            for window, regions in self.regions.items()
+        }
 
     def copy(self, source: int, target: int, first: int, end: int) -> None:
-        """Columns `first` to `end`, exclusive, of one row's region to the same ones of another's, which has room."""
-        bases = self.regions.bases
+        """Positions `first` to `end`, exclusive, of one row's text to those of another one, which has room."""
         for layer in self.ragged_layers:
-            layer.move(bases[source] + first, bases[target] + first, end - first)
+            at = layer.regions.place
+            layer.move(at(source, first), at(target, first), end - first)
 
     def copy_from(self, other: RaggedCache, row: int, first: int, end: int) -> None:
-        """Columns `first` to `end`, exclusive, of the same row in another model's cache."""
-        here, there = self.regions.bases[row], other.regions.bases[row]
+        """Positions `first` to `end`, exclusive, of the same row in another model's cache; there is room for them."""
+        for regions in self.regions.values():
+            regions.dropped[row] = max(regions.dropped[row], other.regions[regions.window].dropped[row])
         for index, layer in enumerate(other.ragged_layers):
             if layer.keys is None:
                 continue
             while len(self.layers) <= index:
-                self.layers.append(RaggedLayer(self.regions))
+                self.layers.append(self._layer(len(self.layers)))
             own = self.ragged_layers[index]
             own.fit(layer.keys, layer.values)
+            start = max(first, layer.regions.dropped[row])
+            here, there = own.regions.place(row, start), layer.regions.place(row, start)
             for states, lent in ((own.keys, layer.keys), (own.values, layer.values)):
-                states[:, :, here + first : here + end] = lent[:, :, there + first : there + end]
+                states[:, :, here : here + end - start] = lent[:, :, there : there + end - start]
 
-    def pick(self, sources: list[int], targets: list[int]) -> None:
-        """Columns of the buffers to other ones, all at once."""
-        moves = [(one, other) for one, other in zip(sources, targets, strict=True) if one != other]
-        if moves:
-            from_, to = torch.tensor(moves).T
+    def pick(self, moves: Sequence[tuple[int, int, int]]) -> None:
+        """Positions of rows' texts to other ones, all at once: `(row, from, to)` each."""
+        moves = [move for move in moves if move[1] != move[2]]
+        if not moves:
+            return
+        for regions in self.regions.values():
+            sources, targets = (
+                torch.tensor([regions.place(row, position) for row, position in pairs])
+                for pairs in ([(row, one) for row, one, _ in moves], [(row, other) for row, _, other in moves])
+            )
             for layer in self.ragged_layers:
-                layer.pick(from_, to)
+                if layer.regions is regions:
+                    layer.pick(sources, targets)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Only these rows stay; one that is named again begins with nothing."""
+        for regions in self.regions.values():
+            regions.keep(rows)
+
+    def add_rows(self, count: int) -> None:
+        """So many more rows, which hold nothing."""
+        for regions in self.regions.values():
+            regions.add(count)
 
     def rectangle(self, lengths: Sequence[int]) -> RollbackCache:
         """A copy with all rows ending at one edge, as the models' own caches have them; zeros where a row has nothing.
@@ -225,8 +296,22 @@ class RaggedCache(DynamicCache):
             pair = []
             for states in (layer.keys, layer.values):
                 whole = states.new_zeros(len(lengths), states.shape[1], width, states.shape[3])
-                for row, (base, length) in enumerate(zip(self.regions.bases, lengths, strict=True)):
-                    whole[row, :, width - length :] = states[0, :, base : base + length]
+                for row, length in enumerate(lengths):
+                    first = layer.regions.dropped[row]
+                    base = layer.regions.bases[row]
+                    whole[row, :, width - length + first :] = states[0, :, base : base + length - first]
                 pair.append(whole)
             made.update(*pair, index)
         return made
+
+
+def windows_of(model: Any) -> list[int | None]:
+    """Per layer, the columns of its window, as the cache says that transformers itself would give the model."""
+    try:
+        layers = DynamicCache(config=inner_model(model).config.get_text_config(decoder=True)).layers
+    except Exception:  # a config of a form of its own: then every layer holds whole texts, which is right under any
+        return []
+    found = [
+        getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", False) else None for layer in layers
+    ]
+    return [window if isinstance(window, int) else None for window in found]

@@ -10,7 +10,7 @@ that have no such pass under way, the same name means plain sdpa.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,14 +24,8 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from .attention import ROWS_APART, attention_name, plain_sdpa
 from .release import inner_model
-from .side_by_side import Padded
 from .span import Rule, Span
-
-_CPU = torch.device("cpu")
-_FEW_ROWS = 12
-"""Up to so many rows, the CPU attends to each by itself, and copies no keys."""
-_LITTLE = 4096
-"""Up to so many columns, padding included, may be copied whatever part of them is padding."""
+from .span_group import Masks, SpanGroup
 
 
 @dataclass
@@ -39,17 +33,21 @@ class SpannedPass:
     """One pass over columns of several rows.
 
     Attributes:
-        spans: by row, in the order of their columns in the pass.
+        groups: by how many columns a layer sees (None: all), the rows' spans there.
         kept: whatever others make of the spans once a pass.
         rules: of the masks that the model has asked for; what it was given in their place says which.
+        owners: by the address of the keys that a layer was given, its spans.
     """
 
-    spans: Sequence[Span]
+    groups: Mapping[int | None, SpanGroup]
     kept: dict[Any, Any] = field(default_factory=dict)
     rules: list[tuple[torch.Tensor, Rule]] = field(default_factory=list)
-    _written: dict[torch.device, torch.Tensor] = field(default_factory=dict)
-    _padded: dict[torch.device, Padded] = field(default_factory=dict)
-    _masks: dict[tuple[int, torch.device], list[torch.Tensor | None]] = field(default_factory=dict)
+    owners: dict[int, SpanGroup] = field(default_factory=dict)
+
+    @property
+    def spans(self) -> Sequence[Span]:
+        """By row, where whole texts are held."""
+        return self.groups[None].spans
 
     @cached_property
     def columns(self) -> int:
@@ -61,13 +59,6 @@ class SpannedPass:
         """Whether every row only goes on: no trees."""
         return all(span.sees is None for span in self.spans)
 
-    def written(self, device: torch.device = _CPU) -> torch.Tensor:
-        """`[N]`, where in the cache each column of the pass belongs."""
-        if device not in self._written:
-            places = [torch.arange(span.base + span.seen, span.base + span.end) for span in self.spans]
-            self._written[device] = torch.cat(places).to(device)
-        return self._written[device]
-
     def keep(self, rule: Rule, device: Any) -> torch.Tensor | None:
         """Remember a rule; None for the plain causal one."""
         if rule is causal_mask_function:
@@ -77,54 +68,36 @@ class SpannedPass:
         self.rules.append((marker, rule))
         return marker
 
-    def masks(self, marker: torch.Tensor | None, device: torch.device) -> list[torch.Tensor | None]:
-        """Per span, its mask for layers that were given `marker`; made once a pass.
+    def group(self, key: torch.Tensor) -> SpanGroup:
+        """The spans in the layer whose buffer of keys this is.
+
+        Raises:
+            ValueError: layers hold different parts of the texts, and it is no layer's.
+        """
+        found = self.groups[None] if len(self.groups) == 1 else self.owners.get(key.data_ptr())
+        if found is None:
+            raise ValueError("a layer attends to other keys than those of a cache")
+        return found
+
+    def masks(self, group: SpanGroup, marker: torch.Tensor | None, device: torch.device) -> Masks:
+        """Per span, its mask for layers that were given `marker`.
 
         Raises:
             ValueError: the model made a mask in another way.
         """
-        place = -1
-        if marker is not None:
-            place = next((i for i, (kept, _) in enumerate(self.rules) if kept is marker), -2)
-        if place == -2:
-            raise ValueError("a layer was given a mask that nobody asked for by a rule")
-        found = self._masks.get((place, device))
-        if found is None:
-            rule = causal_mask_function if place < 0 else self.rules[place][1]
-            made = [span.mask(rule) for span in self.spans]
-            found = [None if mask is None else mask.to(device) for mask in made]
-            self._masks[place, device] = found
-        return found
+        if marker is None:
+            return group.masks(-1, causal_mask_function, device)
+        for place, (kept, rule) in enumerate(self.rules):
+            if kept is marker:
+                return group.masks(place, rule, device)
+        raise ValueError("a layer was given a mask that nobody asked for by a rule")
 
     def rows(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, marker: torch.Tensor | None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        """Each row's queries `[1, heads, count, D]`, keys and values `[1, shared, seen + count, D]`, and mask.
-
-        Args:
-            query: of the pass `[1, heads, N, D]`; key, value: with the regions of all rows `[1, shared, capacity, D]`.
-            marker: what the layer was given for a mask.
-        """
-        for span, mask in zip(self.spans, self.masks(marker, query.device), strict=True):
-            new, held = slice(span.first, span.first + span.count), slice(span.base, span.base + span.end)
-            yield query[:, :, new], key[:, :, held], value[:, :, held], mask
-
-    def goes_together(self, device: torch.device) -> bool:
-        """Whether one call for all rows, padded for its time alone, is cheaper than one for each.
-
-        So it is with many rows, or on a device where every call costs something, and with little padding.
-        """
-        rows, most = len(self.spans), max(span.count for span in self.spans)
-        if rows <= (_FEW_ROWS if device.type == "cpu" else 1):
-            return False
-        longest, held = max(span.end for span in self.spans), sum(span.end for span in self.spans)
-        return rows * most <= 2 * self.columns and (rows * longest <= 2 * held or rows * longest <= _LITTLE)
-
-    def padded(self, device: torch.device) -> Padded:
-        """The rows side by side; made once a pass."""
-        if device not in self._padded:
-            self._padded[device] = Padded(self.spans, device)
-        return self._padded[device]
+        """`SpanGroup.rows` of a layer that was given `marker`."""
+        group = self.group(key)
+        return group.rows(query, key, value, self.masks(group, marker, query.device))
 
 
 class _Own(local):
@@ -154,12 +127,13 @@ def _attention(
         return found
     if kwargs.get("position_bias") is not None or query.shape[2] != under_way.columns:
         raise ValueError("attention over other columns than those of the pass, or with a bias by position")
-    if under_way.goes_together(query.device):
-        together = under_way.padded(query.device)
-        given = together.rows(query, key, value, under_way.masks(mask, query.device))
+    group = under_way.group(key)
+    masks = under_way.masks(group, mask, query.device)
+    if group.goes_together(query.device):
+        together = group.padded(query.device)
+        given = together.rows(query, key, value, masks)
         return together.columns(plain_sdpa()(module, *given, *args, **kwargs)[0]), None
-    parts = under_way.rows(query, key, value, mask)
-    rows = [plain_sdpa()(module, *part, *args, **kwargs)[0] for part in parts]
+    rows = [plain_sdpa()(module, *part, *args, **kwargs)[0] for part in group.rows(query, key, value, masks)]
     return (rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)), None
 
 
@@ -222,20 +196,21 @@ def _rename(config: Any, name: str) -> None:
 
 
 @contextmanager
-def spanned(model: Any, spans: Sequence[Span]) -> Iterator[SpannedPass]:
+def spanned(model: Any, groups: Mapping[int | None, Sequence[Span]]) -> Iterator[SpannedPass]:
     """Within, calls of this model in this thread are a pass over the columns of these spans, `[1, N]`.
 
     Args:
         model: its attention is sdpa; its config says otherwise meanwhile, and the same again afterwards.
-        spans: of the rows, in the order of their columns.
+        groups: by the window of the layers (None: whole texts), spans of the rows, in the order of their columns.
     """
     inner = inner_model(model)
     with _making:
         renamed = _renamed.setdefault(inner, _Renamed())
-    before, _own.under_way = _own.under_way, SpannedPass(spans)
+    under_way = SpannedPass({window: SpanGroup(spans) for window, spans in groups.items()})
+    before, _own.under_way = _own.under_way, under_way
     renamed.enter(inner)
     try:
-        yield _own.under_way
+        yield under_way
     finally:
         renamed.leave()
         _own.under_way = before

@@ -14,7 +14,9 @@ from tiny_models import head_for, noisy, prompts, tiny
 
 import hf_polyspec
 from hf_polyspec.errors import LevelError
+from hf_polyspec.host import ragged_cache
 from hf_polyspec.host.own_rows import rows_apart
+from hf_polyspec.host.ragged_cache import Regions
 from hf_polyspec.host.release import with_cache
 
 NEW = 20
@@ -79,7 +81,7 @@ def both(target: Any, chain: str, batch: int = 5, **options: Any) -> tuple[torch
     """Plain generation's text, and the output of a chain."""
     assistants, own = levels(target, chain)
     inputs = prompts(batch, 13)
-    common = {**inputs, "max_new_tokens": NEW, **options}
+    common = {"max_new_tokens": NEW, **inputs, **options}
     torch.manual_seed(11)
     plain = target.generate(**common)
     torch.manual_seed(11)
@@ -148,6 +150,31 @@ def test_no_column_is_fed_for_another_rows_length_or_after_an_end(ends: bool) ->
     assert settled < 6 * NEW
     if ends:
         assert (output.sequences[:, -3:] == 0).all(dim=1).sum() >= 2
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "mistral"])
+@pytest.mark.parametrize("chain", ["8-bit middle over drafter", "tree", "middle over suffix"])
+def test_layers_with_a_window_hold_little_more_than_it(
+    family: str, chain: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ragged_cache, "_MARGIN", 4)
+    monkeypatch.setattr(ragged_cache, "_MORE_ROOM", 4)
+    target = tiny(family, **FAMILIES[family])
+    rooms: dict[int | None, int] = {}
+    reserve = Regions.reserve
+
+    def reserved(self: Regions, *given: int) -> tuple[int, int, int]:
+        found = reserve(self, *given)
+        rooms[self.window] = max(rooms.get(self.window, 0), *self.rooms)
+        return found
+
+    monkeypatch.setattr(Regions, "reserve", reserved)
+    for sampled in (False, True):
+        plain, output = both(target, chain, do_sample=sampled, max_new_tokens=80)
+        assert torch.equal(output.sequences, plain)
+    # The window, the margin, the longest pass (a prompt of 13 and a draft) and the room that is left free, in whole
+    # stretches; of whole texts there are 93 columns.
+    assert rooms[6] <= 48 < 93 <= rooms[None]
 
 
 def test_equal_prompts_are_read_once() -> None:
