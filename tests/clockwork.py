@@ -119,7 +119,7 @@ class Run:
 
     Args:
         clock: the time; top: the target; tokens: to emit; prompt: ids in the prompt; rows: of the batch.
-        during: called before each round with the number of tokens emitted.
+        during: called before each round with the number of tokens emitted; control: makes it of top and clock.
     """
 
     def __init__(
@@ -130,6 +130,7 @@ class Run:
         prompt: int = 20,
         rows: int = 1,
         during: Callable[[int], None] = lambda emitted: None,
+        control: Callable[..., Any] = OnlineControl,
     ) -> None:
         top.begin(0, rows, VOCABULARY)
         level: Drafter = top
@@ -138,7 +139,7 @@ class Run:
             level = level.below
         level.stats.clock = clock
         begun = clock.now
-        self.control = OnlineControl(top, clock=clock)
+        self.control = control(top, clock=clock)
         ids = [truth(i) for i in range(prompt)]
         context = Context([list(ids) for _ in range(rows)], Prompt(prompt, None, torch.arange(prompt).expand(rows, -1)))
         self.log: list[tuple[float, int, tuple[int, ...]]] = []

@@ -108,7 +108,7 @@ class Cast:
         """The assistants a method uses."""
         if method.kind == PLANNED:
             return list(self.assistants.values())
-        return [self.assistants[name] for name in method.members]
+        return list(method.members) if method.is_auto else [self.assistants[name] for name in method.members]
 
     def weights(self, method: Method) -> int:
         """Bytes of the weights a method needs, target included."""
@@ -120,7 +120,7 @@ class Cast:
         Raises:
             ValueError, TypeError: as `generate(assistant_models=...)`.
         """
-        if method.kind == CHAIN:
+        if method.kind == CHAIN and not method.is_auto:
             check_assistants(self.packed, self.members(method))
 
     def answer(self, method: Method, prompts: Sequence[Sequence[int]], ask: Ask) -> Outcome:
@@ -134,7 +134,8 @@ class Cast:
         Raises:
             ValueError: the method cannot serve it; whatever a model raises.
         """
-        model = self.packed if method.kind in (PACKED, CHAIN, PLANNED) else self.target
+        on_packed = method.kind in (PACKED, CHAIN, PLANNED) and not method.is_auto
+        model = self.packed if on_packed else self.target
         inputs = pad_left(prompts, self.pad, model.device)
         arguments = {**inputs, "generation_config": self._config(model, ask)}
         meter = PeakMeter(model.device)

@@ -36,7 +36,8 @@ Methods = Annotated[
     list[str] | None,
     typer.Option(
         help="plain, plain-packed, hf:prompt-lookup, hf:assisted:NAME, hf:early-exit:LAYERS, "
-        "polyspec:NAME,NAME@block=12, polyspec:none, planned; or peers, chains. Several times, or separated by spaces."
+        "polyspec:NAME,NAME@block=12, polyspec:none, polyspec:auto, planned; or peers, chains. Several times, or with "
+        "spaces between."
     ),
 ]
 Sweeps = Annotated[

@@ -8,6 +8,7 @@
     hf:early-exit:LAYERS           transformers' assisted generation with the target's own first layers
     polyspec:NAME,NAME             a chain of the run's assistants, the slowest first
     polyspec:none                  a chain without assistants: the target alone in this package's loop
+    polyspec:auto                  assistant_models="auto", on the target as a user has it
     planned                        the chain of the plan given with --plan
 
 Options follow an @: `polyspec:int8,suffix@block=12,draft=6`, `polyspec:suffix@control=online`.
@@ -21,7 +22,7 @@ from itertools import combinations
 from typing import Any
 
 from ..generation.options import PolySpecOptions
-from ..models.assistants import NONE
+from ..models.assistants import AUTO, NONE
 
 PLAIN = "plain"
 PACKED = "plain-packed"
@@ -115,6 +116,11 @@ class Method:
         return _ONE_ROW if batch > 1 and self.kind.startswith("hf:") else None
 
     @property
+    def is_auto(self) -> bool:
+        """Whether the levels are left to "auto"."""
+        return self.members == (AUTO,)
+
+    @property
     def chain_options(self) -> dict[str, Any]:
         """The options under their names in `generate()`."""
         found: dict[str, Any] = {}
@@ -148,6 +154,8 @@ def parse(text: str, known: Sequence[str]) -> Method:
             raise ValueError(f"--methods names {text!r}; after {EARLY_EXIT}: comes a number of layers.")
         return Method(kind, layers=int(rest or 0))
     members = tuple(part.strip() for part in rest.split(",") if part.strip())
+    if kind == CHAIN and members == (AUTO,):
+        return Method(kind, members, options=options)
     if kind == CHAIN and members == (NONE,):
         return Method(kind, options=options)
     if kind in (CHAIN, ASSISTED):
@@ -252,7 +260,7 @@ def sweep(methods: Sequence[Method], values: Mapping[str, Sequence[str]], drafte
 
 def _acts(key: str, method: Method, drafters: Sequence[str]) -> bool:
     """Whether an option can make a difference to a chain."""
-    if not method.members:
+    if not method.members or method.is_auto:
         return False
     if key == "block":
         return len(method.members) > 1

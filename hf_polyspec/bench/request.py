@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..models.assistants import NONE
+from ..models.assistants import AUTO, NONE
 from ..models.by_name import check_device, read_dtype
 from .cast import CastRequest
 from .methods import Method, expand, sweep
@@ -253,8 +253,8 @@ def read_assistants(given: Sequence[str], preset: Preset | None) -> tuple[tuple[
                 )
         if not name or not word or any(mark in name for mark in "@,;: "):
             raise ValueError(f"--assistant {text}: write NAME=WHAT, the name without spaces and the marks @ , ; :.")
-        if name == NONE:
-            raise ValueError(f"--assistant {text}: {NONE} stands for no assistant in methods; give it another name.")
+        if name in (NONE, AUTO):
+            raise ValueError(f"--assistant {text}: {name} has a meaning of its own in methods; give it another name.")
         if name in mine:
             raise ValueError(f"--assistant gives the name {name!r} twice.")
         mine.add(name)

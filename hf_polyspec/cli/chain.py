@@ -118,7 +118,7 @@ def load_chain(
     quiet()
     from ..generation.chain import check_assistants
     from ..levels.names import short_name
-    from ..models.assistants import load_assistant, named_assistants
+    from ..models.assistants import AUTO, load_assistant, named_assistants
     from ..models.by_name import check_device, load_model, load_tokenizer, read_dtype
     from ..models.packaged import PACKAGE, first_time
     from ..quantization import pack as pack_model
@@ -134,8 +134,9 @@ def load_chain(
         target, tokenizer = load_model(name, dtype, device), load_tokenizer(name)
         if pack:
             pack_model(target)
-        assistants = [load_assistant(word, target, dtype, device) for word in words]
-    check_assistants(target, assistants)
+        assistants = words if words == [AUTO] else [load_assistant(word, target, dtype, device) for word in words]
+    if words != [AUTO]:
+        check_assistants(target, assistants)
     if name == PACKAGE:
         console.print(
             f"{short_name(str(target.name_or_path))}, whose published weights here come from a 4-bit file (Q4_1).",

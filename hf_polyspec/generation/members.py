@@ -23,6 +23,23 @@ def members(target: Any, assistants: Any) -> Any:
     return by_name(target, assistants)
 
 
+def leaves_choice(assistants: Any, plan: Any) -> bool:
+    """Whether `assistant_models` is "auto".
+
+    Raises:
+        ValueError: a plan is given beside it.
+    """
+    if not isinstance(assistants, (str, list, tuple)):
+        return False
+    from ..auto import is_auto
+
+    if not is_auto(assistants):
+        return False
+    if plan is not None:
+        raise ValueError('assistant_models="auto" chooses by itself and a polyspec_plan names assistants; give one.')
+    return True
+
+
 @contextmanager
 def lent(assistants: Sequence[Any]) -> Iterator[list[Any]]:
     """The members as they are to be used for one generation.

@@ -26,6 +26,8 @@ from .packaged import HEAD, PACKAGE
 
 _BITS = {"int8": 8, "int4": 4}
 _EAGLE_MODEL_TYPE = "polyspec_eagle"
+AUTO = "auto"
+"""In the place of all assistants: those that pay here (the room `auto`)."""
 NONE = "none"
 """On a command line: no assistant at all."""
 
@@ -108,6 +110,8 @@ def by_name(target: Any, assistants: Any) -> Any:
     if not isinstance(assistants, (list, tuple)) or not any(isinstance(one, (str, os.PathLike)) for one in assistants):
         return assistants
     names = [os.fspath(one) if isinstance(one, (str, os.PathLike)) else "" for one in assistants]
+    if AUTO in names:
+        raise ValueError(f'"{AUTO}" chooses all levels by itself: give it alone, as assistant_models="{AUTO}".')
     check_assistant_names(names)
     return [
         _named(target, name, f"assistant_models[{i}]") if isinstance(member, (str, os.PathLike)) else member
@@ -205,6 +209,10 @@ def named_assistants(words: list[str]) -> list[str]:
     """
     if NONE in words and len(words) > 1:
         raise ValueError(f"--assistant {NONE} stands for the model alone: name no other beside it.")
+    if AUTO in words and len(words) > 1:
+        raise ValueError(f"--assistant {AUTO} chooses all levels by itself: name no other beside it.")
+    if words == [AUTO]:
+        return words
     names = [] if words == [NONE] else words
     check_assistant_names(names)
     return names

@@ -16,7 +16,7 @@ from ..host.release import installed
 def describe() -> str:
     """Processor, threads, accelerator, versions and today's date, in one line."""
     parts = [
-        _processor(),
+        processor(),
         f"{torch.get_num_threads()} of {os.cpu_count()} threads",
         f"torch {torch.__version__}",
         f"transformers {installed()}",
@@ -28,7 +28,7 @@ def describe() -> str:
     return ", ".join(parts)
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name as the system tells it."""
     information = Path("/proc/cpuinfo")
     if information.exists():

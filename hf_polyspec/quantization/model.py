@@ -81,7 +81,8 @@ def merged_adapters(model: nn.Module) -> nn.Module:
     bare: Any = copy.deepcopy(model)
     for name, layer in list(bare.named_modules()):
         if _is_adapter(layer):
-            if not layer.disable_adapters:
+            waiting = set(layer.active_adapters) - set(getattr(layer, "merged_adapters", ()))
+            if not layer.disable_adapters and waiting:  # merged already where the caller has merged them
                 layer.merge()
             replace_module(bare, name, layer.get_base_layer())
     if getattr(bare, "_hf_peft_config_loaded", False):

@@ -193,7 +193,9 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _summary(stats: Counted) -> str:
-    return f"{stats.new_tokens} tokens in {stats.seconds:.2f} s, {stats.tokens_per_second:.1f} tokens/s"
+    text = f"{stats.new_tokens} tokens in {stats.seconds:.2f} s, {stats.tokens_per_second:.1f} tokens/s"
+    chosen = getattr(stats, "chosen", None)
+    return text if chosen is None else f"{text}\nauto: {chosen}"
 
 
 def _as_rows(sequences: Any) -> list[list[int]]:

@@ -23,6 +23,7 @@ class PolySpecStats:
             expectation) of the total variation between the law of the row and the target's; 0 when exact.
         seed_holds: whether the text is the one that plain generate() writes under the seed; where it is not, the
             target's notes say why. None where nobody promised it: greedy decoding, token and block verification.
+        chosen: what `assistant_models="auto"` chose and why; None where it was not asked.
     """
 
     levels: list[LevelStats]
@@ -32,6 +33,7 @@ class PolySpecStats:
     decisions: list[Decision] = field(default_factory=list)
     bias: list[float] = field(default_factory=list)
     seed_holds: bool | None = None
+    chosen: str | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -48,6 +50,7 @@ class PolySpecStats:
             "decisions": [decision.to_dict() for decision in self.decisions],
             "bias": list(self.bias),
             "seed_holds": self.seed_holds,
+            "chosen": self.chosen,
         }
 
     def table(self) -> Any:

@@ -82,6 +82,7 @@ def names(tmp_path: Path) -> Iterator[dict[str, Any]]:
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_python_runs(page: Path, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(names["scratch"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(names["scratch"] / "cache"))
     for number, source in enumerate(blocks(page, "python"), start=1):
         exec(compile(source, f"{page.name}, block {number}", "exec"), names)
 

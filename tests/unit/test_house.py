@@ -29,6 +29,7 @@ ROOMS = (
     "models",
     "planning.theory",
     "control",
+    "auto",
     "generation",
     "engine",
     "integrations",

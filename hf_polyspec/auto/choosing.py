@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What "auto" makes of a call: the target to run, the levels below it, their sizes, and a line on why."""
+
+from __future__ import annotations
+
+import datetime
+import threading
+import warnings
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from ..control.costs import Costs
+from ..cpu.packing import pack, packed_assistants
+from ..host.compatibility import check_model
+from ..host.manners import Manner, manner_of
+from ..host.release import input_device
+from ..levels.names import name_of
+from ..levels.suffix import SuffixDrafter
+from ..models.assistants import AUTO, end_ids, quantized_copy
+from ..quantization.modules import sharing_copy
+from . import profile as profiles
+from .copying import copy_hindrance
+from .measuring import FEW, SIZES, Progress, agreement, generators_kept, time_passes
+from .profile import Key, Profile
+from .source import identity_of, may_be_packed, stamp
+from .worth import ASSUMED, PACKED_GAIN, milliseconds, sizes_of, worth
+
+SUFFIX = "suffix"
+_BITS = {"int8": 8, "int4": 4}
+
+
+def is_auto(assistants: Any) -> bool:
+    """Whether `assistant_models` leaves the choice to this room: "auto", alone or alone in a list."""
+    return assistants == AUTO or (isinstance(assistants, (list, tuple)) and list(assistants) == [AUTO])
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A chain, ready to run.
+
+    Attributes:
+        target: the model, or its packed copy; assistants: the levels below.
+        options: sizes, as `generate()` takes them; costs: what is known of passes.
+        line: what was chosen and why.
+    """
+
+    target: Any
+    assistants: list[Any]
+    options: dict[str, int]
+    costs: Costs
+    line: str
+
+
+@dataclass
+class _Side:
+    """What stands beside one model, and goes when it goes."""
+
+    lock: Any = field(default_factory=threading.RLock)
+    mark: Hashable = None
+    twin: Any = None
+    copies: dict[str, Any] = field(default_factory=dict)
+    profiles: dict[Key, Profile] = field(default_factory=dict)
+    costs: dict[Hashable, Costs] = field(default_factory=dict)
+
+    def follow(self, model: Any) -> bool:
+        """Drop what was made of weights that have changed since; whether they had."""
+        mark = stamp(model)
+        changed = self.mark is not None and self.mark != mark
+        if changed:
+            self.twin = None
+            self.copies.clear()
+        self.mark = mark
+        return changed
+
+
+_sides: WeakKeyDictionary[Any, _Side] = WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def prepare(model: Any, prompt: Sequence[int], *, packs: bool = True, mode: Hashable = None) -> Ready:
+    """The chain of "auto" for a model: measured in the first call, afterwards remembered.
+
+    The model is left as it is: what is packed is a copy of its modules over the same weights, and quantised copies are
+    models of their own. Both are dropped before the next call when the model has changed, and made anew: the packed
+    one at once, quantised ones as soon as two calls find the same weights.
+
+    Args:
+        model: the target; prompt: ids of a row, on which copies are compared with it.
+        packs: whether the target may be run packed.
+        mode: what acceptance depends on besides the models, such as the temperature.
+
+    Raises:
+        ValueError: the model cannot be the target of a chain.
+    """
+    check_model(model, "the target")
+    with _making:
+        side = _sides.setdefault(model, _Side())
+    with side.lock, generators_kept():
+        changed = side.follow(model)
+        key = Key.here(identity_of(model), model.dtype, input_device(model), packs)
+        found = side.profiles.get(key) or profiles.load(key)
+        if found is None:
+            found = _measured(model, key, prompt, side)
+            _keep(found)
+        side.profiles[key] = found
+        return _made(model, found, side, changed, mode)
+
+
+def known(model: Any, *, packs: bool = True) -> Profile | None:
+    """The profile of a model on this machine, if there is one: of this process or from the cache folder."""
+    return profiles.load(Key.here(identity_of(model), model.dtype, input_device(model), packs))
+
+
+def _keep(found: Profile) -> None:
+    try:
+        profiles.save(found)
+    except OSError as error:
+        warnings.warn(
+            f'The profile of assistant_models="auto" could not be kept in {profiles.folder()} ({error}): another '
+            "process will measure again.",
+            stacklevel=2,
+        )
+
+
+def _made(model: Any, found: Profile, side: _Side, changed: bool, mode: Hashable) -> Ready:
+    """The members of a profile, made where they are not there."""
+    target = model
+    if found.packed and may_be_packed(model):
+        target = side.twin = side.twin or _twin(model)
+    line, members = found.line, [name for name in found.members if name not in _BITS or not changed]
+    if len(members) < len(found.members):
+        left = ", ".join(name for name in found.members if name not in members)
+        line += f"; this call goes without {left}, since the weights have just changed"
+    assistants = [_member(model, name, side) for name in members]
+    middle = next((name for name in members if name in _BITS), None)
+    place = (found.key, tuple(members), mode)
+    if place not in side.costs:
+        tables = [found.passes["target"], *(found.passes[name] for name in members if name in _BITS)]
+        side.costs[place] = Costs(tables, found.agreement.get(middle or "", ASSUMED))
+    return Ready(target, assistants, dict(found.options), side.costs[place], line)
+
+
+def _twin(model: Any) -> Any:
+    return pack(sharing_copy(model))
+
+
+def _member(model: Any, name: str, side: _Side) -> Any:
+    if name == SUFFIX:  # it keeps the text of its generation
+        return SuffixDrafter(eos=end_ids(model))
+    if name not in side.copies:
+        side.copies[name] = quantized_copy(model, _BITS[name])
+    return side.copies[name]
+
+
+def _measured(model: Any, key: Key, prompt: Sequence[int], side: _Side) -> Profile:
+    """A profile of what there is for this model."""
+    progress = Progress(f"{name_of(model) or type(model).__name__} in {key.dtype} on {key.device}")
+    if manner_of(model) in (Manner.STEPS, Manner.NONE):
+        passes = time_passes({"target": model}, {"target": FEW}, progress)
+        line = "the model alone: it goes on exactly only one token a pass"
+        return _profile(model, key, False, [], passes, {}, [line], [], progress)
+    packed, passes, words, left = _target(model, key, side, progress)
+    target = side.twin if packed else model
+    bits, agreed, about = _copy(model, target, prompt, passes, side, progress)
+    (words if bits else left).append(about)
+    members = [*([bits] if bits else []), SUFFIX]
+    return _profile(model, key, packed, members, passes, agreed, words, left, progress)
+
+
+def _target(
+    model: Any, key: Key, side: _Side, progress: Progress
+) -> tuple[bool, dict[str, list[list[float]]], list[str], list[str]]:
+    """Whether to run the target packed, its passes, and why."""
+    if not (key.pack and may_be_packed(model)):
+        reason = "packing is for models on a CPU that are not trained, hooked, compiled or packed already"
+        reason = reason if key.pack else "polyspec_pack=False"
+        return False, time_passes({"target": model}, {"target": SIZES}, progress), [], [f"packing: {reason}"]
+    side.twin = _twin(model)
+    found = time_passes({"target": side.twin, "unpacked": model}, {"target": SIZES, "unpacked": FEW}, progress)
+    one, other = ({int(columns): seconds for columns, seconds in found[name]} for name in ("target", "unpacked"))
+    last = max(set(one) & set(other))
+    told = f"{milliseconds(one[1])} packed and {milliseconds(other[1])} as it is"
+    if one[1] <= PACKED_GAIN * other[1] or (one[1] <= other[1] and one[last] <= PACKED_GAIN * other[last]):
+        return True, found, [f"packed (a pass over one token takes {told})"], []
+    side.twin = None
+    passes = time_passes({"target": model}, {"target": SIZES}, progress)
+    return False, passes, [], [f"packing: a pass over one token takes {told}"]
+
+
+def _copy(
+    model: Any,
+    target: nn.Module,
+    prompt: Sequence[int],
+    passes: dict[str, list[list[float]]],
+    side: _Side,
+    progress: Progress,
+) -> tuple[str | None, dict[str, float], str]:
+    """The quantised copy that pays, if one does; its passes are added to those of the target."""
+    reason = "int8: it does not pay"
+    for name, bits in _BITS.items():
+        hindrance = copy_hindrance(model, bits)
+        if hindrance is not None:
+            reason = f"{name}: {hindrance}"
+            continue
+        progress(f"making the {name} copy")
+        try:
+            copy = quantized_copy(model, bits)
+        except ValueError as error:
+            return None, {}, f"{name}: {' '.join(str(error).split()).rstrip('.')}"
+        with packed_assistants([copy], target):  # as it runs in a chain
+            found = time_passes({name: copy}, {name: SIZES[:4]}, progress)
+            share = agreement(copy, target, prompt)
+        gain = worth(passes["target"], found[name], share)
+        told = f"its pass takes {milliseconds(found[name][0][1])}"
+        told += "" if share is None else f", it agrees in {share:.0%}"
+        if gain > 1:
+            side.copies[name] = copy
+            passes |= found
+            return name, {} if share is None else {name: share}, f"{name} ({told})"
+        return None, {}, f"{name}: {told}, which would not pay"
+    return None, {}, reason
+
+
+def _profile(
+    model: Any,
+    key: Key,
+    packed: bool,
+    members: list[str],
+    passes: dict[str, list[list[float]]],
+    agreed: dict[str, float],
+    words: list[str],
+    left: list[str],
+    progress: Progress,
+) -> Profile:
+    chain = [*words, *([SUFFIX] if SUFFIX in members else [])]
+    middle = next((name for name in members if name in _BITS), None)
+    return Profile(
+        key,
+        name_of(model) or type(model).__name__,
+        datetime.date.today().isoformat(),
+        packed,
+        tuple(members),
+        sizes_of(passes["target"], passes.get(middle or ""), agreed.get(middle or "")),
+        passes,
+        agreed,
+        " + ".join(chain),
+        tuple(left),
+        round(progress.seconds, 3),
+    )

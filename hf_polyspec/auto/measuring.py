@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Passes that are timed before the first answer of "auto": seconds, not minutes, and no generator is touched."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..exactness.context import EMBEDDED, Context, Prompt
+from ..host.manners import runner_for
+from ..host.release import input_device
+from ..telemetry.counters import LevelStats
+
+SIZES = (1, 2, 4, 8, 16, 32)
+FEW = (1, 8)
+BUDGET = 4.0
+"""Seconds for which passes of one model are repeated; each is run once in any case."""
+_REPEATS = 3
+_CONTEXT = 48
+_PATIENCE = 2.0
+_READ = 128
+"""Most tokens of the prompt over which a copy is compared with the model."""
+
+
+class Progress:
+    """Says on stderr what is going on, once it has taken longer than two seconds.
+
+    Args:
+        subject: what is being measured.
+    """
+
+    def __init__(self, subject: str) -> None:
+        self.subject = subject
+        self.started = time.perf_counter()
+        self.told = False
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.perf_counter() - self.started
+
+    def __call__(self, what: str) -> None:
+        if self.told or self.seconds < _PATIENCE:
+            return
+        self.told = True
+        print(
+            f"hf_polyspec: measuring what pays for {self.subject} on this machine, once; now {what}.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """torch's default generators stand afterwards where they stood, whatever a library draws in between."""
+    states = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        if not torch.equal(torch.get_rng_state(), states[0]):
+            torch.set_rng_state(states[0])
+        if states[1]:
+            torch.cuda.set_rng_state_all(states[1])
+
+
+class Clock:
+    """Times passes of one model after a short text, the cache rolled back before each.
+
+    Args:
+        model: the model; name: for errors.
+        longest: most columns of a pass.
+    """
+
+    def __init__(self, model: Any, name: str, longest: int) -> None:
+        config = model.config.get_text_config(decoder=True)
+        places = getattr(config, "max_position_embeddings", None) or (_CONTEXT + longest + 1)
+        self.longest = max(1, min(longest, int(places) - 2))
+        count = max(1, min(_CONTEXT, int(places) - self.longest - 1))
+        ids = [1 + i % (min(500, int(config.vocab_size)) - 1) for i in range(count + self.longest)]
+        self.draft = ids[count:]
+        self.context = _context(ids[:count])
+        self.runner = runner_for(model, name, input_device(model))
+        self.stats = LevelStats(name, 0)
+
+    def seconds(self, columns: int) -> float:
+        """Of one pass over so many columns, whose last logits are waited for."""
+        began = time.perf_counter()
+        passed = self.runner.run(self.context, [self.draft[: columns - 1]], self.stats)
+        float(passed.logits[0, -1, 0])
+        return time.perf_counter() - began
+
+
+def _context(ids: list[int]) -> Context:
+    return Context([ids], Prompt(len(ids), None, torch.arange(len(ids))[None]))
+
+
+@torch.no_grad()
+def time_passes(
+    models: dict[str, Any], sizes: dict[str, Sequence[int]], progress: Progress, budget: float = BUDGET
+) -> dict[str, list[list[float]]]:
+    """Passes of models by name, in turns, so that a slow moment of the machine falls on all of them.
+
+    Args:
+        models: by name; sizes: columns of the passes of each, rising.
+        progress: told of what is timed; budget: seconds for each model, see `BUDGET`.
+
+    Returns:
+        By name, [columns, seconds], the quickest of up to three passes each.
+    """
+    clocks = {name: Clock(model, name, max(sizes[name])) for name, model in models.items()}
+    found: dict[str, dict[int, float]] = {name: {} for name in models}
+    for name, clock in clocks.items():  # what is set up once is no part of a pass
+        for columns in _within(sizes[name], clock):
+            progress(f"running {name} for the first time")
+            began = time.perf_counter()
+            clock.seconds(columns)
+            if time.perf_counter() - began > budget / 2:
+                break
+    spent = dict.fromkeys(models, 0.0)
+    for repeat in range(_REPEATS):
+        for name, clock in clocks.items():
+            for columns in _within(sizes[name], clock):
+                if repeat and spent[name] > budget:
+                    break
+                progress(f"timing {name}")
+                seconds = clock.seconds(columns)
+                spent[name] += seconds
+                found[name][columns] = min(seconds, found[name].get(columns, seconds))
+    return {name: [[columns, seconds] for columns, seconds in sorted(of.items())] for name, of in found.items()}
+
+
+def _within(sizes: Sequence[int], clock: Clock) -> list[int]:
+    return [columns for columns in sizes if columns <= clock.longest] or [1]
+
+
+@torch.no_grad()
+def agreement(model: Any, target: Any, ids: Sequence[int]) -> float | None:
+    """The share of a prompt's places at which a copy's likeliest token is the target's.
+
+    Args:
+        model: the copy; target: the model; ids: of a prompt.
+
+    Returns:
+        0 to 1; None where there is too little of a prompt to tell.
+    """
+    some = [token for token in ids if token != EMBEDDED][-_READ:]
+    if len(some) < 8:
+        return None
+    said = []
+    for one in (target, model):
+        runner = runner_for(one, "a copy", input_device(one))
+        passed = runner.run(_context(some[:1]), [some[1:]], LevelStats("reading", 0))
+        said.append(passed.logits[0].argmax(-1))
+    return float((said[0] == said[1]).float().mean())

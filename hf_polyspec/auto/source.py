@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model that copies are made of: which one it is, whether it has changed since, and whether it may be copied."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Hashable, Iterator
+from ctypes import string_at
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..cpu.joint_product import change_count, sampled
+from ..cpu.packing import is_packed
+from ..host.release import inner_model, is_compiled
+
+_NUMBERS = 8
+"""Numbers of every weight that its identity is made of."""
+_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation_autoset")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_identities: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+def identity_of(model: Any) -> str:
+    """Which weights these are: of the configuration, the shapes and some numbers of every weight but adapters'.
+
+    It is found once for as long as the model lives, so that training or merging an adapter does not change it, and is
+    the same for a checkpoint loaded in another type.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    inner = inner_model(model)
+    if inner not in _identities:
+        config = inner.config.to_dict() if hasattr(inner.config, "to_dict") else {}
+        told = {name: value for name, value in config.items() if name not in _VOLATILE}
+        found = hashlib.sha256(json.dumps([type(inner).__name__, told], sort_keys=True, default=str).encode())
+        for name, weight in _base_weights(inner):
+            found.update(f"{name} {tuple(weight.shape)}".encode())
+            found.update(_numbers(weight))
+        _identities[inner] = found.hexdigest()[:16]
+    return _identities[inner]
+
+
+def _numbers(weight: Tensor) -> bytes:
+    """A few numbers, rounded to 16 bits: a checkpoint is the same in any type that it is loaded in."""
+    if weight.device.type == "meta" or not weight.is_floating_point():
+        return b""
+    flat = weight.detach().reshape(-1)
+    some = flat[:: max(1, flat.numel() // _NUMBERS)][:_NUMBERS]
+    return bytes(some.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+
+
+def _base_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Weights by name as they were called before adapters were put around their layers."""
+    of_adapters: set[int] = set()
+    for module in model.modules():
+        if _is_adapter(module):
+            base: Any = module.get_base_layer()
+            own = {id(parameter) for parameter in base.parameters()}
+            of_adapters |= {id(parameter) for parameter in module.parameters()} - own
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in of_adapters:
+            yield name.replace(".base_layer", ""), parameter
+
+
+def _is_adapter(module: Any) -> bool:
+    return callable(getattr(module, "get_base_layer", None)) and callable(getattr(module, "unmerge", None))
+
+
+def stamp(model: Any) -> Hashable:
+    """Changes whenever what a copy would compute does: weights (where they lie, torch's counts of writes, some of their
+    numbers), their type and place, modules, adapters, hooks, training."""
+    modules = []
+    for module in model.modules():
+        state = module.__dict__
+        mark: tuple[Any, ...] = (id(module), state["training"], "forward" in state)
+        if _is_adapter_kind(type(module)):
+            adapters = _named(module, "active_adapters"), _named(module, "merged_adapters")
+            mark = (*mark, module.disable_adapters, *adapters)
+        modules.append(mark)
+    weights = tuple(_mark(parameter) for parameter in model.parameters())
+    return (tuple(modules), weights, tuple(_mark(buffer) for buffer in model.buffers()))
+
+
+def _is_adapter_kind(kind: type) -> bool:
+    return hasattr(kind, "active_adapters") and hasattr(kind, "merge") and hasattr(kind, "unmerge")
+
+
+def _named(module: Any, name: str) -> tuple[str, ...]:
+    found = getattr(module, name, ())
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+def _mark(tensor: Tensor) -> tuple[object, ...]:
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.is_contiguous()
+    sample = tuple(string_at(*place) for place in sampled(tensor)) if plain and tensor.numel() else ()
+    return (id(tensor), tensor.data_ptr(), change_count(tensor), tensor.dtype, tensor.device, sample)
+
+
+def may_be_packed(model: Any) -> bool:
+    """Whether a packed copy of this model's modules computes the same, and nobody misses the original's being called.
+
+    Hooks, functions put in the place of a `forward` and compiled parts belong to the object they were put on; a model
+    that trains draws, and one that is packed has been.
+    """
+    if is_compiled(model) or is_packed(model):
+        return False
+    for module in model.modules():
+        state = module.__dict__
+        if state["training"] or "forward" in state or any(state.get(name) for name in _HOOKS):
+            return False
+    return all(parameter.device.type == "cpu" for parameter in model.parameters())

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The control of a chain that was measured beforehand: run it, keep an account, step down while it loses.
+
+Setups form a ladder: the whole chain, the target over its drafter, the target alone. Every round of the target is
+booked against what the target alone would have taken for the same tokens. An account that is overdrawn means a step
+down; a step up is tried again after a while, with small sizes, that may lose no more than a share of what was saved.
+All of it is decided between two rounds, from rounds that are over (law 2).
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..exactness.context import Context
+from ..levels.emission import Emission
+from ..levels.verifier import Verifier
+from ..telemetry.counters import Check, Decision
+from .costs import Costs, Standing
+from .setups import PLAIN, Chain, Setup, spine
+
+CREDIT = 0.6
+"""Plain tokens that a setup may lose at first."""
+SHARE = 0.015
+"""Of the time generated in, what may be lost besides."""
+SHORTEST_WAIT = 24.0
+LONGEST_WAIT = 1024.0
+TRIAL = 2
+"""Most tokens of blocks and drafts in a trial; they double with every round that does not lose."""
+ENOUGH = 6
+"""Rounds after which what was tried again is no longer on trial."""
+LAST = 16
+"""Nothing is tried in the last tokens of a text."""
+
+
+@dataclass
+class _Account:
+    """What the setup that runs has won and lost, in seconds.
+
+    Attributes:
+        balance: never more than one round may lose: what was won on one text is not for losing on another.
+        credit: that it may lose; rounds: it ran; most: tokens it may hand up at once, None for as many as pay.
+    """
+
+    credit: float
+    balance: float = 0.0
+    rounds: int = 0
+    most: int | None = None
+
+    def book(self, gain: float, seconds: float) -> None:
+        """A round that took so long has won or lost against the target alone."""
+        self.rounds += 1
+        self.balance = min(max(self.credit, seconds), self.balance + gain)
+
+    @property
+    def overdrawn(self) -> bool:
+        return self.balance < -self.credit
+
+
+class SteadyControl:
+    """Steers one generation of "auto".
+
+    Args:
+        top: the target, begun, with the levels below it.
+        costs: what is known of the chain; learns.
+        clock: seconds from some moment on.
+
+    Attributes:
+        decisions: every change of the setup, with its reason.
+        setup: how the chain is run now.
+    """
+
+    def __init__(self, top: Verifier, costs: Costs, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.chain = Chain(spine(top))
+        self.costs = costs
+        self.clock = clock
+        self.decisions: list[Decision] = []
+        self.ladder = _ladder(self.chain)
+        before = costs.standing
+        self.standing = Standing(min(before.place, len(self.ladder) - 1), before.tokens, dict(before.due))
+        self.standing.waits = dict(before.waits)
+        self.setup = PLAIN
+        self.emitted = 0.0
+        self._account: _Account | None = None
+        self._rows = 1
+        self._reads = True
+        self._reason = "start"
+        self._began = clock()
+        for level in self.chain.verifiers:
+            level.observer = self.observe
+
+    # What the loop calls
+
+    def before(self, context: Context, limits: list[int]) -> None:
+        """Choose how the next round is run."""
+        self._rows = max(1, sum(limit > 0 for limit in limits))
+        if self._account is None:
+            self._account = self._opened(None)
+        self._step(max(limits, default=1))
+        self._run(self._sized())
+        self._began = self.clock()
+
+    def after(self, emission: Emission) -> None:
+        """Book the round."""
+        seconds = self.clock() - self._began
+        emitting = [row.emitted for row, tokens in zip(emission.counted, emission.tokens, strict=True) if tokens]
+        tokens = sum(emitting) / max(1, len(emitting))
+        self.emitted += tokens
+        self.standing.tokens += tokens
+        reads, self._reads = self._reads and emission.passed.fed > 1 + self._longest(), False
+        if self._account is not None and not reads and self.setup != PLAIN:
+            gain = tokens * self._plain_seconds() - seconds
+            self._account.book(gain + SHARE * seconds, seconds)
+            if self._account.most is not None and gain >= 0:
+                self._account.most *= 2
+
+    def finish(self) -> None:
+        """The generation is over: keep what was learnt, and give drafters back as they came."""
+        self.costs.standing = self.standing
+        self.chain.restore()
+
+    def observe(self, check: Check) -> None:
+        """A verifier has judged a proposal: learn the machine's pace, and acceptance."""
+        self.costs.observe(check.level, len(check.asked) * check.fed, check.seconds)
+        of_leaf = check.source == self.chain.last
+        share = self.costs.leaf if of_leaf else self.costs.middle
+        for drafted, accepted in zip(check.drafted, check.accepted, strict=True):
+            if drafted and check.source is not None:
+                share.add(drafted, accepted)
+
+    # The ladder
+
+    def _step(self, room: int) -> None:
+        account, place = self._account, self.standing.place
+        assert account is not None
+        if place < len(self.ladder) - 1 and (account.overdrawn or self._hopeless(place)):
+            waited = self.standing.waits.get(place, SHORTEST_WAIT / 2)
+            self.standing.waits[place] = wait = min(LONGEST_WAIT, 2 * waited)
+            self.standing.due[place] = self.standing.tokens + wait
+            self._move(place + 1, "it loses" if account.overdrawn else "the middle does not pay", None)
+        elif account.most is not None and account.rounds >= ENOUGH and account.balance >= 0:
+            self.standing.waits.pop(place, None)
+            account.most, self._reason = None, "it pays again"
+        elif place and room >= LAST and self.standing.tokens >= self.standing.due.get(place - 1, 0.0):
+            if not self._hopeless(place - 1):
+                self._move(place - 1, "trial", TRIAL)
+            else:
+                self.standing.due[place - 1] = self.standing.tokens + SHORTEST_WAIT
+
+    def _move(self, place: int, reason: str, most: int | None) -> None:
+        self.standing.place, self._reason = place, reason
+        self._account = self._opened(most)
+
+    def _opened(self, most: int | None) -> _Account:
+        return _Account(CREDIT * self._plain_seconds(), most=most)
+
+    def _hopeless(self, place: int) -> bool:
+        """Whether a setup has a middle that promises nothing, whatever the drafter wins."""
+        return self._has_middle(place) and self.costs.block(self._rows) == 0
+
+    def _has_middle(self, place: int) -> bool:
+        return len(self.ladder[place]) > 2
+
+    def _sized(self) -> Setup:
+        """The setup at this place, at the sizes that promise most."""
+        place = self.standing.place
+        levels = self.ladder[place]
+        if len(levels) == 1:
+            return PLAIN
+        sizes = []
+        for above, level in itertools.pairwise(levels):
+            if isinstance(self.chain.levels[level], Verifier):
+                sizes.append(max(1, self.costs.block(self._rows)))
+            else:
+                sizes.append(self.costs.draft(self._checks_long_drafts(above), self._rows))
+        setup = Setup(levels, tuple(sizes))
+        most = None if self._account is None else self._account.most
+        return setup if most is None else setup.at_most(most)
+
+    def _checks_long_drafts(self, above: int) -> int:
+        """The level that checks a drafter's long drafts: they pass a middle by."""
+        level = self.chain.levels[above]
+        return 0 if isinstance(level, Verifier) and level.direct_tokens else min(above, len(self.costs.tables) - 1)
+
+    def _run(self, setup: Setup) -> None:
+        if self.decisions and setup == self.setup:
+            return
+        for index, level in enumerate(self.chain.levels):
+            self._note(index, level, setup)
+        self.chain.apply(setup)
+        changed = not self.decisions or setup.levels != self.setup.levels
+        self.setup = setup
+        reason = self._reason if changed else "sizes"
+        self.decisions.append(Decision(self.emitted, setup.levels, setup.sizes, 0, reason, None))
+
+    def _note(self, index: int, level: object, setup: Setup) -> None:
+        size, before = setup.size_of(index), self.setup.size_of(index) if self.decisions else None
+        if index == 0 or size == before:
+            return
+        for part in getattr(level, "parts", [level]):
+            part.stats.switched_off += int(before is not None and size == 0)
+            part.stats.switched_on += int(before == 0)
+            part.stats.sizes.append((self.emitted, size))
+
+    def _plain_seconds(self) -> float:
+        return self.costs.seconds(0, self._rows)
+
+    def _longest(self) -> int:
+        """Most tokens that a pass of the target can be offered in the setup that runs."""
+        return 2 * sum(self.setup.sizes)
+
+
+def _ladder(chain: Chain) -> Sequence[tuple[int, ...]]:
+    """Setups, the whole chain first, the target alone last."""
+    whole = tuple(range(len(chain.levels)))
+    steps = [whole]
+    if len(whole) > 2 and chain.leaf is not None:
+        steps.append((0, chain.last))
+    return [*steps, (0,)]

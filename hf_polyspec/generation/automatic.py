@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`assistant_models="auto"` in a call: which target, levels, sizes and control it runs with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from transformers import GenerationConfig
+
+from ..control import Costs
+from ..exactness.context import Context
+from ..exactness.distributions import LawMaker
+from .chain import check_assistants
+from .options import PolySpecOptions
+
+
+class Job(Protocol):
+    """A call as far as "auto" changes it.
+
+    Attributes:
+        costs: what is known of the chain, where its control is the one for that; chosen: the line on what and why.
+    """
+
+    model: Any
+    config: GenerationConfig
+    options: PolySpecOptions
+    context: Context
+    law: LawMaker
+    costs: Costs | None
+    chosen: str | None
+
+
+def choose(job: Job, named: Mapping[str, Any]) -> list[Any]:
+    """The assistants that "auto" takes; the job runs on its target, with its sizes and control, from now on.
+
+    Args:
+        job: the call, checked; named: options that the caller passed, which come before those of the profile.
+
+    Raises:
+        ValueError: the model cannot be the target of a chain.
+    """
+    from ..auto import prepare  # quantisation, which most calls never need
+
+    mode = (job.law.do_sample, job.config.temperature, job.options.couples)
+    ready = prepare(job.model, job.context.ids[0], packs=job.options.polyspec_pack, mode=mode)
+    said = {name: value for name, value in named.items() if value is not None}
+    job.options = PolySpecOptions.read({**ready.options, **said}, job.config)
+    if said.get("polyspec_control", getattr(job.config, "polyspec_control", None)) is None:
+        job.costs = ready.costs
+    job.model, job.chosen = ready.target, ready.line
+    return check_assistants(job.model, ready.assistants)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The control of a measured chain on a clock: what it may lose, and that it comes back when the text changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+from clockwork import Clock, ClockedDrafter, ClockedRunner, Run, truth
+
+from hf_polyspec.control import Costs, SteadyControl
+from hf_polyspec.levels.verifier import Verifier
+
+TARGET, MIDDLE = 1.0, 0.3
+COLUMNS = (1, 2, 4, 8, 16, 32)
+
+
+def seconds(one: float, columns: float) -> float:
+    return one * (1 + 0.03 * (columns - 1))
+
+
+def table(one: float) -> list[list[float]]:
+    return [[k, seconds(one, k)] for k in COLUMNS]
+
+
+class Stage:
+    """A target over a middle over a drafter, each as right as the test says at any moment."""
+
+    def __init__(self, middle: float = 0.95, leaf: float = 0.0, believed: float = 0.95, pace: float = 1.0) -> None:
+        self.clock = Clock()
+        self.right = {"middle": middle, "leaf": leaf}
+        self.costs = Costs([table(TARGET), table(MIDDLE)], believed)
+        drafter = ClockedDrafter(self.clock, lambda: 0.0, lambda: self.right["leaf"])
+        below = Verifier(
+            ClockedRunner(self.clock, lambda k: pace * seconds(MIDDLE, k), lambda: self.right["middle"], 3),
+            drafter,
+            name="middle",
+        )
+        runner = ClockedRunner(self.clock, lambda k: pace * seconds(TARGET, k), lambda: 1.0, 4)
+        self.top = Verifier(runner, below, name="target")
+
+    def run(self, tokens: int, during: Callable[[int], None] = lambda emitted: None) -> Run:
+        control: Any = partial(SteadyControl, costs=self.costs)
+        self.top.runner.memo, self.top.below.runner.memo = [], []  # type: ignore[attr-defined]
+        found = Run(
+            self.clock,
+            self.top,
+            tokens,
+            prompt=1,
+            during=during,
+            control=lambda top, clock: control(top, clock=clock),
+        )
+        assert found.text == [[truth(1 + i) for i in range(tokens)]]
+        return found
+
+
+@pytest.mark.parametrize("tokens", [16, 64, 256])
+def test_what_is_always_wrong_costs_little(tokens: int) -> None:
+    """A middle and a drafter that were wrong when they were measured, and are."""
+    lost = Stage(middle=0.0, leaf=0.0, believed=0.05).run(tokens).seconds / (tokens * TARGET) - 1
+    assert lost <= (0.05 if tokens == 16 else 0.03)
+
+
+def test_a_middle_that_turned_bad_is_left_within_a_few_rounds() -> None:
+    stage = Stage(middle=0.95)
+    before = stage.run(128)
+    assert {levels for *_, levels in before.log} == {(0, 1, 2)}
+    assert before.seconds < 0.75 * 128 * TARGET
+    stage.right["middle"] = 0.0
+    after = stage.run(256)
+    assert after.control.setup.levels in [(0,), (0, 2)]
+    assert after.seconds <= 1.08 * 256 * TARGET
+    again = stage.run(256)
+    assert again.seconds <= 1.03 * 256 * TARGET, "what was learnt is kept"
+
+
+def test_it_comes_back_when_the_text_changes() -> None:
+    stage = Stage()
+
+    def changing(emitted: int) -> None:
+        stage.right["middle"] = 0.0 if 128 <= emitted < 384 else 0.95
+
+    found = stage.run(1024, changing)
+    of_part = [{levels for (*_, levels) in found.log[:20]}, {levels for (*_, levels) in found.log[-20:]}]
+    assert of_part == [{(0, 1, 2)}, {(0, 1, 2)}]
+    reasons = [decision.reason for decision in found.control.decisions]
+    assert "trial" in reasons
+    assert {"it loses", "the middle does not pay"} & set(reasons)
+    assert "it pays again" in reasons or reasons.count("trial") >= 1
+
+
+def test_a_slower_machine_is_no_reason_to_stop() -> None:
+    """All passes take three times as long as in the profile."""
+    found = Stage(pace=3.0).run(256)
+    assert found.control.setup.levels == (0, 1, 2)
+    assert found.seconds < 0.8 * 3 * 256 * TARGET
+
+
+def test_a_drafter_that_is_right_is_asked_for_long_drafts() -> None:
+    stage = Stage(middle=0.05, leaf=0.97, believed=0.05)
+    found = stage.run(256)
+    assert found.control.setup.levels == (0, 2)
+    assert found.control.setup.sizes == (12,)
+    assert found.seconds < 0.4 * 256 * TARGET
+
+
+def test_nothing_is_tried_at_the_end_of_a_text() -> None:
+    stage = Stage(middle=0.0, believed=0.95)
+    stage.costs.standing.place, stage.costs.standing.due = 2, {1: 0.0}
+    assert {levels for *_, levels in stage.run(15).log} == {(0,)}
+    assert {levels for *_, levels in stage.run(40).log} > {(0,)}
