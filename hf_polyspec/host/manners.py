@@ -63,12 +63,6 @@ def runner_for(model: Any, name: str, device: torch.device | None = None, **opti
         return ModelRunner(model, name, device, **options)
     if kept is not None:
         options["kept"] = kept
-    extras = options.pop("extras", None)
-    if extras is not None and extras.any and not options.get("replace_unknown_ids"):
-        raise ValueError(
-            f"the forward argument {extras.names[0]!r} is not supported with assistant_models and "
-            f"{type(inner_model(model)).__name__}, which keeps a state; leave it out."
-        )
     return RecurrentRunner(model, name, device, steps=manner is Manner.STEPS, **options)
 
 

@@ -18,6 +18,7 @@ import torch
 from ..exactness.context import Context, common_prefix
 from ..exactness.passes import Pass
 from ..telemetry.counters import LevelStats
+from .forwarding import Forwarding
 from .runner import ModelRunner
 from .states import State, StateCache, bytes_of, copy_of, rows_of, set_rows
 
@@ -60,6 +61,8 @@ class RecurrentRunner(ModelRunner):
         **options: Any,
     ) -> None:
         super().__init__(model, name, device, **options)
+        if steps:  # plain generation's way with these is written down in `_call`
+            self._forwarding = Forwarding(model, options.get("extras"), asks=False)
         self.steps = steps
         self.kept = kept
         self.cache: StateCache = StateCache(model)

@@ -81,7 +81,7 @@ class ModelRunner:
         self._table = position_table(model)
         self.cache: RollbackCache = RollbackCache()
         self.memo: list[list[int]] = []
-        self._forwarding = Forwarding(model, extras, asks=self.cuts)
+        self._forwarding = Forwarding(model, extras)
         self._arguments = RowArguments(inner_model(model))
         self._present: list[int] | None = None  # rows that are left of those at the beginning, None for all
         self._prompt = 0  # columns that were read in a pass of their own and stay

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import torch
 
 from ...host.modeling import CONFIG_MAPPING
+from .tiny_settings import OWN
 
 VOCABULARY = 48
 IMAGE = 40
@@ -76,21 +77,33 @@ def settings(kind: type[Any], *, sight: bool = False) -> dict[str, Any]:
     for name, field in fields.items():
         common = aliases.get(name, name)
         if name in table or common in table:
-            made[name] = table[name if name in table else common]
+            made[name] = _like(field, table[name if name in table else common])
         elif name.endswith(("_token_id", "_token_index")) and name.startswith(_SPECIAL) and field.default is not None:
             made[name], special = special, special + 1
-    if "qk_rope_head_dim" in fields:
+    if "qk_rope_head_dim" in fields:  # latent attention: a key for every query
         made.pop("head_dim", None)  # derived there
+        made.update({name: made["num_attention_heads"] for name in fields if name == "num_key_value_heads"})
     if "is_decoder" in fields:
         made["is_decoder"] = True
     if "layer_types" in fields:
         kinds = _layer_kinds(kind)
         if kinds:
-            made["layer_types"] = kinds
+            made["layer_types"] = kinds[: made.get("num_hidden_layers", len(kinds))]
     for name, sub in (getattr(kind, "sub_configs", None) or {}).items():
         words = name in ("text_config", "thinker_config", "llm_config", "decoder", "language_config")
         made[name] = _sub_settings(kind, name, sub, sight=not words)
     return made
+
+
+def _like(field: inspect.Parameter, value: Any) -> Any:
+    """A number as a list, where the class has a list of them."""
+    if isinstance(value, list):
+        return value
+    if isinstance(field.default, (list, tuple)):
+        return type(field.default)([value] * len(field.default))
+    kinds = get_args(field.annotation) or (field.annotation,)
+    lists = any(get_origin(kind) is list for kind in kinds) and int not in kinds
+    return [value] * 2 if lists else value
 
 
 def _layer_kinds(kind: type[Any]) -> list[str] | None:
@@ -114,26 +127,6 @@ def _sub_settings(kind: type[Any], name: str, sub: Any, *, sight: bool) -> dict[
         sub, model_type = type(given), given.model_type
     made = settings(sub, sight=sight)
     return {**made, "model_type": model_type} if model_type else made
-
-
-_WIDE = {"mamba_d_head": 16, "mamba_head_dim": 16, "mamba_n_heads": 4}
-_LIKE = {"hidden_size_per_layer_input": 0}
-OWN: dict[str, dict[str, Any]] = {
-    "bamba": _WIDE,
-    "falcon_h1": {**_WIDE, "mamba_d_ssm": 64},
-    "granitemoehybrid": _WIDE,
-    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
-    "dots3_note": {"num_key_value_heads": 4},
-    "dots3_note_text": {"num_key_value_heads": 4},
-    "gemma4_assistant": {"text_config": _LIKE},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
-    "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]},
-    "glm5_next": {"text_config": {"num_key_value_heads": 4}},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 16)},
-    "zaya": {"num_experts_per_tok": 1},
-}
-"""What single types need besides small numbers."""
 
 
 def tiny_config(model_type: str, own: dict[str, Any] | None = None) -> Any:
