@@ -13,9 +13,10 @@ import torch
 from transformers import StaticCache
 from transformers.cache_utils import Cache, DynamicCache
 
-from .cache import READABLE_LAYERS, RollbackCache, RollbackLayer
+from .cache import RollbackCache, RollbackLayer
+from .indexed import CROPPED_LAYERS, INDEXED_LAYERS, copied
 from .release import GENERATION_CACHE, inner_model, with_cache
-from .states import STATE_LAYERS, StateCache, copy_of, keeps_states, state_of, tensors_of
+from .states import STATE_LAYERS, StateCache, copy_of, empty_cache, keeps_states, state_of, tensors_of
 
 Form = tuple[Any, ...]
 """Of a layer: heads and size of its keys, the same of its values, dtype and device."""
@@ -43,7 +44,7 @@ def check_cache(cache: Any, model: Any, rows: int) -> None:
     lengths = [_length(layer) for layer in cache.layers]
     if any(lengths) or type(cache) not in (DynamicCache, StaticCache):
         known = (layer for layer in cache.layers if not isinstance(layer, STATE_LAYERS))
-        odd = next((layer for layer in known if type(layer) not in READABLE_LAYERS), None)
+        odd = next((layer for layer in known if type(layer) not in CROPPED_LAYERS), None)
         if odd is not None:
             raise ValueError(
                 f"{GENERATION_CACHE} of type {type(cache).__name__} has {type(odd).__name__} layers, which cannot be "
@@ -128,13 +129,15 @@ def read_cache(cache: Cache, model: Any = None) -> tuple[RollbackCache, int]:
     Returns:
         The copy and the number of tokens in it.
     """
-    made = StateCache(model) if keeps_states(model) else RollbackCache()
+    made = StateCache(model) if keeps_states(model) else empty_cache(model)
     total = tokens_held(cache)
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, STATE_LAYERS):
             vars(made.layers[index]).update(copy_of([state_of(layer)])[0])
         if _length(layer):
             made.update(_full_width(layer.keys, total), _full_width(layer.values, total), index)
+        if type(layer) in INDEXED_LAYERS:
+            vars(made.layers[index]).update(copied(layer))
     if isinstance(made, StateCache):
         made.width = total
     made.floor = floor(cache)
@@ -159,6 +162,8 @@ def write_cache(source: RollbackCache, target: Cache, start: int) -> None:
             _let_go(made.layers[index])
         if isinstance(layer, STATE_LAYERS):
             vars(made.layers[index]).update(state_of(layer))
+        elif index < len(made.layers) and type(made.layers[index]) in INDEXED_LAYERS:
+            vars(made.layers[index]).update(copied(layer))
     steps, back = _exchange(target, made)
     try:
         _at_once(steps)
@@ -364,7 +369,7 @@ def _shape(config: Any) -> tuple[int, int]:
 @torch.no_grad()
 def _measured(model: Any) -> list[Form | None] | None:
     """Forms of what the model keeps of one token; None where it cannot be asked."""
-    cache = RollbackCache()
+    cache = empty_cache(model)
     weight = getattr(model.get_input_embeddings(), "weight", None)
     device = "cpu" if weight is None else weight.device
     try:

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from .manners import Manner, manner_of
 from .release import cache_argument, inner_model, no_cache_argument
+from .states import unknown_layer
 
-ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"}
 """Layer types whose cache is a list of keys and values that can be cut; all others keep a state that cannot."""
 
 _OWN_CACHE_ENTRIES = {"cpmant"}
@@ -115,7 +116,12 @@ def check_model(model: nn.Module, role: str) -> None:
 
 def _check_state(model: Any, role: str, kind: str) -> None:
     """Refuse a model that keeps what can neither be cut nor put back."""
-    manner = manner_of(model)
+    manner, unknown = manner_of(model), unknown_layer(model)
+    if unknown is not None:
+        raise ValueError(
+            f"{role} ({kind}) keeps {unknown} layers in its cache, which cannot be cut after a rejected draft; chains "
+            "cannot use it."
+        )
     odd = sorted(set(layer_types(model.config)) - ATTENTION_LAYERS)
     kinds = f" ({', '.join(odd)} layers)" if odd else ""
     if manner is Manner.NONE:

@@ -23,6 +23,7 @@ from .positions import position_table
 from .release import cache_argument, forward_arguments, inner_model, input_device
 from .rope import crosses, reads_anew
 from .row_arguments import RowArguments
+from .states import empty_cache
 from .trees import plant
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class ModelRunner:
         rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
         self._rows: int | None = rows if replace_unknown_ids else None
         self._table = position_table(model)
-        self.cache: RollbackCache = RollbackCache()
+        self.cache: RollbackCache = empty_cache(model)
         self.memo: list[list[int]] = []
         self._forwarding = Forwarding(model, extras)
         self._arguments = RowArguments(inner_model(model))
@@ -394,7 +395,6 @@ class ModelRunner:
 
     def _recover(self, past: int) -> None:
         """After a failed pass: whatever some layers already stored of it is dropped."""
-        for layer in self.cache.layers:
+        for layer in self.cache.rollable:
             layer.shrink(past)
-        self.memo = []
-        self.cache = RollbackCache()
+        self.memo, self.cache = [], empty_cache(self.model)

@@ -15,7 +15,8 @@ import torch
 from transformers import cache_utils
 from transformers.cache_utils import DynamicCache
 
-from .cache import READABLE_LAYERS, RollbackCache, RollbackLayer
+from .cache import RollbackCache, RollbackLayer
+from .indexed import CROPPED_LAYERS, INDEXED_LAYERS, RollbackIndexedLayer
 from .release import inner_model
 
 State = list[dict[str, Any]]
@@ -65,7 +66,7 @@ def unknown_layer(model: Any) -> str | None:
     Models that bring a cache class of their own are told apart by the attributes it has on top of the usual ones.
     """
     for layer in planned_layers(model):
-        if not isinstance(layer, STATE_LAYERS) and type(layer) not in READABLE_LAYERS:
+        if not isinstance(layer, STATE_LAYERS) and type(layer) not in CROPPED_LAYERS:
             return type(layer).__name__
     return None
 
@@ -124,8 +125,22 @@ class StateCache(RollbackCache):
 def _own(layer: Any) -> Any:
     if isinstance(layer, STATE_LAYERS):
         return RollbackStateLayer(layer.number_of_states) if hasattr(layer, "get_seq_length") else layer
+    if type(layer) in INDEXED_LAYERS:
+        return RollbackIndexedLayer()
     # A dummy stays what it is; windows get full layers, as everywhere (see `cache`).
     return RollbackLayer() if hasattr(layer, "get_seq_length") else layer
+
+
+def empty_cache(model: Any) -> RollbackCache:
+    """The cache that a model without a state begins with.
+
+    Layers are added as the model asks for them, unless some are of another kind than keys and values alone.
+    """
+    cache = RollbackCache()
+    planned = planned_layers(model) if INDEXED_LAYERS else []
+    if any(type(layer) in INDEXED_LAYERS for layer in planned):
+        cache.layers = [_own(layer) for layer in planned]
+    return cache
 
 
 def state_of(layer: Any) -> dict[str, Any]:

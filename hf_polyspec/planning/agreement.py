@@ -15,7 +15,7 @@ import torch
 from ..exactness.noise import Noise
 from ..exactness.proposal import TreeProposal
 from ..exactness.tree_geometry import ROOT
-from ..host.cache import RollbackCache
+from ..host.states import empty_cache
 from ..levels.base import Drafter
 from ..levels.verifier import Verifier
 from .costs import draft_lengths
@@ -269,7 +269,7 @@ class _Taker:
     def _start(self, text: Text) -> None:
         """A new text: nothing is remembered of another, and the level above has read all of it."""
         self.chain.begin(0, 1, self.chain.vocabulary)
-        self.chain.runner.adopt(RollbackCache(), [])
+        self.chain.runner.adopt(empty_cache(self.chain.runner.model), [])
         logits_along(self.chain, text)
 
     @staticmethod

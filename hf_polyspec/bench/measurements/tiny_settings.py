@@ -13,19 +13,10 @@ _SECTIONS: Settings = {"rope_type": "default", "rope_theta": 10000.0, "mrope_sec
 _PLANES: Settings = {"text_config": {"rope_parameters": _SECTIONS}}
 _PLAIN_GEMMA: Settings = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 _TOKENS = {"<image>": 40, "<|extra_200|>": 41, "<|visual token 000000|>": 42, "IMGIMGBS00Z": 43}
-_INDEXER: Settings = {
-    "indexer_n_heads": 2,
-    "indexer_kv_heads": 1,
-    "indexer_head_dim": 8,
-    "indexer_budget": 32,
-    "indexer_compress_ratio": 4,
-    "ngram_vocab_size_base": 64,
-    "rope_parameters": _SECTIONS,
-}
+_INDEXER: Settings = {"ngram_vocab_size_base": 64, "rope_parameters": _SECTIONS}
 _PIECES: Settings = {"layer_types": None, "num_hidden_layers": 4}
 _SUPERPOSED: Settings = {
     "layers_block_type": ["linear_attention", "full_attention"],
-    "n_groups": 1,
     "mamba_head_dim": 16,
     "mamba_num_heads": 4,
 }
@@ -36,7 +27,7 @@ OWN: dict[str, Settings] = {
     "falcon_h1": {**_WIDE, "mamba_d_ssm": 64},
     "granitemoehybrid": {**_WIDE, "layer_types": _MIXED, "shared_intermediate_size": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
-    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "chunk_size": 8},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "n_mamba_heads": 4, "chunk_size": 8},
@@ -66,7 +57,7 @@ OWN: dict[str, Settings] = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glm_ocr", "paddleocr_vl", "hunyuan_vl"), _PLANES),
     **dict.fromkeys(("cosmos3_edge", "hy_v4_vl"), _PLANES),
     "glm4v_moe": {"text_config": {"rope_parameters": _SECTIONS, "head_dim": 16}},
-    "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "index_topk": 8}},
+    "glm5_next": {"text_config": {"qk_rope_head_dim": 0}},
     "emu3": {"vocabulary_map": _TOKENS},
     "chameleon": {"vocabulary_map": _TOKENS},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 44},
