@@ -23,6 +23,7 @@ from ..host.generation import GenerateDecoderOnlyOutput, decoder_output, is_call
 from ..host.manners import runner_for
 from ..host.modeling import Cache
 from ..host.own_rows import plainly_padded
+from ..host.peculiar import check_window
 from ..host.plain_cache import PlainCache
 from ..host.release import cache_names, cache_of
 from ..host.rope import gate
@@ -144,6 +145,7 @@ def decode(
         )
     pairs = vocabularies(model, assistant_models, tokenizer, assistant_tokenizer)
     assistants = check_assistants(model, assistant_models, pairs)
+    check_window(model, generation_config.max_length)
     job = _Job(model, input_ids, logits_processor, stopping_criteria, generation_config, options, model_kwargs)
     if chosen_here:
         assistants = choose(job, named)

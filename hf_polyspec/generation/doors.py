@@ -20,6 +20,7 @@ from ..host.compatibility import check_cache_implementation
 from ..host.contract import check_release
 from ..host.generation import StopStringCriteria, without
 from ..host.patching import patch_all, patch_one, positional_names, unpatch_all, unpatch_one
+from ..host.peculiar import check_generate
 from ..host.release import inner_model
 from .decoding import SYNCED_GPUS, decode
 from .members import leaves_choice, members
@@ -181,6 +182,7 @@ def _has_own_seed(model: Any, given: dict[str, Any]) -> bool:
 
 def _refuse_early(model: Any, given: dict[str, Any]) -> None:
     """What transformers would otherwise act on before `decode` is asked."""
+    check_generate(model)
     if given.get("assistant_model") is not None:
         raise ValueError("both assistant_model and assistant_models were given; put all of them into assistant_models.")
     if given.get("custom_generate") not in (None, decode):

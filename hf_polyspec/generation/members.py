@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..host.generation import CandidateGenerator
+from ..host.peculiar import as_target
 from ..levels.base import Drafter
 
 _lock = threading.Lock()
@@ -20,7 +21,8 @@ def members(target: Any, assistants: Any) -> Any:
     """`assistant_models` with everything that is given by name made or loaded (`models.assistants.by_name`)."""
     from ..models.assistants import by_name  # loaders of every kind, which most chains never need
 
-    return by_name(target, assistants)
+    made = by_name(target, assistants)
+    return [as_target(target, one) for one in made] if isinstance(made, (list, tuple)) else made
 
 
 def leaves_choice(assistants: Any, plan: Any) -> bool:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer, GenerationConfig
 
 from .manners import Manner, manner_of
+from .peculiar import looks_back_only
 from .release import cache_argument, inner_model, no_cache_argument
 from .states import unknown_layer
 
@@ -103,8 +104,9 @@ def check_model(model: nn.Module, role: str) -> None:
             "back; use LoRA or merge the adapter."
         )
     _check_state(model, role, kind)
-    # BERT's family; GPT-NeoX has the first of the two as well and means nothing by it.
-    if getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention"):
+    # BERT's family; others have both of these as well and mean nothing by them.
+    two_sided = getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention")
+    if two_sided and not looks_back_only(model):
         raise ValueError(f"{role} ({kind}) attends to both sides; load it with is_decoder=True in its config.")
     if getattr(config, "model_type", None) in _OWN_CACHE_ENTRIES:
         raise ValueError(f"{role} ({kind}) adds prompt positions of its own to its cache; chains cannot use it.")

@@ -31,7 +31,8 @@ _continued: WeakKeyDictionary[Any, dict[bool, bool]] = WeakKeyDictionary()
 def rows_may_part(model: Any) -> bool:
     """Whether a row that is moved within the cache gets the logits that it gets alone; asked once a model.
 
-    A model that cannot be asked is taken for one that counts columns: rows that run in step are right under any.
+    A model of the common kind takes positions, which does not say that it obeys them; where it cannot be asked it is
+    believed, and any other is taken for one that counts columns: rows that run in step are right under any.
     """
     inner = inner_model(model)
     if inner in _known:
@@ -62,7 +63,7 @@ def serve(runner: Runner, batch: int) -> Runner:
             f"{runner.name} ({kind}) does not read several tokens after a cache as it reads them in one text, so "
             "drafts cannot be checked with it; leave it out."
         )
-    if batch == 1 or _is_ordinary(model) or (Forwarding(model).keeps_positions() and rows_may_part(model)):
+    if batch == 1 or (Forwarding(model).keeps_positions() and rows_may_part(model)):
         return runner
     if not reads_on(model, padded=True):
         raise ValueError(
@@ -75,7 +76,7 @@ def serve(runner: Runner, batch: int) -> Runner:
 
 
 def _is_ordinary(model: Any) -> bool:
-    """Whether a model takes positions and is called by the common method: it is believed, and asked nothing."""
+    """Whether a model takes positions and is called by the common method: it is believed where it cannot be asked."""
     return "position_ids" in forward_arguments(model) and Forwarding(model).plain
 
 
@@ -94,7 +95,7 @@ def _parts(model: Any) -> bool:
             alone = _read(model, first, rows[1:])
             at_once = _read(model, 0, rows[1:])
     except Exception:
-        return False
+        return _is_ordinary(model)
     return _alike(model, together[1], alone[0], (alone - at_once).abs().max())
 
 

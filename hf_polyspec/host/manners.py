@@ -50,10 +50,6 @@ def runner_for(model: Any, name: str, device: torch.device | None = None, **opti
         model, name, device, options: see `ModelRunner`.
         options: may hold `kept`, see `RecurrentRunner`, and `rows`, the number of rows that may each have their own
             columns (with plain prompts, a cache, and nothing recorded), 1 for none.
-
-    Raises:
-        ValueError: a target that keeps a state is given forward arguments that only its first pass, or some tokens of
-            it, would see.
     """
     kept, rows = options.pop("kept", None), options.pop("rows", 1)
     manner = manner_of(model)

@@ -18,10 +18,11 @@ NEW = 16
 KINDS = [kind for kind in ("deepseek_v32", "qwen4_exp") if kind in CONFIG_MAPPING]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[f"{kind} {way}" for kind in KINDS for way in ("eager", "sdpa")])
 def model(request: pytest.FixtureRequest) -> Any:
     """Each token attends to eight of the tokens before it, and texts are longer."""
-    return tiny_model(request.param, AutoModelForCausalLM)
+    kind, attention = request.param.split()
+    return tiny_model(kind, AutoModelForCausalLM, attention=attention)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -2,19 +2,23 @@
 """Every class of the installed transformers that makes text, as a target: `polyspec measure architectures`.
 
 Each is built tiny and random, in float32; greedy text of chains of two and three, with a copy that is always right and
-one that is often wrong, is compared with plain generate()'s, for one prompt and for a left-padded batch of three.
+one that is often wrong, is compared with plain generate()'s, for one prompt and for a left-padded batch of three; so is
+a text that is drawn under a seed. All classes take minutes: `--part 1/4 --findings found.jsonl` does a quarter and adds
+it to a file, and the page is made of all that the file holds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
+import platform
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +67,7 @@ class Finding:
         verdict: one of `VERDICTS`.
         passes: target passes a token with an exact copy, of one row and of three; None where none ran.
         note: a sentence: the refusal, the error, or how rows ran.
+        sampled: whether a text drawn under a seed was plain generate()'s, None where none was drawn.
     """
 
     kind: str
@@ -71,6 +76,7 @@ class Finding:
     verdict: str
     passes: tuple[float, float] | None = None
     note: str = ""
+    sampled: bool | None = None
 
 
 def classes(only: Sequence[str] = ()) -> list[tuple[str, str]]:
@@ -152,7 +158,21 @@ def _compared(model: Any, kind: str, model_type: str) -> Finding:
                 passes.append(found.polyspec.levels[0].forward_passes / NEW)
             told.update(note for note in found.polyspec.levels[0].notes if "in step" in note)
     verdict = EQUAL if max(passes) <= WORTH else GAINLESS
-    return Finding(kind, model_type, name, verdict, (passes[0], passes[1]), "rows run in step" if told else "")
+    said = "rows run in step" if told else ""
+    return Finding(kind, model_type, name, verdict, (passes[0], passes[1]), said, _sampled_alike(model))
+
+
+def _sampled_alike(model: Any) -> bool:
+    """Whether a text that is drawn under a seed is the one that plain generate() draws."""
+    inputs = {**prompts(1), "max_new_tokens": NEW, "do_sample": True, "top_k": 0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        plain = model.generate(**inputs)
+        torch.manual_seed(7)
+        return bool(
+            generate(model, **inputs, assistant_models=[noisy(model, NOISE[1])], num_assistant_tokens=DRAFT).tolist()
+            == plain.tolist()
+        )
 
 
 def _line(error: BaseException) -> str:
@@ -169,7 +189,10 @@ def page(findings: Sequence[Finding]) -> str:
         "of the image-text mapping, built tiny and random, in float32. Greedy text of chains of two (an exact copy, a",
         "noisy one) and of three is compared, token for token, with plain `generate()`'s, for one prompt and for a",
         "left-padded batch of three, on text alone. Passes are those of the target for each token with an exact copy",
-        f"that drafts {DRAFT}, for one row and for three; plain generation's are 1.",
+        f"that drafts {DRAFT}, for one row and for three; plain generation's are 1. Sampled: whether a text of",
+        "a chain of two, drawn under a seed, is the one that plain `generate()` draws.",
+        "",
+        f"Made with torch {torch.__version__} on a CPU ({platform.machine()}), {time.strftime('%Y-%m-%d')}.",
         "",
         "| verdict | causal | image-text | |",
         "| --- | --- | --- | --- |",
@@ -182,13 +205,32 @@ def page(findings: Sequence[Finding]) -> str:
             "",
             f"## {title}",
             "",
-            "| class | `model_type` | verdict | passes | |",
-            "| --- | --- | --- | --- | --- |",
+            "| class | `model_type` | verdict | passes | sampled | |",
+            "| --- | --- | --- | --- | --- | --- |",
         ]
         for f in sorted((f for f in findings if f.kind == kind), key=lambda f: f.name.lower()):
             ratio = "" if f.passes is None else f"{f.passes[0]:.2f}, {f.passes[1]:.2f}"
-            lines.append(f"| {f.name} | `{f.model_type}` | {f.verdict} | {ratio} | {f.note} |")
+            drawn = {None: "", True: "same", False: "other"}[f.sampled]
+            lines.append(f"| {f.name} | `{f.model_type}` | {f.verdict} | {ratio} | {drawn} | {f.note} |")
     return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def read(path: Path) -> list[Finding]:
+    """What a file of findings holds, of every class the last one."""
+    found: dict[tuple[str, str], Finding] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        values = json.loads(line)
+        passes = values.pop("passes")
+        one = Finding(**values, passes=None if passes is None else (passes[0], passes[1]))
+        found[one.kind, one.model_type] = one
+    return list(found.values())
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part such as 1/4")
+    return int(part), int(parts)
 
 
 def _one(asked: tuple[str, str]) -> Finding:
@@ -201,8 +243,11 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", default=[], help="model types; left out, all of the installed release")
     parser.add_argument("--jobs", type=arguments.count, default=1, help="processes")
     parser.add_argument("--page", type=Path, help="write the page here, such as docs/architectures.md")
+    parser.add_argument("--part", type=_part, default=(1, 1), help="which part of all, such as 1/4")
+    parser.add_argument("--findings", type=Path, help="a file that every finding is added to, and the page made of")
     given = parser.parse_args(words)
-    asked = classes(given.only)
+    part, parts = given.part
+    asked = classes(given.only)[part - 1 :: parts]
     if not asked:
         parser.error(f"--only: there is no class for {', '.join(given.only)} in transformers {installed()}.")
     quiet(errors_only=True)
@@ -212,6 +257,9 @@ def main(words: Sequence[str] | None = None) -> None:
     with multiprocessing.get_context("fork").Pool(given.jobs, maxtasksperchild=20) as pool:
         for found in pool.imap(_one, asked):
             findings.append(found)
+            if given.findings is not None:
+                with given.findings.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(found)) + "\n")
             print(
                 f"{found.kind:10} {found.model_type:28} {found.verdict:20} {found.passes or ''} {found.note}",
                 flush=True,
@@ -219,4 +267,6 @@ def main(words: Sequence[str] | None = None) -> None:
     counts = ", ".join(f"{v} {sum(f.verdict == v for f in findings)}" for v in VERDICTS)
     print(f"{len(findings)} classes in {time.perf_counter() - started:.0f} s: {counts}", file=sys.stderr)
     if given.page is not None:
+        if given.findings is not None:
+            findings = read(given.findings)
         given.page.write_text(page(findings), encoding="utf-8")

@@ -37,6 +37,8 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace"), 1),
     **dict.fromkeys(("initializer_range", "init_std"), 0.3),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "mamba_n_heads", "mamba_num_heads"), 4),
+    "linear_num_heads": 4,
+    "linear_head_dim": 8,
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_head_dim", "mamba_d_head"), 8),
     **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size", "hidden_size_per_layer_input"), 8),
     **dict.fromkeys(("sliding_window", "window_size", "attention_chunk_size"), 16),
@@ -173,6 +175,9 @@ def tiny_model(model_type: str, auto: Any, own: dict[str, Any] | None = None, at
         if head is not None:
             for parameter in head.parameters():  # a random model with tied embeddings repeats what it reads
                 parameter.data = torch.randn(parameter.shape)
+        words = getattr(model.get_input_embeddings(), "weight", None)
+        if words is not None:  # the padding's row is zero, to which every token that an indexer could choose is alike
+            words.data[0] = 0.3 * torch.randn(words.shape[1])
     model.generation_config.eos_token_id = None
     model.generation_config.forced_eos_token_id = None
     model.generation_config.pad_token_id = 0

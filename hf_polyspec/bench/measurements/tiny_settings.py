@@ -14,7 +14,7 @@ _PLANES: Settings = {"text_config": {"rope_parameters": _SECTIONS}}
 _PLAIN_GEMMA: Settings = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 _TOKENS = {"<image>": 40, "<|extra_200|>": 41, "<|visual token 000000|>": 42, "IMGIMGBS00Z": 43}
 _INDEXER: Settings = {"ngram_vocab_size_base": 64, "rope_parameters": _SECTIONS}
-_PIECES: Settings = {"layer_types": None, "num_hidden_layers": 4}
+_PIECES: Settings = {"layer_types": ["indexed_attention", "sliding_attention"], "use_dsa": True}
 _SUPERPOSED: Settings = {
     "layers_block_type": ["linear_attention", "full_attention"],
     "mamba_head_dim": 16,
@@ -29,7 +29,12 @@ OWN: dict[str, Settings] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "mamba2": {"num_heads": 4, "head_dim": 16, "chunk_size": 8},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "use_mamba_kernels": False,
+    },
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "n_mamba_heads": 4, "chunk_size": 8},
     "nemotron_h": _SUPERPOSED,
     "gemma4_assistant": {"text_config": _PLAIN_GEMMA},
@@ -43,7 +48,7 @@ OWN: dict[str, Settings] = {
     "blt": {"patch_in_forward": False},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _SECTIONS}},
     "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _SECTIONS}}},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dory": {"num_hidden_layers": 3, "n_input_layers": 1, "n_output_layers": 1, "layer_types": None},
     "dots3_note_text": _PIECES,
     "dots3_note": {"text_config": _PIECES},
@@ -53,18 +58,25 @@ OWN: dict[str, Settings] = {
     "inkling2_loop": {"text_config": {"unpadded_vocab_size": 48}, "vision_config": {"text_hidden_size": 32}},
     "qwen4_exp_text": _INDEXER,
     "qwen4_exp": {"text_config": _INDEXER},
+    "xlstm": {"hidden_size": 128, "num_heads": 2, "qk_dim_factor": 0.5},
+    "moshi": {"sliding_window": 64},
     "xmod": {"default_language": "en_XX"},
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glm_ocr", "paddleocr_vl", "hunyuan_vl"), _PLANES),
-    **dict.fromkeys(("cosmos3_edge", "hy_v4_vl"), _PLANES),
+    "cosmos3_edge": _PLANES,
+    "hy_v4_vl": {"text_config": {"rope_parameters": _SECTIONS, "qk_rope_head_dim": 8}},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -1]}},
     "glm4v_moe": {"text_config": {"rope_parameters": _SECTIONS, "head_dim": 16}},
     "glm5_next": {"text_config": {"qk_rope_head_dim": 0}},
     "emu3": {"vocabulary_map": _TOKENS},
     "chameleon": {"vocabulary_map": _TOKENS},
-    "qwen2_5_omni_thinker": {"vision_start_token_id": 44},
-    "qwen3_omni_moe_thinker": {"vision_start_token_id": 44},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 44, **_PLANES},
+    "qwen3_omni_moe_thinker": {
+        "vision_start_token_id": 44,
+        "text_config": {"rope_parameters": _SECTIONS, "sliding_window": None},
+    },
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [0]},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}, "text_config": _SUPERPOSED},
     "unlimited_ocr": {"text_config": {"num_key_value_heads": 4}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
-    "muse_spark": {"vision_config": {"num_hidden_layers": 4}},
+    "muse_spark": {"vision_config": {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}},
 }

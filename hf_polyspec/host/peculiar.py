@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models whose generate(), masks or inner parts are not what their class lets expect: found by looking."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from types import CodeType
+from typing import Any
+
+import torch
+from transformers import GenerationMixin
+
+from .release import inner_model
+from .states import planned_layers
+
+_WINDOW_MASKS = frozenset(
+    {"create_sliding_window_causal_mask", "create_chunked_causal_mask", "create_masks_for_generate"}
+)
+"""transformers' functions that put a window into a mask."""
+
+
+def check_generate(model: Any) -> None:
+    """Refuse a model whose generate() is not transformers' own.
+
+    Raises:
+        ValueError: names the class.
+    """
+    inner = inner_model(model)
+    if isinstance(inner, torch.nn.Module) and not isinstance(inner, GenerationMixin) and hasattr(inner, "generate"):
+        raise ValueError(
+            f"generate() of {type(inner).__name__} is the class's own and makes text in another way than token by "
+            "token, which assistant_models cannot speed up; leave them out."
+        )
+
+
+def looks_back_only(model: Any) -> bool:
+    """Whether some attention of the model says of itself that a token sees only what comes before it."""
+    return any(getattr(part, "is_causal", False) is True for part in inner_model(model).modules())
+
+
+def check_window(model: Any, length: int | None) -> None:
+    """Refuse a target whose window is nothing but the end of its cache, for texts that are longer.
+
+    Plain generation drops columns then, and a pass of several tokens would have to see others for each of them.
+
+    Args:
+        model: the target; length: tokens of the longest text to come, None for any.
+
+    Raises:
+        ValueError: names the class and the window.
+    """
+    sizes = [int(layer.sliding_window) for layer in planned_layers(model) if getattr(layer, "sliding_window", None)]
+    if not sizes or _masks_windows(inner_model(model)) or (length is not None and length <= min(sizes)):
+        return
+    raise ValueError(
+        f"the target ({type(inner_model(model)).__name__}) has no mask for its window of {min(sizes)} tokens and "
+        "leaves it to its cache to drop what is older, which is not the same for all tokens of a draft; "
+        f"assistant_models serve it up to max_length={min(sizes)}."
+    )
+
+
+def _masks_windows(inner: Any) -> bool:
+    """Whether the code of some part of the model makes such masks; code of other packages is believed."""
+    kinds = {kind for part in inner.modules() for kind in type(part).__mro__}
+    known = [kind for kind in kinds if kind.__module__.startswith("transformers.models")]
+    return not known or any(_calls(kind) for kind in known)
+
+
+def _calls(kind: type) -> bool:
+    """Whether a method of a class, or a function of its file that one calls, names a function for such masks."""
+    beside = vars(sys.modules[kind.__module__])
+    names = {name for method in vars(kind).values() for name in _names(method)}
+    return any(name in _WINDOW_MASKS or not _WINDOW_MASKS.isdisjoint(_names(beside.get(name))) for name in names)
+
+
+def _names(function: Any) -> list[str]:
+    """Names in a function's code, and in that of functions within it."""
+    code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+    found, left = [], [] if code is None else [code]
+    while left:
+        one = left.pop()
+        found += one.co_names
+        left += [constant for constant in one.co_consts if isinstance(constant, CodeType)]
+    return found
+
+
+def as_target(target: Any, assistant: Any) -> Any:
+    """The part of an assistant that is of the target's class, where the assistant is a larger whole around one.
+
+    Some classes hand generate() on to a language model inside, which is then the target.
+    """
+    kind, whole = type(inner_model(target)), inner_model(assistant)
+    if not isinstance(whole, torch.nn.Module) or isinstance(whole, kind) or not isinstance(whole, GenerationMixin):
+        return assistant
+    parts = [part for part in whole.modules() if type(part) is kind]
+    return parts[0] if len(parts) == 1 else assistant

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`polyspec measure architectures`: in pieces, its file of findings, and the page made of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hf_polyspec.bench.measurements import architectures
+from hf_polyspec.bench.measurements.architectures import EQUAL, Finding, classes, main, page, read
+
+
+def test_parts_are_all_classes_once() -> None:
+    everything = classes()
+    assert len(everything) > 200
+    assert sorted(one for part in range(3) for one in everything[part::3]) == sorted(everything)
+
+
+def test_findings_are_added_to_a_file_and_the_page_is_made_of_it(tmp_path: Path) -> None:
+    """The last word on a class counts."""
+    file, made = tmp_path / "found.jsonl", tmp_path / "page.md"
+    for _ in range(2):
+        main(["--only", "llama", "--findings", str(file), "--page", str(made)])
+    assert len(file.read_text().splitlines()) == 2
+    (found,) = read(file)
+    assert found.verdict == EQUAL
+    assert found.sampled is True
+    assert found.passes is not None
+    assert max(found.passes) <= architectures.WORTH
+    assert made.read_text() == page([found])
+    assert "| LlamaForCausalLM | `llama` | equal |" in made.read_text()
+
+
+def test_a_part_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--part", "3/2"])
+    assert "'3/2' is no part" in capsys.readouterr().err
+
+
+def test_a_refusal_stands_in_the_page() -> None:
+    made = page([Finding("causal", "some", "SomeForCausalLM", "refused", note="why")])
+    assert "| SomeForCausalLM | `some` | refused |  |  | why |" in made

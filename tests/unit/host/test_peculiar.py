@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is found by looking at a model's class and code: windows without masks, a generate() of its own, wholes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import prompts, tiny
+
+from hf_polyspec.bench.measurements.tiny_models import tiny_model
+from hf_polyspec.host.compatibility import check_model
+from hf_polyspec.host.modeling import AutoModelForCausalLM
+from hf_polyspec.host.peculiar import as_target, check_generate, check_window
+
+
+def test_a_window_that_is_only_in_the_cache_is_served_up_to_its_length(enabled: None) -> None:
+    model = tiny_model("moshi", AutoModelForCausalLM, {"sliding_window": 16})
+    call = {**prompts(1), "do_sample": False}
+    length = call["input_ids"].shape[1]
+    plain = model.generate(**call, max_new_tokens=16 - length)
+    assert model.generate(**call, max_new_tokens=16 - length, assistant_models=[model]).tolist() == plain.tolist()
+    with pytest.raises(ValueError, match=r"no mask for its window of 16 tokens.*max_length=16"):
+        model.generate(**call, max_new_tokens=17 - length, assistant_models=[model])
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "exaone4", "llama4_text"])
+def test_windows_in_masks_are_found(kind: str) -> None:
+    """In a method, in a function beside the class, and in one that is written within a method."""
+    own: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"]} if kind == "exaone4" else {}
+    check_window(tiny_model(kind, AutoModelForCausalLM, own), None)
+
+
+class _Own(torch.nn.Module):
+    def generate(self) -> None:
+        pass
+
+
+class _Whole(torch.nn.Module):
+    def __init__(self, part: Any) -> None:
+        super().__init__()
+        self.part = part
+
+
+def test_a_class_with_its_own_generate_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"generate\(\) of _Own is the class's own"):
+        check_generate(_Own())
+    check_generate(tiny("llama"))
+
+
+def test_a_whole_lends_the_part_of_the_targets_class() -> None:
+    target, part = tiny("llama"), tiny("llama")
+    whole = tiny("mistral")
+    whole.inner = part
+    assert as_target(target, whole) is part
+    assert as_target(target, part) is part
+    assert as_target(target, _Whole(part)).part is part, "only what makes text itself"
+    whole.other = tiny("llama")
+    assert as_target(target, whole) is whole, "which of the two is meant nobody knows"
+
+
+def test_attention_that_says_it_is_causal_is_believed() -> None:
+    """BERT has to be told; a class that only has BERT's words in its config has not."""
+    with pytest.raises(ValueError, match="attends to both sides"):
+        check_model(tiny("bert", attention="eager"), "the target")
+    model = tiny("llama")
+    model.config.is_decoder, model.config.add_cross_attention = False, False
+    check_model(model, "the target")
