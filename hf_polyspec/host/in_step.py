@@ -93,7 +93,7 @@ def _parts(model: Any) -> bool:
             first = len(rows[0]) - _READ_ON
             together = _read(model, first, rows)
             alone = _read(model, first, rows[1:])
-            at_once = _read(model, 0, rows[1:])
+            at_once = _read(model, first, rows[1:], at_once=True)
     except Exception:
         return _is_ordinary(model)
     return _alike(model, together[1], alone[0], (alone - at_once).abs().max())
@@ -130,7 +130,7 @@ def _reads_on(model: Any, padded: bool) -> bool:
             if padded and first < 2:  # no room for padding and a token before the second pass
                 return True
             padding = min(2, first - 1) if padded else 0
-            found, wanted = (_read(model, width, rows, padding=padding) for width in (first, 0))
+            found, wanted = (_read(model, first, rows, padding=padding, at_once=whole) for whole in (False, True))
     except Exception:
         return False
     return _alike(model, found, wanted, torch.zeros(()))
@@ -141,22 +141,22 @@ def _alike(model: Any, one: torch.Tensor, other: torch.Tensor, noise: torch.Tens
     return bool((one - other).abs().max() <= 8 * noise + coarse * other.abs().max())
 
 
-def _read(model: Any, width: int, rows: list[list[int]], padding: int = 0) -> torch.Tensor:
+def _read(model: Any, width: int, rows: list[list[int]], padding: int = 0, *, at_once: bool = False) -> torch.Tensor:
     """Logits `[B, V]` after each row, read in two passes, of which the second moves the shorter rows.
 
     Args:
-        model: whose; width: columns of the first pass, 0 where all of it is read at once; rows: what is read.
+        model: whose; width: columns of the prompt, which the first pass reads; rows: what is read.
         padding: columns at the left of the second row that hold no token.
+        at_once: in one pass instead, unless the model reads prompts alone.
     """
     stats, runner = LevelStats("probe", 0), ModelRunner(model, "the probe")
     nothing: list[list[int]] = [[] for _ in rows]
-    shown = width or min(map(len, rows))
-    mask = torch.ones(len(rows), shown, dtype=torch.long)
+    mask = torch.ones(len(rows), width, dtype=torch.long)
     if padding:
         mask[-1, :padding] = 0
         rows = [*rows[:-1], [0] * padding + rows[-1][padding:]]
-    prompt = Prompt(shown, mask if padding else None, (mask.cumsum(-1) - 1).clamp(min=0))
-    if width:
+    prompt = Prompt(width, mask if padding else None, (mask.cumsum(-1) - 1).clamp(min=0))
+    if not at_once:
         runner.run(Context([row[:width] for row in rows], prompt), nothing, stats)
     return runner.run(Context(rows, prompt), nothing, stats).logits[:, 0]
 

@@ -45,11 +45,13 @@ def test_asked_once_and_nobodys_numbers_move() -> None:
     assert asked == len(passes) > 0
 
 
-def test_a_model_that_cannot_be_asked_counts_as_one_that_does_not_obey() -> None:
-    model = tiny("llama")
+@pytest.mark.parametrize("kind", ["llama", "roformer"])
+def test_a_model_that_cannot_be_asked_is_believed_if_it_takes_positions(kind: str) -> None:
+    own = {"is_decoder": True, "embedding_size": 32} if kind == "roformer" else {}
+    model = tiny(kind, attention="eager", **own)
 
     def refuse(*_: Any) -> None:
         raise RuntimeError("not now")
 
     model.register_forward_pre_hook(refuse)
-    assert rows_may_part(model) is False
+    assert rows_may_part(model) is (kind == "llama")
