@@ -81,6 +81,8 @@ class Engine:
             if value is None:
                 raise ValueError(f"{name} must be a whole number of at least 1, got None.")
         require_count("max_total_tokens", max_total_tokens)
+        if isinstance(assistant_models, str):
+            raise TypeError(f"an Engine is given its levels as a list, got {assistant_models!r}; name them one by one.")
         self.model = inner_model(model)
         self.tokenizer = tokenizer
         self.slots = slots

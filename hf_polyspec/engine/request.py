@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future, InvalidStateError
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ..generation.course import Course
 from ..generation.outputs import Recorder
 from ..host.generation import decoder_output, pad_id
 from ..levels.emission import Emission
-from ..telemetry.counters import LevelStats
+from ..telemetry.counters import Counted, LevelStats
 from ..telemetry.stats import PolySpecStats
 from .prepared import Prepared
 
@@ -212,6 +213,11 @@ class Request(Course):
         if self.over:
             return
         before = len(self.rows[0].committed)
+        if emission.tokens[
+            0
+        ]:  # the chain counts up to the ids that end the engine's texts, and this one may have others
+            of = Counted.of(emission.drafted[0], emission.accepted[0], emission.tokens[0], self.stopping.eos)
+            emission = replace(emission, counted=[of])
         self._record(emission)
         try:
             super().take(indices, emission, lengths)
@@ -248,6 +254,7 @@ class Request(Course):
         lost = None if self.chances is None else self.chances.lost
         if lost is not None:
             stats.levels[0].notes.append(lost)
+        stats.levels[0].notes += self.law.tell_left_out()
         if not self.prepared.config.return_dict_in_generate:
             return sequences
         wanted = self.prepared.wanted

@@ -86,6 +86,8 @@ class Context:
 
     def select(self, rows: list[int]) -> Context:
         """Only the given rows, in this order."""
+        if rows == list(range(self.batch)):
+            return self
         return Context([self.ids[row] for row in rows], self.prompt.select(rows))
 
     def joined(self, more: Context) -> Context:

@@ -258,8 +258,8 @@ class LawMaker:
                 of_place.div_(values[: weights.shape[-1]] if ids is None else values[ids])
         return weights
 
-    def draw(self, weights: torch.Tensor) -> torch.Tensor:
-        """One token a row from `[B, V]` weights, with chances of this level's own."""
+    def draw(self, weights: torch.Tensor, active: Sequence[bool] | None = None) -> torch.Tensor:
+        """One token a row from `[B, V]` weights, with chances of this level's own; only some rows may matter."""
         return self.randomness.categorical(weights)
 
     def draw_distinct(
@@ -308,6 +308,14 @@ class LawMaker:
             found = LawMaker(kept, self.do_sample, self.device, self.randomness, self.noise, self.ends)
         found.left_out = self.left_out
         return found
+
+    def tell_left_out(self) -> list[str]:
+        """Which processors levels below went without, in a sentence each."""
+        return [
+            f"levels below draft without {name}, so that less of it is accepted: {reason} "
+            "(docs/troubleshooting.md, Structured output)"
+            for name, reason in self.left_out.items()
+        ]
 
     def _take_over(self) -> None:
         """Get processors of one's own from the law maker above, which has not asked its own since the fork."""

@@ -181,12 +181,12 @@ class RowLaws(LawMaker):
 
         return self._each(weights, of, active)
 
-    def draw(self, weights: torch.Tensor) -> torch.Tensor:
+    def draw(self, weights: torch.Tensor, active: Sequence[bool] | None = None) -> torch.Tensor:
         def of(law: LawMaker, rows: list[int]) -> torch.Tensor:
             own = picked(weights, rows)
             return law.draw(own) if law.do_sample else own.argmax(-1)
 
-        return self._each(weights.new_zeros(len(weights), dtype=torch.long), of)
+        return self._each(weights.new_zeros(len(weights), dtype=torch.long), of, active)
 
     def fork(self, batch: int) -> LawMaker:
         # What fails in a draft is no failure of the text: the row drafts without it, or no more, and is judged as ever.

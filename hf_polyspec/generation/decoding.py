@@ -333,11 +333,7 @@ class _Job:
 
     def tell_left_out(self, chain: Verifier) -> None:
         """Say in the statistics which processors levels below went without."""
-        for name, reason in self.law.left_out.items():
-            chain.stats.notes.append(
-                f"levels below draft without {name}, so that less of it is accepted: {reason} "
-                "(docs/troubleshooting.md, Structured output)"
-            )
+        chain.stats.notes += self.law.tell_left_out()
 
     def output(
         self, chain: Verifier, rows: list[list[int]], origins: list[list[int]], seconds: float

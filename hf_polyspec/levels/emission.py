@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..exactness.passes import Pass
+from ..exactness.row_laws import picked
 from ..telemetry.counters import Counted
 
 
@@ -46,9 +47,9 @@ class Emission:
             [self.origins[b] for b in rows],
             [self.drafted[b] for b in rows],
             [self.accepted[b] for b in rows],
-            self.logits[rows],
-            self.scores[rows],
-            Pass(self.logits[rows], None, self.passed.fed, [self.passed.read[b] for b in rows]),
+            picked(self.logits, rows),
+            picked(self.scores, rows),
+            Pass(picked(self.logits, rows), None, self.passed.fed, [self.passed.read[b] for b in rows]),
             [self.bias[b] for b in rows] if self.bias else [],
             [self.counted[b] for b in rows] if self.counted else [],
         )

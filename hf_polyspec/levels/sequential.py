@@ -104,7 +104,10 @@ class SequentialDrafter(Drafter):
         if law.do_sample:
             scores = scores / self.draft_temperature
         q = law.probabilities(scores) if law.draws or sure else scores
-        chosen = law.draw(q) if law.draws else law.choose(scores[:, None], context, [[0]] * len(going), drawing)[:, 0]
+        if law.draws:
+            chosen = law.draw(q, drawing)
+        else:
+            chosen = law.choose(scores[:, None], context, [[0]] * len(going), drawing)[:, 0]
         usable = usable & (chosen >= 0)  # [B]
         own = chosen.clamp(min=0)[:, None]
         confidence = q.gather(1, own).squeeze(1) if sure else torch.ones_like(usable, dtype=q.dtype)

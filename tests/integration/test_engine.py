@@ -98,6 +98,20 @@ def test_order_and_company_change_nothing(target: Any, chains: Any, texts: list[
     assert all(torch.equal(text, texts[i]) for i, text in zip(order, found, strict=True))
 
 
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_draws_of_each_levels_own_are_a_rows_own_too(
+    target: Any, chains: Any, texts: list[torch.Tensor], rule: str
+) -> None:
+    """Another text than plain generate()'s, by the same law; whoever runs beside it, and greedy rows are greedy."""
+    found = []
+    for slots in (1, 5):
+        with Engine(target, chains["a middle and a model"], slots=slots, polyspec_verification=rule) as engine:
+            found.append(written(engine, requests(12)))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert all(torch.equal(found[0][i], texts[i]) for i in range(0, 12, 3))
+    assert not all(torch.equal(found[0][i], texts[i]) for i in range(12))
+
+
 def test_noise_in_the_order_of_the_batch_is_caught(
     target: Any, chains: Any, texts: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -382,6 +382,17 @@ def test_statistics_are_a_requests_own(target: Any) -> None:
     torch.testing.assert_close(torch.stack(output.scores), torch.stack(alone.scores))
 
 
+def test_what_counts_ends_with_a_requests_own_text(target: Any) -> None:
+    """With ids that end it which are not the engine's, nothing behind its end is counted."""
+    ends = plain(target, PROMPT, **LONG)[0, 3 + 7].item()
+    with Engine(target, [noisy(target, 0.0)], slots=2, num_assistant_tokens=6) as engine:
+        handle = engine.submit(PROMPT, eos_token_id=ends, **LONG)
+        new = handle.result(60).shape[1] - 3
+    assert torch.equal(handle.result(), plain(target, PROMPT, eos_token_id=ends, **LONG))
+    assert handle.polyspec is not None
+    assert handle.polyspec.levels[0].emitted == handle.polyspec.new_tokens == new
+
+
 REFUSED = {
     "an empty prompt": ({"prompt": []}, "the prompt is empty"),
     "two rows": ({"prompt": [[1, 2], [3, 4]]}, "several rows; submit each prompt by itself"),
@@ -426,6 +437,7 @@ def engine(target: Any) -> Any:
         ({"polyspec_control": "online"}, "steers the rows of one call"),
         ({"temperature": 3}, "no option of a chain"),
         ({"assistant_models": [3]}, r"assistant_models\[0\]"),
+        ({"assistant_models": "auto"}, "an Engine is given its levels as a list, got 'auto'"),
     ],
 )
 def test_engines_that_cannot_be(target: Any, given: dict[str, Any], words: str) -> None:

@@ -29,6 +29,7 @@ MEASUREMENTS = {
     "draft-vocabulary": Measurement(f"{_ROOM}.draft_vocabulary", "How many lm_head rows an EAGLE head should score."),
     "head-acceptance": Measurement(f"{_ROOM}.head_acceptance", "What a head's guesses are worth under its target."),
     "head-cost": Measurement(f"{_ROOM}.head_cost", "What a draft step of a head costs beside a target step."),
+    "joining": Measurement(f"{_ROOM}.joining", "Prompts that join while others run, with and without drafts."),
     "overhead": Measurement(f"{_ROOM}.overhead", "How much of a three-level run is not spent in the models."),
     "paper-tables": Measurement("hf_polyspec.planning.theory.paper_tables", "The tables of docs/theory.md."),
     "pass-times": Measurement(f"{_ROOM}.pass_times", "What a pass over several tokens costs."),
