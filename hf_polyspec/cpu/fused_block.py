@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from hf_polyspec.cpu.block_parts import BlockParts, matters, plain_turns, readable_mask, readable_turns
 from hf_polyspec.cpu.block_products import block_products, block_shape, joint_output, new_states
 from hf_polyspec.cpu.compiled import computes, left_to_torch
-from hf_polyspec.cpu.fused_stack import Link, Past, Plan, follow_trail, leave_trail, stack_output, waiting_output
+from hf_polyspec.cpu.fused_stack import Link, Plan, follow_trail, leave_trail, stack_output, waiting_output
 from hf_polyspec.cpu.own_rows import apart_of, takes_rows
 from hf_polyspec.host.attention import plain_sdpa
 from hf_polyspec.host.cache import RollbackCache
+from hf_polyspec.host.growing import GrowingLayer, Past, growing_layer, grows
 from hf_polyspec.host.ragged_cache import RaggedCache
 from hf_polyspec.host.release import named_cache, parameters_of
 from hf_polyspec.host.spans import pass_under_way
@@ -82,7 +83,7 @@ class FusedBlock:
 
         # One task would be one bar in a profile; the steps show what the time goes to.
         one_task = not (self._left_to_torch(x) or profiling())
-        if one_task and type(past) in (RollbackCache, RaggedCache) and self._writes_into(past, x, mask):
+        if one_task and grows(past) and self._writes_into(past, x, mask):
             follow_trail(self, x, mask, past, turns)
             found = stack_output(self, x, mask, past, turns)
             if found is not None:
@@ -105,10 +106,12 @@ class FusedBlock:
         if isinstance(past, RaggedCache):
             return takes_rows(past, index, new_states(block_shape(self.parts), x), x, mask)
         seen = past.get_seq_length(index)
-        if seen:
-            layer: Any = past.layers[index]
-            if not layer.holds(new_states(block_shape(self.parts), x), x):
-                return False
+        layer = growing_layer(past, index)
+        if seen and (layer is None or not layer.holds(new_states(block_shape(self.parts), x), x)):
+            return False
+        # The first columns of a cache that is not ours are put there as its own class does it.
+        if not seen and type(past) is not RollbackCache:
+            return False
         return mask is None or mask.shape[3] == seen + x.shape[1]
 
     def _at_once(
@@ -117,8 +120,9 @@ class FusedBlock:
         from hf_polyspec.cpu.compiled.attention import plain_mask
         from hf_polyspec.cpu.compiled.whole_block import whole_block
 
-        shape = block_shape(self.parts)
-        room = past.extend(self.parts.attention.layer_idx, new_states(shape, x), x)
+        shape, index = block_shape(self.parts), self.parts.attention.layer_idx
+        new, layer = new_states(shape, x), growing_layer(past, index)
+        room = layer.extend(new, x) if isinstance(layer, GrowingLayer) else past.extend(index, new, x)
         apart = apart_of(past, shape.heads // shape.shared)
         return whole_block(x, products, shape, turns, None if mask is None else plain_mask(mask), room, apart)
 

@@ -23,15 +23,13 @@ from hf_polyspec.cpu.block_products import block_products, block_shape, new_stat
 from hf_polyspec.cpu.compiled.places import held
 from hf_polyspec.cpu.joint_product import change_count
 from hf_polyspec.cpu.own_rows import apart_of
-from hf_polyspec.host.cache import RollbackCache, RollbackLayer
-from hf_polyspec.host.ragged_cache import RaggedCache, RaggedLayer
+from hf_polyspec.host.growing import Past, growing_layer
 
 if TYPE_CHECKING:
     from hf_polyspec.cpu.compiled.whole_block import Apart, BlockProducts, BlockShape
     from hf_polyspec.cpu.compiled.whole_stack import Room, StackTask
 
 Turns = tuple[Tensor, Tensor]
-Past = RollbackCache | RaggedCache
 _PATIENCE = 64
 _ROWS = 128
 """More than so many rows are computed block by block: there the memory in between is large, and Python's part small."""
@@ -155,8 +153,8 @@ class _Waiting:
 
     def give(self, past: Past) -> Tensor | None:
         """The next block's output `[B, F, H]`; None if its part of the cache has changed since it was computed."""
-        layer: Any = past.layers[self._plan.blocks[self._next].parts.attention.layer_idx]
-        if not layer.claim(self._fed):
+        layer = growing_layer(past, self._plan.blocks[self._next].parts.attention.layer_idx)
+        if layer is None or not layer.claim(self._fed):
             return None
         self._given = given = self._outputs[self._next].clone()
         self._next += 1
@@ -252,8 +250,8 @@ def stack_output(block: Block, x: Tensor, mask: Tensor | None, past: Past, turns
     plan = _plan(chain, x) if len(chain) > 1 else None
     if plan is None:
         return None
-    layers: list[Any] = [past.layers[member.parts.attention.layer_idx] for member in plan.blocks]
-    rooms = [layer.reserve(new, x) for layer in layers]
+    layers = [growing_layer(past, member.parts.attention.layer_idx) for member in plan.blocks]
+    rooms = [layer.reserve(new, x) for layer in layers if layer is not None]  # the chain was asked already
     shape = block_shape(block.parts)
     apart = apart_of(past, shape.heads // shape.shared)
     task = plan.run(x, plain_turns(turns, x), None if mask is None else plain_mask(mask), rooms, apart)
@@ -268,12 +266,11 @@ def _chain(block: Block, past: Past, new: tuple[int, int, int, int], x: Tensor) 
 
     A cache knows how deep its model is, when two models share layers.
     """
-    held, first = len(past.layers), -1
+    first = -1
     following: Block | None = block
     while following is not None:
-        index = following.parts.attention.layer_idx
-        layer: Any = past.layers[index] if index < held else None
-        if type(layer) not in (RollbackLayer, RaggedLayer) or not layer.holds(new, x):
+        layer = growing_layer(past, following.parts.attention.layer_idx)
+        if layer is None or not layer.holds(new, x):
             return
         first = layer.get_seq_length() if first < 0 else first
         if layer.get_seq_length() != first:
