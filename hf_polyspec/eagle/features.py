@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hf_polyspec.eagle.configuration import LAST_HIDDEN_STATE, EagleHeadConfig
 from hf_polyspec.eagle.modeling import EagleHead
 from hf_polyspec.eagle.vocabulary import module_shape
+from hf_polyspec.host.whole import whole_part
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def target_parts(model: PreTrainedModel) -> TargetParts:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise TypeError(f"{name} is an encoder-decoder; EAGLE heads work with decoder-only models.")
-    embed_tokens, lm_head = _embedding(model), model.get_output_embeddings()
+    embed_tokens, lm_head = (None if part is None else whole_part(part) for part in _lent(model))
     if embed_tokens is None or lm_head is None:
         missing = "input embedding" if embed_tokens is None else "output projection (lm_head)"
         raise TypeError(f"{name} has no {missing} that an EAGLE head could use.")
@@ -79,6 +80,21 @@ def target_parts(model: PreTrainedModel) -> TargetParts:
         logit_scale=_logit_scale(text),
         logit_softcap=getattr(text, "final_logit_softcapping", None),
     )
+
+
+def _lent(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | None]:
+    return _embedding(model), model.get_output_embeddings()
+
+
+def lend_parts(model: PreTrainedModel, *, keeps: bool) -> None:
+    """Puts together what a head may use of a model that is sharded over processes; collective.
+
+    Args:
+        model: The level above the head; keeps: Whether a head runs in this process.
+    """
+    for part in _lent(model):
+        if part is not None:
+            whole_part(part, keeps=keeps)
 
 
 def _embedding(model: PreTrainedModel) -> nn.Module | None:

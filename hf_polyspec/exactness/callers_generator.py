@@ -92,7 +92,7 @@ class CallersGenerator:
             if self._seeds and values < _VALUES_OF_A_SEED * self._seeds:
                 self.lost = self.lost or OTHERS  # the seeds of the calls beside this one would be drawn again
             if self.lost is None and values:
-                _write(self.device, state)
+                write_state(self.device, state)
 
 
 def drawn_seed(device: torch.device) -> int:
@@ -112,11 +112,11 @@ def lent_state(device: torch.device, state: torch.Tensor) -> Iterator[None]:
     """The default generator stands elsewhere while this runs, and then again where it stood; others wait."""
     with _lock:
         before = read_state(device)
-        _write(device, state)
+        write_state(device, state)
         try:
             yield
         finally:
-            _write(device, before)
+            write_state(device, before)
 
 
 def read_state(device: torch.device) -> torch.Tensor:
@@ -128,7 +128,7 @@ def read_state(device: torch.device) -> torch.Tensor:
     return state
 
 
-def _write(device: torch.device, state: torch.Tensor) -> None:
+def write_state(device: torch.device, state: torch.Tensor) -> None:
     if device.type == "cpu":
         torch.set_rng_state(state)
         return

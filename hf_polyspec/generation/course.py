@@ -21,6 +21,7 @@ from ..exactness.distributions import LawMaker
 from ..exactness.judgement import Going
 from ..exactness.noise import SharedNoise
 from ..host.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
+from ..host.ranks import ALONE, Ranks
 from ..levels.emission import Emission
 from ..telemetry.counters import Counted, LevelStats
 from .outputs import Recorder
@@ -92,6 +93,7 @@ class Course:
         recorder: collects scores and the like.
         streamer: gets every step's tokens, or None.
         noise: is told how many steps are final; None where there is none.
+        ranks: the processes that run these rows in step, of which the first looks at clocks and criteria.
 
     Attributes:
         rows: as far as they have come.
@@ -110,6 +112,7 @@ class Course:
         recorder: Recorder,
         streamer: Any = None,
         noise: SharedNoise | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.rows = [Row(list(ids)) for ids in prompts]
         self.law = law
@@ -119,6 +122,7 @@ class Course:
         self.recorder = recorder
         self.streamer = streamer
         self.noise = noise
+        self.ranks = ranks
         self.steps = 0
         self.started = False
         self._seen: deque[tuple[bool, list[bool]]] = deque()
@@ -180,7 +184,7 @@ class Course:
             scores.append(of_step)
             for more, token in zip(ahead, step, strict=True):
                 more.append(token)
-            late, judged = self.stopping.out_of_time(), self._judge_others(ahead, scores)
+            late, judged = self._judged(ahead, scores)
             self._seen.append((late, judged))
             for b, (row, token) in enumerate(zip(rows, step, strict=True)):
                 full = len(row.committed) + len(ahead[b]) >= self.stopping.max_length
@@ -223,7 +227,7 @@ class Course:
         return token
 
     def _finish(self, step: list[int]) -> None:
-        late, judged = self._seen.popleft() if self._seen else (self.stopping.out_of_time(), self._judge_others())
+        late, judged = self._seen.popleft() if self._seen else self._judged()
         for b, (row, token, stop) in enumerate(zip(self.rows, step, judged, strict=True)):
             if row.finished:
                 continue
@@ -243,6 +247,14 @@ class Course:
                 kept = max(0, last.emitted - behind)
                 stats.withdraw(last, kept)
                 behind -= last.emitted - kept
+
+    def _judged(self, ahead: Sequence[list[int]] = (), scores: Sequence[torch.Tensor] = ()) -> tuple[bool, list[bool]]:
+        """Whether time is up, and which rows criteria want to end."""
+        late, judged = self.stopping.out_of_time(), self._judge_others(ahead, scores)
+        if self.ranks.in_step and (self.stopping.clocks or self.stopping.others):
+            first, *others = self.ranks.first([late, *judged])
+            late, judged = bool(first), [bool(one) for one in others]
+        return late, judged
 
     def _judge_others(self, ahead: Sequence[list[int]] = (), scores: Sequence[torch.Tensor] = ()) -> list[bool]:
         """Criteria on every row, with tokens that are about to be committed behind it and the scores of those."""

@@ -17,35 +17,30 @@ from ..exactness.callers_generator import BESIDE
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
 from ..host.callers_cache import check_cache, read_cache, tokens_held, write_cache
-from ..host.compatibility import check_options
 from ..host.forwarding import Extras
 from ..host.generation import GenerateDecoderOnlyOutput, decoder_output, is_callers, pad_id
 from ..host.manners import runner_for
 from ..host.modeling import Cache
 from ..host.own_rows import plainly_padded
-from ..host.peculiar import check_window
 from ..host.plain_cache import PlainCache
+from ..host.ranks import Ranks
 from ..host.release import cache_names, cache_of
 from ..host.rope import gate
 from ..host.vocabularies import Vocabularies
 from ..levels.verifier import Verifier
 from ..telemetry.stats import PolySpecStats
 from .automatic import choose
-from .chain import Setting, build_chain, check_assistants, levels_of
+from .chain import Setting, build_chain, levels_of
 from .chances import Chances, check_seeds
+from .checked import checked
 from .course import Course, Stopping
 from .loop import DecodingLoop
-from .members import leaves_choice, lent, members
+from .members import lent
 from .options import PolySpecOptions
 from .outputs import Recorder, Wanted
-from .plan import resolve_plan
 from .prompts import context_of
-from .tokenizers import vocabularies
+from .together import Meeting, facts_of, share
 
-SYNCED_GPUS = (
-    "synced_gpus (DeepSpeed ZeRO-3, FSDP) needs all processes to run the same number of forward passes, "
-    "which a chain cannot promise; gather the weights or use plain generation."
-)
 _UNLIMITED = 1 << 62
 UNDERSTOOD = {
     "attention_mask",
@@ -124,46 +119,30 @@ def decode(
     given = locals()  # before anything else is named: the arguments
     named = {name: given[name] for name in PolySpecOptions.names()}
     started = time.perf_counter()
-    if synced_gpus:
-        raise ValueError(SYNCED_GPUS)
-    # Set in a generation config, where no door has read them yet.
-    if assistant_models is None:
-        assistant_models = getattr(generation_config, "assistant_models", None)
-    if polyspec_plan is None:
-        polyspec_plan = getattr(generation_config, "polyspec_plan", None)
-    chosen_here = leaves_choice(assistant_models, polyspec_plan)
-    assistant_models = [] if chosen_here else members(model, assistant_models)
-    if polyspec_plan is not None:
-        chosen, sizes = resolve_plan(polyspec_plan, model, assistant_models, named)
-        assistant_models, named = chosen, {**named, **sizes}
-    options = PolySpecOptions.read(named, generation_config)
-    check_options(generation_config)
-    if options.polyspec_bias_budget and not generation_config.do_sample:
-        raise ValueError(
-            "polyspec_bias_budget needs do_sample=True: greedy decoding has no probabilities to trade, "
-            "and is exact at any budget; leave it out."
-        )
-    pairs = vocabularies(model, assistant_models, tokenizer, assistant_tokenizer)
-    assistants = check_assistants(model, assistant_models, pairs)
-    check_window(model, generation_config.max_length)
-    job = _Job(model, input_ids, logits_processor, stopping_criteria, generation_config, options, model_kwargs)
-    if chosen_here:
-        assistants = choose(job, named)
-        model = job.model
-    job.vocabularies = pairs
-    with lent(assistants) as own:
-        chain = job.chain(own)
-        try:
-            with _packed(own if options.polyspec_pack else [], model):
-                rows, origins = job.run(chain, streamer)
-                _note_kernels(chain)
-            job.tell_lost(chain)
-            job.tell_left_out(chain)
-            return job.output(chain, rows, origins, time.perf_counter() - started)
-        finally:
-            if job.control is not None:
-                job.control.finish()
-            chain.end()
+    with Meeting(model, synced_gpus) as meeting:
+        tokenizers = tokenizer, assistant_tokenizer
+        found = checked(model, generation_config, assistant_models, polyspec_plan, named, tokenizers, meeting.ranks)
+        options, members = found.options, found.assistants
+        job = _Job(model, input_ids, logits_processor, stopping_criteria, generation_config, options, model_kwargs)
+        if found.chosen_here:
+            members = choose(job, found.named)
+            model = job.model
+        job.vocabularies = found.vocabularies
+        with lent(members) as own:
+            chain = job.chain(own)
+            share(chain, own, meeting.ranks)
+            meeting.begin(facts_of(input_ids, job.context.prompt.mask, generation_config, options, own))
+            try:
+                with _packed(own if options.polyspec_pack else [], model):
+                    rows, origins = job.run(chain, streamer, meeting)
+                    _note_kernels(chain)
+                job.tell_lost(chain)
+                job.tell_left_out(chain)
+                return job.output(chain, rows, origins, time.perf_counter() - started, meeting.ranks)
+            finally:
+                if job.control is not None:
+                    job.control.finish()
+                chain.end()
 
 
 def _packed(assistants: list[Any], model: Any) -> AbstractContextManager[None]:
@@ -275,19 +254,20 @@ class _Job:
         )
         return build_chain(self.model, assistants, setting, runner)
 
-    def run(self, chain: Verifier, streamer: Any) -> tuple[list[list[int]], list[list[int]]]:
+    def run(self, chain: Verifier, streamer: Any, meeting: Meeting) -> tuple[list[list[int]], list[list[int]]]:
         pieces = self._pieces()
         shown = PlainCache(self.user_cache, self.model, pieces) if self.use_cache else None
         self.recorder = Recorder(self.wanted, self.context.batch, pieces[-1], shown)
         if self.config.prefill_chunk_size:
             chain.prefill(self.context, self.config.prefill_chunk_size)
         if self.law.do_sample:
+            meeting.take_generator(self.device)
             self.chances = Chances(self.options, self.device, self.context.batch, chain.vocabulary)
             drawn = self.chances.randomness, self.chances.noise
             self.law = LawMaker(self.law.processors, True, self.device, *drawn, self.stopping.eos)
         if self.costs is not None and len(levels_of(chain)) > 1:
             self.control = SteadyControl(chain, self.costs)
-        elif self.options.polyspec_control == "online" and len(levels_of(chain)) > 1:
+        elif self.options.polyspec_control == "online" and meeting.ranks.leads and len(levels_of(chain)) > 1:
             self.control = OnlineControl(
                 chain, mode=(self.law.do_sample, self.config.temperature, self.options.couples)
             )
@@ -300,6 +280,7 @@ class _Job:
             recorder=self.recorder,
             streamer=streamer,
             noise=None if self.chances is None else self.chances.noise,
+            ranks=meeting.ranks,
         )
         loop = DecodingLoop(
             chain,
@@ -336,7 +317,7 @@ class _Job:
         chain.stats.notes += self.law.tell_left_out()
 
     def output(
-        self, chain: Verifier, rows: list[list[int]], origins: list[list[int]], seconds: float
+        self, chain: Verifier, rows: list[list[int]], origins: list[list[int]], seconds: float, ranks: Ranks
     ) -> torch.Tensor | GenerateDecoderOnlyOutput:
         sequences = torch.tensor(rows, dtype=torch.long, device=self.device)
         if self._cache_is_kept():
@@ -361,7 +342,7 @@ class _Job:
             hidden_states=self.recorder.hidden_states if self.wanted.hidden_states else None,
             attentions=self.recorder.attentions if self.wanted.attentions else None,
         )
-        output.polyspec = stats
+        output.polyspec = ranks.told(stats) if ranks.in_step else stats
         return output
 
     def _pieces(self) -> list[int]:

@@ -22,7 +22,7 @@ from ..host.generation import StopStringCriteria, without
 from ..host.patching import patch_all, patch_one, positional_names, unpatch_all, unpatch_one
 from ..host.peculiar import check_generate
 from ..host.release import inner_model
-from .decoding import SYNCED_GPUS, decode
+from .decoding import decode
 from .members import leaves_choice, members
 from .options import BESIDE, PolySpecOptions
 from .plan import resolve_plan
@@ -154,6 +154,7 @@ def _generate(
     given = _by_name(args, kwargs)
     _refuse_early(model, given)
     bound: dict[str, Any] = {"assistant_models": assistant_models, "streamer": given.get("streamer")}
+    bound["synced_gpus"] = bool(given.get("synced_gpus"))
     # transformers loses both on the way to a callable, and refuses the second one without an assistant of its own.
     bound |= {name: given[name] for name in ("tokenizer", "assistant_tokenizer") if given.get(name) is not None}
     given = {name: value for name, value in given.items() if name not in ("custom_generate", "assistant_tokenizer")}
@@ -187,8 +188,6 @@ def _refuse_early(model: Any, given: dict[str, Any]) -> None:
         raise ValueError("both assistant_model and assistant_models were given; put all of them into assistant_models.")
     if given.get("custom_generate") not in (None, decode):
         raise ValueError("custom_generate and assistant_models each replace the decoding loop; give one of them.")
-    if given.get("synced_gpus"):
-        raise ValueError(SYNCED_GPUS)
     config = inner_model(model).config
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..host.ranks import is_split
 from ..host.release import inner_model
+from ..host.whole import shell_of
 from ..quantization.modules import sharing_copy
 from .names import name_of
 
@@ -45,8 +47,8 @@ def early_exit(model: Any, layers: int) -> Any:
     depth = len(base.get_submodule(place))
     if not 1 <= layers < depth:
         raise ValueError(f"An early exit of {kind} keeps 1 to {depth - 1} of its {depth} layers, got {layers}.")
-    copy = sharing_copy(base).eval()
     parent, _, leaf = place.rpartition(".")
+    copy = shell_of(base, parent) if is_split(base) else sharing_copy(base).eval()
     kept = list(copy.get_submodule(place))[:layers]
     setattr(copy.get_submodule(parent), leaf, nn.ModuleList(kept))
     _shorten(copy.config.get_text_config(decoder=True), layers, depth)

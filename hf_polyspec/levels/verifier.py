@@ -49,6 +49,7 @@ class Verifier(Drafter):
         observer: told of every check, or None.
         going: says which rows go on behind a token, where processors keep state; None: all but those that it ends.
         borrowers: models below that take this one's keys and values instead of reading a prompt (see `lending`).
+        ask, ask_for_tree: how `source` is asked (see `asking`); in several processes, see `in_step`.
         watchers: levels that are shown this model's reading of a prompt, since the model above them does not read it.
     """
 
@@ -87,6 +88,7 @@ class Verifier(Drafter):
         self.borrowers: list[ModelRunner] = []
         self.watchers: list[Drafter] = []
         self.vocabulary = 0
+        self.ask, self.ask_for_tree = ask, ask_for_tree
         self._block = Block.of(0)
 
     shares_noise = True
@@ -113,11 +115,11 @@ class Verifier(Drafter):
         rooms = self._rooms_below(context, limits)
         if self.trees and law.takes_trees and not context.prompt.hidden:
             began = self.stats.clock()
-            tree = ask_for_tree(self.source, context, rooms, law, self.vocabulary)
+            tree = self.ask_for_tree(self.source, context, rooms, law, self.vocabulary)
             if tree is not None:
                 return self._round_of_tree(context, tree, active, law, rooms, began)
         began = self.stats.clock()
-        proposal = ask(self.source, context, rooms, law, self.vocabulary, self.eos)
+        proposal = self.ask(self.source, context, rooms, law, self.vocabulary, self.eos)
         return self._check(context, proposal, active, law, rooms, began)
 
     def _watched(self, law: LawMaker) -> AbstractContextManager[None]:
@@ -267,7 +269,7 @@ class Verifier(Drafter):
         """
         rooms = self._rooms_below(context, limits)
         began = self.stats.clock()
-        offered = ask(self.source, context, rooms, law, self.vocabulary, self.eos)
+        offered = self.ask(self.source, context, rooms, law, self.vocabulary, self.eos)
         tokens, origins, active = list(offered.tokens), list(offered.origins), [limit > 0 for limit in limits]
         for b, draft in enumerate(offered.tokens):
             if offered.q is None and active[b] and len(draft) >= self.direct_tokens:

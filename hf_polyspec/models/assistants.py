@@ -15,8 +15,11 @@ from ..cpu.joint_product import change_count
 from ..eagle.formats.files import read_config, read_tensors
 from ..errors import DamagedFileError
 from ..host.modeling import cached_file
+from ..host.ranks import ranks_of
 from ..host.release import input_device
+from ..host.whole import whole_copy
 from ..levels.early_exit import PREFIX, early_exit, parse_early_exit
+from ..levels.in_step import Elsewhere
 from ..levels.names import name_of
 from ..levels.suffix import SuffixDrafter
 from ..levels.synthetic import parse_synthetic
@@ -195,9 +198,13 @@ def _stamp(model: Any) -> _Stamp:
 
 def quantized_copy(model: Any, bits: int) -> Any:
     """A copy of a model with integer weights, named after its bits so that tables can tell the two apart."""
+    ranks, name = ranks_of(model), f"{name_of(model) or type(model).__name__} int{bits}"
+    if not ranks.leads:  # levels below a target that processes share run in one of them
+        whole_copy(model, keeps=False)
+        return Elsewhere(name)
     copy: Any = quantize_model(model, bits)
     # The copy's own attribute: the original keeps its name.
-    copy.name_or_path = f"{name_of(model) or type(model).__name__} int{bits}"
+    copy.name_or_path = name
     return copy
 
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from hf_polyspec.cpu.packing import unfuse
 from hf_polyspec.cpu.shared_input import share_inputs
 from hf_polyspec.defaults import require_model
-from hf_polyspec.host.release import plain_name
+from hf_polyspec.host.ranks import is_split
+from hf_polyspec.host.release import input_device, plain_name
+from hf_polyspec.host.whole import whole_copy
 from hf_polyspec.integers.foreign import stored_elsewhere
 from hf_polyspec.integers.gptq_format import storable
 from hf_polyspec.integers.linear import float_weight, matrix_shape
@@ -71,6 +73,8 @@ def plan_bits(
 
 def merged_adapters(model: nn.Module) -> nn.Module:
     """A model with its active adapters merged into a copy, PEFT's wrapper removed; a model without any as it is."""
+    if is_split(model):
+        return _put_together(model)
     if callable(getattr(model, "merge_and_unload", None)):
         peft_model: Any = copy.deepcopy(model)
         merged: nn.Module = peft_model.merge_and_unload()
@@ -89,6 +93,12 @@ def merged_adapters(model: nn.Module) -> nn.Module:
         bare._hf_peft_config_loaded = False
     result: nn.Module = bare
     return result
+
+
+def _put_together(model: Any) -> nn.Module:
+    """A model that is sharded over processes, whole, on the CPU: its device might not hold it."""
+    copy: nn.Module = whole_copy(model, device=torch.device("cpu"))
+    return copy
 
 
 def _is_adapter(module: Any) -> bool:
@@ -214,7 +224,7 @@ def quantize_model(
     share_inputs(quantized)
     if hasattr(quantized, "save_pretrained"):
         saved_by_transformers(quantized)
-    return quantized
+    return quantized if source is model or not is_split(model) else quantized.to(input_device(model))
 
 
 def _kept_or_made(store: LayerStore | None, name: str, make: Callable[[], QuantizedWeight]) -> QuantizedWeight:

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processes that hold parts of one model, found from its parameters, and what they tell each other.
+
+A model that is split for tensor parallel passes (`tp_plan="auto"`) computes every pass with all of its processes, which
+must feed it the same ids: they run one generation in step. One whose weights are spread (FSDP, ZeRO-3) computes passes
+over rows of each process's own, and needs all processes to take part in as many passes, which a chain cannot promise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import LevelError
+from .release import inner_model
+
+CAPACITY = 256
+"""Integers of a message that travel with the check of a round; what is longer goes after it."""
+_LEAST = torch.iinfo(torch.int64).min
+PARTITIONED = (
+    "{role} ({kind}) has its weights partitioned by DeepSpeed ZeRO-3, of which this process holds a part only; gather "
+    "them for the generation (deepspeed.zero.GatheredParameters, as TRL's unwrap_model_for_generation does), or leave "
+    "assistant_models out."
+)
+SPREAD = (
+    "{role} ({kind}) is sharded by FSDP, whose processes must run the same number of forward passes, which a chain "
+    "cannot promise; gather the weights into a model of each process's own, or leave assistant_models out."
+)
+SQUARE = (
+    "{role} ({kind}) is sharded over a mesh of {dims} dimensions, and chains run on models that are sharded over one; "
+    "use tensor parallelism alone, or leave assistant_models out."
+)
+UNEVEN = (
+    "{role} ({kind}) has {heads} attention heads and {key_heads} key-value heads, which {size} processes cannot share "
+    "evenly; split it over a number of processes that divides both ({numbers})."
+)
+PARTED = (
+    "the target: the processes that share its passes have parted ways (process {ranks} holds other ids than process 0),"
+    " so that nothing they compute together is worth anything; a processor, criterion or level of the caller's decided "
+    "differently in each of them."
+)
+
+
+class Ranks:
+    """One process by itself: there is nobody to tell anything."""
+
+    in_step = False
+    """Whether several processes run one generation together."""
+    rank = 0
+    size = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether what the processes decide together is decided here."""
+        return self.rank == 0
+
+    def first(self, values: Sequence[int]) -> list[int]:
+        """Rank 0's values; as many everywhere."""
+        return list(values)
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Everybody's value, by rank; anything that can be pickled."""
+        return [value]
+
+    def told(self, value: Any) -> Any:
+        """Rank 0's value; anything that can be pickled."""
+        return value
+
+    def exchange(self, state: int, message: Sequence[int] = ()) -> list[int]:
+        """Once a round: whether all are where rank 0 is, and what it has to say.
+
+        Args:
+            state: a number that is the same in all processes as long as they hold the same ids.
+            message: rank 0's; nobody else's counts.
+
+        Raises:
+            LevelError: they are not, in all processes alike; or a process is gone.
+        """
+        return list(message)
+
+
+class Team(Ranks):
+    """The processes of a group.
+
+    Args:
+        group: the process group.
+        device: where its collectives want their tensors.
+    """
+
+    in_step = True
+
+    def __init__(self, group: Any, device: torch.device) -> None:
+        self.group = group
+        self.device = device
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self._source = dist.get_global_rank(group, 0)
+
+    def first(self, values: Sequence[int]) -> list[int]:
+        tensor = torch.tensor(list(values), dtype=torch.int64, device=self.device)
+        with _talking():
+            dist.broadcast(tensor, self._source, group=self.group)
+        found: list[int] = tensor.tolist()
+        return found
+
+    def gathered(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.size
+        with _talking():
+            dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def told(self, value: Any) -> Any:
+        found = [value if self.rank == 0 else None]
+        with _talking():
+            dist.broadcast_object_list(found, self._source, group=self.group)
+        return found[0]
+
+    def exchange(self, state: int, message: Sequence[int] = ()) -> list[int]:
+        said = list(message) if self.rank == 0 else []
+        count = len(said) if self.rank == 0 else _LEAST
+        row = [state, -state, count, *said[:CAPACITY]]
+        row += [_LEAST] * (3 + CAPACITY - len(row))
+        tensor = torch.tensor(row, dtype=torch.int64, device=self.device)
+        with _talking():
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        most, least, length, *found = tensor.tolist()
+        if most != -least:
+            states = self.gathered(state)
+            others = [str(rank) for rank, one in enumerate(states) if one != states[0]]
+            raise LevelError(PARTED.format(ranks=", ".join(others)))
+        if length > CAPACITY:
+            found += self.first(said[CAPACITY:] or [0] * (length - CAPACITY))
+        return [int(value) for value in found[:length]]
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def _talking() -> Iterator[None]:
+    """A process that is gone is one sentence, as everything that fails in the middle of a generation."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise LevelError(f"the target: a process that shares it does not answer any more: {reason}") from error
+
+
+def ranks_of(model: Any, role: str = "the target") -> Ranks:
+    """The processes that hold parts of a model's weights; `ALONE` where it is this process's own.
+
+    Raises:
+        ValueError: its weights are spread in a way that a chain cannot follow; the sentence names it.
+    """
+    inner = inner_model(model)
+    named = {"role": role, "kind": type(inner).__name__}
+    if any(_is_partitioned(parameter) for parameter in inner.parameters()):
+        raise ValueError(PARTITIONED.format(**named))
+    if not (dist.is_available() and dist.is_initialized()):
+        return ALONE
+    if any(_is_spread(module) for module in model.modules()):
+        raise ValueError(SPREAD.format(**named))
+    mesh = next((p.device_mesh for p in inner.parameters() if is_part(p)), None)
+    if mesh is None or mesh.size() == 1:
+        return ALONE
+    if mesh.ndim != 1:
+        raise ValueError(SQUARE.format(**named, dims=mesh.ndim))
+    _check_heads(inner, mesh.size(), named)
+    return Team(mesh.get_group(), _device_of(mesh))
+
+
+def _check_heads(model: Any, size: int, named: dict[str, str]) -> None:
+    """Refuse a model whose attention is split in the middle of a head, which its first pass would choke on."""
+    text = model.config.get_text_config(decoder=True)
+    heads = getattr(text, "num_attention_heads", None)
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    if not isinstance(heads, int) or not isinstance(key_heads, int) or not (heads % size or key_heads % size):
+        return
+    if any(is_part(parameter) and "k_proj" in name for name, parameter in model.named_parameters()):
+        numbers = [str(n) for n in range(2, key_heads + 1) if heads % n == 0 and key_heads % n == 0]
+        told = " or ".join(numbers) or "there is none but 1"
+        raise ValueError(UNEVEN.format(**named, heads=heads, key_heads=key_heads, size=size, numbers=told))
+
+
+def is_part(tensor: Any) -> bool:
+    """Whether a tensor's numbers are spread over processes."""
+    kind = _kinds().get("tensor")
+    return kind is not None and isinstance(tensor, kind)
+
+
+def is_split(model: Any) -> bool:
+    """Whether a model's passes, or its weights, need other processes."""
+    if not _kinds():
+        return False
+    return any(is_part(parameter) and parameter.device_mesh.size() > 1 for parameter in model.parameters())
+
+
+def _is_spread(module: Any) -> bool:
+    """Whether FSDP has been at a module, of either kind."""
+    kinds = [_kinds().get(name) for name in ("spread", "flat")]
+    return any(kind is not None and isinstance(module, kind) for kind in kinds)
+
+
+def _is_partitioned(parameter: Any) -> bool:
+    """Whether this is what ZeRO-3 leaves of a weight where it has not been gathered: nothing, and its true shape."""
+    return hasattr(parameter, "ds_id") and parameter.numel() == 0 and getattr(parameter, "ds_numel", 1) > 0
+
+
+def _device_of(mesh: Any) -> torch.device:
+    return torch.device("cpu") if mesh.device_type == "cpu" else torch.device(mesh.device_type, _current(mesh))
+
+
+def _current(mesh: Any) -> int:
+    return int(torch.get_device_module(mesh.device_type).current_device())
+
+
+@lru_cache(maxsize=1)
+def _loaded() -> dict[str, Any]:
+    """Classes that models in several processes are made of; read once such a process is seen."""
+    from torch.distributed import fsdp
+    from torch.distributed.tensor import DTensor
+
+    found = {"tensor": DTensor, "spread": getattr(fsdp, "FSDPModule", None), "flat": fsdp.FullyShardedDataParallel}
+    return {name: kind for name, kind in found.items() if kind is not None}
+
+
+def _kinds() -> dict[str, Any]:
+    return _loaded() if dist.is_available() and dist.is_initialized() else {}

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a verifier whose passes several processes share asks the level below it.
+
+The levels below, as far as their models are not shared themselves, run in one process, which tells the others what they
+offer. So nothing that a clock, the memory of a machine, or rounding in another kind of processor decides can drive the
+processes apart, and no process holds weights that it does not need. What is shared takes the same ids in all of them.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+from ..errors import LevelError
+from ..exactness.context import Context
+from ..exactness.distributions import LawMaker
+from ..exactness.proposal import Proposal, TreeProposal
+from ..host.ranks import Ranks
+from .asking import ask, ask_for_tree
+from .base import Drafter
+
+_LATEST = 256
+"""Ids at the end of each row that a check looks at, besides its length."""
+_CHAIN, _TREE, _FAILED = 1, 2, 3
+
+
+class Elsewhere(Drafter):
+    """Stands for the levels that run in another process."""
+
+    shares_noise = True
+
+    def __init__(self, name: str = "process 0") -> None:
+        self.name = name
+        super().__init__()
+
+    def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
+        raise LevelError("the levels below the target run in process 0, and were asked in another one.")
+
+
+class Together:
+    """Asks in place of `asking.ask` and `asking.ask_for_tree`.
+
+    Args:
+        ranks: the processes.
+        shared: levels whose passes they share too: these are asked in all processes.
+    """
+
+    def __init__(self, ranks: Ranks, shared: Collection[Drafter] = ()) -> None:
+        self.ranks = ranks
+        self._shared = {id(level) for level in shared}
+        self._kept: Proposal | None = None
+
+    def ask(
+        self, source: Drafter, context: Context, rooms: list[int], law: LawMaker, vocabulary: int, eos: Collection[int]
+    ) -> Proposal:
+        """See `asking.ask`."""
+        if id(source) in self._shared:
+            self.ranks.exchange(_state(context))
+            return ask(source, context, rooms, law, vocabulary, eos)
+        if self.ranks.leads:
+            with self._told(context):
+                proposal = ask(source, context, rooms, law, vocabulary, eos)
+            self.ranks.exchange(_state(context), _chain(proposal))
+            return proposal
+        heard, self._kept = self._kept or self._heard(context), None
+        if not isinstance(heard, Proposal):
+            raise LevelError("process 0 offered a tree where a chain was asked for.")
+        return heard
+
+    def ask_for_tree(
+        self, source: Drafter, context: Context, rooms: list[int], law: LawMaker, vocabulary: int
+    ) -> TreeProposal | None:
+        """See `asking.ask_for_tree`."""
+        if id(source) in self._shared:
+            return ask_for_tree(source, context, rooms, law, vocabulary)
+        if self.ranks.leads:
+            with self._told(context):
+                tree = ask_for_tree(source, context, rooms, law, vocabulary)
+            if tree is not None:
+                self.ranks.exchange(_state(context), _tree(tree))
+            return tree
+        heard = self._heard(context)
+        if isinstance(heard, TreeProposal):
+            return heard
+        self._kept = heard
+        return None
+
+    @contextmanager
+    def _told(self, context: Context) -> Iterator[None]:
+        """What fails here is told to the others, who wait for a proposal."""
+        try:
+            yield
+        except Exception as error:
+            self.ranks.exchange(_state(context), [_FAILED, *str(error).encode()])
+            raise
+
+    def _heard(self, context: Context) -> Proposal | TreeProposal:
+        kind, *rest = self.ranks.exchange(_state(context))
+        if kind == _FAILED:
+            raise LevelError(f"in process 0, {bytes(rest).decode()}")
+        rows = context.batch
+        if kind == _CHAIN:
+            tokens, origins = (_unrolled(part, rows) for part in _halves(rest, 2))
+            return Proposal(tokens, None, origins)
+        tokens, parents, origins = (_unrolled(part, rows) for part in _halves(rest, 3))
+        return TreeProposal(tokens, parents, origins)
+
+
+def _state(context: Context) -> int:
+    """A number that differs where rows do (of those that do, all but one in 2^32)."""
+    found = 0
+    for ids in context.ids:
+        found = zlib.crc32(array("q", [len(ids), *ids[-_LATEST:]]).tobytes(), found)
+    return found
+
+
+def _chain(proposal: Proposal) -> list[int]:
+    return [_CHAIN, *_rolled(proposal.tokens), *_rolled(proposal.origins)]
+
+
+def _tree(tree: TreeProposal) -> list[int]:
+    return [_TREE, *_rolled(tree.tokens), *_rolled(tree.parents), *_rolled(tree.origins)]
+
+
+def _rolled(rows: list[list[int]]) -> list[int]:
+    """Rows as their lengths and what is in them, one after the other."""
+    return [*(len(row) for row in rows), *(value for row in rows for value in row)]
+
+
+def _unrolled(values: list[int], rows: int) -> list[list[int]]:
+    lengths, found, start = values[:rows], [], rows
+    for length in lengths:
+        found.append(values[start : start + length])
+        start += length
+    return found
+
+
+def _halves(values: list[int], parts: int) -> list[list[int]]:
+    """Equal parts: tokens, parents and origins are of one form."""
+    size = len(values) // parts
+    return [values[part * size : (part + 1) * size] for part in range(parts)]

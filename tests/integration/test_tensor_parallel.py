@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A target that two processes split between them (gloo, on the CPU): what they write, decide, and say when it fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import split_target
+import torch
+from ranks import together
+from tiny_models import noisy, tiny
+from transformers import PreTrainedModel
+
+import hf_polyspec
+
+SCRIPT = Path(split_target.__file__)
+GREEDY = (
+    "plain",
+    "a small model",
+    "suffix",
+    "int8 over suffix",
+    "int4 over a small model",
+    "a head",
+    "a head in trees",
+    "int8 over a head and suffix",
+    "an early exit, which is split",
+    "a split middle over suffix",
+    "online",
+    "online, another time",
+)
+
+
+@pytest.fixture(scope="module")
+def unsplit() -> PreTrainedModel:
+    return tiny("llama", hidden_size=64, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def folder(unsplit: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("split")
+    unsplit.save_pretrained(place / "target")
+    noisy(unsplit, 0.02).save_pretrained(place / "alike")
+    tiny("llama", num_hidden_layers=1, seed=4).save_pretrained(place / "small")
+    tiny("llama", hidden_size=36, num_attention_heads=9, num_key_value_heads=3).save_pretrained(place / "uneven")
+    return place
+
+
+@pytest.fixture(scope="module")
+def text(unsplit: PreTrainedModel) -> list[list[int]]:
+    """Plain generation's, by one process."""
+    rows: list[list[int]] = unsplit.generate(**split_target.PROMPTS, **split_target.PLAIN).tolist()
+    return rows
+
+
+@pytest.fixture(scope="module")
+def seen_by_each(folder: Path) -> list[dict[str, Any]]:
+    """What each process saw."""
+    return together(SCRIPT, folder, "everything")
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_every_chain_writes_the_unsplit_models_text(seen_by_each: list[dict[str, Any]], text: Any, name: str) -> None:
+    assert seen_by_each[0][name] == text
+    assert seen_by_each[1][name] == text
+
+
+def test_sampling_goes_by_the_first_process_generator(
+    seen_by_each: list[dict[str, Any]], unsplit: PreTrainedModel
+) -> None:
+    torch.manual_seed(7)
+    wanted = unsplit.generate(**split_target.PROMPTS, **split_target.SAMPLED).tolist()
+    after = int(torch.randint(1 << 30, ()))
+    for seen in seen_by_each:
+        assert seen["sampled, one seed"] == wanted
+        assert seen["sampled, other seeds"] == wanted  # of which process 0's was the same
+        assert seen["a seed of the call's own"] == wanted
+        assert seen["the next number"] == after
+
+
+def test_all_processes_have_the_statistics_of_all_levels(seen_by_each: list[dict[str, Any]]) -> None:
+    assert seen_by_each[0]["statistics"] == seen_by_each[1]["statistics"]
+    tokens, levels = seen_by_each[0]["statistics"]
+    assert tokens == 12 * 14
+    assert len(levels) == 3
+    assert all(passes for _, passes in levels)
+
+
+def test_clocks_and_criteria_are_the_first_process_s(seen_by_each: list[dict[str, Any]], text: Any) -> None:
+    for seen in seen_by_each:
+        assert seen["a criterion"] == [row[: 9 + 5] for row in text]
+        assert seen["no time"] == [row[: 9 + 1] for row in text]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    {
+        "other prompts": "input_ids of process 1 differs from that of process 0",
+        "other lengths": "max_length of process 1 differs",
+        "refused in one": "assistant_models[0] is 'no such thing'",
+        "levels that draw": "polyspec_verification='token'",
+        "uneven": "9 attention heads and 3 key-value heads, which 2 processes cannot share evenly",
+        "online over a split level": "assistant_models[0] (alike), whose passes several processes share",
+    }.items(),
+)
+def test_what_cannot_be_is_refused_in_all(seen_by_each: list[dict[str, Any]], name: str, words: str) -> None:
+    for seen in seen_by_each:
+        assert seen[name].startswith("ValueError: ")
+        assert words in seen[name]
+        assert seen[name].count(". ") == 0
+    if name == "refused in one":
+        assert seen_by_each[0][name].startswith("ValueError: process 1 of 2 refused this call")
+
+
+def test_what_fails_in_one_fails_in_all_and_the_next_call_is_well(
+    seen_by_each: list[dict[str, Any]], text: Any
+) -> None:
+    for seen in seen_by_each:
+        assert "assistant_models[0] (failing) failed to propose: out of luck" in seen["a level that fails"]
+        assert seen["parted ways"].startswith("LevelError: the target: ")
+        assert "process 1 holds other ids than process 0" in seen["parted ways"]
+        assert seen["all is well"] == text
+
+
+def test_who_is_left_when_one_process_is_killed_is_told(seen_by_each: list[dict[str, Any]]) -> None:
+    left, gone = seen_by_each
+    assert left["killed"].startswith("LevelError: the target")
+    assert "killed" not in gone
+
+
+def test_weights_that_zero_3_has_partitioned_are_refused(unsplit: PreTrainedModel) -> None:
+    other = noisy(unsplit, 0.0)
+    weight = other.lm_head.weight
+    weight.ds_id, weight.ds_numel = 3, weight.numel()
+    levels = {**split_target.PROMPTS, **split_target.PLAIN, "assistant_models": [unsplit]}
+    assert hf_polyspec.generate(other, **levels).shape == (12, 9 + 14)  # gathered, as for plain generation
+    weight.data = torch.empty(0)
+    with pytest.raises(ValueError, match=r"the target \(LlamaForCausalLM\) has its weights partitioned by DeepSpeed"):
+        hf_polyspec.generate(other, **levels)

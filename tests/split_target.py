@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every process of `test_tensor_parallel.py` does; run as a script."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+import torch
+from ranks import Notes
+from tiny_models import head_for, prompts
+from transformers import AutoModelForCausalLM, LogitsProcessor, StoppingCriteria
+
+import hf_polyspec
+from hf_polyspec import SuffixDrafter
+from hf_polyspec.exactness.proposal import Proposal
+from hf_polyspec.levels.base import Drafter
+
+PROMPTS = prompts(12, 9)
+PLAIN: dict[str, Any] = {"max_new_tokens": 14, "pad_token_id": 0, "do_sample": False}
+SAMPLED: dict[str, Any] = {**PLAIN, "do_sample": True, "temperature": 0.7}
+
+
+def split(folder: str, name: str = "target") -> Any:
+    return AutoModelForCausalLM.from_pretrained(f"{folder}/{name}", tp_plan="auto").eval()
+
+
+def whole(folder: str, name: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(f"{folder}/{name}").eval()
+
+
+class Failing(Drafter):
+    """Drafts twice, and then runs out of luck."""
+
+    name = "failing"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def propose(self, context: Any, limits: list[int], law: Any) -> Proposal:
+        self.asked += 1
+        if self.asked > 2:
+            raise RuntimeError("out of luck")
+        tokens = [[5, 6][:limit] for limit in limits]
+        return Proposal(tokens, None, [[self.index] * len(row) for row in tokens])
+
+
+class Asked(LogitsProcessor):
+    """Lets one process write something else from its third step on, or end itself."""
+
+    def __init__(self, at: int, ends: bool = False) -> None:
+        self.at = at
+        self.ends = ends
+        self.steps = 0
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.steps += 1
+        if self.steps <= 3 or int(os.environ["RANK"]) != self.at:
+            return scores
+        if self.ends:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return -scores
+
+
+class After(StoppingCriteria):
+    """Ends all rows after so many tokens, as a clock might, another number in every process."""
+
+    def __init__(self, tokens: int) -> None:
+        self.length = PROMPTS["input_ids"].shape[1] + tokens
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **more: Any) -> torch.Tensor:
+        return torch.full((len(ids),), ids.shape[1] >= self.length)
+
+
+class Texts:
+    """Calls of one target."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def __call__(self, *levels: Any, inputs: Any = PROMPTS, **options: Any) -> Any:
+        return hf_polyspec.generate(self.target, **inputs, **{**PLAIN, **options}, assistant_models=list(levels))
+
+
+def chains(folder: str, notes: Notes, rank: int) -> None:
+    """Every kind of chain."""
+    target, small = split(folder), whole(folder, "small")
+    head, text = head_for(whole(folder, "target")), Texts(target)
+    notes.put("plain", lambda: target.generate(**PROMPTS, **PLAIN))
+    notes.put("a small model", lambda: text(small))
+    notes.put("suffix", lambda: text(SuffixDrafter()))
+    notes.put("int8 over suffix", lambda: text("int8", SuffixDrafter()))
+    notes.put("int4 over a small model", lambda: text("int4", small))
+    notes.put("a head", lambda: text(head))
+    notes.put("a head in trees", lambda: text(head, polyspec_tree_tokens=6))
+    notes.put("int8 over a head and suffix", lambda: text("int8", head, SuffixDrafter(), polyspec_tree_tokens=6))
+    notes.put("an early exit, which is split", lambda: text("early-exit:1"))
+    notes.put("a split middle over suffix", lambda: text(split(folder, "alike"), SuffixDrafter()))
+    notes.put("online", lambda: text(small, SuffixDrafter(), polyspec_control="online"))
+    notes.put("online, another time", lambda: text("int8", head, polyspec_control="online"))
+    torch.manual_seed(7)
+    notes.put("sampled, one seed", lambda: text("int8", small, **SAMPLED))
+    torch.manual_seed(7 if rank == 0 else 8)
+    notes.put("sampled, other seeds", lambda: text(head, **SAMPLED))
+    notes.put("the next number", lambda: int(torch.randint(1 << 30, ())))
+    notes.put("a seed of the call's own", lambda: text(small, polyspec_seed=7, **SAMPLED))
+    told = text("int8", small, return_dict_in_generate=True).polyspec
+    notes.put("statistics", lambda: [told.new_tokens, [(one.name, one.forward_passes) for one in told.levels]])
+
+
+def decisions(folder: str, notes: Notes, rank: int) -> None:
+    """What the processes decide apart, and what goes wrong in one of them; at the end one is killed."""
+    target, small = split(folder), whole(folder, "small")
+    text = Texts(target)
+    notes.put("a criterion", lambda: text(small, stopping_criteria=[After(5 if rank == 0 else 3)]))
+    notes.put("no time", lambda: text(small, max_time=1e-9 if rank == 0 else 1e9))
+    other = prompts(12, 9, seed=3 + rank)
+    notes.put("other prompts", lambda: text(small, inputs=other))
+    notes.put("other lengths", lambda: text(small, max_new_tokens=14 + rank))
+    notes.put("refused in one", lambda: text("no such thing" if rank else small))
+    notes.put("levels that draw", lambda: text(small, polyspec_verification="token", **SAMPLED))
+    online = {"polyspec_control": "online"}
+    notes.put("online over a split level", lambda: text(split(folder, "alike"), SuffixDrafter(), **online))
+    notes.put("uneven", lambda: Texts(split(folder, "uneven"))(SuffixDrafter()))
+    notes.put("a level that fails", lambda: text(Failing()))
+    notes.put("parted ways", lambda: text(small, logits_processor=[Asked(1)]))
+    notes.put("all is well", lambda: text(small))
+    notes.put("killed", lambda: text(small, logits_processor=[Asked(1, ends=True)]))
+
+
+def everything(folder: str, notes: Notes, rank: int) -> None:
+    chains(folder, notes, rank)
+    decisions(folder, notes, rank)
+
+
+if __name__ == "__main__":
+    place, task, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    globals()[task](place, Notes(place, task, number), number)
