@@ -87,5 +87,5 @@ def plainly_padded(prompt: Prompt) -> bool:
     """Whether every column of a prompt has an id, and those that hold no token are at its left."""
     if prompt.embeds is not None or prompt.hidden:
         return False
-    mask = prompt.mask
-    return mask is None or bool(((mask.diff(dim=-1) >= 0).all()) and (mask[:, -1] == 1).all())
+    mask = None if prompt.mask is None else prompt.mask.long()  # differences of booleans have no sign
+    return mask is None or bool((mask.diff(dim=-1) >= 0).all() and (mask[:, -1] == 1).all())

@@ -70,6 +70,9 @@ class RaggedRunner(ModelRunner):
         left = self.padding(context.prompt)
         return [len(ids) - pad - len(have) for ids, pad, have in zip(context.ids, left, self.memo, strict=True)]
 
+    def can_read(self, context: Context) -> bool:
+        return all(self.own(context)) and super().can_read(context)
+
     def add_rows(self, count: int) -> None:
         self.ragged.add_rows(count)
         self.memo = [*self.memo, *([] for _ in range(count))]

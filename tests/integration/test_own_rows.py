@@ -14,8 +14,9 @@ from tiny_models import head_for, noisy, prompts, tiny
 
 import hf_polyspec
 from hf_polyspec.errors import LevelError
+from hf_polyspec.exactness.context import Prompt
 from hf_polyspec.host import ragged_cache
-from hf_polyspec.host.own_rows import rows_apart
+from hf_polyspec.host.own_rows import plainly_padded, rows_apart
 from hf_polyspec.host.ragged_cache import Regions
 from hf_polyspec.host.release import with_cache
 
@@ -280,3 +281,17 @@ def test_what_attention_a_model_has_is_asked_every_time() -> None:
     assert rows_apart(target)
     target.train()
     assert not rows_apart(target)
+
+
+def test_prompts_with_holes_stay_in_a_rectangle() -> None:
+    ids = torch.ones(2, 4, dtype=torch.long)
+    for rows, plain in (
+        ([[0, 0, 1, 1], [1, 1, 1, 1]], True),
+        ([[0, 1, 0, 1], [1, 1, 1, 1]], False),
+        ([[1, 1, 1, 0], [1, 1, 1, 1]], False),
+    ):
+        for dtype in (torch.long, torch.bool):
+            assert plainly_padded(Prompt(4, torch.tensor(rows).to(dtype), ids)) is plain
+    assert plainly_padded(Prompt(4, None, ids))
+    assert not plainly_padded(Prompt(4, None, ids, hidden=1))
+    assert not plainly_padded(Prompt(4, None, ids, embeds=torch.zeros(2, 4, 8)))
