@@ -34,10 +34,13 @@ class SpanGroup:
         return self._written[device]
 
     def masks(self, place: int, rule: Rule, device: torch.device) -> Masks:
-        """Per span, its mask under a rule; `place` is the rule's number."""
+        """Per span, its mask under a rule; `place` is the rule's number, -1 for the plain causal one."""
         found = self._masks.get((place, device))
         if found is None:
-            made = [span.mask(rule) for span in self.spans]
+            # One column that sees all before it: nearly all passes are of these, and nothing is to be looked up.
+            made = [
+                None if place < 0 and span.count == 1 and not span.dropped else span.mask(rule) for span in self.spans
+            ]
             found = self._masks[place, device] = [None if mask is None else mask.to(device) for mask in made]
         return found
 
