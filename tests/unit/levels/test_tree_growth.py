@@ -18,7 +18,7 @@ from hf_polyspec.exactness.distributions import LawMaker
 from hf_polyspec.exactness.proposal import Proposal, TreeProposal
 from hf_polyspec.exactness.tree_geometry import ROOT, depths, path_to
 from hf_polyspec.exactness.tree_judgement import judge_tree, record_tree
-from hf_polyspec.generation.chain import CHOOSES_HIDDEN_STATES
+from hf_polyspec.host.generation import CHOOSES_HIDDEN_STATES
 from hf_polyspec.levels.base import Drafter
 from hf_polyspec.levels.eagle import EagleDrafter
 from hf_polyspec.levels.eagle_tree import Grown, grow
