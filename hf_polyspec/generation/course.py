@@ -18,6 +18,7 @@ import torch
 from transformers import StoppingCriteriaList
 
 from ..exactness.distributions import LawMaker
+from ..exactness.id_rows import IdRows
 from ..exactness.judgement import Going
 from ..exactness.noise import SharedNoise
 from ..host.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
@@ -126,6 +127,7 @@ class Course:
         self.steps = 0
         self.started = False
         self._seen: deque[tuple[bool, list[bool]]] = deque()
+        self._texts = IdRows()
 
     @property
     def finished(self) -> bool:
@@ -262,7 +264,8 @@ class Course:
         if not self.stopping.others:
             return [False] * len(rows)
         texts = [row.committed for row in rows]
-        texts = [ids + more for ids, more in zip(texts, ahead, strict=True)] if ahead else texts
+        texts = [ids + more for ids, more in zip(texts, ahead or [[]] * len(rows), strict=True)]
         told = (*self.recorder.scores, *scores) if self.recorder.wanted.scores else None
-        done = self.stopping.others(torch.tensor(texts, device=self.device), told)
+        # A copy of what is kept: a criterion may keep what it is given.
+        done = self.stopping.others(self._texts.of(texts, self.device).clone(), told)
         return [bool(value) for value in done.tolist()]
