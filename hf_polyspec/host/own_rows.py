@@ -14,7 +14,7 @@ from .attention import attention_name
 from .forwarding import Forwarding
 from .ragged import RaggedRunner
 from .release import forward_arguments, inner_model, input_device, is_compiled
-from .rope import reads_anew
+from .rope import gate
 from .row_arguments import RowArguments
 from .runner import ModelRunner
 from .states import keeps_states
@@ -34,7 +34,8 @@ def rows_apart(model: Any) -> bool:
         return False
     if "position_ids" not in forward_arguments(model) or not Forwarding(model).plain or keeps_states(model):
         return False
-    if reads_anew(model) is not None or is_compiled(model) or RowArguments(inner).any:
+    # Where frequencies depend on the length of a text, the longest row of a pass would decide for all.
+    if gate(model, 0) is not None or is_compiled(model) or RowArguments(inner).any:
         return False
     if inner not in _known:
         _known[inner] = input_device(model).type != "meta" and _alike(model)

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import hf_polyspec
 from hf_polyspec.cpu import packing
 from hf_polyspec.cpu.compiled import compiles
+from hf_polyspec.host.own_rows import rows_apart
 from hf_polyspec.integers.linear import Kernel
 from hf_polyspec.models import assistants
 from hf_polyspec.models.assistants import by_name
@@ -227,6 +228,7 @@ def test_assistants_are_packed_while_the_chain_runs(
 ) -> None:
     members = [copy.deepcopy(middle), copy.deepcopy(drafter)]
     seen: list[tuple[bool, bool]] = []
+    rows_apart(members[0])  # tries the model, once
     members[0].register_forward_hook(lambda *_: seen.append((is_packed(members[0]), is_packed(target))))
     plain = target.generate(**prompts(3), **OPTIONS).sequences
     for _ in range(2):
