@@ -305,7 +305,7 @@ def take_rows(borrower: RaggedRunner, lender: RaggedRunner, rows: list[list[int]
     Returns:
         Tokens taken, of the row of which the most were.
     """
-    most = 0
+    taken: list[tuple[int, int, int]] = []
     for row, ids in enumerate(rows):
         ours, theirs = borrower.memo[row], lender.memo[row]
         if len(theirs) - len(ours) < borrower.borrows_from:
@@ -313,8 +313,11 @@ def take_rows(borrower: RaggedRunner, lender: RaggedRunner, rows: list[list[int]
         here, there = common_prefix(ours, ids), common_prefix(theirs, ids)
         here = borrower.ragged.usable(row, here)
         if there - here >= borrower.borrows_from and lender.ragged.usable(row, there):
+            borrower.memo[row] = ids[:here]
             borrower.ragged.reserve(row, here, there)
-            borrower.ragged.copy_from(lender.ragged, row, here, there)
-            borrower.memo[row] = ids[:there]
-            most = max(most, there - here)
-    return most
+            taken.append((row, here, there))
+    if taken:
+        borrower.ragged.copy_from(lender.ragged, taken)
+    for row, _, end in taken:
+        borrower.memo[row] = rows[row][:end]
+    return max((end - first for _, first, end in taken), default=0)

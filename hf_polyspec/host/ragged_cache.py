@@ -243,10 +243,19 @@ class RaggedCache(DynamicCache):
             at = layer.regions.place
             layer.move(at(source, first), at(target, first), end - first)
 
-    def copy_from(self, other: RaggedCache, row: int, first: int, end: int) -> None:
-        """Positions `first` to `end`, exclusive, of the same row in another model's cache; there is room for them."""
-        for regions in self.regions.values():
-            regions.dropped[row] = max(regions.dropped[row], other.regions[regions.window].dropped[row])
+    def copy_from(self, other: RaggedCache, taken: Sequence[tuple[int, int, int]]) -> None:
+        """Positions of rows' texts in another model's cache: `(row, first, end)` each; there is room for them."""
+        places: dict[int | None, tuple[torch.Tensor, torch.Tensor]] = {}
+        for window, regions in self.regions.items():
+            theirs = other.regions[window]
+            sources: list[int] = []
+            targets: list[int] = []
+            for row, first, end in taken:
+                regions.dropped[row] = max(regions.dropped[row], theirs.dropped[row])
+                start = max(first, regions.dropped[row])
+                sources += range(theirs.place(row, start), theirs.place(row, end))
+                targets += range(regions.place(row, start), regions.place(row, end))
+            places[window] = torch.tensor(sources), torch.tensor(targets)
         for index, layer in enumerate(other.ragged_layers):
             if layer.keys is None:
                 continue
@@ -254,10 +263,9 @@ class RaggedCache(DynamicCache):
                 self.layers.append(self._layer(len(self.layers)))
             own = self.ragged_layers[index]
             own.fit(layer.keys, layer.values)
-            start = max(first, layer.regions.dropped[row])
-            here, there = own.regions.place(row, start), layer.regions.place(row, start)
+            from_, to = (index.to(layer.keys.device) for index in places[own.regions.window])
             for states, lent in ((own.keys, layer.keys), (own.values, layer.values)):
-                states[:, :, here : here + end - start] = lent[:, :, there : there + end - start]
+                states.index_copy_(2, to, lent.index_select(2, from_).to(states.dtype))
 
     def pick(self, moves: Sequence[tuple[int, int, int]]) -> None:
         """Positions of rows' texts to other ones, all at once: `(row, from, to)` each."""
