@@ -63,7 +63,7 @@ def serve(runner: Runner, batch: int) -> Runner:
             f"{runner.name} ({kind}) does not read several tokens after a cache as it reads them in one text, so "
             "drafts cannot be checked with it; leave it out."
         )
-    if batch == 1 or (Forwarding(model).keeps_positions() and rows_may_part(model)):
+    if batch == 1 or runner.own_rows or (Forwarding(model).keeps_positions() and rows_may_part(model)):
         return runner
     if not reads_on(model, padded=True):
         raise ValueError(
