@@ -60,7 +60,10 @@ def generate_batch(
         model: the target.
         inputs: prompts, as `Engine.submit` takes them: lists of ids of different lengths, or text with a tokenizer.
         generation_config: for all of them.
-        assistant_models, slots, max_total_tokens, tokenizer: see `Engine`.
+        assistant_models: see `Engine`.
+        slots: see `Engine`.
+        max_total_tokens: see `Engine`.
+        tokenizer: see `Engine`.
         seeds: of sampled texts: one for each prompt; or a number, and prompt i has that number plus i. None: drawn from
             torch's default generator, one after another.
         kwargs: options of `generate()` for all prompts, and of the chain.
