@@ -12,8 +12,9 @@ import torch
 from ..exactness.context import Context, Prompt
 from ..exactness.distributions import LawMaker
 from ..exactness.row_laws import RowLaws, RowNoise
-from ..generation.chain import Setting, build_chain, levels_of
+from ..generation.chain import build_chain, levels_of
 from ..generation.loop import DecodingLoop
+from ..generation.setting import Setting
 from ..host.joining import joining_runner
 from ..host.rope import gate
 from ..levels.verifier import Verifier

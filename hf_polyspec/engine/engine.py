@@ -14,9 +14,11 @@ from typing import Any
 from transformers import GenerationConfig
 
 from ..defaults import require_count, require_model
-from ..generation.chain import Setting, check_assistants
+from ..generation.chain import check_assistants
 from ..generation.members import lent, members
 from ..generation.options import PolySpecOptions
+from ..generation.setting import Setting
+from ..host.encoded import is_encoder_decoder
 from ..host.release import inner_model, input_device
 from .crew import Crew
 from .desk import Desk
@@ -91,6 +93,8 @@ class Engine:
         self._serial = itertools.count()
         self._desk = Desk(queue)
         given = members(self.model, list(assistant_models) if isinstance(assistant_models, tuple) else assistant_models)
+        if is_encoder_decoder(self.model):
+            raise ValueError("the target has an encoder, which an Engine does not serve; use generate().")
         assistants = check_assistants(self.model, given)
         device = input_device(self.model)
         config = self.model.generation_config

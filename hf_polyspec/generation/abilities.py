@@ -6,6 +6,7 @@ from __future__ import annotations
 from ..host.generation import CHOOSES_HIDDEN_STATES
 from ..host.release import inner_model
 from ..host.runner import ModelRunner
+from ..host.seq_to_seq import SeqToSeqRunner
 from ..host.translated import TranslatedRunner
 from ..host.trees import hindrance
 from ..levels.base import Drafter
@@ -17,6 +18,8 @@ def trees_under(runner: ModelRunner, below: Drafter, reason: str | None = None) 
         return False, None
     if reason is None and isinstance(runner, TranslatedRunner):
         reason = "it has another tokenizer than the target"
+    if reason is None and isinstance(runner, SeqToSeqRunner):
+        reason = "it attends to an encoder"
     if reason is None and not runner.cuts:
         reason = "its recurrent state follows one text at a time"
     if reason is None and not (runner.use_cache and runner.takes_positions):

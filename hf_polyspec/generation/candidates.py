@@ -13,8 +13,9 @@ from ..exactness.context import Context, Prompt
 from ..exactness.distributions import LawMaker
 from ..host.compatibility import check_options, vocabulary_size
 from ..host.generation import CandidateGenerator
-from .chain import Setting, build_below, check_assistants
+from .chain import build_below, check_assistants
 from .options import PolySpecOptions
+from .setting import Setting
 
 
 class PolySpecCandidateGenerator(CandidateGenerator):

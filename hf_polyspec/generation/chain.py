@@ -4,25 +4,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..defaults import DEFAULT_DRAFT_TOKENS
 from ..eagle.features import bind, feature_layers, target_parts, view_of
 from ..eagle.modeling import EagleHead
 from ..host.compatibility import check_model, check_vocabularies, vocabulary_size
-from ..host.forwarding import Extras
+from ..host.encoded import is_encoder_decoder
 from ..host.generation import CandidateGenerator
 from ..host.in_step import serve
-from ..host.joining import joining_runner
 from ..host.lending import FEW, is_copy
-from ..host.manners import runner_for
 from ..host.release import inner_model
 from ..host.runner import ModelRunner
-from ..host.translated import TranslatedRunner
 from ..host.vocabularies import Vocabularies
 from ..levels.base import Drafter
 from ..levels.candidate_generator import CandidateGeneratorDrafter
@@ -35,37 +30,7 @@ from ..levels.names import name_of
 from ..levels.verifier import NoDraft, Verifier
 from .abilities import show_features, slowness, trees_under
 from .options import PolySpecOptions
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all levels of one chain share.
-
-    Attributes:
-        options: the caller's; device: where laws are compared, that of the caller's ids.
-        eos: ids that end a text; pad: id that finished rows go on with.
-        batch: number of rows.
-        embedded: width H of the prompt's embeddings if it came as embeddings, else 0.
-        extras: what else the target is given.
-        vocabularies: for every assistant the two it stands between, None where there is one; empty where all share one.
-        joins: whether rows join while others run; there are none at first, and at most `batch`.
-        own_rows: whether rows may each have their own columns, by what the caller gave.
-    """
-
-    options: PolySpecOptions
-    device: torch.device
-    eos: frozenset[int]
-    pad: int
-    batch: int
-    embedded: int = 0
-    extras: Extras = field(default_factory=Extras)
-    vocabularies: Sequence[Vocabularies | None] = ()
-    joins: bool = False
-    own_rows: bool = False
-
-    def vocabularies_of(self, place: int) -> Vocabularies | None:
-        """What stands between the target and an assistant with another tokenizer."""
-        return self.vocabularies[place] if self.vocabularies else None
+from .setting import Setting, level_runner
 
 
 def check_assistants(target: Any, assistants: Any, vocabularies: Sequence[Vocabularies | None] = ()) -> list[Any]:
@@ -86,7 +51,8 @@ def check_assistants(target: Any, assistants: Any, vocabularies: Sequence[Vocabu
             "assistant_models must be a list of models, drafters and names, the slowest first, "
             f"got {type(assistants).__name__}."
         )
-    check_model(target, "the target")
+    encodes = is_encoder_decoder(target)
+    check_model(target, "the target", encodes=encodes)
     _check_weights(target, "the target")
     for i, assistant in enumerate(assistants):
         role = f"assistant_models[{i}]"
@@ -106,7 +72,7 @@ def check_assistants(target: Any, assistants: Any, vocabularies: Sequence[Vocabu
                 )
             _bound(assistant, ([target, *assistants])[i], role)
         else:
-            check_model(assistant, role)
+            check_model(assistant, role, encodes=encodes)
             if not (vocabularies and vocabularies[i]):
                 check_vocabularies(target, assistant, role)
     return list(assistants)
@@ -280,7 +246,7 @@ def _level(
             chain_tokens=head.draft_tokens,
         )
     name = _display_name(assistant)
-    runner = _runner(assistant, place, setting, target)
+    runner = level_runner(assistant, place, setting, target)
     options = setting.options.for_assistant(assistant)
     if below is not None:
         trees, note = trees_under(runner, below)
@@ -309,23 +275,6 @@ def _level(
         draft_temperature=options.polyspec_draft_temperature or 1.0,
         carried=carried_sizes(inner_model(assistant), length),
     )
-
-
-def _runner(assistant: Any, place: int, setting: Setting, target: Any) -> ModelRunner:
-    """The runner of an assistant, in the target's ids."""
-    vocabularies = setting.vocabularies_of(place)
-    hidden = assistant.get_input_embeddings().weight.shape[-1]
-    runner = (joining_runner if setting.joins else runner_for)(
-        assistant,
-        f"assistant_models[{place}] ({_display_name(assistant)})",
-        setting.device,
-        reads_embeds=bool(setting.embedded) and hidden == setting.embedded and vocabularies is None,
-        replace_unknown_ids=True,
-        extras=None if target is None or vocabularies is not None else setting.extras.for_level(assistant, target),
-        rows=setting.batch if setting.own_rows and not setting.joins and vocabularies is None else 1,
-    )
-    serve(runner, 1 if setting.joins else setting.batch)
-    return runner if vocabularies is None else TranslatedRunner(runner, vocabularies)
 
 
 def _head_level(assistants: Sequence[Any], place: int, setting: Setting, target: Any) -> EagleDrafter:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,29 +15,33 @@ from ..control import Costs, OnlineControl, SteadyControl
 from ..exactness.callers_generator import BESIDE
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
-from ..host.callers_cache import check_cache, read_cache, tokens_held, write_cache
+from ..host.callers_cache import check_cache, read_cache, tokens_held
+from ..host.encoded import decoder_part, take_encoded
 from ..host.forwarding import Extras
-from ..host.generation import GenerateDecoderOnlyOutput, decoder_output, is_callers, pad_id
+from ..host.generation import Output, is_callers, made_output, pad_id
 from ..host.manners import runner_for
 from ..host.modeling import Cache
 from ..host.own_rows import plainly_padded
 from ..host.plain_cache import PlainCache
 from ..host.ranks import Ranks
-from ..host.release import cache_names, cache_of
+from ..host.release import GENERATION_CACHE, cache_names, cache_of
 from ..host.rope import gate
+from ..host.seq_to_seq import write_back
 from ..host.vocabularies import Vocabularies
 from ..levels.verifier import Verifier
 from ..telemetry.stats import PolySpecStats
 from .automatic import choose
-from .chain import Setting, build_chain, levels_of
+from .chain import build_chain, levels_of
 from .chances import Chances, check_seeds
 from .checked import checked
 from .course import Course, Stopping
+from .kernels import note_kernels, packed
 from .loop import DecodingLoop
 from .members import lent
 from .options import PolySpecOptions
 from .outputs import Recorder, Wanted
 from .prompts import context_of
+from .setting import Setting
 from .together import Meeting, facts_of, share
 
 _UNLIMITED = 1 << 62
@@ -84,8 +87,9 @@ def decode(
     tokenizer: Any = None,
     assistant_tokenizer: Any = None,
     synced_gpus: bool = False,
+    inputs_tensor: torch.Tensor | None = None,
     **model_kwargs: Any,
-) -> torch.Tensor | GenerateDecoderOnlyOutput:
+) -> torch.Tensor | Output:
     """Polybasic speculative decoding with transformers' `custom_generate` contract.
 
     Usable as it is: `model.generate(..., custom_generate=hf_polyspec.decode, assistant_models=[...])`. transformers
@@ -107,6 +111,7 @@ def decode(
         assistant_tokenizer: of an assistant with another vocabulary than the target's, or a list with one for each
             member of the chain, None for those with the target's.
         synced_gpus: must be False.
+        inputs_tensor: what an encoder-decoder target's encoder has read.
         model_kwargs: mask, positions, cache and other forward arguments prepared by generate().
 
     Returns:
@@ -119,6 +124,7 @@ def decode(
     given = locals()  # before anything else is named: the arguments
     named = {name: given[name] for name in PolySpecOptions.names()}
     started = time.perf_counter()
+    model_kwargs["inputs_tensor"] = inputs_tensor  # for the encoder, where there is one
     with Meeting(model, synced_gpus) as meeting:
         tokenizers = tokenizer, assistant_tokenizer
         found = checked(model, generation_config, assistant_models, polyspec_plan, named, tokenizers, meeting.ranks)
@@ -133,9 +139,9 @@ def decode(
             share(chain, own, meeting.ranks)
             meeting.begin(facts_of(input_ids, job.context.prompt.mask, generation_config, options, own))
             try:
-                with _packed(own if options.polyspec_pack else [], model):
+                with packed(own if options.polyspec_pack else [], model):
                     rows, origins = job.run(chain, streamer, meeting)
-                    _note_kernels(chain)
+                    note_kernels(chain)
                 job.tell_lost(chain)
                 job.tell_left_out(chain)
                 return job.output(chain, rows, origins, time.perf_counter() - started, meeting.ranks)
@@ -143,23 +149,6 @@ def decode(
                 if job.control is not None:
                     job.control.finish()
                 chain.end()
-
-
-def _packed(assistants: list[Any], model: Any) -> AbstractContextManager[None]:
-    from ..cpu.packing import packed_assistants
-
-    return packed_assistants(assistants, model)
-
-
-def _note_kernels(chain: Verifier) -> None:
-    """Let every level's statistics say what is to be known of how it is multiplied on this machine."""
-    from ..cpu.notes import notes
-
-    for level in levels_of(chain):
-        runner = getattr(level, "runner", None)
-        model = getattr(level, "head", None) if runner is None else runner.model
-        if isinstance(model, torch.nn.Module):
-            level.stats.notes.extend(notes(model))
 
 
 class _Job:
@@ -179,6 +168,7 @@ class _Job:
         self.config = config
         self.options = options
         self.device = input_ids.device
+        self.encoded, model_kwargs = take_encoded(model, model_kwargs)
         understood = UNDERSTOOD | cache_names(model_kwargs)
         self.extras = Extras.of(
             {name: value for name, value in model_kwargs.items() if name not in understood},
@@ -189,10 +179,11 @@ class _Job:
                 "prefill_chunk_size cuts a prompt with images or other inputs into pieces, which assistant_models do "
                 "not serve; leave it out."
             )
-        self.user_cache: Cache | None = cache_of(model_kwargs)
+        self.whole_cache: Any = cache_of(model_kwargs)  # with an encoder's keys and values, where there is one
+        self.user_cache: Cache | None = decoder_part(self.whole_cache)
         check_cache(self.user_cache, model, input_ids.shape[0])
         self.use_cache = bool(model_kwargs.get("use_cache", True))
-        self.context = context_of(input_ids, config, model_kwargs)
+        self.context = context_of(input_ids, config, {**model_kwargs, GENERATION_CACHE: self.user_cache})
         check_seeds(options, self.context.batch)
         self.visible = input_ids.shape[1]
         self.stopping = Stopping.sort(criteria, config.max_length or _UNLIMITED)
@@ -235,6 +226,7 @@ class _Job:
             extras=self.extras,
             kept=1,
             rows=self.context.batch if self._rows_are_own(record) else 1,
+            encoded=self.encoded,
         )
         if self.use_cache and self.user_cache is not None and tokens_held(self.user_cache) > 0:
             copy, self.cached = read_cache(self.user_cache, self.model)
@@ -249,6 +241,7 @@ class _Job:
             self.context.batch,
             0 if embeds is None else embeds.shape[2],
             self.extras,
+            self.encoded,
             self.vocabularies,
             own_rows=self._rows_are_own(record),
         )
@@ -318,7 +311,7 @@ class _Job:
 
     def output(
         self, chain: Verifier, rows: list[list[int]], origins: list[list[int]], seconds: float, ranks: Ranks
-    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    ) -> torch.Tensor | Output:
         sequences = torch.tensor(rows, dtype=torch.long, device=self.device)
         if self._cache_is_kept():
             self._hand_back(chain, rows)
@@ -334,13 +327,12 @@ class _Job:
             seed_holds=None if self.chances is None else self.chances.holds,
             chosen=self.chosen,
         )
-        output = decoder_output(
-            self.user_cache if self.use_cache else None,
+        output = made_output(
+            self.whole_cache if self.use_cache else None,
+            None if self.encoded is None else self.encoded.outputs,
             sequences=sequences,
-            scores=self.recorder.scores if self.wanted.scores else None,
-            logits=self.recorder.logits if self.wanted.logits else None,
-            hidden_states=self.recorder.hidden_states if self.wanted.hidden_states else None,
-            attentions=self.recorder.attentions if self.wanted.attentions else None,
+            cross_attentions=self.recorder.crossed(),
+            **self.recorder.shown(),
         )
         output.polyspec = ranks.told(stats) if ranks.in_step else stats
         return output
@@ -365,7 +357,7 @@ class _Job:
         """Whether anybody sees the target's cache after the call."""
         if not self.use_cache or self.user_cache is None:
             return False
-        return bool(self.config.return_dict_in_generate) or is_callers(self.user_cache)
+        return bool(self.config.return_dict_in_generate) or is_callers(self.whole_cache)
 
     def _hand_back(self, chain: Verifier, rows: list[list[int]]) -> None:
         """Extend the cache that generate() prepared, or the caller brought, to all but the last token."""
@@ -374,4 +366,4 @@ class _Job:
         front = [ids[:hidden] for ids in self.context.ids]
         final = Context([f + row[:-1] for f, row in zip(front, rows, strict=True)], self.context.prompt)
         chain.runner.settle(final, chain.stats)
-        write_cache(chain.runner.plain_cache(), self.user_cache, self.cached)
+        write_back(chain.runner, self.whole_cache, self.cached)

@@ -188,12 +188,6 @@ def _refuse_early(model: Any, given: dict[str, Any]) -> None:
         raise ValueError("both assistant_model and assistant_models were given; put all of them into assistant_models.")
     if given.get("custom_generate") not in (None, decode):
         raise ValueError("custom_generate and assistant_models each replace the decoding loop; give one of them.")
-    config = inner_model(model).config
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"the target ({type(model).__name__}) is an encoder-decoder model; "
-            "assistant_models work with decoder-only models."
-        )
     generation_config = given.get("generation_config")
     check_cache_implementation(given.get("cache_implementation"))
     check_cache_implementation(getattr(generation_config, "cache_implementation", None))

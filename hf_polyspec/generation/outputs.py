@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -49,10 +50,12 @@ class Recorder:
         self.logits: tuple[torch.Tensor, ...] = ()
         self.hidden_states: tuple[Layers, ...] = ()
         self.attentions: tuple[Layers, ...] = ()
+        self.cross_attentions: tuple[Layers, ...] = ()
         self._queued_scores: list[list[torch.Tensor]] = [[] for _ in range(batch)]
         self._queued_logits: list[list[torch.Tensor]] = [[] for _ in range(batch)]
         self._queued_hidden: list[list[Layers]] = [[] for _ in range(batch)]
         self._queued_attentions: list[list[Layers]] = [[] for _ in range(batch)]
+        self._queued_crossed: list[list[Layers]] = [[] for _ in range(batch)]
         self._emitted = [0] * batch
         self._axes: list[int] = []  # where hidden states have their rows, by layer
 
@@ -89,7 +92,19 @@ class Recorder:
                 if self.wanted.attentions:
                     maps = [layer[b, :, start:end] for layer in output.attentions]
                     self._queued_attentions[b].append(self._shown(maps, b, read, length))
+                    crossed = getattr(output, "cross_attentions", None)
+                    if crossed:
+                        self._queued_crossed[b].append(tuple(layer[b, :, start:end] for layer in crossed))
                 self._emitted[b] += 1
+
+    def shown(self) -> dict[str, Any]:
+        """What an output object is given under these names, None for what was not asked for."""
+        wanted, all_of = vars(self.wanted), vars(self)
+        return {name: all_of[name] if wanted[name] else None for name in wanted}
+
+    def crossed(self) -> tuple[Layers, ...] | None:
+        """Attentions to an encoder's outputs, likewise."""
+        return self.cross_attentions if self.wanted.attentions else None
 
     def commit(self) -> None:
         """One more step is final for all rows."""
@@ -101,6 +116,8 @@ class Recorder:
             self.hidden_states += (_stack_layers(self._queued_hidden, self._axes),)
         if self.wanted.attentions:
             self.attentions += (_stack_layers(self._queued_attentions),)
+            if any(self._queued_crossed):
+                self.cross_attentions += (_stack_layers(self._queued_crossed),)
 
     def drop(self, row: int) -> None:
         """The row has finished: whatever was queued for later steps does not count."""
@@ -108,6 +125,7 @@ class Recorder:
         self._queued_logits[row].clear()
         self._queued_hidden[row].clear()
         self._queued_attentions[row].clear()
+        self._queued_crossed[row].clear()
 
     def _shown(self, maps: list[torch.Tensor], row: int, read: int, length: int) -> Layers:
         """Of attention maps `[heads, q, S]`, whose last columns are the `read` tokens of a row, those of its first

@@ -82,19 +82,18 @@ def check_cache_implementation(name: str | None) -> None:
     )
 
 
-def check_model(model: nn.Module, role: str) -> None:
+def check_model(model: nn.Module, role: str, *, encodes: bool = False) -> None:
     """Refuse a model that cannot be a level.
 
     Args:
         model: the model; role: how to call it in the message ("the target", "assistant_models[0]").
+        encodes: whether it may have an encoder.
 
     Raises:
         ValueError: names the model and what about it does not fit.
     """
     config = model.config
     kind = type(inner_model(model)).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{role} ({kind}) is an encoder-decoder model; chains are built from decoder-only models.")
     # A PEFT wrapper's generate() calls that of the model inside, leaving only its input preparation there.
     owner = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", model)
     peft_config = getattr(owner, "active_peft_config", None)
@@ -103,6 +102,12 @@ def check_model(model: nn.Module, role: str) -> None:
             f"{role} has a prompt-learning adapter ({peft_config.peft_type}), whose virtual tokens cannot be rolled "
             "back; use LoRA or merge the adapter."
         )
+    if getattr(config, "is_encoder_decoder", False):
+        if not encodes:
+            raise ValueError(f"{role} ({kind}) has an encoder, and the target has none; leave it out.")
+        if cache_argument(model) is None:
+            raise ValueError(no_cache_argument(f"{role} ({kind})", model))
+        return
     _check_state(model, role, kind)
     # BERT's family; others have both of these as well and mean nothing by them.
     two_sided = getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.configuration_utils import GenerationConfig
@@ -17,10 +17,12 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 from transformers.generation.streamers import BaseStreamer
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 from transformers.utils import logging, output_capturing
 
 from .release import GENERATION_CACHE
+
+Output: TypeAlias = GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput
 
 __all__ = [
     "CHOOSES_HIDDEN_STATES",
@@ -28,13 +30,16 @@ __all__ = [
     "CandidateGenerator",
     "EosTokenCriteria",
     "GenerateDecoderOnlyOutput",
+    "GenerateEncoderDecoderOutput",
     "MaxLengthCriteria",
     "MaxTimeCriteria",
+    "Output",
     "StopStringCriteria",
     "decoder_output",
     "host_defaults",
     "is_callers",
     "keep_options",
+    "made_output",
     "mask_length",
     "pad_id",
     "quiet",
@@ -48,6 +53,21 @@ CHOOSES_HIDDEN_STATES = hasattr(output_capturing, "resolve_hidden_states_indices
 def decoder_output(cache: Any, **others: Any) -> GenerateDecoderOnlyOutput:
     """generate()'s output object, the cache under the name that this release has for it."""
     return GenerateDecoderOnlyOutput(**others, **{GENERATION_CACHE: cache})
+
+
+def made_output(cache: Any, encoded: Any, **others: Any) -> Output:
+    """The same, of a model with an encoder where its outputs are given.
+
+    Args:
+        cache: as for `decoder_output`; encoded: the encoder's outputs, or None.
+        others: as for `decoder_output`, and `cross_attentions`.
+    """
+    if encoded is None:
+        return decoder_output(cache, **{name: value for name, value in others.items() if name != "cross_attentions"})
+    own = {name: f"decoder_{name}" for name in ("hidden_states", "attentions")}
+    named = {own.get(name, name): value for name, value in others.items()}
+    read = {f"encoder_{name}": encoded.get(name) for name in own if others[name] is not None}
+    return GenerateEncoderDecoderOutput(**named, **read, **{GENERATION_CACHE: cache})
 
 
 def host_defaults(config: Any) -> dict[str, Any]:

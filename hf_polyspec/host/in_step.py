@@ -89,7 +89,7 @@ def _parts(model: Any) -> bool:
     try:
         # A model in training mode draws for its dropout, and nobody's numbers are to move by that.
         with torch.random.fork_rng(devices=devices):
-            rows = _ids(model)
+            rows = ids_of_text(model)
             first = len(rows[0]) - _READ_ON
             together = _read(model, first, rows)
             alone = _read(model, first, rows[1:])
@@ -124,7 +124,7 @@ def _reads_on(model: Any, padded: bool) -> bool:
         return True
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            long = _ids(model)[0]
+            long = ids_of_text(model)[0]
             rows = [long, long[::-1]]
             first = len(long) - _READ_ON
             if padded and first < 2:  # no room for padding and a token before the second pass
@@ -161,7 +161,7 @@ def _read(model: Any, width: int, rows: list[list[int]], padding: int = 0, *, at
     return runner.run(Context(rows, prompt), nothing, stats).logits[:, 0]
 
 
-def _ids(model: Any) -> list[list[int]]:
+def ids_of_text(model: Any) -> list[list[int]]:
     """Two rows of ids that stand for text, no longer than the model's table of positions if it has one."""
     table = position_table(model)
     longer = _LONGEST if table is None else max(_READ_ON + 1, min(_LONGEST, table.rows))

@@ -17,6 +17,7 @@ from .ragged import RaggedRunner
 from .recurrent import RecurrentRunner
 from .release import forward_arguments, inner_model, input_device, with_cache
 from .runner import ModelRunner
+from .seq_to_seq import runner_over
 from .states import keeps_states, unknown_layer
 
 
@@ -52,6 +53,9 @@ def runner_for(model: Any, name: str, device: torch.device | None = None, **opti
             columns (with plain prompts, a cache, and nothing recorded), 1 for none.
     """
     kept, rows = options.pop("kept", None), options.pop("rows", 1)
+    if options.get("encoded") is not None:  # see `SeqToSeqRunner`
+        return runner_over(model, name, device, **options)
+    options.pop("encoded", None)
     manner = manner_of(model)
     if manner is Manner.ATTENTION and rows > 1 and rows_apart(model):
         return RaggedRunner(model, name, device, rows=rows, **options)

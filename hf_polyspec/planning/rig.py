@@ -9,8 +9,9 @@ from typing import Any
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
 from ..exactness.proposal import Proposal
-from ..generation.chain import Setting, build_chain
+from ..generation.chain import build_chain
 from ..generation.options import PolySpecOptions
+from ..generation.setting import Setting
 from ..host.manners import runner_for
 from ..levels.base import Drafter
 from ..levels.verifier import Verifier

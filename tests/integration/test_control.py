@@ -16,8 +16,9 @@ from hf_polyspec.control import forget
 from hf_polyspec.exactness.context import Context, Prompt
 from hf_polyspec.exactness.distributions import LawMaker
 from hf_polyspec.generation import decoding
-from hf_polyspec.generation.chain import Setting, build_chain
+from hf_polyspec.generation.chain import build_chain
 from hf_polyspec.generation.options import PolySpecOptions
+from hf_polyspec.generation.setting import Setting
 from hf_polyspec.host.compatibility import vocabulary_size
 from hf_polyspec.host.runner import ModelRunner
 from hf_polyspec.levels.eagle import EagleDrafter

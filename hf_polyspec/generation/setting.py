@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all levels of one chain share, and the runner of each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..host.encoded import Encoded, attends_to_encoder, encoded_for, is_encoder_decoder
+from ..host.forwarding import Extras
+from ..host.in_step import serve
+from ..host.joining import joining_runner
+from ..host.manners import runner_for
+from ..host.release import inner_model
+from ..host.runner import ModelRunner
+from ..host.translated import TranslatedRunner
+from ..host.vocabularies import Vocabularies
+from ..levels.names import name_of
+from .options import PolySpecOptions
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all levels of one chain share.
+
+    Attributes:
+        options: the caller's.
+        device: where laws are compared; the device of the caller's ids.
+        eos: ids that end a text; pad: id that finished rows go on with.
+        batch: number of rows.
+        embedded: width H of the prompt's embeddings if it came as embeddings, else 0.
+        extras: what else the target is given.
+        encoded: what the target's decoder attends to, where it has an encoder.
+        vocabularies: for every assistant the two it stands between, None where there is one; empty where all share one.
+        joins: whether rows join while others run; there are none at first, and at most `batch`.
+        own_rows: whether rows may each have their own columns, by what the caller gave.
+    """
+
+    options: PolySpecOptions
+    device: torch.device
+    eos: frozenset[int]
+    pad: int
+    batch: int
+    embedded: int = 0
+    extras: Extras = field(default_factory=Extras)
+    encoded: Encoded | None = None
+    vocabularies: Sequence[Vocabularies | None] = ()
+    joins: bool = False
+    own_rows: bool = False
+
+    def vocabularies_of(self, place: int) -> Vocabularies | None:
+        """What stands between the target and an assistant with another tokenizer."""
+        return self.vocabularies[place] if self.vocabularies else None
+
+
+def level_runner(assistant: Any, place: int, setting: Setting, target: Any) -> ModelRunner:
+    """The runner of an assistant, in the target's ids."""
+    vocabularies = setting.vocabularies_of(place)
+    hidden = assistant.get_input_embeddings().weight.shape[-1]
+    role = f"assistant_models[{place}] ({name_of(assistant) or type(inner_model(assistant)).__name__})"
+    encoded = None
+    if setting.encoded is not None and (is_encoder_decoder(assistant) or attends_to_encoder(assistant)):
+        encoded = encoded_for(assistant, target, setting.encoded, role)
+    make: Any = joining_runner if setting.joins else partial(runner_for, encoded=encoded)
+    runner: ModelRunner = make(
+        assistant,
+        role,
+        setting.device,
+        reads_embeds=bool(setting.embedded) and hidden == setting.embedded and vocabularies is None,
+        replace_unknown_ids=True,
+        extras=None if target is None or vocabularies is not None else setting.extras.for_level(assistant, target),
+        rows=setting.batch if setting.own_rows and not setting.joins and vocabularies is None else 1,
+    )
+    serve(runner, 1 if setting.joins else setting.batch)
+    return runner if vocabularies is None else TranslatedRunner(runner, vocabularies)
