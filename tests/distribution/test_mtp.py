@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-token-prediction layers, sampled: thousands of draws against the exact distribution.
+
+Seeds are fixed. A correct chain fails a case here with probability 1e-4 (chi-square), the file with 4e-4.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from mtp_models import with_mtp
+from scipy import stats
+from tiny_models import noisy
+
+import hf_polyspec
+from hf_polyspec.host.mtp import MtpLayers
+from hf_polyspec.levels.mtp import MtpDrafter
+
+VOCABULARY, LENGTH, DRAWS, FALSE_ALARM = 8, 4, 2000, 1e-4
+PROMPT = torch.tensor([[3, 7, 1, 7]])
+
+
+@torch.no_grad()
+def exact_law(model: Any) -> dict[tuple[int, ...], float]:
+    """Probability of every continuation, from plain forward passes."""
+    law = {(): 1.0}
+    for _ in range(LENGTH):
+        prefixes = list(law)
+        ids = torch.tensor([PROMPT[0].tolist() + list(prefix) for prefix in prefixes])
+        p = model(ids).logits[:, -1].softmax(-1)
+        law = {
+            (*prefix, token): law[prefix] * float(p[row, token])
+            for (row, prefix), token in itertools.product(enumerate(prefixes), range(VOCABULARY))
+        }
+    return law
+
+
+def p_value(draws: torch.Tensor, law: dict[tuple[int, ...], float]) -> float:
+    """Chi-square of drawn continuations against the law; rare ones are counted together."""
+    counts: dict[tuple[int, ...], int] = {}
+    for row in draws[:, PROMPT.shape[1] :].tolist():
+        counts[tuple(row)] = counts.get(tuple(row), 0) + 1
+    common = [key for key, probability in law.items() if probability * len(draws) >= 5]
+    observed = [counts.get(key, 0) for key in common]
+    expected = [law[key] * len(draws) for key in common]
+    observed.append(len(draws) - sum(observed))
+    expected.append(len(draws) - sum(expected))
+    return float(stats.chisquare(observed, expected).pvalue)
+
+
+class ArgmaxWithLaws(MtpDrafter):
+    """The published mistake: what is likeliest is proposed, with a law as if it had been drawn."""
+
+    def draw(self, context: Any, tokens: Any, logits: Any, drawing: Any, going: Any, law: Any) -> torch.Tensor:
+        kept = [list(row) for row in tokens]
+        q = super().draw(context, kept, logits, drawing, going, law)
+        for b, row in enumerate(tokens):
+            if len(kept[b]) > len(row):
+                row.append(int(q[b].argmax()))
+        return q
+
+
+def draw(rule: str, middle: bool, kind: type[MtpDrafter] = MtpDrafter) -> tuple[Any, Any]:
+    model, layers = with_mtp("deepseek_v3", 2, vocab_size=VOCABULARY, num_hidden_layers=1)
+    drafter = kind(MtpLayers(layers))
+    torch.manual_seed(11)
+    found = hf_polyspec.generate(
+        model,
+        PROMPT,
+        assistant_models=[noisy(model, 0.3, seed=2), drafter] if middle else [drafter],
+        polyspec_verification=rule,
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=LENGTH,
+        num_return_sequences=DRAWS,
+        return_dict_in_generate=True,
+        polyspec_block_size=2,
+    )
+    return model, found
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("middle", [False, True], ids=["drafter", "under a middle"])
+def test_the_law_is_the_targets(rule: str, middle: bool) -> None:
+    model, found = draw(rule, middle)
+    assert found.polyspec.levels[-1].drafted > DRAWS
+    assert found.polyspec.levels[-2].accepted > DRAWS / 20
+    assert p_value(found.sequences, exact_law(model)) > FALSE_ALARM
+
+
+def test_the_test_sees_a_law_that_nothing_was_drawn_from() -> None:
+    model, found = draw("token", False, ArgmaxWithLaws)
+    assert p_value(found.sequences, exact_law(model)) < FALSE_ALARM
