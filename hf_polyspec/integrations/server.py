@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequen
 from typing import Any
 
 from ..generation.chain import check_assistants
-from ..generation.members import members
+from ..generation.members import leaves_choice, members
 from ..host.serving import build_app
 from .prometheus import CONTENT_TYPE, Metrics
 from .turns import Turns
@@ -56,8 +56,9 @@ class ChainServer:
         port: int = 8000,
         cors: bool = False,
     ) -> None:
-        assistants = members(model, assistants)
-        check_assistants(model, assistants)
+        if not leaves_choice(assistants, None):  # else each call chooses, after the first has measured
+            assistants = members(model, assistants)
+            check_assistants(model, assistants)
         self.host, self.port = host, port
         self.metrics = Metrics(name)
         self._work = Turns(model, assistants, options or {}, self.metrics)

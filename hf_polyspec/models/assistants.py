@@ -120,7 +120,7 @@ def by_name(target: Any, assistants: Any) -> Any:
         return assistants
     names = [os.fspath(one) if isinstance(one, (str, os.PathLike)) else "" for one in assistants]
     if AUTO in names:
-        raise ValueError(f'"{AUTO}" chooses all levels by itself: give it alone, as assistant_models="{AUTO}".')
+        raise ValueError(f'"{AUTO}" chooses all levels by itself, in each call: give it alone to generate().')
     check_assistant_names(names)
     return [
         _named(target, name, f"assistant_models[{i}]") if isinstance(member, (str, os.PathLike)) else member

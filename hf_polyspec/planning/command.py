@@ -17,6 +17,7 @@ from ..host.generation import quiet
 from ..levels.names import short_name
 from ..models.assistants import check_assistant_names, load_assistant
 from ..models.by_name import check_device, load_model, load_tokenizer, read_dtype
+from .by_batch import batches_table, best_by_batch, where_it_stops
 from .gauge import TakenAgain
 from .planner import Planned, Wish, make_plan
 from .plot import draw_plan, require_matplotlib
@@ -155,5 +156,10 @@ def _show(planned: Planned, more: int) -> None:
     # A pipe has no width of its own.
     console = plain if plain.is_terminal else Console(width=110)
     console.print(candidates_table(planned, more))
-    for sentence in sentences(planned):
+    told = sentences(planned)
+    if planned.wish.batches:
+        found = best_by_batch(planned.levels, planned.measured, planned.candidates)
+        console.print(batches_table(found, planned.measured.names))
+        told.append(where_it_stops(found))
+    for sentence in told:
         console.print(sentence, markup=False, highlight=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.atomic import replacing
+from .by_batch import best_by_batch
 from .candidates import describe_chain, describe_sizes
 from .planner import Planned
 from .search import Candidate, best_of_each
@@ -38,13 +39,16 @@ def draw_plan(planned: Planned, path: str | Path) -> list[Path]:
     path = Path(path)
     if not path.absolute().parent.is_dir():
         raise ValueError(f"the folder of {path} does not exist.")
-    figure = Figure(figsize=(12, 8.5), layout="constrained")
+    lines = 3 if planned.wish.batches else 2
+    figure = Figure(figsize=(12, 4.25 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    upper = figure.add_subplot(2, 2, 1), figure.add_subplot(2, 2, 2)
+    upper = figure.add_subplot(lines, 2, 1), figure.add_subplot(lines, 2, 2)
     sized = _sized(planned)
     _by_size(upper[0], planned, sized, "block")
     _by_size(upper[1], planned, sized, "draft")
-    _rounds(figure.add_subplot(2, 1, 2), planned)
+    _rounds(figure.add_subplot(lines, 1, 2), planned)
+    if planned.wish.batches:
+        _batches(figure.add_subplot(lines, 1, 3), planned)
     synthetic = any(getattr(level.member, "synthetic", False) for level in planned.levels)
     title = f"{planned.measured.names[0]}, temperature {planned.wish.temperature:g}"
     figure.suptitle(title + (" - with a SYNTHETIC level" if synthetic else ""))
@@ -119,6 +123,25 @@ def _rounds(axes: Any, planned: Planned) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("ms a round of the target, predicted")
     axes.tick_params(axis="y", labelsize="small")
+    axes.legend(fontsize="x-small")
+
+
+def _batches(axes: Any, planned: Planned) -> None:
+    """A line for the best sizes of every subset: speed in that of plain decoding, by rows of the batch."""
+    found = best_by_batch(planned.levels, planned.measured, planned.candidates)
+    names = planned.measured.names
+    lines: dict[tuple[int, ...], list[tuple[int, float]]] = {}
+    for at in found:
+        for one in at.each:
+            lines.setdefault(one.chain.levels, []).append((at.rows, at.gain(one)))
+    for levels, points in list(lines.items())[:_BARS]:
+        chain = next(one.chain for one in found[0].each if one.chain.levels == levels)
+        rows, gains = zip(*points, strict=True)
+        axes.plot(rows, gains, marker=".", label=describe_chain(chain, names))
+    axes.axhline(1.0, color="grey", linestyle="--")
+    axes.set_xticks([at.rows for at in found])
+    axes.set_xlabel("rows of the batch")
+    axes.set_ylabel("speed against plain, predicted")
     axes.legend(fontsize="x-small")
 
 

@@ -25,6 +25,7 @@ class Measurement:
 
 MEASUREMENTS = {
     "architectures": Measurement(f"{_ROOM}.architectures", "What becomes of every class of transformers as a target."),
+    "auto": Measurement(f"{_ROOM}.auto", 'What assistant_models="auto" costs at first and brings afterwards.'),
     "batches": Measurement(f"{_ROOM}.batches", "Batches of prompts of unequal length, beside padded rows."),
     "draft-vocabulary": Measurement(f"{_ROOM}.draft_vocabulary", "How many lm_head rows an EAGLE head should score."),
     "head-acceptance": Measurement(f"{_ROOM}.head_acceptance", "What a head's guesses are worth under its target."),

