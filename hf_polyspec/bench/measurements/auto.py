@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from ...auto import profile
-from ...cli.demo import DEFAULT_PROMPT
 from ...cpu.packing import pack
 from ...generation.doors import generate
 from ...models.by_name import load_model, load_tokenizer
@@ -28,6 +27,13 @@ from ...planning.texts import PROMPTS
 from ...quantization.modules import sharing_copy
 from . import arguments
 
+EDIT = (
+    "Correct the spelling mistakes in this text and give me the whole text:\n\n"
+    "The baker opens her shop befor the street is awake. She puts the warm loaves in the window, and there smell goes "
+    "from door to door. The children on there way to school stop at the window. The baker gives every child a roll and "
+    "says that the day will be long. At noon the loaves are gone, and the baker closes her shop."
+)
+"""Most of the answer stands in the prompt."""
 WAYS: dict[str, tuple[bool, Any, dict[str, Any]]] = {
     "plain, packed": (True, None, {}),
     "alone": (True, [], {}),
@@ -114,7 +120,7 @@ def main(words: Sequence[str] | None = None) -> None:
     given = parser.parse_args(words)
     print(describe(), flush=True)
     tokenizer = load_tokenizer(given.model)
-    texts = {"an edit": DEFAULT_PROMPT, "prose": PROMPTS[0]}
+    texts = {"an edit": EDIT, "prose": PROMPTS[0]}
     prompts = {name: encode_prompt(tokenizer, text, "cpu")["input_ids"] for name, text in texts.items()}
     _cold(given.model, given.dtype, prompts["prose"], given.new_tokens)
     stage = Stage(given.model, given.dtype)
