@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Architectures that chains are tested with, and those they refuse; docs/architectures.md is made from this.
-
-`python tests/architectures.py > docs/architectures.md` writes the page anew; a test compares the two.
-"""
+"""Architectures that every change is tested with, and some that chains refuse."""
 
 from __future__ import annotations
 
@@ -217,41 +214,3 @@ REFUSED = (
     ),
     Refused("GPT (2018)", "openai-gpt", "has no argument 'cache'", "keeps no cache"),
 )
-
-
-def page() -> str:
-    """docs/architectures.md."""
-    lines = [
-        "# Architectures",
-        "",
-        "A chain works with any decoder-only model of transformers whose cache holds keys and values of tokens. The",
-        "models below are tested: built tiny and random, in float32, greedy decoding through chains of two and three",
-        "models gives the same tokens as plain `generate()`, for one prompt and for a left-padded batch of three, with",
-        "every attention implementation named, while part of the proposals is accepted and part is rejected.",
-        "",
-        "| model | `model_type` | attention | what is special |",
-        "| --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {case.title} | `{case.model_type}` | {', '.join(case.attention)} | {case.remark} |"
-        for case in ARCHITECTURES
-    ]
-    lines += [
-        "",
-        "Others are likely to work. Whether a cache can be rolled back is checked in every pass, so one that cannot",
-        "ends with an error, not with other text.",
-        "",
-        "## Refused",
-        "",
-        "With one sentence, before the first forward pass:",
-        "",
-        "| model | `model_type` | why |",
-        "| --- | --- | --- |",
-    ]
-    lines += [f"| {case.title} | `{case.model_type}` | {case.why} |" for case in REFUSED]
-    lines += ["", "Encoder-decoder models (T5, BART, Whisper ...) are refused too, as targets and as assistants."]
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(page(), end="")

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from transformers import StaticCache
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .cache import RollbackCache, RollbackLayer
 from .indexed import CROPPED_LAYERS, INDEXED_LAYERS, copied
@@ -157,6 +157,8 @@ def write_cache(source: RollbackCache, target: Cache, start: int) -> None:
     for index in range(len(source.layers)):
         layer, source.layers[index] = source.layers[index], RollbackLayer()
         if hasattr(layer, "get_seq_length") and layer.is_initialized and layer.get_seq_length() > start:
+            while getattr(made, "layer_class_to_replicate", None) is None and len(made.layers) <= index:
+                made.layers.append(DynamicLayer())  # the model itself adds layers to those that its config plans
             _check_room(made, index, layer.get_seq_length())
             made.update(layer.keys[:, :, start:], layer.values[:, :, start:], index)
             _let_go(made.layers[index])
