@@ -47,6 +47,7 @@ COMMANDS = {
     "export": Command(
         f"{PACKAGE}.cli.export", "export_command", "training", "Write an EAGLE head for vLLM, SGLang and others."
     ),
+    "push": Command(f"{PACKAGE}.cli.push", "push_command", "training", "Push a head, a copy or a recipe to the Hub."),
     "serve": Command(f"{PACKAGE}.cli.serve", "serve_command", "serve", "Answer OpenAI's clients with a chain."),
     "quantize": Command(
         f"{PACKAGE}.cli.quantize", "quantize_command", "quantization", "Write a quantised copy of a model."

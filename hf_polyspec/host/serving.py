@@ -141,6 +141,8 @@ class _Careful:
         except GenerationFailed as failed:
             status = 400 if isinstance(failed.cause, (ValueError, TypeError)) else 500
             raise HTTPException(status, _sentence(failed.cause)) from failed
+        except RuntimeError as full:
+            raise HTTPException(503, _sentence(full)) from full
         except (*_OF_THE_REQUEST, TemplateError) as error:
             raise HTTPException(400, f"the request cannot be read: {_sentence(error)}") from error
 

@@ -11,9 +11,16 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequen
 from typing import Any
 
 from ..generation.chain import check_assistants
+<<<<<<< HEAD
 from ..generation.members import leaves_choice, members
+=======
+from ..generation.members import members
+from ..generation.plan import resolve_plan
+>>>>>>> 0a8e20d (The server runs several requests at a time through the engine, polyspec push, and what vLLM's table measured)
 from ..host.serving import build_app
+from ..levels.verifier import NoDraft
 from .prometheus import CONTENT_TYPE, Metrics
+from .together import Together
 from .turns import Turns
 
 _LOG = logging.getLogger("hf_polyspec.serve")
@@ -25,7 +32,7 @@ _Receive = Callable[[], Awaitable[_Message]]
 class ChainServer:
     """Chat completions, completions, responses, the model list, health and /metrics, for one model with its chain.
 
-    What is answered, and how, is transformers' own server (`transformers serve`). Requests run one after the other. A
+    What is answered, and how, is transformers' own server (`transformers serve`). A
     client that goes away ends its generation, streamed or not.
 
     Args:
@@ -34,6 +41,8 @@ class ChainServer:
         name: what clients call the model.
         options: of `generate()`, for every request: sizes of the chain, a plan.
         host: where to listen; the default can be reached from this machine alone. port: 0 for any that is free.
+        slots: requests that run at a time, in rows of one batch (`hf_polyspec.Engine`). What an engine does not serve
+            (the online control, models that read a batch in step) runs one after the other, which the log says.
         cors: whether pages of any origin may ask.
 
     Attributes:
@@ -54,6 +63,7 @@ class ChainServer:
         options: Mapping[str, Any] | None = None,
         host: str = LOOPBACK[0],
         port: int = 8000,
+        slots: int = 8,
         cors: bool = False,
     ) -> None:
         if not leaves_choice(assistants, None):  # else each call chooses, after the first has measured
@@ -61,7 +71,7 @@ class ChainServer:
             check_assistants(model, assistants)
         self.host, self.port = host, port
         self.metrics = Metrics(name)
-        self._work = Turns(model, assistants, options or {}, self.metrics)
+        self._work, self._how = _work(model, assistants, dict(options or {}), self.metrics, slots)
         try:
             self.app = build_app(model, tokenizer, name, self._work, cors=cors)
         except BaseException:
@@ -119,17 +129,29 @@ class ChainServer:
         return f"nothing can listen at {self.host}:{self.port}: is the port taken?"
 
     def _say(self) -> None:
-        _LOG.info("http://%s:%s/v1; requests run one after the other, in the order in which they come", *self._at())
+        _LOG.info("http://%s:%s/v1; requests run %s", self.host, self.port, self._how)
         if self.host not in LOOPBACK:
             _LOG.warning("%s can be reached from other machines, and whoever reaches it may ask it anything", self.host)
-
-    def _at(self) -> tuple[str, int]:
-        return self.host, self.port
 
     async def _metrics(self) -> Any:
         from fastapi import Response
 
         return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+
+def _work(
+    model: Any, assistants: Sequence[Any], options: dict[str, Any], metrics: Metrics, slots: int
+) -> tuple[Together | Turns, str]:
+    """Where requests are generated, and how, in words."""
+    plan = options.pop("polyspec_plan", None)
+    if plan is not None:
+        assistants, sizes = resolve_plan(plan, model, assistants, options)
+        options |= sizes
+    try:
+        return Together(model, assistants, options, metrics, slots=slots), f"up to {slots} at a time"
+    except ValueError as error:
+        alone = assistants or [NoDraft()]
+        return Turns(model, alone, options, metrics), f"one after the other ({str(error).rstrip('.')})"
 
 
 def _uvicorn(app: Any, host: str, port: int) -> Any:

@@ -99,12 +99,15 @@ class Bench:
         return Line(name, len(self.prompts), equal, theirs, self._here(names), seconds, plain)
 
     def _here(self, names: list[str]) -> float:
+        """Tokens a pass. A quantised copy would take the keys and values of the prompt from the target, which it cannot
+        in vLLM; nothing is lent to a caller who wants to see hidden states."""
         assistants = by_name(self.target, names)
         tokens = passes = 0
         for prompt in self.prompts:
             out = generate(
                 self.target, **prompt, assistant_models=assistants, max_new_tokens=self.new_tokens, do_sample=False,
-                return_dict_in_generate=True, polyspec_draft_copies=False, **self._sizes(),
+                return_dict_in_generate=True, output_hidden_states=len(names) > 1, polyspec_draft_copies=False,
+                **self._sizes(),
             )  # fmt: skip
             target = out.polyspec.levels[0]
             tokens += target.emitted - 1

@@ -27,6 +27,7 @@ from hf_polyspec.cli import app, serve
 from hf_polyspec.exactness.context import Context
 from hf_polyspec.exactness.proposal import Proposal
 from hf_polyspec.host import serving
+from hf_polyspec.integrations import server as server_module
 from hf_polyspec.integrations.prometheus import Metrics
 from hf_polyspec.integrations.server import ChainServer
 
@@ -45,9 +46,14 @@ def small(model: Any) -> Any:
     return tiny_models.noisy(model, 0.03)
 
 
-@pytest.fixture(scope="module")
-def server(model: Any, small: Any) -> Iterator[ChainServer]:
-    with ChainServer(model, TOKENIZER, [small, "suffix"], name="tiny", port=0) as started:
+TOGETHER: dict[str, Any] = {}
+IN_TURN = {"polyspec_control": "online"}
+"""What an engine does not serve."""
+
+
+@pytest.fixture(scope="module", params=[TOGETHER, IN_TURN], ids=["together", "in turn"])
+def server(model: Any, small: Any, request: pytest.FixtureRequest) -> Iterator[ChainServer]:
+    with ChainServer(model, TOKENIZER, [small, "suffix"], name="tiny", port=0, options=request.param) as started:
         yield started
 
 
@@ -156,7 +162,8 @@ def test_bad_input_is_told_in_a_sentence(client: openai.OpenAI, case: tuple[dict
     assert refused.value.body["type"] == "invalid_request_error"  # type: ignore[index]
 
 
-def test_what_cannot_be_streamed_is_told_in_the_stream(client: openai.OpenAI) -> None:
+def test_what_cannot_be_streamed_is_told(client: openai.OpenAI) -> None:
+    """Before the stream where requests are checked as they come, inside it where each begins by itself."""
     with pytest.raises(openai.APIError) as refused:
         joined(client.chat.completions.create(**FOR_ONE, max_tokens=-3, stream=True))
     assert "max_new_tokens" in str(refused.value.body)
@@ -183,9 +190,16 @@ class Slow(SuffixDrafter):
         return Proposal([[] for _ in limits], None, [[] for _ in limits])
 
 
-@pytest.fixture
-def slow(model: Any) -> Iterator[ChainServer]:
-    with ChainServer(model, TOKENIZER, [Slow()], name="tiny", port=0) as started:
+@pytest.fixture(params=["together", "in turn"])
+def slow(model: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ChainServer]:
+    """One request at a time, in either way. (The online control would not ask this drafter again.)"""
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise ValueError("none today.")
+
+    if request.param == "in turn":
+        monkeypatch.setattr(server_module, "Together", refused)
+    with ChainServer(model, TOKENIZER, [Slow()], name="tiny", port=0, slots=1) as started:
         yield started
 
 
@@ -212,7 +226,7 @@ def test_a_client_that_goes_away_ends_its_generation(model: Any, slow: ChainServ
         with pytest.raises(openai.APITimeoutError):
             client.with_options(timeout=0.3).chat.completions.create(**FOR_ONE, max_tokens=800)
         assert seen.value("vllm:prompt_tokens_total") == before + 10
-        assert seen.value("vllm:num_requests_waiting") == 1
+        assert seen.value("vllm:num_requests_running") == 1
         begun = seen.value("vllm:time_to_first_token_seconds_count")
         stream.close()
         until(lambda: aborted() == 4)
@@ -320,10 +334,32 @@ def test_nobody_else_can_reach_it_unless_told(model: Any, caplog: pytest.LogCapt
     caplog.set_level("INFO", "hf_polyspec.serve")
     with ChainServer(model, TOKENIZER, ["suffix"], name="tiny", port=0) as server:
         assert server._server.servers[0].sockets[0].getsockname()[0] == "127.0.0.1"
-        assert "one after the other" in caplog.text
+        assert "up to 8 at a time" in caplog.text
         assert "other machines" not in caplog.text
     with ChainServer(model, TOKENIZER, ["suffix"], name="tiny", host="0.0.0.0", port=0):
         assert "can be reached from other machines" in caplog.text
+
+
+def test_what_an_engine_does_not_serve_runs_in_turn_and_is_logged(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "hf_polyspec.serve")
+    with ChainServer(model, TOKENIZER, ["suffix"], name="tiny", port=0, options=IN_TURN):
+        assert "one after the other (polyspec_control" in caplog.text
+
+
+def test_a_server_that_is_full_says_so(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def submit(self, *_: Any) -> Any:
+            raise hf_polyspec.QueueFullError("1024 requests wait already")
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(server_module, "_work", lambda *_: (Full(), ""))
+    full = ChainServer(model, TOKENIZER, ["suffix"], name="tiny", port=0)
+    asked = pytest.raises(openai.InternalServerError, match="requests wait already")
+    with full, ask(full) as client, asked as refused:
+        client.chat.completions.create(**FOR_ONE)
+    assert refused.value.status_code == 503
 
 
 def test_a_port_that_is_taken_is_named(model: Any) -> None:
