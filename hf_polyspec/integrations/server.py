@@ -11,12 +11,8 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequen
 from typing import Any
 
 from ..generation.chain import check_assistants
-<<<<<<< HEAD
 from ..generation.members import leaves_choice, members
-=======
-from ..generation.members import members
 from ..generation.plan import resolve_plan
->>>>>>> 0a8e20d (The server runs several requests at a time through the engine, polyspec push, and what vLLM's table measured)
 from ..host.serving import build_app
 from ..levels.verifier import NoDraft
 from .prometheus import CONTENT_TYPE, Metrics
