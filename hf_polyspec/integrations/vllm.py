@@ -23,9 +23,10 @@ from weakref import WeakSet
 
 import torch
 
-from ..generation.chain import Setting, build_below, check_assistants
+from ..generation.chain import build_below, check_assistants
 from ..generation.members import members
 from ..generation.options import PolySpecOptions
+from ..generation.setting import Setting
 from ..host.generation import quiet
 from ..levels.base import Drafter
 from ..levels.suffix import SuffixDrafter
