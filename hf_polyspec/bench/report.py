@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,21 @@ def without_folders(text: str) -> str:
     return re.sub(r"(^|(?<=[\s='\"]))/(?:[^\s/'\"]+/)*([^\s/'\"]+)/?", r"\2", text)
 
 
+def folded(command: str, width: int = 88) -> str:
+    """A command on lines that a page shows whole; a list between quotes goes on on the next line, as shells allow."""
+    lines = [""]
+    for word in (part for quoted in shlex.split(command) for part in _parts(shlex.quote(quoted), width)):
+        if lines[-1] and len(lines[-1]) + len(word) > width:
+            lines[-1] += "\\"
+            lines.append("    ")
+        lines[-1] += word + " "
+    return "\n".join(lines).rstrip()
+
+
+def _parts(word: str, width: int) -> list[str]:
+    return [word] if len(word) <= width else ["\n    ".join(textwrap.wrap(word, width, break_long_words=False))]
+
+
 def _setting(value: Any) -> str:
     return ", ".join(str(part) for part in value) if isinstance(value, list) else str(value)
 
@@ -197,7 +214,7 @@ def _texts(run: RunData, texts: int) -> Iterator[dict[str, Any]]:
 def _markdown_facts(run: RunData) -> list[str]:
     found = []
     for start in run.starts:
-        found.append(f"{start['environment']}\n\n```bash\n{without_folders(start['command'])}\n```")
+        found.append(f"{start['environment']}\n\n```bash\n{folded(without_folders(start['command']))}\n```")
     return list(dict.fromkeys(found))
 
 

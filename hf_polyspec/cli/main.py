@@ -102,6 +102,7 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
 Seed = Annotated[int, typer.Option(help="Of the sampling.")]
 Pack = Annotated[bool, typer.Option("--pack", help="Pack the model for the CPU (see hf_polyspec.pack).")]
 Html = Annotated[Path | None, typer.Option(help="Write the text here, each token coloured by its level.")]
+Svg = Annotated[Path | None, typer.Option(help="Draw the passes of the model here, a line each.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -169,6 +170,7 @@ def generate(
     ] = None,
     pack: Pack = False,
     html: Html = None,
+    svg: Svg = None,
 ) -> None:
     """One prompt, answered by one chain; the text goes to standard output, the table to standard error."""
     from . import demo as running
@@ -177,6 +179,8 @@ def generate(
     if bias_budget and temperature == 0:
         raise ValueError("--bias-budget needs a --temperature above 0: greedy decoding is exact at any budget.")
     request, packed = _planned(_request(prompt, max_new_tokens, temperature, seed, options), plan)
+    if svg is not None and not svg.absolute().parent.is_dir():
+        raise ValueError(f"The folder of {svg} does not exist.")
     console = Console(stderr=True)
     target, tokenizer, assistants, names = load_chain(console, model, assistant, device, dtype, html, pack or packed)
     streamer = running.ConsoleStreamer(tokenizer, Console())
@@ -185,6 +189,10 @@ def generate(
         _console(stderr=True).print(answer.stats.table())
     if html is not None:
         _write_page(html, tokenizer, [answer])
+    if svg is not None and answer.stats is not None:
+        from ..storage.atomic import write_text
+
+        write_text(svg, answer.stats.to_svg(tokenizer, [answer.sequence], answer.prompt_length))
 
 
 @app.command()

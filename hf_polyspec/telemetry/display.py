@@ -154,6 +154,22 @@ def token_pieces(
     return pieces
 
 
+def whole_pieces(stats: Counted, tokenizer: Any, sequences: Any, prompt_length: int = 0) -> list[tuple[int, str]]:
+    """The text that the first row generated in whole characters, each with the number of its first token.
+
+    Args:
+        stats, tokenizer, sequences, prompt_length: as for `tokens_html`.
+
+    Raises:
+        ValueError: the sequences and the statistics are not of the same call.
+    """
+    rows = _as_rows(sequences)
+    _check_fit(stats, rows, prompt_length)
+    ids = rows[0][: prompt_length + len(stats.token_levels[0])]
+    start = _first_real(tokenizer, ids, prompt_length)
+    return [(first - prompt_length, text) for first, _, text in _pieces(tokenizer, ids, start, prompt_length)]
+
+
 def html_page(fragments: Sequence[tuple[str, str]], title: str) -> str:
     """A page of its own around HTML fragments, following the reader's light or dark setting.
 

@@ -76,3 +76,16 @@ class PolySpecStats:
         from .display import tokens_html
 
         return tokens_html(self, tokenizer, sequences, prompt_length)
+
+    def to_svg(self, tokenizer: Any, sequences: Any, prompt_length: int = 0, *, lines: int = 12) -> str:
+        """A picture of the first row: a line for each pass of the target, tokens coloured as in `to_html`.
+
+        Args:
+            tokenizer: turns ids into text.
+            sequences: `[B, L]` ids as `generate()` returned them.
+            prompt_length: columns of `sequences` that are prompt.
+            lines: passes shown at most.
+        """
+        from .picture import picture
+
+        return picture(self, tokenizer, sequences, prompt_length, lines=lines)

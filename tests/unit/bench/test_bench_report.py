@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from hf_polyspec.bench.report import folded
 
 SECTIONS = ("table2", "paper", "speed", "acceptance", "time", "memory", "identity", "texts", "made")
 NEEDS = (
@@ -114,3 +117,18 @@ def test_the_report_fetches_nothing(browser: Any, bench_run: Path) -> None:
     assert [url for url in asked if not url.startswith(("file:", "data:", "about:"))] == []
     page = (bench_run / "report.html").read_text()
     assert not re.search(r"https?://|<script|@import", page)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "polyspec bench --model m --limit 10",
+        "polyspec bench --model m --methods 'plain plain-packed hf:prompt-lookup polyspec:int8@draft=4 planned "
+        "polyspec:suffix@draft=12 polyspec:int8,suffix@block=12' --assistant int8=int8 --assistant suffix=suffix",
+    ],
+)
+def test_a_folded_command_is_the_same_command(command: str) -> None:
+    found = folded(command)
+    assert max(map(len, found.splitlines())) <= 92
+    read = [word.split() for word in shlex.split(found.replace("\\\n", ""))]
+    assert read == [word.split() for word in shlex.split(command)]
