@@ -27,6 +27,7 @@ MEASUREMENTS = {
     "architectures": Measurement(f"{_ROOM}.architectures", "What becomes of every class of transformers as a target."),
     "auto": Measurement(f"{_ROOM}.auto", 'What assistant_models="auto" costs at first and brings afterwards.'),
     "batches": Measurement(f"{_ROOM}.batches", "Batches of prompts of unequal length, beside padded rows."),
+    "checks": Measurement(f"{_ROOM}.checks", "What a sampled check costs beside a greedy one and its draw."),
     "draft-vocabulary": Measurement(f"{_ROOM}.draft_vocabulary", "How many lm_head rows an EAGLE head should score."),
     "head-acceptance": Measurement(f"{_ROOM}.head_acceptance", "What a head's guesses are worth under its target."),
     "head-cost": Measurement(f"{_ROOM}.head_cost", "What a draft step of a head costs beside a target step."),
