@@ -7,6 +7,9 @@ ids skip. Many models count positions by the columns of their cache whatever the
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -19,8 +22,9 @@ from .positions import position_table
 from .release import forward_arguments, inner_model
 from .runner import ModelRunner
 
-_LONGEST, _READ_ON = 9, 3
-"""Columns of the longer of two rows at most, and how many of them the second pass reads; the shorter row has one."""
+_LONGEST, _READ_ON, _TURNS = 9, 3, 3
+"""Columns of the longer of two rows at most, how many of them the second pass reads (of the shorter row one), and how
+often the last bits of the embeddings are moved."""
 
 Runner = TypeVar("Runner", bound=ModelRunner)
 
@@ -94,9 +98,10 @@ def _parts(model: Any) -> bool:
             together = _read(model, first, rows)
             alone = _read(model, first, rows[1:])
             at_once = _read(model, first, rows[1:], at_once=True)
+            noise = torch.maximum((alone - at_once).abs().max(), _noise(model, first, rows[1:], at_once))
     except Exception:
         return _is_ordinary(model)
-    return _alike(model, together[1], alone[0], (alone - at_once).abs().max())
+    return _alike(model, together[1], alone[0], noise)
 
 
 def reads_on(model: Any, padded: bool) -> bool:
@@ -131,9 +136,43 @@ def _reads_on(model: Any, padded: bool) -> bool:
                 return True
             padding = min(2, first - 1) if padded else 0
             found, wanted = (_read(model, first, rows, padding=padding, at_once=whole) for whole in (False, True))
+            noise = _noise(model, first, rows, wanted, padding=padding)
     except Exception:
         return False
-    return _alike(model, found, wanted, torch.zeros(()))
+    return _alike(model, found, wanted, noise)
+
+
+def _noise(model: Any, width: int, rows: list[list[int]], wanted: torch.Tensor, padding: int = 0) -> torch.Tensor:
+    """How far the last bits of what a model reads move its logits: rounding to integers inside makes steps of them.
+
+    Args:
+        model, width, rows, padding: as for `_read`; wanted: the logits of that, in one pass.
+    """
+    found = wanted.new_zeros(())
+    for turn in range(_TURNS):
+        with _last_bits(model, turn):
+            moved = _read(model, width, rows, padding=padding, at_once=True)
+        found = torch.maximum(found, (moved - wanted).abs().max())
+    return found
+
+
+@contextmanager
+def _last_bits(model: Any, turn: int) -> Iterator[None]:
+    """While this runs, the embeddings that this thread's passes look up are off by about their last bits."""
+    thread = threading.get_ident()
+    dice = torch.Generator().manual_seed(turn)
+
+    def moved(_module: Any, _arguments: Any, output: torch.Tensor) -> torch.Tensor | None:
+        if threading.get_ident() != thread:
+            return None
+        step = 4 * torch.finfo(output.dtype).eps
+        return output * (1 + step * torch.randn(output.shape, generator=dice).to(output))
+
+    handle = model.get_input_embeddings().register_forward_hook(moved)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _alike(model: Any, one: torch.Tensor, other: torch.Tensor, noise: torch.Tensor) -> bool:

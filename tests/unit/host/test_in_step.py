@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import tiny
 
+import hf_polyspec
+from hf_polyspec.host import in_step
 from hf_polyspec.host.in_step import rows_may_part
 
 
@@ -55,3 +59,26 @@ def test_a_model_that_cannot_be_asked_is_believed_if_it_takes_positions(kind: st
 
     model.register_forward_pre_hook(refuse)
     assert rows_may_part(model) is (kind == "llama")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_rounding_to_integers_is_no_manner_of_reading(kind: str, bits: int) -> None:
+    """Last bits move an 8-bit copy's logits by more than a float model's: what they move is gauged on the copy."""
+    copied = hf_polyspec.quantize_model(copy.deepcopy(tiny(kind)), bits=bits)
+    assert in_step.rows_may_part(copied)
+    assert in_step.reads_on(copied, padded=True)
+
+
+def test_only_passes_of_the_thread_that_asks_are_moved() -> None:
+    model = tiny("llama")
+    ids = torch.arange(1, 7)[None]
+    right = model(ids).logits
+    found: list[torch.Tensor] = []
+    with in_step._last_bits(model, 0):
+        assert not torch.equal(model(ids).logits, right)
+        thread = threading.Thread(target=lambda: found.append(model(ids).logits))
+        thread.start()
+        thread.join()
+    assert torch.equal(found[0], right)
+    assert torch.equal(model(ids).logits, right)
