@@ -93,7 +93,7 @@ class Recorder:
                     maps = [layer[b, :, start:end] for layer in output.attentions]
                     self._queued_attentions[b].append(self._shown(maps, b, read, length))
                     crossed = getattr(output, "cross_attentions", None)
-                    if crossed:
+                    if crossed is not None:  # some decoders hand out none of their layers': plain keeps an empty step
                         self._queued_crossed[b].append(tuple(layer[b, :, start:end] for layer in crossed))
                 self._emitted[b] += 1
 

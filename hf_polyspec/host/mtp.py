@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -10,7 +12,7 @@ import torch
 from transformers import cache_utils, modeling_layers
 
 from .compatibility import ATTENTION_LAYERS
-from .release import inner_model
+from .release import CACHE_NAMES, inner_model
 
 _MODEL = getattr(modeling_layers, "MtpModel", None)
 _CACHE = getattr(cache_utils, "MtpCache", None)
@@ -27,12 +29,10 @@ class MtpLayers:
         model: transformers' `MtpModel` of some model.
 
     Raises:
-        ValueError: this release cannot run them one at a time, or one keeps a state that cannot be taken back.
+        ValueError: one keeps a state that cannot be taken back after a rejected draft.
     """
 
     def __init__(self, model: Any) -> None:
-        if _CACHE is None or not hasattr(model, "forward_layer"):
-            raise ValueError("this release of transformers cannot run multi-token-prediction layers one at a time.")
         odd = sorted(set(getattr(model.config, "layer_types", None) or ()) - ATTENTION_LAYERS)
         if odd:
             raise ValueError(
@@ -73,7 +73,8 @@ class MtpLayers:
             `[N, H]`.
         """
         positions = torch.arange(first, first + len(tokens), device=self.device)[None]
-        found: torch.Tensor = self.model.forward_layer(
+        run = getattr(self.model, "forward_layer", None) or partial(_forward_layer, self.model)
+        found: torch.Tensor = run(
             layer,
             hidden[None].to(self.device),
             positions,
@@ -86,6 +87,25 @@ class MtpLayers:
         """`[V]` of the next token, from `[H]`."""
         found: torch.Tensor = self.model._project_to_logits(hidden[None, None])
         return found[0, 0].float()
+
+
+def _forward_layer(
+    model: Any, layer: int, hidden: torch.Tensor, positions: torch.Tensor, cache: Any, *, input_ids: torch.Tensor
+) -> torch.Tensor:
+    """The `forward_layer` of later releases, for those whose `MtpModel` only runs all of its layers at once."""
+    tokens = model.embed_tokens(input_ids).to(hidden.device)
+    rotary = model.rotary_emb
+    block = model.layers[layer]
+    handed = {name: cache for name in CACHE_NAMES if name in signature(block.forward).parameters}
+    said: torch.Tensor = block(
+        tokens,
+        hidden,
+        position_embeddings=None if rotary is None else rotary(tokens, position_ids=positions),
+        position_ids=positions,
+        **handed,
+        **model.create_masks_for_mtp_layer(layer, tokens, cache, positions),
+    )
+    return model.shared_post_norm(said) if model.use_shared_post_norm else said
 
 
 @torch.no_grad()
