@@ -134,6 +134,21 @@ def test_outputs_are_plain_generations(models: dict[str, Any], family: str) -> N
         compare(name, plain[name], found[name])
 
 
+def test_a_decoder_that_hands_out_no_attentions_to_the_encoder(models: dict[str, Any]) -> None:
+    """T5's in some releases: asked for them, it hands out those of no layer, which is one empty tuple a step."""
+    model = copy.deepcopy(models["t5"])
+    model.set_attn_implementation("eager")
+
+    def without(module: Any, given: Any, output: Any) -> Any:
+        output["cross_attentions"] = ()
+        return output
+
+    model.register_forward_hook(without)
+    options = {"output_attentions": True, "return_dict_in_generate": True, "do_sample": False, **inputs("t5", 2)}
+    plain, found, _ = twice(model, [SuffixDrafter()], **options)
+    assert found.cross_attentions == plain.cross_attentions == ((),) * len(plain.decoder_attentions)
+
+
 def compare(name: str, one: Any, other: Any) -> None:
     if isinstance(one, EncoderDecoderCache):
         for part in ("self_attention_cache", "cross_attention_cache"):

@@ -93,6 +93,33 @@ def test_layers_of_a_model_that_repeats_are_right(pair: tuple[Any, Any]) -> None
     assert found.polyspec.levels[0].forward_passes <= 2 + NEW / (count + 1)
 
 
+def test_a_layer_alone_on_releases_that_only_run_them_all(
+    pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands in for `forward_layer` there says the same, from an empty cache and from one that was cut."""
+    _, made = pair
+    made = copy.deepcopy(made)
+    made.use_shared_post_norm, made.shared_post_norm = True, copy.deepcopy(made.layers[0].hnorm)
+    with torch.no_grad():
+        made.shared_post_norm.weight.mul_(0.5)
+    hidden = torch.randn(6, made.config.hidden_size, generator=torch.Generator().manual_seed(0))
+
+    def said() -> list[torch.Tensor]:
+        layers, found = MtpLayers(made), []
+        cache = layers.new_cache()
+        with torch.no_grad():
+            for layer in range(layers.count):
+                found.append(layers.step(layer, hidden, [3, 1, 4, 1, 5, 9], layer + 1, cache))
+            for layer in range(layers.count):
+                layers.shrink(cache, layer, 4)
+                found.append(layers.step(layer, hidden[:2], [2, 6], layer + 5, cache))
+        return found
+
+    here = said()
+    monkeypatch.delattr(modeling_layers.MtpModel, "forward_layer", raising=False)
+    assert all(torch.equal(a, b) for a, b in zip(here, said(), strict=True))
+
+
 def test_by_name_from_the_models_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, layers = with_mtp("glm4_moe", 1)
     monkeypatch.setattr(modeling_layers.MtpModel, "from_pretrained", lambda *args, **kwargs: layers)
