@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import random
 import subprocess
 import sys
 import threading
@@ -15,11 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from live_tensors import live_tensors
 from tiny_models import noisy, tiny
 from transformers import LogitsProcessor, StoppingCriteria
 
 import hf_polyspec
 from hf_polyspec import Drafter, Engine, EngineClosedError, LevelError, QueueFullError, SuffixDrafter
+from hf_polyspec.engine.request import Handle, Request
 
 LONG = {"max_new_tokens": 100, "do_sample": False}
 SHORT = {"max_new_tokens": 6, "do_sample": False}
@@ -320,6 +323,33 @@ def test_nothing_is_left_of_an_engine(target: Any, drafter: Any) -> None:
     assert crew() is None  # nobody closed it, and nobody holds it
     assert torch.equal(text, plain(target, PROMPT, **SHORT))
     assert not any(thread.name == "hf_polyspec engine" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("kind", ["suffix", "copy"])
+def test_requests_leave_nothing_behind(target: Any, drafter: Any, kind: str) -> None:
+    draw = random.Random(0)
+
+    def after_a_hundred() -> tuple[int, int]:
+        asked = [draw.choices(range(48), k=draw.randrange(2, 30)) for _ in range(100)]
+        handles = [
+            engine.submit(ids, max_new_tokens=2 + i % 16, do_sample=i % 3 == 0, seed=i) for i, ids in enumerate(asked)
+        ]
+        for handle in handles:
+            handle.result(60)
+        return live_tensors()
+
+    with Engine(target, [SuffixDrafter() if kind == "suffix" else drafter]) as engine:
+        count, elements = after_a_hundred()
+        after_a_hundred()
+        for _ in range(100):  # the thread may still hold the last round's
+            more, larger = live_tensors()
+            if more <= count + 20 and larger <= 1.2 * elements:
+                break
+            time.sleep(0.05)
+        assert more <= count + 20  # one tensor a request would be a hundred
+        assert larger <= 1.2 * elements
+        alive = [each for each in gc.get_objects() if type(each) in (Request, Handle)]
+        assert not alive
 
 
 def test_a_handle_keeps_its_engine(target: Any) -> None:
