@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -33,7 +34,7 @@ class ChainServer:
 
     Args:
         model, tokenizer: the target and its tokenizer, which stay the caller's.
-        assistants: the chain, as `generate(assistant_models=...)` takes it.
+        assistants: the chain, as `generate(assistant_models=...)` takes it; a name is a list of one.
         name: what clients call the model.
         options: of `generate()`, for every request: sizes of the chain, a plan.
         host: where to listen; the default can be reached from this machine alone. port: 0 for any that is free.
@@ -53,7 +54,7 @@ class ChainServer:
         self,
         model: Any,
         tokenizer: Any,
-        assistants: Sequence[Any],
+        assistants: str | os.PathLike[str] | Sequence[Any],
         *,
         name: str,
         options: Mapping[str, Any] | None = None,
@@ -62,12 +63,13 @@ class ChainServer:
         slots: int = 8,
         cors: bool = False,
     ) -> None:
-        if not leaves_choice(assistants, None):  # else each call chooses, after the first has measured
-            assistants = members(model, assistants)
-            check_assistants(model, assistants)
+        chain: Sequence[Any] = [assistants] if isinstance(assistants, (str, os.PathLike)) else assistants
+        if not leaves_choice(chain, None):  # else each call chooses, after the first has measured
+            chain = members(model, chain)
+            check_assistants(model, chain)
         self.host, self.port = host, port
         self.metrics = Metrics(name)
-        self._work, self._how = _work(model, assistants, dict(options or {}), self.metrics, slots)
+        self._work, self._how = _work(model, chain, dict(options or {}), self.metrics, slots)
         try:
             self.app = build_app(model, tokenizer, name, self._work, cors=cors)
         except BaseException:

@@ -28,6 +28,7 @@ from hf_polyspec.exactness.context import Context
 from hf_polyspec.exactness.proposal import Proposal
 from hf_polyspec.host import serving
 from hf_polyspec.integrations import server as server_module
+from hf_polyspec.integrations import turns
 from hf_polyspec.integrations.prometheus import Metrics
 from hf_polyspec.integrations.server import ChainServer
 
@@ -340,6 +341,28 @@ def test_what_an_engine_does_not_serve_runs_in_turn_and_is_logged(model: Any, ca
     caplog.set_level("INFO", "hf_polyspec.serve")
     with ChainServer(model, TOKENIZER, ["suffix"], name="tiny", port=0, options=IN_TURN):
         assert "one after the other (polyspec_control" in caplog.text
+
+
+@pytest.mark.parametrize(("given", "seen"), [("suffix", 1), ("auto", "auto"), (["auto"], "auto")])
+def test_a_name_is_a_list_of_one(model: Any, given: Any, seen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def answers(model: Any, assistant_models: Any, streamer: Any, input_ids: torch.Tensor, **rest: Any) -> Any:
+        asked.append(assistant_models)
+        return hf_polyspec.generate(model, assistant_models=[], streamer=streamer, input_ids=input_ids, **rest)
+
+    # "auto" would measure first.
+    monkeypatch.setattr(turns, "generate", answers)
+    with ChainServer(model, TOKENIZER, given, name="tiny", port=0) as server, ask(server) as client:
+        text = client.chat.completions.create(**FOR_ONE, max_tokens=8).choices[0].message.content
+        how = server._how
+    assert text == plain(model, "abcabcabc", 8)
+    if seen == "auto":
+        assert asked == [["auto"]]
+        assert how.startswith("one after the other")
+    else:
+        assert not asked
+        assert how == "up to 8 at a time"
 
 
 def test_a_server_that_is_full_says_so(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
