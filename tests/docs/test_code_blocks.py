@@ -87,13 +87,26 @@ def test_python_runs(page: Path, names: dict[str, Any], monkeypatch: pytest.Monk
         exec(compile(source, f"{page.name}, block {number}", "exec"), names)
 
 
+def _lines(block: str) -> Iterator[list[str]]:
+    """The words of each line as a shell reads it: it goes on after a backslash, and while a quote is open."""
+    line = ""
+    for part in block.replace("\\\n", " ").splitlines():
+        line += part
+        try:
+            yield shlex.split(line, comments=True)
+        except ValueError:
+            line += "\n"
+        else:
+            line = ""
+    assert not line, f"a quote stays open: {line}"
+
+
 def commands(page: Path) -> list[list[str]]:
     """Every `polyspec` command of a page's shell blocks, its continuation lines joined."""
     found = []
     shell = blocks(page, "bash") + [code for code in indented(page) if code.lstrip().startswith("polyspec")]
     for block in shell:
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
+        for words in _lines(block):
             for start in ("polyspec", "hf_polyspec"):
                 if start in words:
                     found.append(words[words.index(start) + 1 :])

@@ -86,7 +86,9 @@ def test_with_a_cache(tiny: Tiny, family: str, parts: tuple[int, ...], computed:
             for model, cache in zip((packed, plain), caches, strict=True)
         )
         torch.testing.assert_close(found, wanted, **CLOSE)
-    assert computed == [part for part in parts for _ in range(2)]
+    # A cache that was seen to grow twice is one that the layers' stack writes itself, in one task; one with a window not.
+    tasks = [2, 2, *[2 if family == "mistral" else 1 for _ in parts[2:]]]
+    assert computed == [part for part, count in zip(parts, tasks, strict=True) for _ in range(count)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
