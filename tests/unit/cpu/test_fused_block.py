@@ -86,7 +86,7 @@ def test_with_a_cache(tiny: Tiny, family: str, parts: tuple[int, ...], computed:
             for model, cache in zip((packed, plain), caches, strict=True)
         )
         torch.testing.assert_close(found, wanted, **CLOSE)
-    # A cache that was seen to grow twice is one that the layers' stack writes itself, in one task; one with a window not.
+    # A cache that was seen to grow twice is written by the whole stack in one task, one with a window is not.
     tasks = [2, 2, *[2 if family == "mistral" else 1 for _ in parts[2:]]]
     assert computed == [part for part, count in zip(parts, tasks, strict=True) for _ in range(count)]
 
