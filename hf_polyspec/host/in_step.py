@@ -98,7 +98,7 @@ def _parts(model: Any) -> bool:
             together = _read(model, first, rows)
             alone = _read(model, first, rows[1:])
             at_once = _read(model, first, rows[1:], at_once=True)
-            noise = torch.maximum((alone - at_once).abs().max(), _noise(model, first, rows[1:], at_once))
+            noise = torch.maximum(_apart(alone, at_once), _noise(model, first, rows[1:], at_once))
     except Exception:
         return _is_ordinary(model)
     return _alike(model, together[1], alone[0], noise)
@@ -152,7 +152,7 @@ def _noise(model: Any, width: int, rows: list[list[int]], wanted: torch.Tensor, 
     for turn in range(_TURNS):
         with _last_bits(model, turn):
             moved = _read(model, width, rows, padding=padding, at_once=True)
-        found = torch.maximum(found, (moved - wanted).abs().max())
+        found = torch.maximum(found, _apart(moved, wanted))
     return found
 
 
@@ -177,7 +177,14 @@ def _last_bits(model: Any, turn: int) -> Iterator[None]:
 
 def _alike(model: Any, one: torch.Tensor, other: torch.Tensor, noise: torch.Tensor) -> bool:
     coarse = 1e-5 if model.dtype in (torch.float32, torch.float64) else 3e-2
-    return bool((one - other).abs().max() <= 8 * noise + coarse * other.abs().max())
+    if not torch.equal(one.isfinite(), other.isfinite()):
+        return False
+    return bool(_apart(one, other) <= 8 * noise + coarse * _apart(other, torch.zeros_like(other)))
+
+
+def _apart(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The largest distance, where there is one: numbers that are none in a level are found when they are drawn from."""
+    return (one - other).nan_to_num(0.0, 0.0, 0.0).abs().max()
 
 
 def _read(model: Any, width: int, rows: list[list[int]], padding: int = 0, *, at_once: bool = False) -> torch.Tensor:

@@ -266,7 +266,7 @@ def test_the_markdown_page_has_the_tables_and_no_folders(bench_run: Path) -> Non
         assert heading in page
     assert re.search(
         r"^polyspec bench --model target --questions questions\.jsonl .*--assistant small=small --assistant suffix",
-        page,
+        page.replace("\\\n    ", ""),
         re.MULTILINE,
     )
     assert str(bench_run.parent) not in page

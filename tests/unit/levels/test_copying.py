@@ -173,9 +173,9 @@ def test_the_mixture_is_what_is_drawn_from_and_handed_up(trees: int, monkeypatch
         Watched.mixtures.append(found.softmax(-1))
         return found
 
-    def drawn(self: LawMaker, weights: torch.Tensor) -> torch.Tensor:
+    def drawn(self: LawMaker, weights: torch.Tensor, *active: Any) -> torch.Tensor:
         Watched.draws.append(weights.clone())
-        return draw(self, weights)
+        return draw(self, weights, *active)
 
     monkeypatch.setattr(PointerMixture, "mixed", mixed)
     monkeypatch.setattr(LawMaker, "draw", drawn)
