@@ -63,10 +63,15 @@ def keeps_states(model: Any) -> bool:
 def unknown_layer(model: Any) -> str | None:
     """The class of a layer of the model's cache that is neither keys and values nor a state, None where there is none.
 
-    Models that bring a cache class of their own are told apart by the attributes it has on top of the usual ones.
+    Models that bring a cache class of their own are told apart by the attributes it has on top of the usual ones. Before
+    an indexer's keys had their positions beside them, releases with layers of a state too gave other text in passes over
+    several tokens than in passes over one.
     """
-    for layer in planned_layers(model):
-        if not isinstance(layer, STATE_LAYERS) and type(layer) not in CROPPED_LAYERS:
+    planned = planned_layers(model)
+    states = any(isinstance(layer, STATE_LAYERS) for layer in planned)
+    for layer in planned:
+        unplaced = states and type(layer) in INDEXED_LAYERS and not hasattr(layer, "indexer_position_ids")
+        if unplaced or (not isinstance(layer, STATE_LAYERS) and type(layer) not in CROPPED_LAYERS):
             return type(layer).__name__
     return None
 
