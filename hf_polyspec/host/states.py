@@ -63,9 +63,9 @@ def keeps_states(model: Any) -> bool:
 def unknown_layer(model: Any) -> str | None:
     """The class of a layer of the model's cache that is neither keys and values nor a state, None where there is none.
 
-    Models that bring a cache class of their own are told apart by the attributes it has on top of the usual ones. Before
-    an indexer's keys had their positions beside them, releases with layers of a state too gave other text in passes over
-    several tokens than in passes over one.
+    Models that bring a cache class of their own are told apart by the attributes it has on top of the usual ones. An
+    indexer's keys without their positions, as some releases keep them, are read otherwise by passes over several tokens
+    where layers with a state stand beside them.
     """
     planned = planned_layers(model)
     states = any(isinstance(layer, STATE_LAYERS) for layer in planned)
