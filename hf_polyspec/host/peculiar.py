@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from types import CodeType
@@ -67,6 +68,7 @@ def _masks_windows(inner: Any) -> bool:
     return not known or any(_calls(kind) for kind in known)
 
 
+@functools.cache
 def _calls(kind: type) -> bool:
     """Whether a method of a class, or a function of its file that one calls, names a function for such masks."""
     beside = vars(sys.modules[kind.__module__])
