@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import openai
 import pytest
+import requests
 import tiny_models
 import torch
 from live_tensors import live_tensors
@@ -173,14 +173,14 @@ def test_what_cannot_be_streamed_is_told(client: openai.OpenAI) -> None:
 def test_bodies_that_are_none_and_roads_that_lead_nowhere(server: ChainServer) -> None:
     url = f"http://127.0.0.1:{server.port}"
     for body, status in ((b"{", 422), (b"[1]", 422), (b"\xff", 400)):
-        answer = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+        answer = requests.post(f"{url}/v1/chat/completions", data=body, headers={"content-type": "application/json"})
         assert answer.status_code == status
         assert answer.json()["error"]["type"] == "invalid_request_error"
-    assert httpx.post(f"{url}/v1/audio/transcriptions", content=b"").status_code == 501
-    assert httpx.get(f"{url}/nothing").status_code == 404
-    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
-    httpx.post(f"{url}/reset")  # which unloads what transformers' server has loaded
-    assert httpx.get(f"{url}/v1/models").json()["data"][0]["status"] == {"value": "loaded"}
+    assert requests.post(f"{url}/v1/audio/transcriptions", data=b"").status_code == 501
+    assert requests.get(f"{url}/nothing").status_code == 404
+    assert requests.get(f"{url}/health").json() == {"status": "ok"}
+    requests.post(f"{url}/reset")  # which unloads what transformers' server has loaded
+    assert requests.get(f"{url}/v1/models").json()["data"][0]["status"] == {"value": "loaded"}
 
 
 class Slow(SuffixDrafter):
@@ -304,7 +304,7 @@ def test_metrics_are_those_of_the_chain(model: Any, small: Any) -> None:
         model, TOKENIZER, [small], name="tiny", port=0, options={"num_assistant_tokens": 3}
     ) as server, ask(server) as client:  # fmt: skip
         client.chat.completions.create(**FOR_ONE, max_tokens=40)
-        shown = httpx.get(f"http://127.0.0.1:{server.port}/metrics")
+        shown = requests.get(f"http://127.0.0.1:{server.port}/metrics")
     ids = prompt("abcabcabc")
     out = hf_polyspec.generate(
         model, **ids, assistant_models=[small], num_assistant_tokens=3, max_new_tokens=40, return_dict_in_generate=True
