@@ -294,8 +294,9 @@ def test_two_hundred_requests_leave_nothing_behind(model: Any, small: Any) -> No
         after_a_hundred()
         # What the last request leaves for a moment goes by itself; one tensor a request would be a hundred that stay.
         until(lambda: live_tensors()[0] <= count + 20 and live_tensors()[1] <= 1.2 * elements)
-        assert threading.active_count() == in_use
-    assert threading.active_count() == threads
+        # Workers of the web server's pool come when several requests meet; a thread a request would be a hundred.
+        assert threading.active_count() <= in_use + 10
+    until(lambda: threading.active_count() <= threads)
 
 
 def test_metrics_are_those_of_the_chain(model: Any, small: Any) -> None:
