@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import random
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 import hf_polyspec
 from hf_polyspec.auto import choosing, measuring, profile
+from hf_polyspec.control.steady import SteadyControl
 from hf_polyspec.cpu.packing import is_packed
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
@@ -311,9 +313,19 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_same_seed_same_text(model: PreTrainedModel, timed: list[Any], name: str) -> None:
-    """Fifty prompts: what was switched on when, by which clock, changes no token and no generator."""
+def test_same_seed_same_text(
+    model: PreTrainedModel, timed: list[Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fifty prompts: what was switched on when, by a clock that leaps, changes no token and no generator."""
     levels, switched = set(), 0
+    dice, now = random.Random(name), [0.0]
+
+    def leaping() -> float:
+        now[0] += dice.choice([1e-4, 1e-2, 0.5])
+        return now[0]
+
+    assert SteadyControl.__init__.__kwdefaults__
+    monkeypatch.setitem(SteadyControl.__init__.__kwdefaults__, "clock", leaping)
     for seed in range(50):
         batch = 1 + seed % 3
         found = check(model, "auto", seed, **prompts(batch, seed=seed), **SETTINGS[name])  # type: ignore[arg-type]
