@@ -15,11 +15,15 @@ from hf_polyspec.host.runner import ModelRunner
 
 
 @contextmanager
-def watched_passes(look: Callable[[ModelRunner, Context, list[list[int]]], None]) -> Iterator[None]:
-    """Calls `look(runner, context, drafts)` after every forward pass over chains."""
+def watched_passes(
+    look: Callable[[ModelRunner, Context, list[list[int]]], None],
+    before: Callable[[ModelRunner], None] = lambda runner: None,
+) -> Iterator[None]:
+    """Calls `before(runner)` and `look(runner, context, drafts)` around every forward pass over chains."""
 
     def watched(original: Callable[..., Pass]) -> Callable[..., Pass]:
         def run(self: ModelRunner, context: Context, drafts: list[list[int]], *args: Any, **kwargs: Any) -> Pass:
+            before(self)
             result = original(self, context, drafts, *args, **kwargs)
             look(self, context, drafts)
             return result
@@ -37,18 +41,25 @@ def watched_passes(look: Callable[[ModelRunner, Context, list[list[int]]], None]
 def watched_caches() -> Iterator[list[int]]:
     """After every pass the cache is as long as its longest row, which is what was asked for (law 4).
 
+    Rows with columns of their own of which nothing is asked are left as they were, by levels that may leave rows out.
+
     Yields:
         The cache's length after each pass, as the passes happen.
     """
     lengths: list[int] = []
+    first: dict[str, Any] = {}
+
+    def before(runner: ModelRunner) -> None:
+        if isinstance(runner, RaggedRunner):
+            first.update(asked=runner.asked, held=list(runner.memo))
 
     def look(runner: ModelRunner, context: Context, drafts: list[list[int]]) -> None:
         if not runner.use_cache:
             return
         held = runner.memo
-        if isinstance(runner, RaggedRunner):  # rows that nothing was asked of were left as they were
-            wholes = [ids + draft for ids, draft in zip(runner.own(context), drafts, strict=True)]
-            assert any(whole == row for whole, row in zip(wholes, held, strict=True))
+        if isinstance(runner, RaggedRunner):
+            rows = zip(first["asked"] or [True] * len(held), runner.own(context), drafts, first["held"], strict=True)
+            assert held == [ids + draft if asked else had for asked, ids, draft, had in rows]
             for layer in runner.plain_cache().layers:
                 assert layer.get_seq_length() == max(len(ids) for ids in held)
             lengths.append(max(len(ids) for ids in held))
@@ -62,5 +73,5 @@ def watched_caches() -> Iterator[list[int]]:
             assert layer.keys.shape[0] == len(asked)
         lengths.append(runner.cache.length)
 
-    with watched_passes(look):
+    with watched_passes(look, before):
         yield lengths

@@ -275,5 +275,6 @@ def test_samples_follow_the_target(tiny: Tiny, honest: bool, monkeypatch: pytest
         monkeypatch.setattr(Block, "_stacked", dishonest)
     with fed(middle) as below:
         found = _p_value(target, [middle, SuffixDrafter()])
-    assert sum(below) < 3 * 3 * SAMPLES  # all rows of a pass have their columns side by side
+    # In each of the ten calls every row is read one token behind the prompt; none of them reads the prompt.
+    assert [columns for columns in below if columns >= WORTH] == [SAMPLES // 10] * 10
     assert (found > ALARM) is honest

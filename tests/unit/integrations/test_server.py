@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import sys
@@ -18,6 +19,7 @@ import requests
 import tiny_models
 import torch
 from live_tensors import live_tensors
+from starlette.concurrency import run_in_threadpool
 from tiny_checkpoints import byte_tokenizer
 from typer.testing import CliRunner
 
@@ -32,6 +34,8 @@ from hf_polyspec.integrations import turns
 from hf_polyspec.integrations.prometheus import Metrics
 from hf_polyspec.integrations.server import ChainServer
 
+POOL = 40
+"""Workers of the web server, at most."""
 TOKENIZER = byte_tokenizer()
 ASKED = [{"role": "user", "content": "abcabcabc"}]
 FOR_ONE = {"model": "tiny", "messages": ASKED, "temperature": 0}
@@ -287,16 +291,26 @@ def test_two_hundred_requests_leave_nothing_behind(model: Any, small: Any) -> No
         until(all_done)
         return live_tensors()
 
-    threads = threading.active_count()
+    before = set(threading.enumerate())
+
+    async def pool() -> type[threading.Thread]:
+        return type(await run_in_threadpool(threading.current_thread))
+
+    worker = asyncio.run(pool())
+
+    def threads() -> set[threading.Thread]:
+        """But for the web server's pool, whose workers come when several requests meet, up to its own bound."""
+        return {each for each in threading.enumerate() if type(each) is not worker}
+
     with ChainServer(model, TOKENIZER, [small, "suffix"], name="tiny", port=0) as server, ask(server) as client:
         count, elements = after_a_hundred()
-        in_use = threading.active_count()
+        in_use = threads()
         after_a_hundred()
         # What the last request leaves for a moment goes by itself; one tensor a request would be a hundred that stay.
         until(lambda: live_tensors()[0] <= count + 20 and live_tensors()[1] <= 1.2 * elements)
-        # Workers of the web server's pool come when several requests meet; a thread a request would be a hundred.
-        assert threading.active_count() <= in_use + 10
-    until(lambda: threading.active_count() <= threads)
+        assert threads() == in_use > before
+        assert len(threading.enumerate()) - len(in_use) <= POOL
+    until(lambda: before >= set(threading.enumerate()))
 
 
 def test_metrics_are_those_of_the_chain(model: Any, small: Any) -> None:
