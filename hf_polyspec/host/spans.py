@@ -28,7 +28,7 @@ from .span import Rule, Span
 from .span_group import Masks, SpanGroup
 
 
-@dataclass
+@dataclass(eq=False)
 class SpannedPass:
     """One pass over columns of several rows.
 
@@ -158,23 +158,27 @@ class _Renamed:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._inside = 0
-        self._before: list[tuple[Any, str]] = []
+        self._inside: set[SpannedPass] = set()
+        self._configs: list[Any] = []
 
-    def enter(self, model: Any) -> None:
+    def enter(self, model: Any, under_way: SpannedPass) -> None:
+        """A pass begins."""
         with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._before = [(config, attention_name(config)) for config in _configs(model)]
-                for config, _ in self._before:
+            if not self._inside:
+                # Known before the first is renamed, and counted after the last: Ctrl-C may come in between.
+                self._configs = self._configs or _configs(model)
+                for config in self._configs:
                     _rename(config, ROWS_APART)
+            self._inside.add(under_way)
 
-    def leave(self) -> None:
+    def leave(self, under_way: SpannedPass) -> None:
+        """A pass ends, or did not come to begin; a second time changes nothing."""
         with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                for config, name in self._before:
-                    _rename(config, name)
+            self._inside.discard(under_way)
+            if not self._inside:
+                for config in self._configs:
+                    _rename(config, "sdpa")
+                self._configs = []
 
 
 _renamed: WeakKeyDictionary[Any, _Renamed] = WeakKeyDictionary()
@@ -207,10 +211,18 @@ def spanned(model: Any, groups: Mapping[int | None, Sequence[Span]]) -> Iterator
     with _making:
         renamed = _renamed.setdefault(inner, _Renamed())
     under_way = SpannedPass({window: SpanGroup(spans) for window, spans in groups.items()})
-    before, _own.under_way = _own.under_way, under_way
-    renamed.enter(inner)
-    try:
-        yield under_way
-    finally:
-        renamed.leave()
+    before = _own.under_way
+
+    def end() -> None:
+        renamed.leave(under_way)
         _own.under_way = before
+
+    try:
+        try:
+            renamed.enter(inner, under_way)
+            _own.under_way = under_way
+            yield under_way
+        finally:
+            end()
+    finally:
+        end()  # again, should Ctrl-C have come while it was on its way
