@@ -16,6 +16,7 @@ from torch import nn
 from ..control.costs import Costs
 from ..cpu.packing import pack, packed_assistants
 from ..host.compatibility import check_model
+from ..host.encoded import Encoded
 from ..host.manners import Manner, manner_of
 from ..host.release import input_device
 from ..levels.names import name_of
@@ -81,7 +82,9 @@ _sides: WeakKeyDictionary[Any, _Side] = WeakKeyDictionary()
 _making = threading.Lock()
 
 
-def prepare(model: Any, prompt: Sequence[int], *, packs: bool = True, mode: Hashable = None) -> Ready:
+def prepare(
+    model: Any, prompt: Sequence[int], *, packs: bool = True, mode: Hashable = None, encoded: Encoded | None = None
+) -> Ready:
     """The chain of "auto" for a model: measured in the first call, afterwards remembered.
 
     The model is left as it is: what is packed is a copy of its modules over the same weights, and quantised copies are
@@ -92,11 +95,12 @@ def prepare(model: Any, prompt: Sequence[int], *, packs: bool = True, mode: Hash
         model: the target; prompt: ids of a row, on which copies are compared with it.
         packs: whether the target may be run packed.
         mode: what acceptance depends on besides the models, such as the temperature.
+        encoded: what the model's decoder attends to, where it has an encoder; passes are timed on its first row.
 
     Raises:
         ValueError: the model cannot be the target of a chain.
     """
-    check_model(model, "the target")
+    check_model(model, "the target", encodes=encoded is not None)
     with _making:
         side = _sides.setdefault(model, _Side())
     with side.lock, generators_kept():
@@ -104,7 +108,8 @@ def prepare(model: Any, prompt: Sequence[int], *, packs: bool = True, mode: Hash
         key = Key.here(identity_of(model), model.dtype, input_device(model), packs)
         found = side.profiles.get(key) or profiles.load(key)
         if found is None:
-            found = _measured(model, key, prompt, side)
+            row = None if encoded is None else encoded.select([0])
+            found = _measured(model, key, prompt, side, row)
             _keep(found)
         side.profiles[key] = found
         return _made(model, found, side, changed, mode)
@@ -156,38 +161,39 @@ def _member(model: Any, name: str, side: _Side) -> Any:
     return side.copies[name]
 
 
-def _measured(model: Any, key: Key, prompt: Sequence[int], side: _Side) -> Profile:
+def _measured(model: Any, key: Key, prompt: Sequence[int], side: _Side, encoded: Encoded | None) -> Profile:
     """A profile of what there is for this model."""
     progress = Progress(f"{name_of(model) or type(model).__name__} in {key.dtype} on {key.device}")
     if manner_of(model) in (Manner.STEPS, Manner.NONE):
-        passes = time_passes({"target": model}, {"target": FEW}, progress)
+        passes = time_passes({"target": model}, {"target": FEW}, progress, encoded)
         line = "the model alone: it goes on exactly only one token a pass"
         return _profile(model, key, False, [], passes, {}, [line], [], progress)
-    packed, passes, words, left = _target(model, key, side, progress)
+    packed, passes, words, left = _target(model, key, side, progress, encoded)
     target = side.twin if packed else model
-    bits, agreed, about = _copy(model, target, prompt, passes, side, progress)
+    bits, agreed, about = _copy(model, target, prompt, passes, side, progress, encoded)
     (words if bits else left).append(about)
     members = [*([bits] if bits else []), SUFFIX]
     return _profile(model, key, packed, members, passes, agreed, words, left, progress)
 
 
 def _target(
-    model: Any, key: Key, side: _Side, progress: Progress
+    model: Any, key: Key, side: _Side, progress: Progress, encoded: Encoded | None
 ) -> tuple[bool, dict[str, list[list[float]]], list[str], list[str]]:
     """Whether to run the target packed, its passes, and why."""
     if not (key.pack and may_be_packed(model)):
         reason = "packing is for models on a CPU that are not trained, hooked, compiled or packed already"
         reason = reason if key.pack else "polyspec_pack=False"
-        return False, time_passes({"target": model}, {"target": SIZES}, progress), [], [f"packing: {reason}"]
+        return False, time_passes({"target": model}, {"target": SIZES}, progress, encoded), [], [f"packing: {reason}"]
     side.twin = _twin(model)
-    found = time_passes({"target": side.twin, "unpacked": model}, {"target": SIZES, "unpacked": FEW}, progress)
+    both = {"target": side.twin, "unpacked": model}
+    found = time_passes(both, {"target": SIZES, "unpacked": FEW}, progress, encoded)
     one, other = ({int(columns): seconds for columns, seconds in found[name]} for name in ("target", "unpacked"))
     last = max(set(one) & set(other))
     told = f"{milliseconds(one[1])} packed and {milliseconds(other[1])} as it is"
     if one[1] <= PACKED_GAIN * other[1] or (one[1] <= other[1] and one[last] <= PACKED_GAIN * other[last]):
         return True, found, [f"packed (a pass over one token takes {told})"], []
     side.twin = None
-    passes = time_passes({"target": model}, {"target": SIZES}, progress)
+    passes = time_passes({"target": model}, {"target": SIZES}, progress, encoded)
     return False, passes, [], [f"packing: a pass over one token takes {told}"]
 
 
@@ -198,6 +204,7 @@ def _copy(
     passes: dict[str, list[list[float]]],
     side: _Side,
     progress: Progress,
+    encoded: Encoded | None,
 ) -> tuple[str | None, dict[str, float], str]:
     """The quantised copy that pays, if one does; its passes are added to those of the target."""
     reason = "int8: it does not pay"
@@ -212,8 +219,8 @@ def _copy(
         except ValueError as error:
             return None, {}, f"{name}: {' '.join(str(error).split()).rstrip('.')}"
         with packed_assistants([copy], target):  # as it runs in a chain
-            found = time_passes({name: copy}, {name: SIZES[:4]}, progress)
-            share = agreement(copy, target, prompt)
+            found = time_passes({name: copy}, {name: SIZES[:4]}, progress, encoded)
+            share = agreement(copy, target, prompt, encoded)
         gain = worth(passes["target"], found[name], share)
         told = f"its pass takes {milliseconds(found[name][0][1])}"
         told += "" if share is None else f", it agrees in {share:.0%}"

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from ..exactness.context import EMBEDDED, Context, Prompt
+from ..host.encoded import Encoded
 from ..host.manners import runner_for
+from ..host.positions import positions_told
 from ..host.release import input_device
 from ..telemetry.counters import LevelStats
 
@@ -74,17 +76,18 @@ class Clock:
     Args:
         model: the model; name: for errors.
         longest: most columns of a pass.
+        encoded: what its decoder attends to, one row; None where there is no encoder.
     """
 
-    def __init__(self, model: Any, name: str, longest: int) -> None:
+    def __init__(self, model: Any, name: str, longest: int, encoded: Encoded | None = None) -> None:
         config = model.config.get_text_config(decoder=True)
-        places = getattr(config, "max_position_embeddings", None) or (_CONTEXT + longest + 1)
-        self.longest = max(1, min(longest, int(places) - 2))
-        count = max(1, min(_CONTEXT, int(places) - self.longest - 1))
+        places = positions_told(model) or (_CONTEXT + longest + 1)
+        self.longest = max(1, min(longest, places - 2))
+        count = max(1, min(_CONTEXT, places - self.longest - 1))
         ids = [1 + i % (min(500, int(config.vocab_size)) - 1) for i in range(count + self.longest)]
         self.draft = ids[count:]
         self.context = _context(ids[:count])
-        self.runner = runner_for(model, name, input_device(model))
+        self.runner = runner_for(model, name, input_device(model), encoded=encoded)
         self.stats = LevelStats(name, 0)
 
     def seconds(self, columns: int) -> float:
@@ -101,18 +104,23 @@ def _context(ids: list[int]) -> Context:
 
 @torch.no_grad()
 def time_passes(
-    models: dict[str, Any], sizes: dict[str, Sequence[int]], progress: Progress, budget: float = BUDGET
+    models: dict[str, Any],
+    sizes: dict[str, Sequence[int]],
+    progress: Progress,
+    encoded: Encoded | None = None,
+    budget: float = BUDGET,
 ) -> dict[str, list[list[float]]]:
     """Passes of models by name, in turns, so that a slow moment of the machine falls on all of them.
 
     Args:
         models: by name; sizes: columns of the passes of each, rising.
-        progress: told of what is timed; budget: seconds for each model, see `BUDGET`.
+        progress: told of what is timed; encoded: see `Clock`.
+        budget: seconds for each model, see `BUDGET`.
 
     Returns:
         By name, [columns, seconds], the quickest of up to three passes each.
     """
-    clocks = {name: Clock(model, name, max(sizes[name])) for name, model in models.items()}
+    clocks = {name: Clock(model, name, max(sizes[name]), encoded) for name, model in models.items()}
     found: dict[str, dict[int, float]] = {name: {} for name in models}
     for name, clock in clocks.items():  # what is set up once is no part of a pass
         for columns in _within(sizes[name], clock):
@@ -139,11 +147,11 @@ def _within(sizes: Sequence[int], clock: Clock) -> list[int]:
 
 
 @torch.no_grad()
-def agreement(model: Any, target: Any, ids: Sequence[int]) -> float | None:
+def agreement(model: Any, target: Any, ids: Sequence[int], encoded: Encoded | None = None) -> float | None:
     """The share of a prompt's places at which a copy's likeliest token is the target's.
 
     Args:
-        model: the copy; target: the model; ids: of a prompt.
+        model: the copy; target: the model; ids: of a prompt; encoded: see `Clock`.
 
     Returns:
         0 to 1; None where there is too little of a prompt to tell.
@@ -153,7 +161,7 @@ def agreement(model: Any, target: Any, ids: Sequence[int]) -> float | None:
         return None
     said = []
     for one in (target, model):
-        runner = runner_for(one, "a copy", input_device(one))
+        runner = runner_for(one, "a copy", input_device(one), encoded=encoded)
         passed = runner.run(_context(some[:1]), [some[1:]], LevelStats("reading", 0))
         said.append(passed.logits[0].argmax(-1))
     return float((said[0] == said[1]).float().mean())

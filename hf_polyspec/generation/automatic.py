@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from ..control import Costs
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
+from ..host.encoded import Encoded
 from .chain import check_assistants
 from .options import PolySpecOptions
 
@@ -19,6 +20,7 @@ class Job(Protocol):
     """A call as far as "auto" changes it.
 
     Attributes:
+        encoded: what the model's decoder attends to, where it has an encoder.
         costs: what is known of the chain, where its control is the one for that; chosen: the line on what and why.
     """
 
@@ -27,6 +29,7 @@ class Job(Protocol):
     options: PolySpecOptions
     context: Context
     law: LawMaker
+    encoded: Encoded | None
     costs: Costs | None
     chosen: str | None
 
@@ -43,7 +46,8 @@ def choose(job: Job, named: Mapping[str, Any]) -> list[Any]:
     from ..auto import prepare  # quantisation, which most calls never need
 
     mode = (job.law.do_sample, job.config.temperature, job.options.couples)
-    ready = prepare(job.model, job.context.ids[0], packs=job.options.polyspec_pack, mode=mode)
+    packs = job.options.polyspec_pack
+    ready = prepare(job.model, job.context.ids[0], packs=packs, mode=mode, encoded=job.encoded)
     said = {name: value for name, value in named.items() if value is not None}
     job.options = PolySpecOptions.read({**ready.options, **said}, job.config)
     if said.get("polyspec_control", getattr(job.config, "polyspec_control", None)) is None:

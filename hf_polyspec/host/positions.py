@@ -52,14 +52,21 @@ def position_table(model: Any) -> PositionTable | None:
     return _tables[inner]
 
 
+def positions_told(model: Any) -> int | None:
+    """The positions that a model's config, or its decoder's, says it was made for; None where it says nothing."""
+    text = model.config.get_text_config(decoder=True)
+    told = (getattr(text, name, None) for name in ("max_target_positions", "max_position_embeddings"))
+    return next((found for found in told if isinstance(found, int) and found > 0), None)
+
+
 def _find(model: Any) -> PositionTable | None:
     text = model.config.get_text_config(decoder=True)
-    longest = getattr(text, "max_position_embeddings", None)
+    longest = positions_told(model)
     # MPT's only: its slopes are laid out for so many columns, and it has no table of positions.
     columns = getattr(text, "max_seq_len", None)
     if isinstance(columns, int):
         return PositionTable(columns, True)
-    if not isinstance(longest, int) or not _has_table(model, longest):
+    if longest is None or not _has_table(model, longest):
         return None
     masks = any(tuple(buffer.shape[-2:]) == (longest, longest) for _, buffer in model.named_buffers())
     return PositionTable(longest, masks or "position_ids" not in forward_arguments(model))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..host.positions import positions_told
 from ..levels.verifier import Verifier
 from .rig import Offer, rig
 from .texts import Law, Resting, context_of
@@ -310,7 +311,7 @@ def _all_wanted(
 
 def _wanted(model: Any, context: int, batches: bool, longest: int | None, prompts: Sequence[int]) -> list[What]:
     """Everything that is timed of a model by itself, sizes of each kind rising."""
-    shaped = shapes(context, _positions(model), batches=batches)
+    shaped = shapes(context, positions_told(model), batches=batches)
     lengths = sorted(set(prompts)) or [shaped[0].context]
     some = lengths if len(lengths) <= READINGS else [lengths[i * (len(lengths) - 1) // 3] for i in range(READINGS)]
     return [
@@ -358,8 +359,3 @@ def steps(
 ) -> int:
     """How many times `measure_costs` calls `advance`."""
     return (repeats + 1) * sum(map(len, _all_wanted(models, context, batches, drafts, prompts)))
-
-
-def _positions(model: Any) -> int | None:
-    found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
