@@ -116,6 +116,10 @@ class LawMaker:
         """Whether levels draw by themselves, and hand up what they drew from (law 1)."""
         return self.do_sample and self.noise is None
 
+    def samples(self, batch: int) -> list[bool]:
+        """Per row, whether its text is drawn."""
+        return [self.do_sample] * batch
+
     @property
     def takes_trees(self) -> bool:
         """Whether several continuations can be judged at once: not where processors keep state."""
@@ -187,6 +191,10 @@ class LawMaker:
             if type(processor) in SCORES_ALONE:
                 flat = processor(empty, flat)
         return flat.view_as(scores)
+
+    def tempered(self, scores: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Scores `[B, ..., V]` of a drafter with a temperature of its own, which is for rows whose text is drawn."""
+        return scores / temperature if self.do_sample else scores
 
     def probabilities(self, scores: torch.Tensor) -> torch.Tensor:
         """The law itself: softmax over the last dimension."""

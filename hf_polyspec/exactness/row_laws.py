@@ -119,6 +119,9 @@ class RowLaws(LawMaker):
     def draws(self) -> bool:
         return any(law.draws for law in self.laws)
 
+    def samples(self, batch: int) -> list[bool]:
+        return [law.do_sample for law in self.laws]
+
     @property
     def takes_trees(self) -> bool:
         return not self.draws and all(law.takes_trees for law in self.laws)
@@ -153,6 +156,9 @@ class RowLaws(LawMaker):
 
     def proposal_scores(self, scores: torch.Tensor) -> torch.Tensor:
         return self._each(scores, lambda law, rows: law.proposal_scores(picked(scores, rows)))
+
+    def tempered(self, scores: torch.Tensor, temperature: float) -> torch.Tensor:
+        return self._each(scores, lambda law, rows: law.tempered(picked(scores, rows), temperature))
 
     def choose(
         self,

@@ -64,21 +64,22 @@ class DraftMemory:
         parents: Sequence[list[int]],
         paths: Sequence[list[int]],
         logits: torch.Tensor,
-        sampled: bool,
+        sampled: Sequence[bool],
     ) -> None:
         """Take in what the level above said after the nodes that it rejected.
 
         Args:
             tokens, parents: the trees that were drafted after the texts last followed, see `TreeProposal`.
             paths: per row, the accepted nodes.
-            logits: `[B, T + 1, V]` of the level above, column j + 1 after node j; sampled: whether it draws from them.
+            logits: `[B, T + 1, V]` of the level above, column j + 1 after node j.
+            sampled: per row, whether text is drawn from them.
         """
         rejected = [
             [node for node in range(len(row)) if node not in path] for row, path in zip(tokens, paths, strict=True)
         ]
         rows = [b for b, nodes in enumerate(rejected) for _ in nodes]
         columns = [node + 1 for nodes in rejected for node in nodes]
-        laws = iter(said_after(logits[rows, columns], sampled) if rows else [])
+        laws = iter(said_after(logits[rows, columns], [sampled[b] for b in rows]) if rows else [])
         for b, (pointer, nodes) in enumerate(zip(self._recycled, rejected, strict=True)):
             said: dict[Place, Said] = {}
             for node in nodes:

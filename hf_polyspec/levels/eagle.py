@@ -116,7 +116,7 @@ class EagleDrafter(SequentialDrafter):
         self._sizes: list[TreeSize] = []
         self._shown: torch.Tensor | None = None  # logits of the last pass above
         self._chains: list[list[int]] = []  # drafted last
-        self._samples = False
+        self._samples: list[bool] = []
         self._prompt: Prompt | None = None
         self._padding: list[int] = []
         self._prompt_states = PromptStates(0)
@@ -211,7 +211,7 @@ class EagleDrafter(SequentialDrafter):
             with self.stats.timed():
                 q = self._draft(context, rows, tokens, room, law)
         self.stats.drafted += sum(len(row) for row in tokens)
-        self._chains, self._samples = tokens, law.do_sample
+        self._chains, self._samples = tokens, law.samples(context.batch)
         return Proposal(tokens, q, [[self.index] * len(row) for row in tokens])
 
     def propose_tree(self, context: Context, limits: list[int], law: LawMaker) -> TreeProposal | None:
@@ -226,7 +226,7 @@ class EagleDrafter(SequentialDrafter):
             return None
         with self.stats.timed():
             tree = self._grow(context, rows, room, law)
-        self._samples = law.do_sample
+        self._samples = law.samples(context.batch)
         for nodes, parents in zip(tree.tokens, tree.parents, strict=True):
             self.stats.record_tree(len(nodes), max(depths(parents), default=0))
         return tree
@@ -332,13 +332,14 @@ class EagleDrafter(SequentialDrafter):
             return pointed.mixed(working.score(states), ids)
 
         def guess(states: torch.Tensor) -> torch.Tensor:
-            return law.probabilities(law.proposal_scores(score(states)) / self.draft_temperature)
+            return law.probabilities(law.tempered(law.proposal_scores(score(states)), self.draft_temperature))
 
         def best(states: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
             if not law.do_sample:
                 return working.best(score(states), count)
             ahead = [[min(depth, deepest - 1)] for deepest in room]
-            return first_in_race(law.race(guess(states), context, ahead, active, ids), ids, count)
+            arrivals = law.race(guess(states), context, ahead, active, ids)
+            return first_in_race(arrivals, ids, count, law.samples(context.batch))
 
         if not law.draws:
             active = [places > 0 for places in room]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -121,17 +121,24 @@ def grow(
     return best_nodes(pool, total)[0]
 
 
-def first_in_race(arrivals: torch.Tensor, ids: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def first_in_race(
+    arrivals: torch.Tensor, ids: torch.Tensor, count: int, drawn: Sequence[bool]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The ids that arrive first after each node, and the logs of their chances to be what the level above picks.
 
     Args:
         arrivals: `[B, n, N]`, `LawMaker.race` under the head's law; ids: `[N]`, what its columns stand for.
         count: how many are wanted; fewer where there are no more ids.
+        drawn: per row, whether its text is; others race without noise, and arrive by the head's law itself.
 
     Returns:
         Two of `[B, n, min(count, N)]`; -inf for ids that the head holds impossible.
     """
-    chances = SHARPNESS * arrivals.log()
+    chances = arrivals.log()
+    if all(drawn):
+        chances = SHARPNESS * chances
+    else:
+        chances = chances * torch.tensor([[[SHARPNESS if one else 1.0]] for one in drawn]).to(chances)
     values, columns = chances.topk(min(count, chances.shape[-1]), dim=-1)
     return values - chances.logsumexp(-1, keepdim=True), ids[columns]
 

@@ -69,13 +69,16 @@ class RecyclePointer(TailPointer):
         return None
 
 
-def said_after(laws: torch.Tensor, sampled: bool) -> list[Said]:
+def said_after(laws: torch.Tensor, sampled: Sequence[bool]) -> list[Said]:
     """What is kept of some laws; one host synchronisation.
 
     Args:
-        laws: `[n, V]` logits; sampled: whether text is drawn from such laws, or is their likeliest id.
+        laws: `[n, V]` logits; sampled: of each, whether text is drawn from it, or is its likeliest id.
     """
-    values, ids = laws.topk(min(LIKELIEST, laws.shape[1]) if sampled else 1, dim=-1)
+    values, ids = laws.topk(min(LIKELIEST, laws.shape[1]) if any(sampled) else 1, dim=-1)
     # float64 holds every id
     packed = torch.cat([ids.double(), values.double().softmax(-1)], dim=1).tolist()
-    return [([int(token) for token in row[: ids.shape[1]]], row[ids.shape[1] :]) for row in packed]
+    return [
+        ([int(token) for token in row[: ids.shape[1]]], row[ids.shape[1] :]) if drawn else ([int(row[0])], [1.0])
+        for row, drawn in zip(packed, sampled, strict=True)
+    ]

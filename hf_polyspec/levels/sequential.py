@@ -101,8 +101,7 @@ class SequentialDrafter(Drafter):
         usable = torch.isfinite(scores).any(-1)
         scores = torch.where(usable[:, None], scores, 0.0)
         sure = self.confidence_threshold > 0
-        if law.do_sample:
-            scores = scores / self.draft_temperature
+        scores = law.tempered(scores, self.draft_temperature)
         q = law.probabilities(scores) if law.draws or sure else scores
         if law.draws:
             chosen = law.draw(q, drawing)

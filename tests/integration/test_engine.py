@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from tiny_models import head_for, noisy, tiny
 
 from hf_polyspec import Engine, LevelError, SuffixDrafter
 from hf_polyspec.exactness.row_laws import RowNoise
+from hf_polyspec.levels.causal_lm import CausalLMDrafter
+from hf_polyspec.levels.eagle import EagleDrafter
 
 EOS = 5
 
@@ -96,6 +99,60 @@ def test_order_and_company_change_nothing(target: Any, chains: Any, texts: list[
     with Engine(target, chains["a middle and a model"], slots=slots) as engine:
         found = written(engine, [wanted[i] for i in order])
     assert all(torch.equal(text, texts[i]) for i, text in zip(order, found, strict=True))
+
+
+DRAFTS = {
+    "a head": (EagleDrafter, "propose_tree", {"polyspec_tree_tokens": 8, "polyspec_draft_copies": True}),
+    "a model": (
+        CausalLMDrafter,
+        "propose",
+        {"polyspec_draft_temperature": 0.25, "assistant_confidence_threshold": 0.15, "num_assistant_tokens": 6},
+    ),
+}
+
+
+class Waits:
+    """A streamer that lets nothing be written until it is told."""
+
+    def __init__(self) -> None:
+        self.told = threading.Event()
+
+    def put(self, _: torch.Tensor) -> None:
+        assert self.told.wait(60)
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_a_greedy_row_is_drafted_for_as_alone(
+    target: Any, chains: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A drafter's temperature, and what it knows of plain generation's noise, is for the sampled row beside it."""
+    drafter, method, options = DRAFTS[name]
+    ask, seen = getattr(drafter, method), dict[tuple[int, ...], Any]()
+
+    def noted(self: Any, context: Any, limits: list[int], law: Any) -> Any:
+        offered = ask(self, context, limits, law)
+        for b, ids in enumerate(context.ids):
+            if ids[:2] == [3, 4] and limits[b] and offered is not None:
+                seen[tuple(ids)] = len(context.ids), offered.tokens[b], getattr(offered, "parents", [None] * (b + 1))[b]
+        return offered
+
+    monkeypatch.setattr(drafter, method, noted)
+    with Engine(target, chains[name], slots=2, **options) as engine:
+        request: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+        engine.submit([3, 4], **request).result(60)
+        alone, seen = seen.copy(), {}
+        gate, sampled = Waits(), {"do_sample": True, "top_k": 0, "eos_token_id": None}
+        beside = engine.submit([7, 8, 9], seed=1, max_new_tokens=90, streamer=gate, **sampled)
+        handle = engine.submit([3, 4], **request)
+        gate.told.set()
+        handle.result(60)
+        beside.cancel()
+    assert {rows for rows, *_ in alone.values()} == {1}
+    assert 2 in {rows for rows, *_ in seen.values()}
+    assert {ids: said for ids, (_, *said) in seen.items()} == {ids: said for ids, (_, *said) in alone.items()}
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])

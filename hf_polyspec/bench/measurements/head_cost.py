@@ -122,7 +122,7 @@ class _Rounds:
         self.memory.follow([self.text])
         self.memory.foreseen[0].learn(self.text, self.text[1:])
         logits = torch.randn(1, DEPTH + 1, target_parts(target).vocab_size, device=target.device)
-        self.memory.learn([ids[:DEPTH]], [list(range(ROOT, DEPTH - 1))], [[]], logits, sampled=False)
+        self.memory.learn([ids[:DEPTH]], [list(range(ROOT, DEPTH - 1))], [[]], logits, sampled=[False])
         self.depth = DEPTH
 
     def next(self) -> tuple[PointerMixture, list[int]]:

@@ -53,15 +53,17 @@ def test_weights_grow_with_the_match_and_rounds_are_forgotten() -> None:
 
 def test_a_greedy_law_is_its_likeliest_id_and_a_sampled_one_its_likeliest_few() -> None:
     laws = torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(1))
-    assert said_after(laws, sampled=False) == [([int(law.argmax())], [1.0]) for law in laws]
-    for (ids, probabilities), law in zip(said_after(laws, sampled=True), laws, strict=True):
+    assert said_after(laws, [False] * 3) == [([int(law.argmax())], [1.0]) for law in laws]
+    for (ids, probabilities), law in zip(said_after(laws, [True] * 3), laws, strict=True):
         assert len(ids) == LIKELIEST
         kept = torch.zeros(VOCABULARY).index_fill(0, torch.tensor(ids), 1.0)
         expected = law.softmax(-1) * kept / (law.softmax(-1) * kept).sum()
         torch.testing.assert_close(torch.tensor(probabilities), expected[ids])
         assert float(law[ids].min()) >= float(law[kept == 0].max())
+    mixed, greedy, drawn = (said_after(laws, list(each)) for each in ((False, True, False), [False] * 3, [True] * 3))
+    assert mixed == [greedy[0], drawn[1], greedy[2]]
     few = torch.randn(2, 3, generator=torch.Generator().manual_seed(2))
-    assert [len(ids) for ids, _ in said_after(few, sampled=True)] == [3, 3]
+    assert [len(ids) for ids, _ in said_after(few, [True] * 2)] == [3, 3]
 
 
 def test_rejected_nodes_are_learned_by_the_ids_before_them() -> None:
@@ -70,7 +72,7 @@ def test_rejected_nodes_are_learned_by_the_ids_before_them() -> None:
     memory.follow(texts)
     tokens, parents = [[5, 6, 7, 8], [9, 5]], [[ROOT, ROOT, 0, 2], [ROOT, 0]]
     logits = torch.randn(2, 5, VOCABULARY, generator=torch.Generator().manual_seed(4))
-    memory.learn(tokens, parents, [[0, 2], []], logits, sampled=False)
+    memory.learn(tokens, parents, [[0, 2], []], logits, [False] * 2)
     best = logits.argmax(-1)
     pointers = memory._recycled
     # accepted nodes are not learned, nor what was said after the text itself
@@ -81,7 +83,7 @@ def test_rejected_nodes_are_learned_by_the_ids_before_them() -> None:
         )  # fmt: skip
     # rows go on with what they know, each with its own
     memory.keep_rows([1, 0, 1])
-    memory.learn([[], [], [8]], [[], [], [ROOT]], [[], [], []], logits[[0, 1, 0]], sampled=False)
+    memory.learn([[], [], [8]], [[], [], [ROOT]], [[], [], []], logits[[0, 1, 0]], [False] * 3)
     assert memory._recycled[0].suggestion((9,)) is not None
     assert memory._recycled[0].suggestion((8,)) is None
     assert memory._recycled[2].suggestion((8,)) is not None
@@ -135,12 +137,12 @@ def test_what_is_learned_was_said_after_the_very_ids(
         followed[:] = [list(text) for text in texts]
         return follow(self, texts)
 
-    def learning(self: DraftMemory, tokens: Any, parents: Any, paths: Any, logits: torch.Tensor, kind: bool) -> None:
+    def learning(self: DraftMemory, tokens: Any, parents: Any, paths: Any, logits: torch.Tensor, kind: Any) -> None:
         learn(self, tokens, parents, paths, logits, kind)
         for b, (nodes, above) in enumerate(zip(tokens, parents, strict=True)):
             for node in range(len(nodes)):
                 text = followed[b] + [nodes[n] for n in path_to(node, above)]
-                learned.append((text, logits[b, node + 1], kind))
+                learned.append((text, logits[b, node + 1], kind[b]))
 
     monkeypatch.setattr(DraftMemory, "follow", following)
     monkeypatch.setattr(DraftMemory, "learn", learning)
