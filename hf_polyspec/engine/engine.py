@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import GenerationConfig
 
 from ..defaults import require_count, require_model
 from ..generation.chain import check_assistants
+from ..generation.kernels import packed
 from ..generation.members import lent, members
 from ..generation.options import PolySpecOptions
 from ..generation.setting import Setting
@@ -104,7 +104,7 @@ class Engine:
         held = ExitStack()
         try:
             own = held.enter_context(lent(assistants))
-            held.enter_context(_packed(own if self.options.polyspec_pack else [], self.model))
+            held.enter_context(packed(own if self.options.polyspec_pack else [], self.model))
             self._crew = Crew(self.model, own, setting, self._desk, max_total_tokens, held)
         except BaseException:
             held.close()
@@ -193,12 +193,6 @@ class Engine:
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         self.close(cancel=kind is not None)
-
-
-def _packed(assistants: Sequence[Any], model: Any) -> Any:
-    from ..cpu.packing import packed_assistants
-
-    return packed_assistants(list(assistants), model)
 
 
 def _end(desk: Desk, thread: threading.Thread) -> None:

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from ..exactness.callers_generator import drawn_seed
 from ..generation.course import Stopping
-from ..generation.decoding import UNDERSTOOD
+from ..generation.decoding import UNDERSTOOD, UNLIMITED
 from ..generation.options import PolySpecOptions
 from ..generation.outputs import Wanted
 from ..host.compatibility import check_options
@@ -30,7 +30,6 @@ _ALONE = {
     "position_ids": "positions are counted from the first token on",
 }
 """Arguments of generate() that a request does not take, and why."""
-_UNLIMITED = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -111,11 +110,8 @@ def prepare(
     if config.do_sample:
         seed = drawn_seed(whole.device) if seed is None else seed
         options = replace(options, polyspec_seed=seed)
-    wanted = Wanted()
-    if config.return_dict_in_generate:
-        wanted = Wanted(bool(config.output_scores), bool(config.output_logits))
-    stopping = Stopping.sort(criteria, config.max_length or _UNLIMITED)
-    return Prepared(ids, processors, stopping, config, wanted, seed if config.do_sample else None, options)
+    stopping = Stopping.sort(criteria, config.max_length or UNLIMITED)
+    return Prepared(ids, processors, stopping, config, Wanted.of(config), seed if config.do_sample else None, options)
 
 
 def prompt_ids(prompt: Any, tokenizer: Any) -> list[int]:

@@ -213,9 +213,8 @@ class Request(Course):
         if self.over:
             return
         before = len(self.rows[0].committed)
-        if emission.tokens[
-            0
-        ]:  # the chain counts up to the ids that end the engine's texts, and this one may have others
+        if emission.tokens[0]:
+            # The chain counts up to the ids that end the engine's texts, and this one may have others.
             of = Counted.of(emission.drafted[0], emission.accepted[0], emission.tokens[0], self.stopping.eos)
             emission = replace(emission, counted=[of])
         self._record(emission)

@@ -88,17 +88,15 @@ def _apart(
     bias_budget: float,
 ) -> Judgement:
     """Each row by its own law maker; rows that failed emit nothing."""
-    found: list[tuple[list[int], Judgement]] = []
-    for own, every in law.groups:
 
-        def of(rows: list[int], own: LawMaker = own) -> Judgement:
-            offered = proposal.select(rows)
-            of_rows = picked(logits, rows)[:, : offered.width + 1]
-            going = law.going.get(law.places[rows[0]])
-            alive = [True] * len(rows)
-            return judge(own, context.select(rows), offered, of_rows, alive, rule, pad, bias_budget, going)
+    def of(own: LawMaker, rows: list[int]) -> Judgement:
+        offered = proposal.select(rows)
+        of_rows = picked(logits, rows)[:, : offered.width + 1]
+        going = law.going.get(law.places[rows[0]])
+        alive = [True] * len(rows)
+        return judge(own, context.select(rows), offered, of_rows, alive, rule, pad, bias_budget, going)
 
-        found += law.guarded([b for b in every if active[b]], of)
+    found = list(law.parts(of, active))
     if len(found) == 1 and len(found[0][0]) == context.batch:
         return found[0][1]
     accepted, bias = [0] * context.batch, [0.0] * context.batch

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -126,7 +127,16 @@ class RowLaws(LawMaker):
     def takes_trees(self) -> bool:
         return not self.draws and all(law.takes_trees for law in self.laws)
 
-    def guarded(self, rows: list[int], run: Callable[[list[int]], Found]) -> list[tuple[list[int], Found]]:
+    def parts(
+        self, of: Callable[[LawMaker, list[int]], Found], active: Sequence[bool] | None = None
+    ) -> Iterator[tuple[list[int], Found]]:
+        """What each law maker makes of its rows that are active, as rows and what was made of them; of a row whose
+        processors raise, nothing."""
+        for law, every in self.groups:
+            rows = every if active is None else [b for b in every if active[b]]
+            yield from self._guarded(rows, partial(of, law))
+
+    def _guarded(self, rows: list[int], run: Callable[[list[int]], Found]) -> list[tuple[list[int], Found]]:
         """What `run` makes of some rows that share a law maker; of a row whose processors raise, nothing.
 
         Returns:
@@ -143,7 +153,7 @@ class RowLaws(LawMaker):
             if len(rows) == 1:
                 self.failures[self.places[rows[0]]] = error
                 return []
-        return [found for row in rows for found in self.guarded([row], run)]
+        return [found for row in rows for found in self._guarded([row], run)]
 
     def scores(self, context: Context, drafts: list[list[int]], logits: torch.Tensor) -> torch.Tensor:
         return self._each(
@@ -211,13 +221,11 @@ class RowLaws(LawMaker):
     ) -> torch.Tensor:
         """What each law maker makes of its rows, put together; `rest` for rows that are not active or have failed."""
         found: torch.Tensor | None = None
-        for law, every in self.groups:
-            rows = every if active is None else [b for b in every if active[b]]
-            for some, values in self.guarded(rows, lambda own, law=law: of(law, own)):  # type: ignore[misc]
-                if len(some) == len(self.laws):
-                    return values
-                found = rest.clone() if found is None else found
-                found[some] = values.to(found.dtype)
+        for rows, values in self.parts(of, active):
+            if len(rows) == len(self.laws):
+                return values
+            found = rest.clone() if found is None else found
+            found[rows] = values.to(found.dtype)
         return rest if found is None else found
 
 

@@ -210,15 +210,13 @@ def _apart(
     law: RowLaws, context: Context, tree: TreeProposal, logits: torch.Tensor, active: list[bool]
 ) -> TreeJudgement:
     """Each row by its own law maker; rows that failed emit nothing."""
-    found: list[tuple[list[int], TreeJudgement]] = []
-    for own, every in law.groups:
 
-        def of(rows: list[int], own: LawMaker = own) -> TreeJudgement:
-            offered = tree.select(rows)
-            of_rows = picked(logits, rows)[:, : 1 + max(map(len, offered.tokens))]
-            return judge_tree(own, context.select(rows), offered, of_rows, [True] * len(rows))
+    def of(own: LawMaker, rows: list[int]) -> TreeJudgement:
+        offered = tree.select(rows)
+        of_rows = picked(logits, rows)[:, : 1 + max(map(len, offered.tokens))]
+        return judge_tree(own, context.select(rows), offered, of_rows, [True] * len(rows))
 
-        found += law.guarded([b for b in every if active[b]], of)
+    found = list(law.parts(of, active))
     if len(found) == 1 and len(found[0][0]) == context.batch:
         return found[0][1]
     paths: list[list[int]] = [[] for _ in active]

@@ -44,7 +44,8 @@ from .prompts import context_of
 from .setting import Setting
 from .together import Meeting, facts_of, share
 
-_UNLIMITED = 1 << 62
+UNLIMITED = 1 << 62
+"""Ids of a text whose length nobody limits."""
 UNDERSTOOD = {
     "attention_mask",
     "inputs_embeds",
@@ -186,17 +187,10 @@ class _Job:
         self.context = context_of(input_ids, config, {**model_kwargs, GENERATION_CACHE: self.user_cache})
         check_seeds(options, self.context.batch)
         self.visible = input_ids.shape[1]
-        self.stopping = Stopping.sort(criteria, config.max_length or _UNLIMITED)
+        self.stopping = Stopping.sort(criteria, config.max_length or UNLIMITED)
         self.law = LawMaker(processors, bool(config.do_sample), self.device, ends=self.stopping.eos)
         self.pad = pad_id(config)
-        self.wanted = Wanted()
-        if config.return_dict_in_generate:
-            self.wanted = Wanted(
-                bool(config.output_scores),
-                bool(config.output_logits),
-                bool(config.output_hidden_states),
-                bool(config.output_attentions),
-            )
+        self.wanted = Wanted.of(config)
         self.cached = 0
         self.control: OnlineControl | SteadyControl | None = None
         self.costs: Costs | None = None

@@ -9,10 +9,11 @@ A row that has already finished has no such values; its places hold zeros.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from ..host.plain_cache import PlainCache
 from ..levels.emission import Emission
@@ -28,6 +29,13 @@ class Wanted:
     logits: bool = False
     hidden_states: bool = False
     attentions: bool = False
+
+    @classmethod
+    def of(cls, config: GenerationConfig) -> Wanted:
+        """By the names of `output_*`; nothing where only ids are returned."""
+        if not config.return_dict_in_generate:
+            return cls()
+        return cls(**{field.name: bool(getattr(config, f"output_{field.name}")) for field in fields(cls)})
 
     @property
     def any(self) -> bool:
