@@ -13,10 +13,10 @@ from ..host.peculiar import check_window
 from ..host.ranks import Ranks
 from ..host.vocabularies import Vocabularies
 from .chain import check_assistants
+from .meeting import check_shared, here
 from .members import leaves_choice, members
 from .options import PolySpecOptions
 from .plan import resolve_plan
-from .together import check_shared, here
 from .tokenizers import vocabularies
 
 

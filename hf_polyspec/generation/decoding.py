@@ -37,12 +37,12 @@ from .checked import checked
 from .course import Course, Stopping
 from .kernels import note_kernels, packed
 from .loop import DecodingLoop
+from .meeting import Meeting, facts_of, share
 from .members import lent
 from .options import PolySpecOptions
 from .outputs import Recorder, Wanted
 from .prompts import context_of
 from .setting import Setting
-from .together import Meeting, facts_of, share
 
 UNLIMITED = 1 << 62
 """Ids of a text whose length nobody limits."""

@@ -49,7 +49,7 @@ class Verifier(Drafter):
         observer: told of every check, or None.
         going: says which rows go on behind a token, where processors keep state; None: all but those that it ends.
         borrowers: models below that take this one's keys and values instead of reading a prompt (see `lending`).
-        ask, ask_for_tree: how `source` is asked (see `asking`); in several processes, see `in_step`.
+        ask, ask_for_tree: how `source` is asked (see `asking`); in several processes, see `elsewhere`.
         watchers: levels that are shown this model's reading of a prompt, since the model above them does not read it.
     """
 

@@ -20,7 +20,7 @@ from ..host.ranks import ranks_of
 from ..host.release import input_device
 from ..host.whole import whole_copy
 from ..levels.early_exit import PREFIX, early_exit, parse_early_exit
-from ..levels.in_step import Elsewhere
+from ..levels.elsewhere import Elsewhere
 from ..levels.mtp import MtpDrafter
 from ..levels.names import name_of
 from ..levels.suffix import SuffixDrafter

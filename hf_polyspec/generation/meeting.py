@@ -19,7 +19,7 @@ from ..host.ranks import Ranks, is_split, ranks_of
 from ..host.release import inner_model
 from ..host.trees import hindrance
 from ..levels.base import Drafter
-from ..levels.in_step import Elsewhere, Together
+from ..levels.elsewhere import Elsewhere, Relay
 from ..levels.names import name_of
 from ..levels.verifier import Verifier
 from .options import PolySpecOptions
@@ -175,13 +175,13 @@ def check_shared(options: PolySpecOptions, do_sample: bool, assistants: Sequence
 
 
 def share(chain: Verifier, assistants: Sequence[Any], ranks: Ranks) -> None:
-    """Have the levels that run in all processes ask the others as `Together` does."""
+    """Have the levels that run in all processes ask the others as `Relay` does."""
     if not ranks.in_step:
         return
     last, levels = max(shared_places(assistants), default=-1) + 1, list[Drafter]([chain])
     while isinstance(levels[-1], Verifier) and len(levels) <= last:
         levels.append(levels[-1].below)
-    asking = Together(ranks, levels)
+    asking = Relay(ranks, levels)
     for level in levels:
         if isinstance(level, Verifier):
             level.ask, level.ask_for_tree = asking.ask, asking.ask_for_tree

@@ -39,7 +39,7 @@ class Elsewhere(Drafter):
         raise LevelError("the levels below the target run in process 0, and were asked in another one.")
 
 
-class Together:
+class Relay:
     """Asks in place of `asking.ask` and `asking.ask_for_tree`.
 
     Args:
