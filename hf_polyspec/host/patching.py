@@ -13,7 +13,7 @@ import inspect
 import types
 from collections.abc import Callable
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 from transformers import GenerationMixin
 
@@ -62,7 +62,7 @@ class Patch:
 
         _show(generate, original, extra)
         self.function = generate
-        _made[generate] = self
+        _made[generate] = ref(self)
 
 
 def _show(function: Any, original: Callable[..., Any], extra: tuple[str, ...]) -> None:
@@ -79,8 +79,9 @@ def _show(function: Any, original: Callable[..., Any], extra: tuple[str, ...]) -
 
 
 _everywhere: Patch | None = None
-_attached: WeakKeyDictionary[Any, Patch] = WeakKeyDictionary()
-_made: WeakKeyDictionary[Callable[..., Any], Patch] = WeakKeyDictionary()
+# A patch lives as long as its function, and may hold on to a model whose own generate() it stands in for.
+_attached: WeakKeyDictionary[Any, ref[Patch]] = WeakKeyDictionary()
+_made: WeakKeyDictionary[Callable[..., Any], ref[Patch]] = WeakKeyDictionary()
 """Every patch by its function: a copy of a model carries the function on, and nothing else tells."""
 
 
@@ -110,10 +111,11 @@ def patch_one(model: Any, door: Door, extra: tuple[str, ...]) -> None:
     """Stand in for one model's generate(), for a wrapped one that of the model inside; twice changes nothing."""
     base = inner_model(model)
     own = vars(base).get("generate")
-    patch = _attached.get(base) or _carried_on(own)
+    patch = _alive(_attached.get(base)) or _carried_on(own)
     if patch is not None and _stands(patch, own):
         return
-    patch = _attached[base] = Patch(_unbound(base, own), door, extra, own)
+    patch = Patch(_unbound(base, own), door, extra, own)
+    _attached[base] = ref(patch)
     base.generate = types.MethodType(patch.function, base)
 
 
@@ -121,7 +123,7 @@ def unpatch_one(model: Any) -> None:
     """Undo `patch_one`; an instance attribute that was there before is there again."""
     base = inner_model(model)
     own = vars(base).get("generate")
-    patch = _attached.pop(base, None) or _carried_on(own)
+    patch = _alive(_attached.pop(base, None)) or _carried_on(own)
     if patch is None:
         return
     if not _stands(patch, own):
@@ -138,7 +140,11 @@ def unpatch_one(model: Any) -> None:
 def _carried_on(own: Any) -> Patch | None:
     """The patch of the model that this one was copied from, which the copy goes on with."""
     function = getattr(own, "__func__", None)
-    return None if function is None else _made.get(function)
+    return None if function is None else _alive(_made.get(function))
+
+
+def _alive(patch: ref[Patch] | None) -> Patch | None:
+    return None if patch is None else patch()
 
 
 def _stands(patch: Patch, own: Any) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import inspect
 import pickle
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -170,6 +172,19 @@ def test_copies_of_attached_models(model, chain, copied):
     hf_polyspec.detach(model)
     assert takes_assistants(twin, chain)
     assert not takes_assistants(model, chain)
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_model_with_its_own_generate_is_let_go(detached: bool):
+    model = tiny("llama")
+    model.generate = types.MethodType(bare(type(model).generate), model)
+    hf_polyspec.attach(model)
+    if detached:
+        hf_polyspec.detach(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_signature_shows_what_is_new_and_keeps_the_rest():
