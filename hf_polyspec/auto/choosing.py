@@ -22,12 +22,13 @@ from ..host.release import input_device
 from ..levels.names import name_of
 from ..levels.suffix import SuffixDrafter
 from ..models.assistants import AUTO, end_ids, quantized_copy
+from ..models.changes import stamp
 from ..quantization.modules import sharing_copy
 from . import profile as profiles
 from .copying import copy_hindrance
 from .measuring import FEW, SIZES, Progress, agreement, generators_kept, time_passes
 from .profile import Key, Profile
-from .source import identity_of, may_be_packed, stamp
+from .source import identity_of, may_be_packed
 from .worth import ASSUMED, PACKED_GAIN, milliseconds, sizes_of, worth
 
 SUFFIX = "suffix"

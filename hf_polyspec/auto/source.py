@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model that copies are made of: which one it is, whether it has changed since, and whether it may be copied."""
+"""The model that copies are made of: which one it is, and whether it may be copied."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Hashable, Iterator
-from ctypes import string_at
+from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..cpu.joint_product import change_count, sampled
 from ..cpu.packing import is_packed
 from ..host.release import inner_model, is_compiled
 
@@ -72,36 +70,6 @@ def _is_adapter(module: Any) -> bool:
     return callable(getattr(module, "get_base_layer", None)) and callable(getattr(module, "unmerge", None))
 
 
-def stamp(model: Any) -> Hashable:
-    """Changes whenever what a copy would compute does: weights (where they lie, torch's counts of writes, some of their
-    numbers), their type and place, modules, adapters, hooks, training."""
-    modules = []
-    for module in model.modules():
-        state = module.__dict__
-        mark: tuple[Any, ...] = (id(module), state["training"], "forward" in state)
-        if _is_adapter_kind(type(module)):
-            adapters = _named(module, "active_adapters"), _named(module, "merged_adapters")
-            mark = (*mark, module.disable_adapters, *adapters)
-        modules.append(mark)
-    weights = tuple(_mark(parameter) for parameter in model.parameters())
-    return (tuple(modules), weights, tuple(_mark(buffer) for buffer in model.buffers()))
-
-
-def _is_adapter_kind(kind: type) -> bool:
-    return hasattr(kind, "active_adapters") and hasattr(kind, "merge") and hasattr(kind, "unmerge")
-
-
-def _named(module: Any, name: str) -> tuple[str, ...]:
-    found = getattr(module, name, ())
-    return (found,) if isinstance(found, str) else tuple(found)
-
-
-def _mark(tensor: Tensor) -> tuple[object, ...]:
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.is_contiguous()
-    sample = tuple(string_at(*place) for place in sampled(tensor)) if plain and tensor.numel() else ()
-    return (id(tensor), tensor.data_ptr(), change_count(tensor), tensor.dtype, tensor.device, sample)
-
-
 def may_be_packed(model: Any) -> bool:
     """Whether a packed copy of this model's modules computes the same, and nobody misses the original's being called.
 
@@ -114,4 +82,6 @@ def may_be_packed(model: Any) -> bool:
         state = module.__dict__
         if state["training"] or "forward" in state or any(state.get(name) for name in _HOOKS):
             return False
-    return all(parameter.device.type == "cpu" for parameter in model.parameters())
+        if any(weight is not None and weight.device.type != "cpu" for weight in module._parameters.values()):
+            return False
+    return True

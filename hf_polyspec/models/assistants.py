@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
-from ..cpu.joint_product import change_count
 from ..eagle.formats.files import read_config, read_tensors
 from ..errors import DamagedFileError
 from ..host.modeling import cached_file
@@ -27,6 +27,7 @@ from ..levels.suffix import SuffixDrafter
 from ..levels.synthetic import parse_synthetic
 from ..quantization import quantize_model
 from .by_name import load_model, read_dtype, resolve
+from .changes import stamp
 from .packaged import HEAD, PACKAGE
 
 _BITS = {"int8": 8, "int4": 4}
@@ -90,8 +91,7 @@ def load_assistant(
     return load_model(name, dtype, device, remote_code=remote_code)
 
 
-_Stamp = tuple[object, ...]
-_MADE: WeakKeyDictionary[Any, dict[str, tuple[_Stamp, Any]]] = WeakKeyDictionary()
+_MADE: WeakKeyDictionary[Any, dict[str, tuple[Hashable, Any]]] = WeakKeyDictionary()
 
 
 _MAKING = threading.RLock()
@@ -141,10 +141,10 @@ def _named(target: Any, name: str, role: str) -> Any:
     with _MAKING:  # threads that name the same level shall have the same
         made = _is_made(name)
         source = name if made else _source_here(name, role)
-        stamp = _stamp(target) if made else _stamp_of_files(source, target)
+        mark = stamp(target, unsaved=False) if made else _stamp_of_files(source, target)
         kept = _MADE.setdefault(target, {})
-        if name not in kept or kept[name][0] != stamp:
-            kept[name] = (stamp, _load_here(name, source, target, role))
+        if name not in kept or kept[name][0] != mark:
+            kept[name] = (mark, _load_here(name, source, target, role))
         return kept[name][1]
 
 
@@ -186,23 +186,12 @@ def _load_here(name: str, source: str, target: Any, role: str) -> Any:
     return found
 
 
-def _stamp_of_files(source: str, target: Any) -> _Stamp:
+def _stamp_of_files(source: str, target: Any) -> Hashable:
     """Changes whenever a file of a folder does, or the target's type or place."""
     path = Path(source).expanduser()
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
     marks = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file())
     return (target.dtype, input_device(target), marks)
-
-
-def _stamp(model: Any) -> _Stamp:
-    """Changes whenever a weight does, or another adapter is made active."""
-    weights = tuple((parameter.data_ptr(), change_count(parameter)) for parameter in model.parameters())
-    adapters = {
-        (tuple(module.active_adapters), module.disable_adapters)
-        for module in model.modules()
-        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters") and hasattr(module, "merge")
-    }
-    return (weights, frozenset(adapters))
 
 
 def quantized_copy(model: Any, bits: int) -> Any:
