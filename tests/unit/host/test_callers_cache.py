@@ -407,7 +407,7 @@ def test_ctrl_c_at_any_instruction_leaves_it_as_it_was_or_complete(mixed, kind):
 
 
 def test_ctrl_c_anywhere_in_a_call(enabled, mixed):
-    """At every 151st line that the package runs; `python -m tests.faults` comes to all."""
+    """At every 37th line that the package runs."""
     start, arguments = filled(mixed, rows=2), {**prompts(2, WIDTH), "max_new_tokens": 5, "do_sample": False}
     before, state = contents(start), {"cache": copy.deepcopy(start)}
 
@@ -423,10 +423,10 @@ def test_ctrl_c_anywhere_in_a_call(enabled, mixed):
         assert equal(found, before) or equal(found, after), "half written"
         outcomes.append(equal(found, after))
 
-    interrupts.interrupt_each(call, check, 151, prepare=lambda: state.update(cache=copy.deepcopy(start)), first=11)
+    interrupts.interrupt_each(call, check, 37, prepare=lambda: state.update(cache=copy.deepcopy(start)), first=11)
     assert outcomes == sorted(outcomes)
     assert outcomes[0] is False
-    assert len(outcomes) > 40
+    assert len(outcomes) > 100
 
 
 @torch.no_grad()
