@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 import hf_polyspec
@@ -29,7 +30,8 @@ def attached(model: PreTrainedModel, **options: Any) -> Any:
 
 
 def mixed_in(model: PreTrainedModel, **options: Any) -> Any:
-    other = WithMixin(model.config).eval()
+    with torch.random.fork_rng():
+        other = WithMixin(model.config).eval()
     other.load_state_dict(model.state_dict())
     other.generation_config = model.generation_config
     return other.generate(**options)

@@ -6,13 +6,12 @@ Seeds are fixed. A correct chain fails a case here with probability 1e-4 (chi-sq
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
 import torch
+from exact_laws import exact_law, p_value
 from mtp_models import with_mtp
-from scipy import stats
 from tiny_models import noisy
 
 import hf_polyspec
@@ -23,32 +22,9 @@ VOCABULARY, LENGTH, DRAWS, FALSE_ALARM = 8, 4, 2000, 1e-4
 PROMPT = torch.tensor([[3, 7, 1, 7]])
 
 
-@torch.no_grad()
-def exact_law(model: Any) -> dict[tuple[int, ...], float]:
-    """Probability of every continuation, from plain forward passes."""
-    law = {(): 1.0}
-    for _ in range(LENGTH):
-        prefixes = list(law)
-        ids = torch.tensor([PROMPT[0].tolist() + list(prefix) for prefix in prefixes])
-        p = model(ids).logits[:, -1].softmax(-1)
-        law = {
-            (*prefix, token): law[prefix] * float(p[row, token])
-            for (row, prefix), token in itertools.product(enumerate(prefixes), range(VOCABULARY))
-        }
-    return law
-
-
-def p_value(draws: torch.Tensor, law: dict[tuple[int, ...], float]) -> float:
-    """Chi-square of drawn continuations against the law; rare ones are counted together."""
-    counts: dict[tuple[int, ...], int] = {}
-    for row in draws[:, PROMPT.shape[1] :].tolist():
-        counts[tuple(row)] = counts.get(tuple(row), 0) + 1
-    common = [key for key, probability in law.items() if probability * len(draws) >= 5]
-    observed = [counts.get(key, 0) for key in common]
-    expected = [law[key] * len(draws) for key in common]
-    observed.append(len(draws) - sum(observed))
-    expected.append(len(draws) - sum(expected))
-    return float(stats.chisquare(observed, expected).pvalue)
+def chance_of(model: Any, found: Any) -> float:
+    law = exact_law(model, PROMPT, LENGTH, VOCABULARY, lambda _, logits: logits)
+    return p_value(found.sequences, PROMPT, law)
 
 
 class ArgmaxWithLaws(MtpDrafter):
@@ -88,9 +64,9 @@ def test_the_law_is_the_targets(rule: str, middle: bool) -> None:
     model, found = draw(rule, middle)
     assert found.polyspec.levels[-1].drafted > DRAWS
     assert found.polyspec.levels[-2].accepted > DRAWS / 20
-    assert p_value(found.sequences, exact_law(model)) > FALSE_ALARM
+    assert chance_of(model, found) > FALSE_ALARM
 
 
 def test_the_test_sees_a_law_that_nothing_was_drawn_from() -> None:
     model, found = draw("token", False, ArgmaxWithLaws)
-    assert p_value(found.sequences, exact_law(model)) < FALSE_ALARM
+    assert chance_of(model, found) < FALSE_ALARM

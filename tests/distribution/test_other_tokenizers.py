@@ -6,13 +6,10 @@ Seeds are fixed. A correct chain fails a case here with probability 1e-4 (chi-sq
 
 from __future__ import annotations
 
-import itertools
-from typing import Any
-
 import pytest
 import torch
+from exact_laws import exact_law, p_value
 from other_words import in_other_ids, word_tokenizer
-from scipy import stats
 from tiny_models import noisy, tiny
 
 import hf_polyspec
@@ -22,34 +19,6 @@ OTHERS = ["first", "w11", "w3", "alien", "w7", "w1", "w0", "w8", "w10", "strange
 LENGTH, DRAWS, FALSE_ALARM = 3, 4000, 1e-4
 PROMPT = torch.tensor([[3, 7, 1, 7]])
 TEMPERATURE = 1.5
-
-
-@torch.no_grad()
-def exact_law(model: Any) -> dict[tuple[int, ...], float]:
-    """Probability of every continuation, from plain forward passes."""
-    law = {(): 1.0}
-    for _ in range(LENGTH):
-        prefixes = list(law)
-        ids = torch.tensor([PROMPT[0].tolist() + list(prefix) for prefix in prefixes])
-        p = (model(ids).logits[:, -1] / TEMPERATURE).softmax(-1)
-        law = {
-            (*prefix, token): law[prefix] * float(p[row, token])
-            for (row, prefix), token in itertools.product(enumerate(prefixes), range(len(WORDS)))
-        }
-    return law
-
-
-def p_value(draws: torch.Tensor, law: dict[tuple[int, ...], float]) -> float:
-    """Chi-square of drawn continuations against the law; rare ones are counted together."""
-    counts: dict[tuple[int, ...], int] = {}
-    for row in draws[:, PROMPT.shape[1] :].tolist():
-        counts[tuple(row)] = counts.get(tuple(row), 0) + 1
-    common = [key for key, probability in law.items() if probability * len(draws) >= 5]
-    observed = [counts.get(key, 0) for key in common]
-    expected = [law[key] * len(draws) for key in common]
-    observed.append(len(draws) - sum(observed))
-    expected.append(len(draws) - sum(expected))
-    return float(stats.chisquare(observed, expected).pvalue)
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
@@ -75,4 +44,5 @@ def test_the_law_is_the_targets(rule: str, middle: bool) -> None:
         polyspec_block_size=2,
     )
     assert found.polyspec.levels[0].accepted > DRAWS / 4
-    assert p_value(found.sequences, exact_law(target)) > FALSE_ALARM
+    law = exact_law(target, PROMPT, LENGTH, len(WORDS), lambda _, logits: logits / TEMPERATURE)
+    assert p_value(found.sequences, PROMPT, law) > FALSE_ALARM

@@ -10,14 +10,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from every_door import DOORS
 from same_seed import CHANCES, ENDS, sampled
 from tiny_models import noisy, prompts, tiny
-from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel
+from transformers import GenerationMixin
 
 import hf_polyspec
 from hf_polyspec.generation.plan import Plan, mark_of
-
-RECIPE = Path(__file__).parents[2] / "recipes" / "custom_generate"
 
 
 @pytest.fixture(autouse=True)
@@ -28,43 +27,8 @@ def _leave_no_door_open() -> Iterator[None]:
     assert GenerationMixin.generate is before
 
 
-class WithMixin(hf_polyspec.PolySpecGenerationMixin, LlamaForCausalLM):
-    """A model class of a user's own."""
-
-
-def enabled(model: PreTrainedModel, **options: Any) -> Any:
-    hf_polyspec.enable()
-    return model.generate(**options)
-
-
-def attached(model: PreTrainedModel, **options: Any) -> Any:
-    return hf_polyspec.attach(model).generate(**options)
-
-
-def mixed_in(model: PreTrainedModel, **options: Any) -> Any:
-    with torch.random.fork_rng():
-        other = WithMixin(model.config).eval()
-    other.load_state_dict(model.state_dict())
-    other.generation_config = model.generation_config
-    return other.generate(**options)
-
-
-def callable_given(model: PreTrainedModel, **options: Any) -> Any:
-    return model.generate(**options, custom_generate=hf_polyspec.decode)
-
-
-def recipe(model: PreTrainedModel, **options: Any) -> Any:
-    return model.generate(**options, custom_generate=str(RECIPE), trust_remote_code=True)
-
-
-def function(model: PreTrainedModel, **options: Any) -> Any:
-    return hf_polyspec.generation.doors.generate(model, **options)
-
-
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize(
-    "door", [enabled, attached, mixed_in, callable_given, recipe, function], ids=lambda door: door.__name__
-)
+@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
 def test_every_door(door: Callable[..., Any], batch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
     model = tiny("llama")

@@ -8,12 +8,11 @@ fails a chi-square test here with probability 1e-4, a z-test with probability 6e
 from __future__ import annotations
 
 import copy
-import itertools
 from typing import Any
 
 import pytest
 import torch
-from scipy import stats
+from exact_laws import exact_law, p_value
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
@@ -75,39 +74,9 @@ def processors() -> LogitsProcessorList:
     )
 
 
-@torch.no_grad()
-def exact_law(model: LlamaForCausalLM) -> dict[tuple[int, ...], float]:
-    """Probability of every continuation, from plain forward passes and transformers' own processors."""
-    law = {(): 1.0}
-    for _ in range(LENGTH):
-        prefixes = list(law)
-        ids = torch.tensor([PROMPT[0].tolist() + list(prefix) for prefix in prefixes])
-        p = processors()(ids, model(ids).logits[:, -1].float()).softmax(-1)
-        law = {
-            (*prefix, token): law[prefix] * float(p[row, token])
-            for (row, prefix), token in itertools.product(enumerate(prefixes), range(VOCABULARY))
-            if p[row, token] > 0
-        }
-    return law
-
-
-def p_value(draws: torch.Tensor, law: dict[tuple[int, ...], float]) -> float:
-    """Chi-square of drawn continuations against the law; rare ones are counted together."""
-    counts: dict[tuple[int, ...], int] = {}
-    for row in draws[:, PROMPT.shape[1] :].tolist():
-        counts[tuple(row)] = counts.get(tuple(row), 0) + 1
-    if counts.keys() - law.keys():
-        return 0.0  # a continuation of probability zero was drawn
-    total = len(draws)
-    common = [key for key, probability in law.items() if probability * total >= 5]
-    observed = [counts.get(key, 0) for key in common]
-    expected = [law[key] * total for key in common]
-    rest = total - sum(expected)
-    if rest > 1:
-        observed.append(total - sum(observed))
-        expected.append(rest)
-    scale = total / sum(expected)
-    return float(stats.chisquare(observed, [value * scale for value in expected]).pvalue)
+def chance_of(draws: torch.Tensor, model: LlamaForCausalLM) -> float:
+    """That draws of the model's own law, with transformers' own processors, are as far from it as these."""
+    return p_value(draws, PROMPT, exact_law(model, PROMPT, LENGTH, VOCABULARY, processors()))
 
 
 def draw(models: list[LlamaForCausalLM], seed: int, draws: int = DRAWS, **options: Any) -> Any:
@@ -130,7 +99,7 @@ def draw(models: list[LlamaForCausalLM], seed: int, draws: int = DRAWS, **option
 def test_draws_follow_the_target(models: list[LlamaForCausalLM], levels: int, rule: str) -> None:
     chain = [models[0], *models[3 - levels + 1 :]]
     output = draw(chain, seed=11 + levels, polyspec_verification=rule)
-    assert p_value(output.sequences, exact_law(models[0])) > FALSE_ALARM
+    assert chance_of(output.sequences, models[0]) > FALSE_ALARM
     acceptance = output.polyspec.levels[0].acceptance_rate
     assert 0.2 < acceptance < 0.98, "the test means little unless some proposals are accepted and some rejected"
 
@@ -144,12 +113,12 @@ def test_the_test_sees_a_wrong_residual(models: list[LlamaForCausalLM], monkeypa
     genuine = judgement.verify_tokens
     monkeypatch.setattr(judgement, "verify_tokens", from_p)
     output = draw([models[0], models[2]], seed=5, polyspec_verification="token")
-    assert p_value(output.sequences, exact_law(models[0])) < FALSE_ALARM
+    assert chance_of(output.sequences, models[0]) < FALSE_ALARM
 
 
 def test_the_test_sees_the_law_of_an_assistant(models: list[LlamaForCausalLM]) -> None:
     output = draw(models, seed=6)
-    assert p_value(output.sequences, exact_law(models[1])) < FALSE_ALARM
+    assert chance_of(output.sequences, models[1]) < FALSE_ALARM
 
 
 @pytest.mark.parametrize("levels", [2, 3])

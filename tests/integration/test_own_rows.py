@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import LATENT
 from tiny_models import head_for, noisy, prompts, tiny
 
 import hf_polyspec
@@ -30,21 +31,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8},
     "phi": {"partial_rotary_factor": 0.5},
     "gpt_neox": {},
-    "deepseek_v3": {
-        "num_key_value_heads": 4,
-        "kv_lora_rank": 16,
-        "q_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-        "n_routed_experts": 4,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 2,
-        "n_group": 2,
-        "topk_group": 1,
-        "moe_intermediate_size": 24,
-        "first_k_dense_replace": 1,
-    },
+    "deepseek_v3": LATENT,
 }
 CHAINS = ("suffix", "drafter", "middle over suffix", "8-bit middle over drafter", "head", "tree", "head under a middle")
 
