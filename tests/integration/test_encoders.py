@@ -186,3 +186,12 @@ def test_what_is_refused(models: dict[str, Any]) -> None:
     again = {**given, name: held, "decoder_input_ids": cache.sequences, "max_new_tokens": 2}
     with pytest.raises(ValueError, match="a filled cache of an encoder-decoder model"):
         model.generate(**again, assistant_models=["suffix"])
+    embeds = torch.zeros(1, 2, 32)
+    with pytest.raises(ValueError, match="decoder_inputs_embeds is not supported with assistant_models"):
+        model.generate(**given, decoder_inputs_embeds=embeds, max_new_tokens=2, assistant_models=["suffix"])
+    narrow = copy.deepcopy(models["whisper"].config)
+    narrow.is_encoder_decoder, narrow.d_model = False, 16
+    with pytest.raises(ValueError, match="attends to encoder states of width 16, and those of the target have 32"):
+        models["whisper"].generate(
+            **inputs("whisper", 1), max_new_tokens=2, assistant_models=[WhisperForCausalLM(narrow).eval()]
+        )

@@ -52,6 +52,7 @@ class Stage:
             during=during,
             control=lambda top, clock: control(top, clock=clock),
         )
+        assert self.top.observer is self.top.below.observer is None  # type: ignore[attr-defined]
         assert found.text == [[truth(1 + i) for i in range(tokens)]]
         return found
 

@@ -54,6 +54,21 @@ def test_each_pass_has_its_line_and_each_token_its_colour() -> None:
     assert len(set(heights)) == 3
     assert "6 tokens in 3 passes of the target" in found
     assert "&lt;small&gt;" in found
+    texts = ElementTree.fromstring(found).findall(f"{SVG}text")
+    labels = [each.text for each in texts if each.get("class") == "label"]
+    assert labels[:3] == ["3 tokens", "1 token", "2 tokens"]
+    assert labels[3:5] == ["by large itself", "by <small>"]
+    height = float(ElementTree.fromstring(found).get("viewBox", "").split()[-1])
+    assert max(float(each.get("y", 0)) for each in texts) < height < 200
+
+
+def test_spaces_and_ends_of_lines_can_be_seen() -> None:
+    class Spaces(Letters):
+        def decode(self, ids: list[int], **_options: Any) -> str:
+            return "".join(["\n", "\t", " ", " a "][token] for token in ids)
+
+    found = picture(stats(0, 0, 0, 0), Spaces(), [[0, 1, 2, 3]])
+    assert [text for _, text, _ in drawn(found)] == ["⏎", "⇥", "␣", "a"]
 
 
 def test_a_long_pass_takes_several_lines_and_only_some_passes_are_shown() -> None:
