@@ -291,8 +291,6 @@ def test_two_hundred_requests_leave_nothing_behind(model: Any, small: Any) -> No
         until(all_done)
         return live_tensors()
 
-    before = set(threading.enumerate())
-
     async def pool() -> type[threading.Thread]:
         return type(await run_in_threadpool(threading.current_thread))
 
@@ -302,6 +300,8 @@ def test_two_hundred_requests_leave_nothing_behind(model: Any, small: Any) -> No
         """But for the web server's pool, whose workers come when several requests meet, up to its own bound."""
         return {each for each in threading.enumerate() if type(each) is not worker}
 
+    at_rest = set(threading.enumerate())
+    before = threads()
     with ChainServer(model, TOKENIZER, [small, "suffix"], name="tiny", port=0) as server, ask(server) as client:
         count, elements = after_a_hundred()
         in_use = threads()
@@ -310,7 +310,7 @@ def test_two_hundred_requests_leave_nothing_behind(model: Any, small: Any) -> No
         until(lambda: live_tensors()[0] <= count + 20 and live_tensors()[1] <= 1.2 * elements)
         assert threads() == in_use > before
         assert len(threading.enumerate()) - len(in_use) <= POOL
-    until(lambda: before >= set(threading.enumerate()))
+    until(lambda: at_rest >= set(threading.enumerate()))
 
 
 def test_metrics_are_those_of_the_chain(model: Any, small: Any) -> None:
