@@ -27,6 +27,7 @@ from ..levels.draft_memory import DraftMemory
 from ..levels.eagle import EagleDrafter
 from ..levels.joined import JoinedDrafter
 from ..levels.names import name_of
+from ..levels.shown import CompanionDrafter
 from ..levels.verifier import NoDraft, Verifier
 from .abilities import show_features, slowness, trees_under
 from .options import PolySpecOptions
@@ -230,6 +231,8 @@ def _level(
     assistants: Sequence[Any], place: int, below: Drafter | None, setting: Setting, target: Any = None
 ) -> Drafter:
     assistant = assistants[place]
+    if isinstance(assistant, CompanionDrafter):
+        return _settled(assistant, setting)
     if isinstance(assistant, Drafter):
         return assistant
     if isinstance(assistant, CandidateGenerator):
@@ -275,6 +278,20 @@ def _level(
         draft_temperature=options.polyspec_draft_temperature or 1.0,
         carried=carried_sizes(inner_model(assistant), length),
     )
+
+
+def _settled(drafter: CompanionDrafter, setting: Setting) -> CompanionDrafter:
+    options = setting.options.for_assistant(drafter.assistant)
+    length = options.num_assistant_tokens or drafter.longest
+    drafter.settle(
+        draft_tokens=length,
+        confidence_threshold=options.assistant_confidence_threshold or 0.0,
+        schedule=options.num_assistant_tokens_schedule or "constant",
+        eos=setting.eos,
+        draft_temperature=options.polyspec_draft_temperature or 1.0,
+        carried=carried_sizes(inner_model(drafter.assistant), length),
+    )
+    return drafter
 
 
 def _head_level(assistants: Sequence[Any], place: int, setting: Setting, target: Any) -> EagleDrafter:

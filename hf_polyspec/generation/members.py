@@ -11,6 +11,7 @@ from typing import Any
 from ..host.generation import CandidateGenerator
 from ..host.peculiar import as_target
 from ..levels.base import Drafter
+from ..models.companions import with_companions
 
 _lock = threading.Lock()
 _busy: set[int] = set()
@@ -18,11 +19,14 @@ _busy: set[int] = set()
 
 
 def members(target: Any, assistants: Any) -> Any:
-    """`assistant_models` with everything that is given by name made or loaded (`models.assistants.by_name`)."""
+    """`assistant_models` with everything that is given by name made or loaded (`models.assistants.by_name`), and models
+    that only draft beside another one as drafters (`models.companions`)."""
     from ..models.assistants import by_name  # loaders of every kind, which most chains never need
 
     made = by_name(target, assistants)
-    return [as_target(target, one) for one in made] if isinstance(made, (list, tuple)) else made
+    if not isinstance(made, (list, tuple)):
+        return made
+    return with_companions(target, [as_target(target, one) for one in made])
 
 
 def leaves_choice(assistants: Any, plan: Any) -> bool:

@@ -11,6 +11,7 @@ from ..host.compatibility import check_vocabularies, vocabulary_size
 from ..host.generation import CandidateGenerator
 from ..host.vocabularies import Vocabularies
 from ..levels.base import Drafter
+from ..levels.shown import ShownDrafter
 
 
 def vocabularies(
@@ -48,9 +49,12 @@ def vocabularies(
         for i, (assistant, one) in enumerate(zip(assistants, given, strict=True))
     ]
     for i, assistant in enumerate(assistants[1:], start=1):
-        if isinstance(assistant, EagleHead) and found[i - 1] is not None:
+        if isinstance(assistant, (EagleHead, ShownDrafter)) and found[i - 1] is not None:
+            kind = (
+                "an EAGLE head" if isinstance(assistant, EagleHead) else f"{assistant.name}, which reads hidden states,"
+            )
             raise ValueError(
-                f"assistant_models[{i}] is an EAGLE head under a model with another tokenizer, whose hidden states are "
+                f"assistant_models[{i}] is {kind} under a model with another tokenizer, whose hidden states are "
                 "of other tokens; put a model or a drafter there, or the head under the target."
             )
     return found

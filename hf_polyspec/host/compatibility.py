@@ -36,7 +36,7 @@ _REFUSED_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("prompt_lookup_num_tokens", None, "prompt lookup (put a SuffixDrafter into assistant_models instead)"),
     ("assistant_early_exit", None, "early exit (put the smaller model into assistant_models instead)"),
     ("use_mtp", None, 'multi-token-prediction layers (put "mtp" into assistant_models instead)'),
-    ("speculation_type", None, "transformers' own speculation"),
+    ("speculation_type", None, "transformers' own speculation (put the drafter itself into assistant_models instead)"),
 )
 
 

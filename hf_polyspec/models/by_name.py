@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..host.modeling import AutoModel
 from ..quantization.autogptq import SETTINGS
 from ..quantization.checkpoint import load_quantized
 from ..quantization.config import GPTQ_METHODS
@@ -35,6 +36,7 @@ def load_model(
     device: str | torch.device = "cpu",
     *,
     remote_code: bool | None = None,
+    bare: bool = False,
 ) -> Any:
     """A causal language model, in eval mode.
 
@@ -43,6 +45,7 @@ def load_model(
         dtype: a torch dtype or its name; "auto" keeps the checkpoint's.
         device: where it is to run, such as "cpu", "cuda", "cuda:1" or "mps".
         remote_code: whether Python files beside the weights may run; None has transformers ask at the terminal.
+        bare: whether it is a model without an lm_head.
 
     Returns:
         The model.
@@ -58,7 +61,8 @@ def load_model(
     if _is_gptq(name, allowed):
         # On this package's own kernels: transformers' way needs two more packages.
         return _load(name, source, lambda: load_quantized(source, wanted, place))
-    model = _load(name, source, lambda: AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **extra, **allowed))
+    kind: Any = AutoModel if bare else AutoModelForCausalLM
+    model = _load(name, source, lambda: kind.from_pretrained(source, dtype=wanted, **extra, **allowed))
     return model.to(place).eval()
 
 

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block-diffusion drafters as a level: transformers' own drafts, in batches, under middles, under a seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from companion_models import dflash
+from same_seed import check
+from tiny_models import head_for, noisy, prompts, tiny
+from torch import nn
+from transformers.generation import candidate_generator
+
+import hf_polyspec
+from hf_polyspec.host.dflash import DFlash
+from hf_polyspec.levels.dflash import DFlashDrafter
+
+NEW, VOCABULARY = 24, 8
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Any, Any]:
+    return hf_polyspec.attach(tiny("llama", vocab_size=VOCABULARY)), dflash(VOCABULARY)
+
+
+def _prompts(batch: int) -> dict[str, torch.Tensor]:
+    return prompts(batch, vocabulary=VOCABULARY)
+
+
+def test_drafts_are_transformers_own(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Round by round, through rejections and past the drafter's window, the same tokens after the same texts."""
+    model, drafter = pair
+    theirs: list[tuple[int, list[int]]] = []
+    ours: list[tuple[int, list[int]]] = []
+    own, propose = candidate_generator.DFlashTokenCandidateGenerator, DFlashDrafter.propose
+    get_candidates = own.get_candidates
+
+    def noted(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        found = get_candidates(self, input_ids, *args, **kwargs)
+        theirs.append((input_ids.shape[1], found[0][0, input_ids.shape[1] :].tolist()))
+        return found
+
+    def noted_too(self: Any, context: Any, limits: Any, law: Any) -> Any:
+        proposal = propose(self, context, limits, law)
+        ours.append((len(context.ids[0]), proposal.tokens[0]))
+        return proposal
+
+    monkeypatch.setattr(own, "get_candidates", noted)
+    monkeypatch.setattr(DFlashDrafter, "propose", noted_too)
+    greedy = {**_prompts(1), "max_new_tokens": NEW, "do_sample": False}
+    plain = model.generate(**greedy, assistant_model=drafter, speculation_type="dflash")
+    found = model.generate(**greedy, assistant_models=[drafter])
+    assert torch.equal(found, plain)
+    last = plain.shape[1] - 5  # where the length leaves no room, each cuts in its own way
+    wanted = [(length, tokens) for length, tokens in theirs if length < last and tokens]
+    assert [(length, tokens) for length, tokens in ours if length < last and tokens] == wanted
+    assert len(wanted) > 5
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("middle", [False, True], ids=["drafter", "under a middle"])
+def test_the_text_is_plain_generations(pair: tuple[Any, Any], batch: int, middle: bool) -> None:
+    """Under a middle too, which has not read the last token now and then."""
+    model, drafter = pair
+    levels = [noisy(model, 0.05), drafter] if middle else [drafter]
+    greedy = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, **_prompts(batch)}
+    found = model.generate(**greedy, assistant_models=levels)
+    assert torch.equal(found.sequences, model.generate(**greedy).sequences)
+    assert found.polyspec.levels[-1].drafted > found.polyspec.levels[-1].accepted > 0
+    texts = [check(model, levels, seed, **_prompts(batch), temperature=0.7, eos_token_id=5) for seed in (1, 3)]
+    assert sum(statistics.levels[-1].accepted for statistics in texts) > 0
+
+
+def test_a_drafter_that_is_right_is_believed(pair: tuple[Any, Any]) -> None:
+    """Where all of the block is what the model says, a pass brings a block."""
+    drafter = pair[1]
+    same = hf_polyspec.attach(tiny("llama", vocab_size=VOCABULARY))
+    with torch.no_grad():
+        same.lm_head.weight.zero_()
+    greedy = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, **_prompts(3)}
+    for length, tokens in ((None, 5), (2, 3), (9, 5)):
+        found = same.generate(**greedy, assistant_models=[drafter], num_assistant_tokens=length)
+        assert found.polyspec.levels[0].forward_passes <= 2 + NEW / tokens
+        assert found.polyspec.levels[0].drafted_at[tokens - 1 :] == []
+
+
+def test_the_norm_that_an_embedding_ends_with_is_left_out() -> None:
+    class Normed(nn.Embedding):
+        def __init__(self, like: nn.Embedding) -> None:
+            super().__init__(*like.weight.shape)
+            self.weight = like.weight
+            self.embed_norm = nn.LayerNorm(like.weight.shape[1])
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.embed_norm(super().forward(ids))
+            return found
+
+    model = tiny("llama", vocab_size=VOCABULARY)
+    embedding = Normed(model.get_input_embeddings())
+    model.set_input_embeddings(embedding)
+    found = DFlash(dflash(VOCABULARY), model)._embedded([1, 2, 7])
+    assert torch.equal(found[0], embedding.weight[[1, 2, 7]])
+    assert not torch.equal(found, embedding(torch.tensor([[1, 2, 7]])))
+
+
+def test_by_name_from_a_folder(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    model, drafter = pair
+    drafter.save_pretrained(tmp_path / "drafter")
+    greedy = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, **_prompts(1)}
+    named, given = (model.generate(**greedy, assistant_models=[one]) for one in (str(tmp_path / "drafter"), drafter))
+    assert named.sequences.tolist() == given.sequences.tolist()
+    assert named.polyspec.levels[1].name == "drafter"
+    assert named.polyspec.levels[1].drafted == given.polyspec.levels[1].drafted > 0
+
+
+def test_refusals(pair: tuple[Any, Any]) -> None:
+    model, drafter = pair
+    asked = {"max_new_tokens": 4, "do_sample": False, **_prompts(1)}
+    with pytest.raises(ValueError, match="only drafts and cannot check what"):
+        model.generate(**asked, assistant_models=[drafter, noisy(model)])
+    with pytest.raises(ValueError, match=r"speculation_type='dflash' .* \(put the drafter itself into assistant_mod"):
+        model.generate(**asked, speculation_type="dflash", assistant_models=["suffix"])
+    with pytest.raises(ValueError, match=r"assistant_models\[1\] .* that is no causal language model"):
+        model.generate(**asked, assistant_models=[head_for(model, "eagle1"), drafter])
+    reasons = {
+        "hidden states of width 16, and those of the level above it are 32": {"hidden_size": 16},
+        r"reads the layers \[0, 9\] of a model, and the level above it has 2": {"target_layer_ids": [0, 9]},
+        "mask_token_id is 99, and the level above it embeds 8 ids": {"mask_token_id": 99},
+        "block_size is 1": {"block_size": 1},
+    }
+    for reason, settings in reasons.items():
+        with pytest.raises(ValueError, match=rf"assistant_models\[0\] \(MuseGlimmerAssistantModel\) .*{reason}"):
+            model.generate(**asked, assistant_models=[dflash(VOCABULARY, **settings)])
