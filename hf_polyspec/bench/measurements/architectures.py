@@ -17,8 +17,9 @@ import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from ...host.modeling import (
 )
 from ...host.release import installed
 from . import arguments
+from .picture_chains import see
 from .tiny_models import noisy, prompts, tiny_model
 
 NEW = 14
@@ -68,6 +70,7 @@ class Finding:
         passes: target passes a token with an exact copy, of one row and of three; None where none ran.
         note: a sentence: the refusal, the error, or how rows ran.
         sampled: whether a text drawn under a seed was plain generate()'s, None where none was drawn.
+        pictures: "same", "other", "refused" or "crashed" with a picture in each prompt, None where none was.
     """
 
     kind: str
@@ -77,6 +80,7 @@ class Finding:
     passes: tuple[float, float] | None = None
     note: str = ""
     sampled: bool | None = None
+    pictures: str | None = None
 
 
 def classes(only: Sequence[str] = ()) -> list[tuple[str, str]]:
@@ -112,9 +116,22 @@ def measure(kind: str, model_type: str) -> Finding:
     except BaseException as error:
         return Finding(kind, model_type, name, UNBUILT, note=_line(error))
     else:
-        return _compared(model, kind, model_type)
+        found = _compared(model, kind, model_type)
     finally:
         signal.alarm(0)
+    return found if kind == "causal" else _with_pictures(found, auto)
+
+
+def _with_pictures(found: Finding, auto: Any) -> Finding:
+    signal.alarm(SECONDS)
+    try:
+        pictures, said = see(found.model_type, auto)
+    except TimeoutError as error:
+        pictures, said = None, str(error)
+    finally:
+        signal.alarm(0)
+    more = [f"with pictures: {_line(ValueError(said))}"] if pictures is not None and said else []
+    return replace(found, pictures=pictures, note="; ".join([*([found.note] if found.note else []), *more]))
 
 
 def _late(*_: Any) -> None:
@@ -190,7 +207,9 @@ def page(findings: Sequence[Finding]) -> str:
         "noisy one) and of three is compared, token for token, with plain `generate()`'s, for one prompt and for a",
         "left-padded batch of three, on text alone. Passes are those of the target for each token with an exact copy",
         f"that drafts {DRAFT}, for one row and for three; plain generation's are 1. Sampled: whether a text of",
-        "a chain of two, drawn under a seed, is the one that plain `generate()` draws.",
+        "a chain of two, drawn under a seed, is the one that plain `generate()` draws. Pictures: the same with a",
+        "picture of random numbers in each prompt, where a form was found that the class takes: a row, three padded",
+        "ones, a suffix drafter, and two texts for each of two prompts, sampled.",
         "",
         f"Made with torch {torch.__version__} on a CPU ({platform.machine()}), {time.strftime('%Y-%m-%d')}.",
         "",
@@ -200,18 +219,17 @@ def page(findings: Sequence[Finding]) -> str:
     for verdict, meaning in VERDICTS.items():
         counts = [sum(f.kind == kind and f.verdict == verdict for f in findings) for kind in ("causal", "image-text")]
         lines.append(f"| {verdict} | {counts[0]} | {counts[1]} | {meaning} |")
+    looked = Counter(f.pictures for f in findings if f.pictures is not None)
+    lines += ["", f"With pictures: {', '.join(f'{count} {word}' for word, count in looked.most_common()) or 'none'}."]
     for kind, title in (("causal", "Causal LMs"), ("image-text", "Image-text models")):
-        lines += [
-            "",
-            f"## {title}",
-            "",
-            "| class | `model_type` | verdict | passes | sampled | |",
-            "| --- | --- | --- | --- | --- | --- |",
-        ]
+        seeing = kind == "image-text"
+        columns = ["class", "`model_type`", "verdict", "passes", "sampled", *(["pictures"] if seeing else [])]
+        lines += ["", f"## {title}", "", f"| {' | '.join(columns)} | |", "| --- " * (len(columns) + 1) + "|"]
         for f in sorted((f for f in findings if f.kind == kind), key=lambda f: f.name.lower()):
             ratio = "" if f.passes is None else f"{f.passes[0]:.2f}, {f.passes[1]:.2f}"
             drawn = {None: "", True: "same", False: "other"}[f.sampled]
-            lines.append(f"| {f.name} | `{f.model_type}` | {f.verdict} | {ratio} | {drawn} | {f.note} |")
+            seen = f" {f.pictures or ''} |" if seeing else ""
+            lines.append(f"| {f.name} | `{f.model_type}` | {f.verdict} | {ratio} | {drawn} |{seen} {f.note} |")
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 

@@ -41,3 +41,11 @@ def test_a_part_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> N
 def test_a_refusal_stands_in_the_page() -> None:
     made = page([Finding("causal", "some", "SomeForCausalLM", "refused", note="why")])
     assert "| SomeForCausalLM | `some` | refused |  |  | why |" in made
+
+
+def test_pictures_have_a_column_where_there_are_any() -> None:
+    found = [Finding("image-text", "some", "SomeModel", EQUAL, (0.2, 0.2), pictures="same", sampled=True)]
+    made = page([*found, Finding("image-text", "other", "OtherModel", "refused", note="why")])
+    assert "| SomeModel | `some` | equal | 0.20, 0.20 | same | same |  |" in made
+    assert "| OtherModel | `other` | refused |  |  |  | why |" in made
+    assert "With pictures: 1 same." in made
