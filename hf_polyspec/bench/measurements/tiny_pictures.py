@@ -104,7 +104,7 @@ def _tokens(model: Any, reads: Any, given: dict[str, Any], rows: int) -> int:
     found = features.pooler_output if features.get("pooler_output") is not None else features.last_hidden_state
     parts = list(found) if isinstance(found, (list, tuple)) else [found]
     width = model.get_input_embeddings().weight.shape[1]
-    count = sum(part.numel() for part in parts) // width
+    count = int(sum(part.numel() for part in parts) // width)
     if any(part.shape[-1] != width for part in parts) or count % rows or not 0 < count // rows <= _MOST:
         raise NoPictures(f"{count} features for {rows} pictures")
     return count // rows
@@ -134,9 +134,9 @@ def _check(model: Any, inputs: dict[str, Any]) -> None:
     """Plain generation takes the pictures, and they change what it sees."""
 
     def seen(given: dict[str, Any]) -> torch.Tensor:
-        return model.generate(
-            **given, max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True
-        ).logits[0]
+        more = {"output_logits": True, "return_dict_in_generate": True}
+        logits: torch.Tensor = model.generate(**given, **more, max_new_tokens=2, do_sample=False).logits[0]
+        return logits
 
     other = {name: 1 - value if name in _NUMBERS else value for name, value in inputs.items()}
     if torch.allclose(seen(inputs), seen(other), atol=1e-4):
