@@ -96,8 +96,8 @@ class ModelRunner:
 
     @property
     def keeps_positions(self) -> bool:
-        """Whether the model is called with the position ids `[B, F]` that it is given here."""
-        return self._forwarding.extras.positions is None and self._forwarding.keeps_positions()
+        """Whether the model is called with the position ids that it is given here."""
+        return self._forwarding.keeps_positions()
 
     def adopt(self, cache: RollbackCache, memo: list[list[int]]) -> None:
         """Start from a cache that already holds the keys and values of `memo`."""

@@ -143,13 +143,13 @@ def plant(
     mask = mask_of(context, unused, width)
     real = torch.ones(len(unused), width, dtype=torch.bool) if mask is None else mask.bool()
     places = torch.arange(width)[None, :] - torch.tensor(unused)[:, None]  # [B, S]
-    positions = inputs["position_ids"].clone()  # [B, F]
-    fed = positions.shape[1]
+    positions = inputs["position_ids"].clone()  # [B, F], or [N, B, F]
+    fed = positions.shape[-1]
     for b, of_row in enumerate(parents):
         if of_row:
             depth, count = torch.tensor(depths(of_row)), len(of_row)
             places[b, -count:] = len(context.ids[b]) - 1 + depth
-            positions[b, -count:] = positions[b, -count - 1] + depth.to(positions.device)
+            positions[..., b, -count:] = positions[..., b, -count - 1, None] + depth.to(positions.device)
     added = additive(tree_mask(real, fed, parents), places, model)
     device = positions.device
     inputs["attention_mask"] = (

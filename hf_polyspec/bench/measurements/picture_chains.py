@@ -29,12 +29,17 @@ def see(model_type: str, auto: Any) -> tuple[str | None, str]:
 
     Returns:
         "same", "other", "refused" or "crashed", None where there are no pictures to be had; and a note.
+
+    Raises:
+        TimeoutError: by the caller's clock, wherever it was heard.
     """
     try:
         model = tiny_model(model_type, auto, SEEING.get(model_type))
         inputs = {rows: pictured(model, rows) for rows in (1, 2, 3)}
     except NoPictures as error:
         return None, str(error)
+    except TimeoutError:
+        raise
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
     runs: list[tuple[str, int, list[Any], dict[str, Any]]] = [
@@ -52,6 +57,8 @@ def see(model_type: str, auto: Any) -> tuple[str | None, str]:
         given = {**inputs[rows], "max_new_tokens": _NEW, "do_sample": False, **more}
         try:
             plain = _drawn(model.generate, given)
+        except TimeoutError:
+            raise
         except Exception:
             continue  # several texts of a prompt with pictures: not every class can
         try:
@@ -59,6 +66,8 @@ def see(model_type: str, auto: Any) -> tuple[str | None, str]:
         except ValueError as error:
             return REFUSED, f"{name}: {error}"
         except Exception as error:
+            if isinstance(error.__cause__ or error.__context__ or error, TimeoutError):
+                raise TimeoutError("pictures take too long") from error
             return CRASHED, f"{name}: {type(error).__name__}: {error}"
         if found.sequences.tolist() != plain.tolist():
             return OTHER, name

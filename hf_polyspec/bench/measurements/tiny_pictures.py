@@ -76,6 +76,8 @@ def pictured(model: Any, rows: int, seed: int = 4) -> dict[str, Any]:
             inputs = {**_prompt(model, rows, _tokens(model, reads, given, rows)), **given}
             _check(model, inputs)
             return inputs
+        except TimeoutError:
+            raise
         except Exception as error:
             failures.append(f"{type(error).__name__}: {error}")
     raise NoPictures(max(failures, key=failures.count) if failures else "it takes no pictures")
