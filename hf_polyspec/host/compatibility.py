@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from torch import nn
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, GenerationMixin
 
 from .manners import Manner, manner_of
 from .peculiar import looks_back_only
@@ -117,8 +117,15 @@ def check_model(model: nn.Module, role: str, *, encodes: bool = False) -> None:
         raise ValueError(f"{role} ({kind}) adds prompt positions of its own to its cache; chains cannot use it.")
     if cache_argument(model) is None:
         raise ValueError(no_cache_argument(f"{role} ({kind})", model))
-    if not hasattr(inner_model(model), "generate") or inner_model(model).get_output_embeddings() is None:
+    if not hasattr(inner_model(model), "generate") or not _says_words(model):
         raise ValueError(f"{role} ({kind}) has no language-modelling head; load it with AutoModelForCausalLM.")
+
+
+def _says_words(model: Any) -> bool:
+    """Whether a model has a language-modelling head; one that is a whole around a language model may have it there."""
+    inner = inner_model(model)
+    parts = [part for part in inner.children() if isinstance(part, GenerationMixin)]
+    return any(part.get_output_embeddings() is not None for part in (inner, *parts))
 
 
 def _check_state(model: Any, role: str, kind: str) -> None:

@@ -28,11 +28,19 @@ def check_generate(model: Any) -> None:
         ValueError: names the class.
     """
     inner = inner_model(model)
-    if isinstance(inner, torch.nn.Module) and not isinstance(inner, GenerationMixin) and hasattr(inner, "generate"):
+    if not isinstance(inner, torch.nn.Module) or not hasattr(inner, "generate"):
+        return
+    if not isinstance(inner, GenerationMixin) or not _hands_on(type(inner)):
         raise ValueError(
             f"generate() of {type(inner).__name__} is the class's own and makes text in another way than token by "
             "token, which assistant_models cannot speed up; leave them out."
         )
+
+
+def _hands_on(kind: type) -> bool:
+    """Whether a class generates as transformers does: by its method, or by one of its own that ends in another."""
+    own: Any = getattr(kind, "generate")  # noqa: B009 - a mixin's is known at run time
+    return own is GenerationMixin.generate or "generate" in _names(own)
 
 
 def looks_back_only(model: Any) -> bool:
@@ -77,12 +85,12 @@ def _calls(kind: type) -> bool:
 
 
 def _names(function: Any) -> list[str]:
-    """Names in a function's code, and in that of functions within it."""
+    """Names in a function's code, and in that of functions within it; words it is written with, too."""
     code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
     found, left = [], [] if code is None else [code]
     while left:
         one = left.pop()
-        found += one.co_names
+        found += [*one.co_names, *(word for word in one.co_consts if isinstance(word, str))]
         left += [constant for constant in one.co_consts if isinstance(constant, CodeType)]
     return found
 

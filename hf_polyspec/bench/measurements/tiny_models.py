@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin
 
 import torch
 
-from ...host.modeling import CONFIG_MAPPING
+from ...host.modeling import CONFIG_MAPPING, model_class
 from .tiny_settings import OWN
 
 VOCABULARY = 48
@@ -145,7 +145,23 @@ def tiny_config(model_type: str, own: dict[str, Any] | None = None) -> Any:
         Exception: whatever the class has against it.
     """
     kind = CONFIG_MAPPING[model_type]
-    return kind(**_joined(_joined(settings(kind), OWN.get(model_type, {})), own or {}))
+    made = kind(**_joined(_joined(settings(kind), OWN.get(model_type, {})), own or {}))
+    for name in getattr(made, "sub_configs", None) or ():
+        part = getattr(made, name, None)
+        if hasattr(part, "architecture") and hasattr(part, "do_pooling"):  # of a wrapper around timm
+            vars(made)[name] = _tower(part)  # a class may name the wrapper's for its own
+    return made
+
+
+def _tower(wrapped: Any) -> Any:
+    """Another encoder of pictures, in place of one that would need a package of its own; text alone sees neither."""
+    kind = CONFIG_MAPPING["siglip_vision_model"]
+    made = kind(**settings(kind, sight=True))
+    made.model_args = {"embed_dim": made.hidden_size, **(getattr(wrapped, "model_args", None) or {})}
+    for name, value in vars(wrapped).items():  # what else the whole may ask of it
+        if not hasattr(made, name):
+            setattr(made, name, value)
+    return made
 
 
 def _joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -166,22 +182,43 @@ def tiny_model(model_type: str, auto: Any, own: dict[str, Any] | None = None, at
     config = tiny_config(model_type, own)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        try:
-            model = auto.from_config(config, attn_implementation=attention)
-        except ValueError:
-            model = auto.from_config(config)
-        model = model.float().eval()
+        model = _from_config(config, auto, attention).float().eval()
         head = model.get_output_embeddings()
         if head is not None:
             for parameter in head.parameters():  # a random model with tied embeddings repeats what it reads
                 parameter.data = torch.randn(parameter.shape)
-        words = getattr(model.get_input_embeddings(), "weight", None)
+        words = getattr(_words_of(model), "weight", None)
         if words is not None:  # the padding's row is zero, to which every token that an indexer could choose is alike
             words.data[0] = 0.3 * torch.randn(words.shape[1])
-    model.generation_config.eos_token_id = None
-    model.generation_config.forced_eos_token_id = None
-    model.generation_config.pad_token_id = 0
+    said = getattr(model, "generation_config", None)
+    if said is not None:  # else it makes no text
+        said.eos_token_id = said.forced_eos_token_id = None
+        said.pad_token_id = 0
+        if said.decoder_start_token_id is None and not (
+            model.config.is_encoder_decoder and said.bos_token_id is not None
+        ):
+            said.decoder_start_token_id = 0
     return model
+
+
+def _from_config(config: Any, auto: Any, attention: str) -> Any:
+    """A model of the class that the mapping names for a configuration, which may be of a larger whole."""
+    kind = model_class(auto, config.model_type)
+    wanted = kind.config_class
+    if not isinstance(config, wanted):
+        parts = (getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())
+        config = next((part for part in parts if isinstance(part, wanted)), config)
+    try:
+        return kind._from_config(config, attn_implementation=attention)
+    except ValueError:
+        return kind._from_config(config)
+
+
+def _words_of(model: Any) -> Any:
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
 
 
 @torch.no_grad()

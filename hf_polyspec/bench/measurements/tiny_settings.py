@@ -14,13 +14,26 @@ _PLANES: Settings = {"text_config": {"rope_parameters": _SECTIONS}}
 _PLAIN_GEMMA: Settings = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 _TOKENS = {"<image>": 40, "<|extra_200|>": 41, "<|visual token 000000|>": 42, "IMGIMGBS00Z": 43}
 _INDEXER: Settings = {"ngram_vocab_size_base": 64, "rope_parameters": _SECTIONS}
-_PIECES: Settings = {"layer_types": ["indexed_attention", "sliding_attention"], "use_dsa": True}
+_PIECES: Settings = {
+    "layer_types": ["indexed_attention", "sliding_attention"],
+    "use_dsa": True,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_q_lora_rank": 16,
+    "swa_kv_lora_rank": 16,
+    "swa_head_dim": 12,
+    "swa_qk_nope_head_dim": 8,
+    "swa_v_head_dim": 8,
+}
 _SUPERPOSED: Settings = {
     "layers_block_type": ["linear_attention", "full_attention"],
     "mamba_head_dim": 16,
     "mamba_num_heads": 4,
 }
 _MIXED = ["linear_attention", "full_attention"]
+_PICTURES: Settings = {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "attn_resolutions": [0]}
+"""An encoder of pictures into words, for which a smallest network is wide."""
+_DENSE: Settings = {"mlp_layer_types": ["dense"], "adapter_in_dim": 16, "adapter_out_dim": 32}
 
 OWN: dict[str, Settings] = {
     "bamba": {**_WIDE, "attn_layer_indices": [1]},
@@ -51,7 +64,11 @@ OWN: dict[str, Settings] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dory": {"num_hidden_layers": 3, "n_input_layers": 1, "n_output_layers": 1, "layer_types": None},
     "dots3_note_text": _PIECES,
-    "dots3_note": {"text_config": _PIECES},
+    "dots3_note": {
+        "text_config": _PIECES,
+        "vision_config": _DENSE,
+        "audio_config": {"adapter_input_size": 16, "adapter_out_dim": 32, "downsample_hidden_size": 8},
+    },
     "inkling2_text": {"unpadded_vocab_size": 48},
     "inkling2_loop_text": {"unpadded_vocab_size": 48},
     "inkling2": {"text_config": {"unpadded_vocab_size": 48}, "vision_config": {"text_hidden_size": 32}},
@@ -67,16 +84,39 @@ OWN: dict[str, Settings] = {
     "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -1]}},
     "glm4v_moe": {"text_config": {"rope_parameters": _SECTIONS, "head_dim": 16}},
     "glm5_next": {"text_config": {"qk_rope_head_dim": 0}},
-    "emu3": {"vocabulary_map": _TOKENS},
+    "emu3": {"vocabulary_map": _TOKENS, "vq_config": {**_PICTURES, "hidden_size": 8, "codebook_size": 16}},
     "chameleon": {"vocabulary_map": _TOKENS},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 44, **_PLANES},
     "qwen3_omni_moe_thinker": {
         "vision_start_token_id": 44,
         "text_config": {"rope_parameters": _SECTIONS, "sliding_window": None},
     },
-    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [0]},
-    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}, "text_config": _SUPERPOSED},
+    "granite4_vision": {
+        "deepstack_layer_map": [[-1, 0]],
+        "spatial_target_layers": [0],
+        "downsample_rate": "1/2",
+        "vision_config": {"hidden_size": 64},  # one head for every 64
+    },
+    "nemotron_h_omni": {
+        "vision_config": {"video_temporal_patch_size": 2},
+        "text_config": _SUPERPOSED,
+        "audio_config": None,  # its encoder's default has not the width that the model asks for
+        "vision_hidden_size": 16,
+        "projector_hidden_size": 16,
+    },
+    "apertus1p5": {
+        "vision_config": {**_PICTURES, "codebook_size": 4},
+        "audio_config": {"hidden_size": 32, "codebook_dim": 32, "decoder_hidden_size": 32, "codebook_size": 4},
+        "image_token_offset": 40,
+        "audio_token_offset": 44,
+    },
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**_SECTIONS, "mrope_section": [1, 1, 2]}}},
     "unlimited_ocr": {"text_config": {"num_key_value_heads": 4}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
-    "muse_spark": {"vision_config": {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}},
+    **dict.fromkeys(("musicgen", "musicgen_melody"), {"decoder": {"num_codebooks": 1}}),
+    "gemma3n": {"text_config": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]}},
+    "muse_spark": {
+        "vision_config": {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4},
+        "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [8, 8, 8, 16]},
+    },
 }
