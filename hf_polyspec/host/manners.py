@@ -19,6 +19,7 @@ from .release import forward_arguments, inner_model, input_device, with_cache
 from .runner import ModelRunner
 from .seq_to_seq import runner_over
 from .states import keeps_states, unknown_layer
+from .stepwise import Stepwise
 
 
 class Manner(Enum):
@@ -26,10 +27,12 @@ class Manner(Enum):
 
     ATTENTION = "keys and values, which can be cut"
     BLOCKS = "a state that goes on from one pass of several columns to the next"
+    COLUMNS = "a state that goes on exactly only one column at a time, which its layers can be made to read"
     STEPS = "a state that goes on exactly only one column a pass"
     NONE = "a state that cannot be put back"
 
 
+_WAYS = (Manner.BLOCKS, Manner.COLUMNS, Manner.STEPS)
 _READ, _MORE = 5, 4
 _manners: WeakKeyDictionary[Any, Manner] = WeakKeyDictionary()
 
@@ -63,7 +66,11 @@ def runner_for(model: Any, name: str, device: torch.device | None = None, **opti
         return ModelRunner(model, name, device, **options)
     if kept is not None:
         options["kept"] = kept
-    return RecurrentRunner(model, name, device, steps=manner is Manner.STEPS, **options)
+    return RecurrentRunner(model, name, device, **_ways(manner), **options)
+
+
+def _ways(manner: Manner) -> dict[str, Any]:
+    return {"steps": manner is Manner.STEPS, "columns": manner is Manner.COLUMNS}
 
 
 @torch.no_grad()
@@ -74,12 +81,17 @@ def _tried(model: Any) -> Manner:
     text = _text(model)
     try:
         wanted = _plain(model, text)
-        for manner in (Manner.BLOCKS, Manner.STEPS):
-            if _alike(_run(model, text, steps=manner is Manner.STEPS), wanted, model):
-                return manner
     except Exception:
         return Manner.NONE
-    return Manner.NONE
+    ways = _WAYS[1:] if Stepwise(model).limited else _WAYS
+    return next((manner for manner in ways if _holds(model, text, wanted, manner)), Manner.NONE)
+
+
+def _holds(model: Any, text: list[int], wanted: torch.Tensor, manner: Manner) -> bool:
+    try:
+        return _alike(_run(model, text, manner), wanted, model)
+    except Exception:
+        return False
 
 
 def _text(model: Any) -> list[int]:
@@ -101,11 +113,11 @@ def _plain(model: Any, text: list[int]) -> torch.Tensor:
     return torch.stack(found)
 
 
-def _run(model: Any, text: list[int], *, steps: bool) -> torch.Tensor:
+def _run(model: Any, text: list[int], manner: Manner) -> torch.Tensor:
     """The same from a runner that was given another draft before, and some tokens of this one before that."""
     stats = LevelStats("probe", 0)
     prompt = Prompt(_READ, None, torch.arange(_READ)[None])
-    runner = RecurrentRunner(model, "probe", steps=steps)
+    runner = RecurrentRunner(model, "probe", **_ways(manner))
     first = runner.run(Context([text[:_READ]], prompt), [[]], stats).logits[0]
     context = Context([text[: _READ + 1]], prompt)
     draft = text[_READ + 1 :]

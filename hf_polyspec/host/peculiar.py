@@ -40,7 +40,7 @@ def check_generate(model: Any) -> None:
 def _hands_on(kind: type) -> bool:
     """Whether a class generates as transformers does: by its method, or by one of its own that ends in another."""
     own: Any = getattr(kind, "generate")  # noqa: B009 - a mixin's is known at run time
-    return own is GenerationMixin.generate or "generate" in _names(own)
+    return own is GenerationMixin.generate or "generate" in names_in(own)
 
 
 def looks_back_only(model: Any) -> bool:
@@ -80,11 +80,11 @@ def _masks_windows(inner: Any) -> bool:
 def _calls(kind: type) -> bool:
     """Whether a method of a class, or a function of its file that one calls, names a function for such masks."""
     beside = vars(sys.modules[kind.__module__])
-    names = {name for method in vars(kind).values() for name in _names(method)}
-    return any(name in _WINDOW_MASKS or not _WINDOW_MASKS.isdisjoint(_names(beside.get(name))) for name in names)
+    names = {name for method in vars(kind).values() for name in names_in(method)}
+    return any(name in _WINDOW_MASKS or not _WINDOW_MASKS.isdisjoint(names_in(beside.get(name))) for name in names)
 
 
-def _names(function: Any) -> list[str]:
+def names_in(function: Any) -> list[str]:
     """Names in a function's code, and in that of functions within it; words it is written with, too."""
     code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
     found, left = [], [] if code is None else [code]

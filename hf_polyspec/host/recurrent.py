@@ -21,6 +21,7 @@ from ..telemetry.counters import LevelStats
 from .forwarding import Forwarding
 from .runner import ModelRunner
 from .states import State, StateCache, bytes_of, copy_of, rows_of, set_rows
+from .stepwise import Stepwise
 
 LAG = 12
 """Accepted ids that are fed once more with every draft, before a pass of its own absorbs them: with few columns a pass
@@ -45,6 +46,8 @@ class RecurrentRunner(ModelRunner):
         model, name, device, options: see `ModelRunner`.
         steps: feed one column a pass, for models that begin passes of several columns from an empty state, or compute
             them in another way; the prompt is read in one pass, as plain generation reads it.
+        columns: let the layers with a state read one column after another within a pass, see `Stepwise`; for models
+            that would otherwise have to be fed so.
         kept: pictures to keep; 1 is enough where no level above takes a context back.
     """
 
@@ -57,6 +60,7 @@ class RecurrentRunner(ModelRunner):
         device: torch.device | None = None,
         *,
         steps: bool = False,
+        columns: bool = False,
         kept: int = KEPT,
         **options: Any,
     ) -> None:
@@ -64,6 +68,7 @@ class RecurrentRunner(ModelRunner):
         if steps:  # plain generation's way with these is written down in `_call`
             self._forwarding = Forwarding(model, options.get("extras"), asks=False)
         self.steps = steps
+        self.stepwise = Stepwise(model) if columns else None
         self.kept = kept
         self.cache: StateCache = StateCache(model)
         self._pictures: list[Picture] = []
@@ -75,6 +80,8 @@ class RecurrentRunner(ModelRunner):
     def run(self, context: Context, drafts: list[list[int]], stats: LevelStats, *, columns: int = 0) -> Pass:
         """As `ModelRunner.run`; what a row lags behind by more than `LAG` ids is absorbed in a pass before it."""
         own = self._own_view(context)
+        if self.stepwise is not None and self.use_cache:
+            self._read_turn(own, stats)
         if self.use_cache and not self.steps and any(drafts):
             self._catch_up(own, stats)
         self._needed = [1 + len(draft) for draft in drafts]
@@ -107,6 +114,16 @@ class RecurrentRunner(ModelRunner):
             anew = missing == [len(ids) for ids in behind]
             least = min(missing) if anew else min(count for count in missing if count > LAG)
             self._absorb(Context(behind, context.prompt), missing, least, stats)
+
+    def _read_turn(self, context: Context, stats: LevelStats) -> None:
+        """Absorb the rest of a prompt whose beginning a caller's cache holds, before any row gets ahead of others.
+
+        Plain generation reads it at once; columns behind it are read one by one, which is not the same here.
+        """
+        prompts = [ids[: max(0, context.prompt.width - 1)] for ids in context.ids]
+        missing = self._missing(prompts)
+        if 0 < max(missing, default=0) < len(prompts[0]):
+            self._absorb(Context(prompts, context.prompt), missing, max(missing), stats)
 
     def _missing(self, sequences: list[list[int]]) -> list[int]:
         """Ids of each row that its best state has not absorbed."""
@@ -195,10 +212,13 @@ class RecurrentRunner(ModelRunner):
     def _call(self, inputs: dict[str, Any], logits: int, past: int, stats: LevelStats, grown: list[int]) -> Any:
         named = "inputs_embeds" if "inputs_embeds" in inputs else "input_ids"
         fed = inputs[named].shape[1]
-        if not self.steps or not self.use_cache or fed == 1:
-            return super()._call(inputs, logits, past, stats, grown)
         # Plain generation reads a prompt in one pass, and whatever follows column by column.
         first = max(1, fed - min(grown))
+        if self.stepwise is not None and self.use_cache and fed > first:
+            with self.stepwise.reading(first):
+                return super()._call(inputs, logits, past, stats, grown)
+        if not self.steps or not self.use_cache or fed == 1:
+            return super()._call(inputs, logits, past, stats, grown)
         outputs = []
         for start, end in [(0, first), *((c, c + 1) for c in range(first, fed))]:
             piece = dict(inputs)

@@ -29,6 +29,10 @@ STATE_LAYERS: tuple[Any, ...] = tuple(
 _StateLayer: Any = getattr(cache_utils, "LinearAttentionLayer", object)
 
 
+STATE_UPDATES = frozenset(name for name in dir(_StateLayer) if name.startswith("update_"))
+"""Methods by which a model writes into such a layer; a cache has them by the same names."""
+
+
 class RollbackStateLayer(_StateLayer, RollbackLayer):
     """A layer that keeps keys and values beside its state."""
 

@@ -12,6 +12,8 @@ from tiny_models import noisy, prompts, tiny
 from transformers import PreTrainedModel
 
 from hf_polyspec import SuffixDrafter
+from hf_polyspec.host import manners
+from hf_polyspec.host.manners import Manner
 from hf_polyspec.host.release import GENERATION_CACHE, cache_argument
 
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
@@ -46,7 +48,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {**HYBRID, **DELTA},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_experts": 4, "num_dense_layers": 1, **EXPERTS},
 }
-STEPS: dict[str, dict[str, Any]] = {
+COLUMNS: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 8},
     "jamba": {
         "attn_layer_period": 2,
@@ -55,12 +57,19 @@ STEPS: dict[str, dict[str, Any]] = {
         "mamba_d_state": 8,
         "use_mamba_kernels": False,
     },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "n_mamba_heads": 4,
+        "mamba_d_state": 8,
+        "chunk_size": 8,
+        "time_step_min": 0.8,
+    },
 }
 NEW = 18
 
 
 def made(kind: str, **settings: Any) -> PreTrainedModel:
-    return tiny(kind, attention="eager", **{**BLOCKS, **STEPS}[kind], **settings)
+    return tiny(kind, attention="eager", **{**BLOCKS, **COLUMNS}[kind], **settings)
 
 
 def chains(model: PreTrainedModel) -> dict[str, list[Any]]:
@@ -71,7 +80,7 @@ def chains(model: PreTrainedModel) -> dict[str, list[Any]]:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("kind", [*BLOCKS, *STEPS])
+@pytest.mark.parametrize("kind", [*BLOCKS, *COLUMNS])
 def test_greedy_text_is_plain_generations(enabled: None, kind: str, batch: int) -> None:
     """The family as target, as middle and as drafter, in batches with padding."""
     model = made(kind)
@@ -82,7 +91,7 @@ def test_greedy_text_is_plain_generations(enabled: None, kind: str, batch: int) 
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("kind", [*BLOCKS, *COLUMNS])
 def test_drafting_takes_part(enabled: None, kind: str, batch: int) -> None:
     model = made(kind)
     call = {**prompts(batch), "max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
@@ -92,10 +101,10 @@ def test_drafting_takes_part(enabled: None, kind: str, batch: int) -> None:
     assert any("earlier states" in note and "bytes" in note for note in got.polyspec.levels[0].notes)
 
 
-@pytest.mark.parametrize("kind", STEPS)
-def test_one_column_a_pass_is_offered_no_draft(enabled: None, kind: str) -> None:
-    """These begin passes of several columns from an empty state; plain speed is what there is, and it is said."""
-    model = made(kind)
+def test_one_column_a_pass_is_offered_no_draft(enabled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no layer can be made to read on; plain speed is what there is, and it is said."""
+    monkeypatch.setattr(manners, "_WAYS", (Manner.BLOCKS, Manner.STEPS))
+    model = made("jamba")
     call = {**prompts(3), "max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
     levels = model.generate(**call, assistant_models=[noisy(model, 0.0)]).polyspec.levels
     assert levels[0].forward_passes == NEW

@@ -30,6 +30,7 @@ _SUPERPOSED: Settings = {
     "mamba_head_dim": 16,
     "mamba_num_heads": 4,
 }
+_ONE_BOOK: Settings = {"decoder": {"num_codebooks": 1}}
 _MIXED = ["linear_attention", "full_attention"]
 _PICTURES: Settings = {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "attn_resolutions": [0]}
 """An encoder of pictures into words, for which a smallest network is wide."""
@@ -113,7 +114,7 @@ OWN: dict[str, Settings] = {
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**_SECTIONS, "mrope_section": [1, 1, 2]}}},
     "unlimited_ocr": {"text_config": {"num_key_value_heads": 4}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
-    **dict.fromkeys(("musicgen", "musicgen_melody"), {"decoder": {"num_codebooks": 1}}),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), _ONE_BOOK),
     "gemma3n": {"text_config": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]}},
     "muse_spark": {
         "vision_config": {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4},

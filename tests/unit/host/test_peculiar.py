@@ -11,7 +11,7 @@ from tiny_models import prompts, tiny
 
 from hf_polyspec.bench.measurements.tiny_models import tiny_model
 from hf_polyspec.host.compatibility import check_model
-from hf_polyspec.host.modeling import AutoModelForCausalLM
+from hf_polyspec.host.modeling import AutoModelForCausalLM, AutoModelForImageTextToText
 from hf_polyspec.host.peculiar import as_target, check_generate, check_window
 
 
@@ -47,6 +47,13 @@ def test_a_class_with_its_own_generate_is_refused() -> None:
     with pytest.raises(ValueError, match=r"generate\(\) of _Own is the class's own"):
         check_generate(_Own())
     check_generate(tiny("llama"))
+    with pytest.raises(ValueError, match=r"generate\(\) of MusicgenMelodyForCausalLM is the class's own"):
+        check_generate(tiny_model("musicgen_melody", AutoModelForCausalLM))
+    check_generate(tiny_model("blip-2", AutoModelForImageTextToText))
+
+
+def test_a_whole_whose_head_is_within_its_language_model_is_no_model_without_one() -> None:
+    check_model(tiny_model("nemotron_h_omni", AutoModelForImageTextToText), "the target")
 
 
 def test_a_whole_lends_the_part_of_the_targets_class() -> None:

@@ -9,6 +9,8 @@ import pytest
 
 from hf_polyspec.bench.measurements import architectures
 from hf_polyspec.bench.measurements.architectures import EQUAL, Finding, classes, main, page, read
+from hf_polyspec.bench.measurements.tiny_models import prompts, tiny_model
+from hf_polyspec.host.modeling import AutoModelForCausalLM, AutoModelForImageTextToText
 
 
 def test_parts_are_all_classes_once() -> None:
@@ -49,3 +51,16 @@ def test_pictures_have_a_column_where_there_are_any() -> None:
     assert "| SomeModel | `some` | equal | 0.20, 0.20 | same | same |  |" in made
     assert "| OtherModel | `other` | refused |  |  |  | why |" in made
     assert "With pictures: 1 same." in made
+
+
+@pytest.mark.parametrize("kind", ["gemma3n", "dots3_note", "granite4_vision"])
+def test_wholes_around_other_packages_or_of_odd_parts_are_built(kind: str) -> None:
+    """Without timm; layers of sizes of their own; a part that takes its sizes from another."""
+    model = tiny_model(kind, AutoModelForImageTextToText)
+    assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
+    assert model.generate(**prompts(1), max_new_tokens=2, do_sample=False).shape == (1, 11)
+
+
+def test_a_part_of_a_whole_is_built_alone() -> None:
+    """The mapping names a decoder's class for the whole's type."""
+    assert type(tiny_model("musicgen_melody", AutoModelForCausalLM)).__name__ == "MusicgenMelodyForCausalLM"
