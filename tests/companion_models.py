@@ -6,7 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from tiny_models import tiny
+from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4TextConfig, PreTrainedModel
 from transformers.models.muse_glimmer_assistant import MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel
 
 
@@ -41,3 +42,47 @@ def dflash(vocabulary: int, **settings: Any) -> PreTrainedModel:
         }
     )
     return with_weights(MuseGlimmerAssistantModel(config))
+
+
+GEMMA: dict[str, Any] = {
+    "head_dim": 8,
+    "global_head_dim": 8,
+    "sliding_window": 6,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "final_logit_softcapping": None,
+    "enable_moe_block": False,
+    "use_double_wide_mlp": False,
+}
+
+
+ORDERED = ("use_ordered_embeddings", "num_centroids", "centroid_intermediate_top_k")
+
+
+def gemma(vocabulary: int, **settings: Any) -> PreTrainedModel:
+    """A Gemma 4 target of two layers, of which the first sees a window only."""
+    return tiny("gemma4_text", **{**GEMMA, "vocab_size": vocabulary, "num_kv_shared_layers": 0, **settings})
+
+
+def keyless(vocabulary: int, *, backbone: int = 32, **settings: Any) -> PreTrainedModel:
+    """An assistant for `gemma`, which reads keys and values of its layers."""
+    text = {
+        **GEMMA,
+        "vocab_size": vocabulary,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_kv_shared_layers": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        **settings,
+    }
+    of_the_assistant = {name: text.pop(name) for name in ORDERED if name in text}
+    config = Gemma4AssistantConfig(
+        text_config=Gemma4TextConfig(**text), backbone_hidden_size=backbone, **of_the_assistant
+    )
+    return with_weights(Gemma4AssistantForCausalLM(config))

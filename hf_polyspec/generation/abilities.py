@@ -7,9 +7,11 @@ from ..host.generation import CHOOSES_HIDDEN_STATES
 from ..host.release import inner_model
 from ..host.runner import ModelRunner
 from ..host.seq_to_seq import SeqToSeqRunner
+from ..host.shared_keys import SharedKeys
 from ..host.translated import TranslatedRunner
 from ..host.trees import hindrance
 from ..levels.base import Drafter
+from ..levels.keyless import KeylessDrafter
 
 
 def trees_under(runner: ModelRunner, below: Drafter, reason: str | None = None) -> tuple[bool, str | None]:
@@ -38,11 +40,13 @@ def slowness(runner: ModelRunner) -> str | None:
 
 
 def show_features(runner: ModelRunner, below: Drafter) -> None:
-    """Have a verifier's passes return the hidden states that the level below reads, and no others.
+    """Have a verifier's passes return the hidden states that the level below reads, and no others; and its keys.
 
     A caller who asked for all of them gets all. Older transformers releases number a list in another way, or take it
     for a yes, and are asked for all.
     """
+    if isinstance(below, KeylessDrafter):
+        below.keys = SharedKeys(runner, below.drafter.layers)
     if below.reads_layers:
         wanted = list(below.reads_layers) if CHOOSES_HIDDEN_STATES else True
         runner.record = {"output_hidden_states": wanted, **runner.record}

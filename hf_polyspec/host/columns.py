@@ -40,6 +40,13 @@ def positions_of(context: Context, sequences: list[list[int]], fed: int) -> torc
     return positions
 
 
+def position_of(prompt: Prompt, row: int, index: int) -> int:
+    """The position id of a row's id at `index`, padding included: the prompt's own, then counting on."""
+    if index < prompt.width:
+        return int(prompt.positions[row, index])
+    return prompt.following[row] + index - prompt.width
+
+
 def embedded_inputs(model: Any, prompt: Prompt, ids: torch.Tensor, unused: list[int], width: int) -> torch.Tensor:
     """Input embeddings `[B, F, H]`: the caller's where he gave a prompt's, the model's own elsewhere.
 

@@ -9,11 +9,14 @@ from typing import Any
 from torch import nn
 
 from ..eagle.modeling import EagleHead
+from ..host.compatibility import check_vocabularies
 from ..host.dflash import DFlash, is_dflash
 from ..host.encoded import is_encoder_decoder
+from ..host.keyless import Keyless, is_keyless
 from ..host.release import inner_model
 from ..levels.base import Drafter
 from ..levels.dflash import DFlashDrafter
+from ..levels.keyless import KeylessDrafter
 from ..levels.names import name_of
 
 
@@ -33,12 +36,16 @@ def with_companions(target: Any, assistants: Sequence[Any]) -> list[Any]:
 
 
 def _companion(member: Any, above: Any, role: str) -> Drafter | None:
-    if isinstance(member, (type, Drafter)) or not is_dflash(inner_model(member)):
+    model = inner_model(member)
+    if isinstance(member, (type, Drafter)) or not (is_dflash(model) or is_keyless(model)):
         return None
-    name = name_of(member) or type(inner_model(member)).__name__
+    name = name_of(member) or type(model).__name__
     try:
         _check_above(above)
-        return DFlashDrafter(DFlash(inner_model(member), above), name)
+        if is_keyless(model):
+            check_vocabularies(above, model, role)
+            return KeylessDrafter(Keyless(model, above), name)
+        return DFlashDrafter(DFlash(model, above), name)
     except ValueError as error:
         raise ValueError(f"{role} ({name}) drafts beside the level above it, and {str(error).rstrip('.')}.") from error
 
