@@ -8,7 +8,8 @@ import torch
 
 from hf_polyspec.exactness.context import Context, Prompt
 from hf_polyspec.exactness.distributions import LawMaker
-from hf_polyspec.exactness.noise import SharedNoise, Stream, is_race
+from hf_polyspec.exactness import noise as noises
+from hf_polyspec.exactness.noise import SharedNoise, Stream, by_inversion, by_torch, inverts, is_race
 
 CPU = torch.device("cpu")
 
@@ -42,6 +43,37 @@ def test_another_multinomial_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
         assert not is_race(CPU)
     finally:
         is_race.cache_clear()
+
+
+def test_values_drawn_all_at_once_are_those_drawn_one_by_one() -> None:
+    """Five million of them, and where the generator stands after each thousand."""
+    assert inverts(CPU)
+    one_by_one, at_once = seeded(5), seeded(5)
+    for rows, width in [(1, 1), (1, 7), (3, 501), *[(1, 1000)] * 20, (100, 49_152)]:
+        assert torch.equal(by_torch(rows, width, one_by_one), by_inversion(rows, width, at_once))
+        assert torch.equal(one_by_one.get_state(), at_once.get_state())
+
+
+def test_where_torch_draws_otherwise_it_draws_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another state afterwards, another value in one place: both are noticed, and the stream is torch's."""
+
+    def one_more(rows: int, width: int, generator: torch.Generator) -> torch.Tensor:
+        return by_inversion(rows, width, generator) + torch.rand((), generator=generator) * 0
+
+    def a_bit_off(rows: int, width: int, generator: torch.Generator) -> torch.Tensor:
+        values = by_inversion(rows, width, generator)
+        values[-1, -1] = values[-1, -1].nextafter(torch.tensor(0.0))
+        return values
+
+    for wrong in one_more, a_bit_off:
+        monkeypatch.setattr(noises, "by_inversion", wrong)
+        inverts.cache_clear()
+        try:
+            assert not inverts(CPU)
+            stream = Stream(seeded(1), 2, 7)
+            assert [torch.equal(stream.at(i), each) for i, each in enumerate(in_a_row(1, 3, 2, 7))] == [True] * 3
+        finally:
+            inverts.cache_clear()
 
 
 @pytest.mark.parametrize("most_bytes", [1 << 20, 4 * 2 * 7 * 2, 1])
