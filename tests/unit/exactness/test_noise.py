@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_polyspec.exactness import noise as noises
 from hf_polyspec.exactness.context import Context, Prompt
 from hf_polyspec.exactness.distributions import LawMaker
-from hf_polyspec.exactness import noise as noises
 from hf_polyspec.exactness.noise import SharedNoise, Stream, by_inversion, by_torch, inverts, is_race
 
 CPU = torch.device("cpu")
