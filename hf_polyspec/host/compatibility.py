@@ -143,7 +143,9 @@ def _check_state(model: Any, role: str, kind: str) -> None:
             f"{role} ({kind}) keeps a recurrent state{kinds} that could not be put back to what it was before a draft "
             "when it was tried on a few tokens; chains cannot use it."
         )
-    if manner is Manner.ATTENTION and (odd or getattr(inner_model(model), "_is_stateful", False)):
+    # Classes of hybrids say so of themselves even where a config names attention layers alone.
+    stateful = getattr(inner_model(model), "_is_stateful", False) and not names_layers(model.config)
+    if manner is Manner.ATTENTION and (odd or stateful):
         raise ValueError(
             f"{role} ({kind}) keeps a recurrent state{kinds} outside of transformers' cache layers, where it cannot be "
             "put back after a rejected draft; chains cannot use it."
@@ -154,6 +156,11 @@ def layer_types(config: Any) -> list[str]:
     """The kinds of layers a model has, as its text config names them."""
     text = config.get_text_config(decoder=True)
     return list(getattr(text, "layer_types", None) or ["full_attention"])
+
+
+def names_layers(config: Any) -> bool:
+    """Whether a text config says of every layer which kind it is."""
+    return bool(getattr(config.get_text_config(decoder=True), "layer_types", None))
 
 
 def check_vocabularies(target: Any, assistant: Any, role: str) -> None:

@@ -69,7 +69,7 @@ NEW = 18
 
 
 def made(kind: str, **settings: Any) -> PreTrainedModel:
-    return tiny(kind, attention="eager", **{**BLOCKS, **COLUMNS}[kind], **settings)
+    return tiny(kind, attention="eager", **({**BLOCKS, **COLUMNS}[kind] | settings))
 
 
 def chains(model: PreTrainedModel) -> dict[str, list[Any]]:
@@ -99,6 +99,22 @@ def test_drafting_takes_part(enabled: None, kind: str, batch: int) -> None:
     assert got.sequences.tolist() == model.generate(**call).sequences.tolist()
     assert got.polyspec.levels[0].forward_passes <= 0.4 * NEW
     assert any("earlier states" in note and "bytes" in note for note in got.polyspec.levels[0].notes)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_pass_of_a_hybrid_emits_what_one_of_its_attention_only_twin_does(enabled: None, batch: int) -> None:
+    """Putting states back costs columns, no passes of their own: with an exact copy as drafter, at any batch."""
+
+    def tokens_a_pass(*kinds: str) -> float:
+        model = made("qwen3_next", num_hidden_layers=4, layer_types=list(kinds))
+        call = {**prompts(batch), "max_new_tokens": 90, "do_sample": False, "return_dict_in_generate": True}
+        got = model.generate(**call, assistant_models=[noisy(model, 0.0)], num_assistant_tokens=5)
+        return 90 / float(got.polyspec.levels[0].forward_passes)
+
+    hybrid = tokens_a_pass("linear_attention", "linear_attention", "linear_attention", "full_attention")
+    twin = tokens_a_pass(*["full_attention"] * 4)
+    assert twin > 5
+    assert hybrid >= 0.9 * twin
 
 
 def test_one_column_a_pass_is_offered_no_draft(enabled: None, monkeypatch: pytest.MonkeyPatch) -> None:
