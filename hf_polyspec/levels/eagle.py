@@ -339,7 +339,7 @@ class EagleDrafter(SequentialDrafter):
                 return working.best(score(states), count)
             ahead = [[min(depth, deepest - 1)] for deepest in room]
             arrivals = law.race(guess(states), context, ahead, active, ids)
-            return first_in_race(arrivals, ids, count, law.samples(context.batch))
+            return first_in_race(arrivals, ids, count)
 
         if not law.draws:
             active = [places > 0 for places in room]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -17,11 +17,6 @@ Step = Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor], torch.Tensor]
 
 Best = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 """(states `[B, n, H]`, k) -> log-probabilities and ids of the k likeliest tokens after each, `[B, n, k]`, float32."""
-
-SHARPNESS = 2.0
-"""How surely the first of a race under a head's law is the first under the law that it guesses: the chance of an id is
-taken to be in proportion to this power of how early it arrives. It would be so if the log ratio of the two laws were a
-Gumbel variable of half the scale of the noise; under a flat law the first three then have 0.6, 0.15 and 0.07."""
 
 
 class Limits(TypedDict):
@@ -121,24 +116,22 @@ def grow(
     return best_nodes(pool, total)[0]
 
 
-def first_in_race(
-    arrivals: torch.Tensor, ids: torch.Tensor, count: int, drawn: Sequence[bool]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def first_in_race(arrivals: torch.Tensor, ids: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The ids that arrive first after each node, and the logs of their chances to be what the level above picks.
 
+    The chance of an id is taken to be in proportion to how early it arrives, q / e. It would be so if the log ratio of
+    the two laws were a Gumbel variable of the scale of the noise. A law surer of the first (its second power) or less
+    sure (its root) made trees of the head that ships worth 8 and 5 % less.
+
     Args:
-        arrivals: `[B, n, N]`, `LawMaker.race` under the head's law; ids: `[N]`, what its columns stand for.
+        arrivals: `[B, n, N]`, `LawMaker.race` under the head's law: the law itself for rows whose text is not drawn;
+            ids: `[N]`, what its columns stand for.
         count: how many are wanted; fewer where there are no more ids.
-        drawn: per row, whether its text is; others race without noise, and arrive by the head's law itself.
 
     Returns:
         Two of `[B, n, min(count, N)]`; -inf for ids that the head holds impossible.
     """
     chances = arrivals.log()
-    if all(drawn):
-        chances = SHARPNESS * chances
-    else:
-        chances = chances * torch.tensor([[[SHARPNESS if one else 1.0]] for one in drawn]).to(chances)
     values, columns = chances.topk(min(count, chances.shape[-1]), dim=-1)
     return values - chances.logsumexp(-1, keepdim=True), ids[columns]
 
