@@ -18,7 +18,6 @@ from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 
 import torch
-from torch import nn
 from transformers import LogitsProcessor
 
 from .context import Context
@@ -377,19 +376,6 @@ class LawMaker:
             for b, i in members:
                 logits[b, i] = scores[b]
         return logits
-
-
-def fit_vocabulary(logits: torch.Tensor, size: int) -> torch.Tensor:
-    """Cut or pad the last dimension to `size`: models of one family round their vocabularies up differently.
-
-    Padding columns get -inf: a level cannot propose an id it has no row for.
-    """
-    have = logits.shape[-1]
-    if have > size:
-        return logits[..., :size]
-    if have < size:
-        return nn.functional.pad(logits, (0, size - have), value=float("-inf"))
-    return logits
 
 
 def _name(processor: LogitsProcessor) -> str:

@@ -19,6 +19,7 @@ from .context import Context
 from .distributions import LawMaker
 from .proposal import Proposal
 from .row_laws import RowLaws, picked
+from .row_tensors import RowTensors
 from .verification import Verdict, overlap, verify_block, verify_tokens
 
 Going = Callable[[list[int], torch.Tensor], list[bool]]
@@ -32,14 +33,14 @@ class Judgement:
     Attributes:
         accepted: per row, leading proposal tokens kept.
         tokens: per row, the accepted tokens and the one drawn after them.
-        scores: `[B, E, V]` processed scores of the emitted positions.
+        scores: `[B, E, V]` processed scores of the emitted positions, as `RowTensors` where rows differ in length.
         p: `[B, E, V]` the law each emitted token follows, where the level above is to test against it; else None.
         bias: per row, the total variation introduced by a bias budget, summed over the positions judged; empty without.
     """
 
     accepted: list[int]
     tokens: list[list[int]]
-    scores: torch.Tensor
+    scores: torch.Tensor | RowTensors
     p: torch.Tensor | None
     bias: list[float] = field(default_factory=list)
 
@@ -48,7 +49,7 @@ def judge(
     law: LawMaker,
     context: Context,
     proposal: Proposal,
-    logits: torch.Tensor,
+    logits: torch.Tensor | RowTensors,
     active: list[bool],
     rule: str,
     pad: int,
@@ -69,6 +70,10 @@ def judge(
     """
     if isinstance(law, RowLaws):
         return _apart(law, context, proposal, logits, active, rule, pad, bias_budget)
+    if isinstance(logits, RowTensors):
+        if not (law.in_order or law.draws or law.bound_to_rows) and len(logits.alike()) > 1:
+            return _by_length(law, context, proposal, logits, active)
+        logits = logits.rectangle()
     if law.in_order:
         return _in_order(law, context, proposal, logits, active, pad, bias_budget, going)
     scores = law.scores(context, proposal.tokens, logits)
@@ -81,7 +86,7 @@ def _apart(
     law: RowLaws,
     context: Context,
     proposal: Proposal,
-    logits: torch.Tensor,
+    logits: torch.Tensor | RowTensors,
     active: list[bool],
     rule: str,
     pad: int,
@@ -91,7 +96,8 @@ def _apart(
 
     def of(own: LawMaker, rows: list[int]) -> Judgement:
         offered = proposal.select(rows)
-        of_rows = picked(logits, rows)[:, : offered.width + 1]
+        of_rows = picked(logits, rows)
+        of_rows = of_rows if isinstance(of_rows, RowTensors) else of_rows[:, : offered.width + 1]
         going = law.going.get(law.places[rows[0]])
         alive = [True] * len(rows)
         return judge(own, context.select(rows), offered, of_rows, alive, rule, pad, bias_budget, going)
@@ -105,19 +111,50 @@ def _apart(
         for place, b in enumerate(rows):
             accepted[b], tokens[b] = part.accepted[place], part.tokens[place]
             bias[b] = part.bias[place] if part.bias else 0.0
-    scores = spread(logits, [(rows, part.scores) for rows, part in found] if law.keeps_scores else [])
+    scores = _scores_of(context.batch, found) if law.keeps_scores else torch.empty(context.batch, 0, 0)
     laws = [(rows, part.p) for rows, part in found if part.p is not None]
     p = spread(logits, laws) if laws else None
     return Judgement(accepted, tokens, scores, p, bias if any(part.bias for _, part in found) else [])
 
 
-def spread(like: torch.Tensor, parts: Sequence[tuple[list[int], torch.Tensor]]) -> torch.Tensor:
-    """`[B, E, V]` of parts `[R, E', V]` that belong to some rows each; zeros elsewhere, E is 0 without parts."""
-    width = max((values.shape[1] for _, values in parts), default=0)
-    whole = like.new_zeros(like.shape[0], width, like.shape[2])
+def _scores_of(batch: int, found: Sequence[tuple[list[int], Judgement]]) -> RowTensors:
+    """The scores of parts, row by row."""
+    rows = [torch.empty(0, 0)] * batch
+    for places, part in found:
+        of_rows = part.scores.rows if isinstance(part.scores, RowTensors) else part.scores
+        for b, scores in zip(places, of_rows, strict=True):
+            rows[b] = scores
+    return RowTensors(rows, next((row.device for row in rows if row.numel()), torch.device("cpu")))
+
+
+def spread(like: torch.Tensor | RowTensors, parts: Sequence[tuple[list[int], torch.Tensor]]) -> torch.Tensor:
+    """`[B, E, V]` of parts `[R, E', V]` that belong to some of the B rows of `like` each; zeros elsewhere, E is 0
+    without parts."""
+    if not parts:
+        return torch.zeros(len(like), 0, 0)
+    width = max(values.shape[1] for _, values in parts)
+    whole = parts[0][1].new_zeros(len(like), width, parts[0][1].shape[2])
     for rows, values in parts:
         whole[rows, : values.shape[1]] = values.to(whole.dtype)
     return whole
+
+
+def _by_length(
+    law: LawMaker, context: Context, proposal: Proposal, logits: RowTensors, active: list[bool]
+) -> Judgement:
+    """Rows of about the same length at once, so that hardly a position is looked at which no row has."""
+    accepted, tokens = [0] * context.batch, [list[int]()] * context.batch
+    found: list[tuple[list[int], Judgement]] = []
+    for rows in logits.alike():
+        if not any(active[b] for b in rows):
+            continue  # of rows that have ended nothing is asked, their noise least of all
+        own, offered = context.select(rows), proposal.select(rows)
+        scores = law.scores(own, offered.tokens, logits.select(rows).rectangle())
+        part = _compared(law, own, offered, scores, [active[b] for b in rows])
+        for place, b in enumerate(rows):
+            accepted[b], tokens[b] = part.accepted[place], part.tokens[place]
+        found.append((rows, part))
+    return Judgement(accepted, tokens, _scores_of(context.batch, found), None)
 
 
 def _compared(

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
+
+from .row_tensors import RowTensors
 
 
 @dataclass(frozen=True)
@@ -14,8 +17,7 @@ class Pass:
     """One forward pass over the uncached end of each row and its draft.
 
     Attributes:
-        logits: `[B, K + 1, V]` on the chain's device, float32 or wider: row i predicts the token after the context
-            and the first i draft tokens. Entries beyond a row's draft length mean nothing.
+        given: see `logits`; as `RowTensors` where rows have lengths of their own.
         output: the model's own output (hidden states and attentions, when asked for).
         fed: columns F of this pass; a row's tokens end at the right edge.
         read: per row, the ids the model has now read; the last F of them were fed in this pass.
@@ -24,12 +26,18 @@ class Pass:
         counts: per row, how many of the F columns were fed, those at the right edge; None where all of them were.
     """
 
-    logits: torch.Tensor
+    given: torch.Tensor | RowTensors
     output: Any
     fed: int
     read: list[list[int]] = field(default_factory=list)
     kept: list[list[int]] | None = None
     counts: list[int] | None = None
+
+    @cached_property
+    def logits(self) -> torch.Tensor:
+        """`[B, K + 1, V]` on the chain's device, float32 or wider: row i predicts the token after the context and the
+        first i draft tokens. Entries beyond a row's draft length mean nothing."""
+        return self.given.rectangle() if isinstance(self.given, RowTensors) else self.given
 
     def fed_of(self, row: int) -> int:
         """Columns that were fed for a row."""
@@ -39,3 +47,8 @@ class Pass:
     def columns(self) -> int:
         """Columns that were computed for a row, on average and rounded up."""
         return self.fed if self.counts is None else -(-sum(self.counts) // max(1, len(self.counts)))
+
+    @property
+    def total(self) -> int:
+        """Columns that were computed, all rows together."""
+        return self.fed * len(self.read) if self.counts is None else sum(self.counts)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import torch
 
@@ -19,6 +19,7 @@ from .callers_generator import lent_state
 from .context import Context
 from .distributions import LawMaker
 from .noise import Noise, SharedNoise
+from .row_tensors import RowTensors
 
 Found = TypeVar("Found")
 
@@ -229,8 +230,18 @@ class RowLaws(LawMaker):
         return rest if found is None else found
 
 
-def picked(values: torch.Tensor, rows: list[int]) -> torch.Tensor:
+@overload
+def picked(values: torch.Tensor, rows: list[int]) -> torch.Tensor: ...
+
+
+@overload
+def picked(values: torch.Tensor | RowTensors, rows: list[int]) -> torch.Tensor | RowTensors: ...
+
+
+def picked(values: torch.Tensor | RowTensors, rows: list[int]) -> torch.Tensor | RowTensors:
     """Some rows of a tensor, without copying where all or one of them are asked for."""
     if len(rows) == len(values):
         return values
+    if isinstance(values, RowTensors):
+        return values.select(rows)
     return values[rows[0] : rows[0] + 1] if len(rows) == 1 else values[rows]

@@ -21,6 +21,7 @@ import torch
 from ..errors import level_failures
 from ..exactness.context import Context, Prompt, common_prefix
 from ..exactness.passes import Pass
+from ..exactness.row_tensors import RowTensors
 from ..telemetry.counters import LevelStats
 from .cache import RollbackCache
 from .lending import WORTH
@@ -92,8 +93,7 @@ class RaggedRunner(ModelRunner):
                 continue
             wanted = min(len(whole), max(1 + len(draft), columns))
             readings.append(self._reading(row, whole, wanted, []))
-        width = 1 + max(len(draft) for draft in drafts)
-        return self._read(context, readings, [1 + len(draft) for draft in drafts], width, stats)
+        return self._read(context, readings, [1 + len(draft) for draft in drafts], stats)
 
     def run_tree(self, context: Context, tree: TreeProposal, stats: LevelStats) -> Pass:
         """As `ModelRunner.run_tree`."""
@@ -104,8 +104,7 @@ class RaggedRunner(ModelRunner):
             for row, (ids, nodes, parents) in enumerate(zip(own, tree.tokens, tree.parents, strict=True))
             if asked is None or asked[row]
         ]
-        width = 1 + max(len(nodes) for nodes in tree.tokens)
-        passed = self._read(context, readings, [1 + len(nodes) for nodes in tree.tokens], width, stats)
+        passed = self._read(context, readings, [1 + len(nodes) for nodes in tree.tokens], stats)
         for reading in readings:  # which nodes stay is not known yet
             self.memo[reading.row] = own[reading.row]
         return passed
@@ -128,7 +127,7 @@ class RaggedRunner(ModelRunner):
             self.memo[row] = ids + [nodes[node] for node in path]
             read.append(context.ids[row][: pads[row]] + self.memo[row])
         self.ragged.pick(moves)
-        return Pass(passed.logits, passed.output, passed.fed, read, kept, passed.counts)
+        return Pass(passed.given, passed.output, passed.fed, read, kept, passed.counts)
 
     def _known(self, context: Context, stats: LevelStats) -> list[list[int]]:
         """The rows' own ids, after what another model has read of them was taken from it."""
@@ -170,11 +169,11 @@ class RaggedRunner(ModelRunner):
         held = min(common_prefix(self.memo[row], ids[: len(ids) - len(parents)]), len(ids) - wanted)
         return Reading(row, ids, self.ragged.usable(row, held), wanted, parents)
 
-    def _read(self, context: Context, readings: list[Reading], sizes: list[int], width: int, stats: LevelStats) -> Pass:
+    def _read(self, context: Context, readings: list[Reading], sizes: list[int], stats: LevelStats) -> Pass:
         """Feed what is to be read, and put what came out where the rows' columns are looked for.
 
         Args:
-            sizes: logits wanted by each row of the batch; width: the most.
+            sizes: logits wanted by each row of the batch.
         """
         whole, twins = once(readings)
         for one in whole:
@@ -191,7 +190,9 @@ class RaggedRunner(ModelRunner):
             assert one.like is not None
             self.ragged.reserve(one.row, one.held, len(one.ids))
             self.ragged.copy(one.like, one.row, one.held, len(one.ids))
-        return self._passed(context, whole, twins, sizes, width, (outputs, torch.cat(logits)))
+        return self._passed(
+            context, whole, twins, sizes, (outputs, torch.cat(logits) if len(logits) > 1 else logits[0])
+        )
 
     def _passed(
         self,
@@ -199,33 +200,24 @@ class RaggedRunner(ModelRunner):
         whole: list[Reading],
         twins: list[Reading],
         sizes: list[int],
-        width: int,
         given: tuple[list[Any], torch.Tensor],
     ) -> Pass:
         """What was read, with the model's outputs and the wanted logits `[M, V]`, as levels look at it."""
         outputs, logits = given
         firsts: list[int | None] = [None] * len(sizes)  # of a row's columns in all passes
         counts = [0] * len(sizes)
-        index = [[0] * width for _ in sizes]
+        parts = [(0, 1) for _ in sizes]
         fed = offset = 0
         for one in whole:
             for row in (one.row, *(twin.row for twin in twins if twin.like == one.row)):
                 firsts[row], counts[row], self.memo[row] = fed, one.count, one.ids
-                end = offset + one.wanted - sizes[row]
-                index[row] = [end + min(i, sizes[row] - 1) for i in range(width)]
+                parts[row] = offset + one.wanted - sizes[row], sizes[row]
             fed, offset = fed + one.count, offset + one.wanted
         pads = self.padding(context.prompt)
         read = [ids[:pad] + have for ids, pad, have in zip(context.ids, pads, self.memo, strict=True)]
         most = max(counts)
-        return Pass(self._chosen(logits, index), Spread(outputs, firsts, counts, most), most, read, counts=counts)
-
-    def _chosen(self, logits: torch.Tensor, index: list[list[int]]) -> torch.Tensor:
-        """`[B, K + 1, V]` of logits `[M, V]`, float32 or wider, on the chain's device."""
-        flat = [place for row in index for place in row]
-        if flat != list(range(logits.shape[0])):
-            logits = logits[torch.tensor(flat, device=logits.device)]
-        logits = logits.to(device=self.device, dtype=torch.promote_types(logits.dtype, torch.float32))
-        return logits.reshape(len(index), len(index[0]), -1)
+        said = RowTensors.of(logits, parts, self.device)
+        return Pass(said, Spread(outputs, firsts, counts, most), most, read, counts=counts)
 
     def _forget(self, readings: Sequence[Reading]) -> None:
         """What is about to be written over is no longer held."""

@@ -58,7 +58,7 @@ class TranslatedRunner(ModelRunner):
         self.inner.asked = self.asked
         passed = self.inner.run(self._translated(context), flat, stats)
         logits = self.pair.scores(_after_tokens(passed.logits, pieces))
-        return replace(passed, logits=logits, read=context.extended(drafts).ids)
+        return replace(passed, given=logits, read=context.extended(drafts).ids)
 
     def lacks(self, context: Context) -> list[int]:
         return self.inner.lacks(self._translated(context))

@@ -9,8 +9,9 @@ import torch
 
 from ..errors import level_failures
 from ..exactness.context import Context
-from ..exactness.distributions import LawMaker, fit_vocabulary
+from ..exactness.distributions import LawMaker
 from ..exactness.proposal import Proposal
+from ..exactness.row_tensors import fit_vocabulary
 from ..host.generation import CandidateGenerator
 from .base import Drafter
 

@@ -7,8 +7,9 @@ import torch
 from transformers import LogitsProcessor
 
 from ..exactness.context import Context
-from ..exactness.distributions import LawMaker, fit_vocabulary
+from ..exactness.distributions import LawMaker
 from ..exactness.proposal import Proposal
+from ..exactness.row_tensors import fit_vocabulary
 from ..host.runner import ModelRunner
 from .carried import CarriedSizes
 from .sequential import SequentialDrafter

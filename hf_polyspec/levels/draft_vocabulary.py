@@ -17,8 +17,8 @@ from torch import nn
 from ..eagle.configuration import EagleHeadConfig
 from ..eagle.modeling import EagleHead
 from ..eagle.vocabulary import SLICES, VocabularySlice, lm_head_logits
-from ..exactness.distributions import fit_vocabulary
 from ..exactness.processors import DraftVocabularyProcessor
+from ..exactness.row_tensors import fit_vocabulary
 
 AUTO_ROWS = 4096
 """Rows that "auto" asks for, where the head knows at least twice as many."""

@@ -114,7 +114,7 @@ class EagleDrafter(SequentialDrafter):
         self._unread: list[tuple[Pass, torch.Tensor]] = []
         self._columns = 0  # of the passes in `_unread`
         self._sizes: list[TreeSize] = []
-        self._shown: torch.Tensor | None = None  # logits of the last pass above
+        self._shown: Pass | None = None  # the last pass above, for what it said
         self._chains: list[list[int]] = []  # drafted last
         self._samples: list[bool] = []
         self._prompt: Prompt | None = None
@@ -144,7 +144,7 @@ class EagleDrafter(SequentialDrafter):
         self._columns += passed.fed
         if self._columns >= _UNREAD:
             self._read()
-        self._shown = passed.logits
+        self._shown = passed
 
     def observe(self, drafted: list[int], accepted: list[int]) -> None:
         super().observe(drafted, accepted)
@@ -249,13 +249,13 @@ class EagleDrafter(SequentialDrafter):
         """Learn from the last pass of the level above, which accepted these paths of these trees."""
         if self._shown is None or self.working is None:
             return
-        logits, self._shown = self._shown, None
+        shown, self._shown = self._shown, None
         if self.working.sliced:
             # the likeliest ids where it drew its last token
-            at = logits[list(range(len(paths))), [path[-1] + 1 if path else 0 for path in paths]]
+            at = shown.logits[list(range(len(paths))), [path[-1] + 1 if path else 0 for path in paths]]
             self.working.see(at.topk(min(_LIKELY, at.shape[-1]), dim=-1).indices.flatten().tolist())
         if self.memory is not None:
-            self.memory.learn(tokens, parents, paths, logits, self._samples)
+            self.memory.learn(tokens, parents, paths, shown.logits, self._samples)
 
     def _known_pairs(self, context: Context) -> list[Pairs]:
         """Per row, all pairs of this context whose features the level above has computed."""

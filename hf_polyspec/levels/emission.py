@@ -9,6 +9,7 @@ import torch
 
 from ..exactness.passes import Pass
 from ..exactness.row_laws import picked
+from ..exactness.row_tensors import RowTensors
 from ..telemetry.counters import Counted
 
 
@@ -22,7 +23,8 @@ class Emission:
         origins: per row, the level that first proposed each token.
         drafted: per row, how many tokens had been proposed.
         accepted: per row, how many of those were kept.
-        logits, scores: `[B, E', V]` raw and processed, of the emitted positions.
+        logits, scores: `[B, E', V]` raw and processed, of the emitted positions; as `RowTensors` where rows differ in
+            length.
         passed: the forward pass behind it.
         bias: per row, the total variation that a lossy verification introduced; empty when it was exact.
         counted: per row, what `drafted` and `accepted` come to as far as the text goes.
@@ -33,8 +35,8 @@ class Emission:
     origins: list[list[int]]
     drafted: list[int]
     accepted: list[int]
-    logits: torch.Tensor
-    scores: torch.Tensor
+    logits: torch.Tensor | RowTensors
+    scores: torch.Tensor | RowTensors
     passed: Pass
     bias: list[float] = field(default_factory=list)
     counted: list[Counted] = field(default_factory=list)

@@ -16,9 +16,10 @@ import torch
 
 from ..eagle.features import select_features
 from ..exactness.context import Context
-from ..exactness.distributions import LawMaker, fit_vocabulary
+from ..exactness.distributions import LawMaker
 from ..exactness.passes import Pass
 from ..exactness.proposal import Proposal
+from ..exactness.row_tensors import fit_vocabulary
 from .eagle_memory import FeatureMemo, padding_of
 from .sequential import SequentialDrafter
 

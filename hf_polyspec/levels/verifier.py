@@ -11,10 +11,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from ..exactness.context import Context
-from ..exactness.distributions import LawMaker, fit_vocabulary
+from ..exactness.distributions import LawMaker
 from ..exactness.judgement import Going, Judgement, judge, record
 from ..exactness.passes import Pass
 from ..exactness.proposal import Proposal, TreeProposal
+from ..exactness.row_tensors import fit_vocabulary
 from ..exactness.tree_geometry import depths
 from ..exactness.tree_judgement import judge_tree, record_tree
 from ..host.lending import WORTH
@@ -135,7 +136,7 @@ class Verifier(Drafter):
         emission = self._judged(context, proposal, active, law)
         self.below.watch(emission.passed)
         self.source.observe(*_as_counted(emission.counted))
-        self._tell(rooms, emission.drafted, emission.counted, [], emission.passed.columns, began, offered)
+        self._tell(rooms, emission.drafted, emission.counted, [], emission.passed, began, offered)
         return emission
 
     def _judged(self, context: Context, proposal: Proposal, active: list[bool], law: LawMaker) -> Emission:
@@ -143,7 +144,7 @@ class Verifier(Drafter):
             self.runner.asked = active
             with self._watched(law):
                 passed = self.runner.run(context, proposal.tokens, self.stats)
-            logits = fit_vocabulary(passed.logits, self.vocabulary)
+            logits = fit_vocabulary(passed.given, self.vocabulary)
             judgement = judge(law, context, proposal, logits, active, self.rule, self.pad, self.bias_budget, self.going)
             counted = record(self.stats, proposal, judgement, active, self.eos)
             self.stats.bias += sum(judgement.bias)
@@ -189,7 +190,7 @@ class Verifier(Drafter):
         drafted: list[int],
         counted: list[Counted],
         nodes: list[int],
-        fed: int,
+        passed: Pass,
         began: float,
         offered: float,
     ) -> None:
@@ -203,7 +204,8 @@ class Verifier(Drafter):
         asked = [min(room, row.drafted) if end else room for room, row, end in zip(rooms, counted, ended, strict=True)]
         judged, accepted = _as_counted(counted)
         longest, seconds = max(drafted, default=0), (now - offered, offered - began)
-        self.observer(Check(self.index, source, asked, judged, accepted, longest, nodes, fed, *seconds))
+        fed = passed.columns
+        self.observer(Check(self.index, source, asked, judged, accepted, longest, nodes, fed, *seconds, passed.total))
 
     def _round_of_tree(
         self, context: Context, tree: TreeProposal, active: list[bool], law: LawMaker, rooms: list[int], began: float
@@ -223,7 +225,7 @@ class Verifier(Drafter):
         self.below.watch(passed)
         inside = [path[: row.accepted] for path, row in zip(judgement.paths, counted, strict=True)]
         self.source.observe_tree(tree, inside)
-        self._tell(rooms, drafted, counted, [len(row) for row in tree.tokens], passed.columns, began, offered)
+        self._tell(rooms, drafted, counted, [len(row) for row in tree.tokens], passed, began, offered)
         origins = [
             [*(of_row[node] for node in path), self.index] if alive else []
             for of_row, path, alive in zip(tree.origins, judgement.paths, active, strict=True)

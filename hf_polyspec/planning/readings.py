@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ..exactness.distributions import fit_vocabulary
+from ..exactness.row_tensors import fit_vocabulary
 from ..levels.verifier import Verifier
 from ..telemetry.counters import LevelStats
 from .rig import Offer, rig

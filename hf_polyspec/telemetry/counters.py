@@ -57,7 +57,7 @@ class Check:
             inside, all three count the tokens up to its end.
         offered: the longest draft of a row, whatever the text made of it.
         nodes: per row, nodes of the tree; empty when a chain was checked.
-        fed: columns of the verifier's pass.
+        fed: columns of the verifier's pass, of a row; columns: of all rows together.
         seconds: of the pass and the judgement; draft_seconds: until the proposal was there, all levels below included.
     """
 
@@ -71,6 +71,7 @@ class Check:
     fed: int
     seconds: float
     draft_seconds: float
+    columns: int = 0
 
 
 @dataclass(frozen=True)
