@@ -27,7 +27,7 @@ from hf_polyspec.levels.shown import ShownDrafter
 from hf_polyspec.levels.verifier import Verifier
 
 Text = tuple[int, ...]
-START, LENGTH, VOCABULARY = (0, 1, 0), 4, 3
+START, LENGTH, VOCABULARY = (0, 1, 0), 5, 2
 _texts: list[Text] = []
 
 
