@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from broken_states import break_rollback, nothing, windows
 from tiny_models import noisy, prompts, tiny
 from transformers import PreTrainedModel
 
 from hf_polyspec.host.manners import Manner, manner_of
-from hf_polyspec.host.recurrent import RecurrentRunner
-from hf_polyspec.host.states import State, StateCache
 
 VOCABULARY = 6
 PROMPT, NEW = [1, 4, 2, 3, 5, 1, 3, 2, 4, 4, 1, 5, 2, 3, 1, 4], 4
@@ -93,38 +92,14 @@ def test_pairs_follow_the_targets_law(enabled: None, order: str, rule: str) -> N
     assert _chance(*_chain(order), rule) > 1e-4
 
 
-def _nothing(self: StateCache, state: State) -> None:
-    """What a rollback that forgets the state does."""
-
-
-def _windows(self: StateCache, state: State) -> None:
-    """What a rollback does that knows convolutions only."""
-    for layer, values in zip(self.stateful, state, strict=True):
-        vars(layer).update({name: value for name, value in values.items() if name.startswith("conv")})
-
-
-def _break(monkeypatch: pytest.MonkeyPatch, wrong: Any) -> None:
-    """Have every rollback, and nothing else, put states back in a wrong way."""
-    right, put = RecurrentRunner._put_back, StateCache.put
-
-    def put_back(self: RecurrentRunner, keep: list[int]) -> None:
-        StateCache.put = wrong  # type: ignore[method-assign]
-        try:
-            right(self, keep)
-        finally:
-            StateCache.put = put  # type: ignore[method-assign]
-
-    monkeypatch.setattr(RecurrentRunner, "_put_back", put_back)
-
-
 def test_a_state_that_is_not_put_back_is_caught(enabled: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model, chain = _chain("sa")
     assert manner_of(model) is Manner.BLOCKS
-    _break(monkeypatch, _nothing)
+    break_rollback(monkeypatch, nothing)
     assert _chance(model, chain, "token") < 1e-8
 
 
-@pytest.mark.parametrize("wrong", [_nothing, _windows], ids=["none", "window"])
+@pytest.mark.parametrize("wrong", [nothing, windows], ids=["none", "window"])
 @pytest.mark.parametrize("kind", ["mamba2", "qwen3_next"])
 def test_the_probe_would_say_so(monkeypatch: pytest.MonkeyPatch, kind: str, wrong: Any) -> None:
     """A model whose state comes back otherwise than it was is not served with drafts."""
@@ -132,7 +107,7 @@ def test_the_probe_would_say_so(monkeypatch: pytest.MonkeyPatch, kind: str, wron
         state() if kind == "mamba2" else tiny(kind, attention="eager", layer_types=LAYERS, **HYBRID) for _ in range(2)
     ]
     assert manner_of(made[0]) is Manner.BLOCKS
-    _break(monkeypatch, wrong)
+    break_rollback(monkeypatch, wrong)
     assert manner_of(made[1]) is not Manner.BLOCKS
 
 
