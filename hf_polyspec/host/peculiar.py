@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
+from .ranks import ranks_of
 from .release import inner_model
 from .states import planned_layers
 
@@ -25,12 +26,13 @@ def check_generate(model: Any) -> None:
     """Refuse a model whose generate() is not transformers' own.
 
     Raises:
-        ValueError: names the class.
+        ValueError: names the class, or says that its weights are spread over processes.
     """
     inner = inner_model(model)
     if not isinstance(inner, torch.nn.Module) or not hasattr(inner, "generate"):
         return
     if not isinstance(inner, GenerationMixin) or not _hands_on(type(inner)):
+        ranks_of(model)  # FSDP's wrapper has it from the model inside, and is refused for what it does
         raise ValueError(
             f"generate() of {type(inner).__name__} is the class's own and makes text in another way than token by "
             "token, which assistant_models cannot speed up; leave them out."

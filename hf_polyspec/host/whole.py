@@ -7,6 +7,7 @@ Putting together is done by all processes that hold a part, in the same order; w
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -48,26 +49,42 @@ def whole_copy(model: Any, *, keeps: bool = True, device: torch.device | None = 
             weights[name] = found.to(device or found.device)
     if not keeps:
         return None
-    made = _made_anew(model)
+    made = made_anew(model)
     # Buffers that are not saved, such as the frequencies of rotary embeddings, are the same in every process.
     for name, buffer in model.named_buffers():
         owner, _, leaf = name.rpartition(".")
         made.get_submodule(owner)._buffers[leaf] = whole_tensor(buffer).to(device or buffer.device).clone()
+    take_weights(made, weights)
+    return made
+
+
+def take_weights(made: Any, weights: dict[str, Tensor], left_out: Collection[str] = ()) -> None:
+    """Give a model that was made anew its weights, for passes only.
+
+    Args:
+        made: by `made_anew`; weights: by name, not copied; left_out: names that need not be there.
+
+    Raises:
+        ValueError: they are others than the class has by its configuration.
+    """
+    strange = ValueError(
+        f"{type(made).__name__} is sharded over processes or offloaded, and has weights that its configuration does "
+        "not tell of (adapters, layers of another library), so that no copy of it can be made; make the copy before "
+        "that, and pass it as a model."
+    )
     try:
-        made.load_state_dict(weights, strict=True, assign=True)
+        missing, unknown = made.load_state_dict(weights, strict=False, assign=True)
     except RuntimeError as error:
-        raise ValueError(
-            f"{type(made).__name__} is sharded over processes and has weights that its configuration does not tell "
-            "of (adapters, layers of another library), so that no copy of it can be made; make the copy before it is "
-            "sharded, and pass it as a model."
-        ) from error
+        raise strange from error
+    if unknown or set(missing) - set(left_out):
+        raise strange
     for parameter in made.parameters():
         parameter.requires_grad_(False)
-    return made.eval()
+    made.eval()
 
 
-def _made_anew(model: Any) -> Any:
-    """A model of the class that was sharded, without weights."""
+def made_anew(model: Any) -> Any:
+    """A model of the class that was sharded or offloaded, without weights."""
     kind = next(kind for kind in type(model).__mro__ if "FSDPModule" not in {one.__name__ for one in kind.__mro__})
     with torch.device("meta"):
         made: Any = kind(copy.deepcopy(model.config))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_polyspec.cpu.packing import unfuse
 from hf_polyspec.cpu.shared_input import share_inputs
 from hf_polyspec.defaults import require_model
+from hf_polyspec.host.offloaded import fetched, fetched_copy, is_offloaded
 from hf_polyspec.host.ranks import is_split
 from hf_polyspec.host.release import input_device, plain_name
 from hf_polyspec.host.whole import whole_copy
@@ -144,18 +145,30 @@ def _check_request(
             f'method="{method}" folds scales into float weights, and those of {type(model).__name__} were quantised by '
             'another library: use "rtn", "search" or "gptq".'
         )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("The model has weights that are not in memory (offloaded): load it whole to quantise it.")
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return
+    kind = type(model).__name__
+    if not is_offloaded(model):
+        raise ValueError(f"{kind} has weights that are nowhere (on the meta device): load them to quantise it.")
+    if method.startswith("awq"):
+        raise ValueError(
+            f'method="{method}" folds scales into float weights, and those of {kind} are offloaded: use "rtn", '
+            '"search" or "gptq", or load it whole.'
+        )
+    if any(_is_adapter(module) for module in model.modules()):
+        raise ValueError(f"{kind} has adapters and weights that are offloaded: merge them before, or load it whole.")
 
 
 def _weight(model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a layer.
+    """Weight and bias of a layer, fetched where they are offloaded.
 
     Raises:
         ValueError: Another library keeps the weight, and it cannot be had; the sentence names the layer.
     """
     try:
-        return float_weight(model.get_submodule(name))
+        layer = model.get_submodule(name)
+        with fetched(layer):
+            return float_weight(layer)
     except ValueError as error:
         raise ValueError(
             f"{name} of {type(model).__name__} was quantised by another library and cannot be quantised anew: {error}; "
@@ -182,11 +195,12 @@ def quantize_model(
     """A copy of a model whose linear layers compute with integer weights: the middle of a chain.
 
     The model itself is left as it is. Everything that is not a quantised linear layer (embeddings, norms) shares its
-    memory with the model. A PEFT model is copied with its adapters merged.
+    memory with the model, unless it is offloaded: the copy is in memory as a whole. A PEFT model is copied with its
+    adapters merged.
 
     Args:
         model: Any model in float32, bfloat16 or float16; linear layers that bitsandbytes, torchao or another library
-            has quantised are dequantised one by one.
+            has quantised are dequantised one by one, and offloaded ones (accelerate) are fetched one by one.
         bits: Bits a weight: 8 (one scale a row), or 4, 3 or 2 (a scale and a zero a group).
         group_size: Inputs that share a scale below 8 bits; widths it does not divide are handled.
         method: "rtn" rounds to the nearest code; "search" also tries narrower ranges; "gptq" spreads each
@@ -211,7 +225,8 @@ def quantize_model(
     _check_request(model, bits, group_size, method, calibration)
     source, method, calibration = fold_for(method, merged_adapters(model), calibration, bits, group_size, symmetric)
     plan = plan_bits(source, bits, head_bits, layer_bits, modules)
-    quantized = unfuse(sharing_copy(source).eval())  # fused blocks would go on computing with the float layers
+    away = is_offloaded(source)
+    quantized = fetched_copy(source, plan) if away else unfuse(sharing_copy(source).eval())  # fused blocks are float
     for name, width in plan.items():
         weight, bias = _weight(source, name)
         moments = None if calibration is None else calibration.get(name)
@@ -224,7 +239,7 @@ def quantize_model(
     share_inputs(quantized)
     if hasattr(quantized, "save_pretrained"):
         saved_by_transformers(quantized)
-    return quantized if source is model or not is_split(model) else quantized.to(input_device(model))
+    return quantized.to(input_device(model)) if away or (source is not model and is_split(model)) else quantized
 
 
 def _kept_or_made(store: LayerStore | None, name: str, make: Callable[[], QuantizedWeight]) -> QuantizedWeight:

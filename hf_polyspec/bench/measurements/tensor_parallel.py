@@ -108,7 +108,8 @@ class Together:
             sampled: generation_config(self.target, new_tokens, temperature if sampled else 0.0, pad_token_id=0)
             for sampled in (False, True)
         }
-        self.new_tokens, self._reference = new_tokens, None
+        self.new_tokens = new_tokens
+        self._reference: Any = None
         self._plain: dict[bool, list[list[int]]] = {}
 
     def lines(self, size: int, calls: Sequence[dict[str, Any]] = CALLS) -> list[Line]:

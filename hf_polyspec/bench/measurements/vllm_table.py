@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...eagle import EagleHead
 from ...eagle.formats.export import export_head
 from ...generation.doors import generate
@@ -92,26 +94,32 @@ class Bench:
             chain = {"assistants": names, **self._sizes()}
             answer = self._vllm({**_CUSTOM, "model": f"{_DOOR}.ChainProposer"}, chain)
         equal = sum(a == b for a, b in zip(self.plain["texts"], answer["texts"], strict=True))
-        theirs = 1 + answer["accepted"] / answer["drafts"]
-        if answer["passes"]:
-            theirs = answer["tokens"] / answer["passes"]
+        # The pass that reads a prompt gives the first token; what the last pass accepts beyond the end is no text.
+        theirs = sum(len(text) - 1 for text in answer["texts"]) / (answer["passes"] or answer["drafts"])
         seconds, plain = answer["seconds"], self.plain["seconds"]
         return Line(name, len(self.prompts), equal, theirs, self._here(names), seconds, plain)
 
     def _here(self, names: list[str]) -> float:
-        """Tokens a pass. A quantised copy would take the keys and values of the prompt from the target, which it cannot
-        in vLLM; nothing is lent to a caller who wants to see hidden states."""
+        """Tokens a pass, the prompt's pass and the token it gives left out as in vLLM.
+
+        A head of the target drafts from what that pass has read. Other levels can draft before it, and would where
+        vLLM does not, so that they start behind the token. Nor does vLLM say that a text is about to end: here it goes
+        on, and what is beyond the end is left out. A quantised copy would take the keys and values of the prompt from
+        the target, which it cannot in vLLM; nothing is lent to a caller who wants to see hidden states.
+        """
         assistants = by_name(self.target, names)
+        waits = isinstance(assistants[0], EagleHead)
         tokens = passes = 0
-        for prompt in self.prompts:
+        for prompt, text in zip(self.prompts, self.plain["texts"], strict=True):
+            ids = prompt["input_ids"] if waits else torch.cat([prompt["input_ids"], torch.tensor([text[:1]])], dim=1)
             out = generate(
-                self.target, **prompt, assistant_models=assistants, max_new_tokens=self.new_tokens, do_sample=False,
-                return_dict_in_generate=True, output_hidden_states=len(names) > 1, polyspec_draft_copies=False,
-                **self._sizes(),
+                self.target, input_ids=ids, attention_mask=torch.ones_like(ids), assistant_models=assistants,
+                max_new_tokens=self.new_tokens + 4 * self.draft_tokens, do_sample=False, return_dict_in_generate=True,
+                output_hidden_states=len(names) > 1, polyspec_draft_copies=False, **self._sizes(),
             )  # fmt: skip
-            target = out.polyspec.levels[0]
-            tokens += target.emitted - 1
-            passes += target.rounds - 1
+            levels = out.polyspec.token_levels[0][waits : waits + self.new_tokens - 1]
+            tokens += len(levels)
+            passes += levels.count(0) + (levels[-1] != 0)  # a pass ends with the target's own token
         return tokens / passes
 
     def _sizes(self) -> dict[str, int]:
