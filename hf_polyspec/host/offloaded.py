@@ -30,6 +30,9 @@ def is_offloaded(model: nn.Module) -> bool:
 @contextmanager
 def fetched(module: nn.Module) -> Iterator[None]:
     """The module's own weights are there, whether they are offloaded or not."""
+    if not any(tensor.is_meta for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+        yield
+        return
     from accelerate.utils import align_module_device
 
     with align_module_device(module):
