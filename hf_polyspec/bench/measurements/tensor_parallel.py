@@ -233,18 +233,18 @@ def _start(folder: Path, rank: int, size: int, port: int) -> subprocess.Popen[by
 
 def random_llama(folder: Path, query_heads: int = 8, key_heads: int = 4) -> tuple[str, str]:
     """Folders of a small Llama with weights of a seed, and of an untrained head for it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from ...eagle.fresh import init_for
 
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        config = LlamaConfig(
-            vocab_size=211, hidden_size=128, intermediate_size=256, num_hidden_layers=4, max_position_embeddings=512,
+        config = AutoConfig.for_model(
+            "llama", vocab_size=211, hidden_size=128, intermediate_size=256, num_hidden_layers=4, max_position_embeddings=512,
             num_attention_heads=query_heads, num_key_value_heads=key_heads, pad_token_id=0, bos_token_id=1,
             eos_token_id=None, initializer_range=0.08,
         )  # fmt: skip
-        target = LlamaForCausalLM(config).eval()
+        target: Any = AutoModelForCausalLM.from_config(config).eval()
         target.save_pretrained(folder / RANDOM)
         init_for(target).save_pretrained(folder / "head")
     return str(folder / RANDOM), str(folder / "head")
