@@ -239,11 +239,10 @@ def random_llama(folder: Path, query_heads: int = 8, key_heads: int = 4) -> tupl
 
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        config = AutoConfig.for_model(
-            "llama", vocab_size=211, hidden_size=128, intermediate_size=256, num_hidden_layers=4, max_position_embeddings=512,
-            num_attention_heads=query_heads, num_key_value_heads=key_heads, pad_token_id=0, bos_token_id=1,
-            eos_token_id=None, initializer_range=0.08,
-        )  # fmt: skip
+        sizes = {"vocab_size": 211, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
+        heads = {"num_attention_heads": query_heads, "num_key_value_heads": key_heads}
+        ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+        config = AutoConfig.for_model("llama", **sizes, **heads, **ids, initializer_range=0.08)
         target: Any = AutoModelForCausalLM.from_config(config).eval()
         target.save_pretrained(folder / RANDOM)
         init_for(target).save_pretrained(folder / "head")
