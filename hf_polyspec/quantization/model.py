@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_polyspec.cpu.packing import unfuse
 from hf_polyspec.cpu.shared_input import share_inputs
 from hf_polyspec.defaults import require_model
-from hf_polyspec.host.offloaded import fetched, fetched_copy, is_offloaded
+from hf_polyspec.host.fetching import fetched, fetched_copy, is_offloaded
 from hf_polyspec.host.ranks import is_split
 from hf_polyspec.host.release import input_device, plain_name
 from hf_polyspec.host.whole import whole_copy
