@@ -14,9 +14,10 @@ from transformers import StaticCache
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .cache import RollbackCache, RollbackLayer
+from .carried import carried_by
 from .indexed import CROPPED_LAYERS, INDEXED_LAYERS, copied
 from .release import GENERATION_CACHE, inner_model, with_cache
-from .states import STATE_LAYERS, StateCache, copy_of, empty_cache, keeps_states, state_of, tensors_of
+from .states import STATE_LAYERS, StateCache, copy_of, empty_cache, keeps_states, state_cache, state_of, tensors_of
 
 Form = tuple[Any, ...]
 """Of a layer: heads and size of its keys, the same of its values, dtype and device."""
@@ -42,6 +43,13 @@ def check_cache(cache: Any, model: Any, rows: int) -> None:
             "an offloaded cache cannot be used with assistant_models; pass a DynamicCache without offloading."
         )
     lengths = [_length(layer) for layer in cache.layers]
+    carried = carried_by(model)
+    if carried.cache_class is not None or (carried.places and any(lengths)):
+        place = "its modules" if carried.places else "a cache of its own class"
+        raise ValueError(
+            f"{type(inner_model(model)).__name__} keeps a part of what it has read in {place}, from where a chain "
+            f"cannot go on; leave {GENERATION_CACHE} out and pass the whole text."
+        )
     if any(lengths) or type(cache) not in (DynamicCache, StaticCache):
         known = (layer for layer in cache.layers if not isinstance(layer, STATE_LAYERS))
         odd = next((layer for layer in known if type(layer) not in CROPPED_LAYERS), None)
@@ -129,7 +137,7 @@ def read_cache(cache: Cache, model: Any = None) -> tuple[RollbackCache, int]:
     Returns:
         The copy and the number of tokens in it.
     """
-    made = StateCache(model) if keeps_states(model) else empty_cache(model)
+    made = state_cache(model) if keeps_states(model) else empty_cache(model)
     total = tokens_held(cache)
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, STATE_LAYERS):

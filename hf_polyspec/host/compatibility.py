@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, GenerationMixin
 
+from .carried import carried_by
 from .manners import Manner, manner_of
 from .peculiar import looks_back_only
 from .release import cache_argument, inner_model, no_cache_argument
@@ -115,7 +116,7 @@ def check_model(model: nn.Module, role: str, *, encodes: bool = False) -> None:
         raise ValueError(f"{role} ({kind}) attends to both sides; load it with is_decoder=True in its config.")
     if getattr(config, "model_type", None) in _OWN_CACHE_ENTRIES:
         raise ValueError(f"{role} ({kind}) adds prompt positions of its own to its cache; chains cannot use it.")
-    if cache_argument(model) is None:
+    if cache_argument(model) is None and carried_by(model).argument is None:
         raise ValueError(no_cache_argument(f"{role} ({kind})", model))
     if not hasattr(inner_model(model), "generate") or not _says_words(model):
         raise ValueError(f"{role} ({kind}) has no language-modelling head; load it with AutoModelForCausalLM.")

@@ -17,6 +17,7 @@ import torch
 
 from ..exactness.context import Context, Prompt
 from ..telemetry.counters import LevelStats
+from .carried import keeps_rows_apart
 from .forwarding import Forwarding
 from .positions import position_table
 from .release import forward_arguments, inner_model
@@ -58,10 +59,15 @@ def serve(runner: Runner, batch: int) -> Runner:
     Raises:
         ValueError: drafts cannot be checked with this model at all, or not in a batch.
     """
-    if not runner.cuts:
-        return runner
     model = runner.model
     kind = type(inner_model(model)).__name__
+    if batch > 1 and not keeps_rows_apart(model):
+        raise ValueError(
+            f"{runner.name} ({kind}) mixes the rows of a batch when it goes on from its state; give it one row at a "
+            "time."
+        )
+    if not runner.cuts:
+        return runner
     if not reads_on(model, padded=False):
         raise ValueError(
             f"{runner.name} ({kind}) does not read several tokens after a cache as it reads them in one text, so "

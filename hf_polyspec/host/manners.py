@@ -12,10 +12,11 @@ from transformers.cache_utils import DynamicCache
 
 from ..exactness.context import Context, Prompt
 from ..telemetry.counters import LevelStats
+from .carried import carried_by, standing
 from .own_rows import rows_apart
 from .ragged import RaggedRunner
 from .recurrent import RecurrentRunner
-from .release import forward_arguments, inner_model, input_device, with_cache
+from .release import cache_argument, forward_arguments, inner_model, input_device
 from .runner import ModelRunner
 from .seq_to_seq import runner_over
 from .states import keeps_states, unknown_layer
@@ -101,15 +102,20 @@ def _text(model: Any) -> list[int]:
 
 def _plain(model: Any, text: list[int]) -> torch.Tensor:
     """Logits `[1 + M, V]` after the first R tokens and each of M more, fed one by one."""
-    device = input_device(model)
-    cache = with_cache(model, DynamicCache(config=inner_model(model).config))
+    device, carried = input_device(model), carried_by(model)
+    name = carried.argument or cache_argument(model) or ""
+    own = carried.argument is not None or carried.cache_class is not None
+    cache: Any = None if own else DynamicCache(config=inner_model(model).config)
     takes_positions = "position_ids" in forward_arguments(model)
     found = []
-    for start, end in [(0, _READ), *((n, n + 1) for n in range(_READ, len(text)))]:
-        inputs = {"input_ids": torch.tensor([text[start:end]], device=device)}
-        if takes_positions:
-            inputs["position_ids"] = torch.arange(start, end, device=device)[None]
-        found.append(model(**inputs, use_cache=True, return_dict=True, **cache).logits[0, -1])
+    with standing(carried.places, [None for _ in carried.places]):
+        for start, end in [(0, _READ), *((n, n + 1) for n in range(_READ, len(text)))]:
+            inputs = {"input_ids": torch.tensor([text[start:end]], device=device)}
+            if takes_positions:
+                inputs["position_ids"] = torch.arange(start, end, device=device)[None]
+            output = model(**inputs, use_cache=True, return_dict=True, **{name: cache})
+            cache = output[name] if own else cache
+            found.append(output.logits[0, -1])
     return torch.stack(found)
 
 

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
-from types import CodeType
 from typing import Any
 
 import torch
 from transformers import GenerationMixin
 
+from .named_code import names_in
 from .ranks import ranks_of
 from .release import inner_model
 from .states import planned_layers
@@ -84,17 +83,6 @@ def _calls(kind: type) -> bool:
     beside = vars(sys.modules[kind.__module__])
     names = {name for method in vars(kind).values() for name in names_in(method)}
     return any(name in _WINDOW_MASKS or not _WINDOW_MASKS.isdisjoint(names_in(beside.get(name))) for name in names)
-
-
-def names_in(function: Any) -> list[str]:
-    """Names in a function's code, and in that of functions within it; words it is written with, too."""
-    code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
-    found, left = [], [] if code is None else [code]
-    while left:
-        one = left.pop()
-        found += [*one.co_names, *(word for word in one.co_consts if isinstance(word, str))]
-        left += [constant for constant in one.co_consts if isinstance(constant, CodeType)]
-    return found
 
 
 def as_target(target: Any, assistant: Any) -> Any:

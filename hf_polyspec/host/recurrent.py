@@ -18,9 +18,10 @@ import torch
 from ..exactness.context import Context, common_prefix
 from ..exactness.passes import Pass
 from ..telemetry.counters import LevelStats
+from .carried import standing
 from .forwarding import Forwarding
 from .runner import ModelRunner
-from .states import State, StateCache, bytes_of, copy_of, rows_of, set_rows
+from .states import State, StateCache, bytes_of, copy_of, rows_of, set_rows, state_cache
 from .stepwise import Stepwise
 
 LAG = 12
@@ -70,7 +71,7 @@ class RecurrentRunner(ModelRunner):
         self.steps = steps
         self.stepwise = Stepwise(model) if columns else None
         self.kept = kept
-        self.cache: StateCache = StateCache(model)
+        self.cache: StateCache = state_cache(model)
         self._pictures: list[Picture] = []
         self._sources: list[tuple[int, Picture | None]] = []  # where the next pass starts, row by row
         self._needed: list[int] = []  # columns that each row wants fed
@@ -216,9 +217,9 @@ class RecurrentRunner(ModelRunner):
         first = max(1, fed - min(grown))
         if self.stepwise is not None and self.use_cache and fed > first:
             with self.stepwise.reading(first):
-                return super()._call(inputs, logits, past, stats, grown)
+                return self._once(inputs, logits, past, stats, grown)
         if not self.steps or not self.use_cache or fed == 1:
-            return super()._call(inputs, logits, past, stats, grown)
+            return self._once(inputs, logits, past, stats, grown)
         outputs = []
         for start, end in [(0, first), *((c, c + 1) for c in range(first, fed))]:
             piece = dict(inputs)
@@ -228,17 +229,31 @@ class RecurrentRunner(ModelRunner):
             if inputs["attention_mask"] is not None:
                 seen = not start or self.cache.measurable
                 piece["attention_mask"] = inputs["attention_mask"][:, : past + end] if seen else None
-            outputs.append(super()._call(piece, min(logits, end - start), past, stats, grown))
+            outputs.append(self._once(piece, min(logits, end - start), past, stats, grown))
         return _joined(outputs)
+
+    def _once(self, inputs: dict[str, Any], logits: int, past: int, stats: LevelStats, grown: list[int]) -> Any:
+        """One pass, to which what the model carries on outside of cache layers is given, and from which it is taken."""
+        if not self.use_cache or not self.cache.carried.any:
+            return super()._call(inputs, logits, past, stats, grown)
+        name = self.cache.carried.argument
+        if name is not None:
+            inputs[name] = self.cache.argument
+        with standing(self.cache.carried.places, self.cache.places):
+            output = super()._call(inputs, logits, past, stats, grown)
+        if name is not None:
+            self.cache.argument = output[name]
+        return output
 
     def _inputs(
         self, context: Context, sequences: list[list[int]], keep: list[int], past: int, fed: int
     ) -> dict[str, Any]:
         inputs = super()._inputs(context, sequences, keep, past, fed)
-        if past and not self.cache.measurable:
+        mask = inputs["attention_mask"]
+        if past and not self.cache.measurable and mask is not None:
             # Nothing of a model without keys and values looks at columns that were read before; some of these models
-            # take the whole mask for that of the new ones, so plain generation shows them none either.
-            inputs["attention_mask"] = None
+            # take the whole mask for that of the new ones, and plain generation shows them one with a prompt only.
+            inputs["attention_mask"] = mask[:, past:] if past < context.prompt.width else None
         return inputs
 
     def _align(self, logits: torch.Tensor, drafts: list[list[int]], wanted: int) -> torch.Tensor:
@@ -255,7 +270,7 @@ class RecurrentRunner(ModelRunner):
     def _recover(self, past: int) -> None:
         super()._recover(past)
         self._pictures = []
-        self.cache = StateCache(self.model)
+        self.cache = state_cache(self.model)
 
 
 def _joined(outputs: list[Any]) -> Any:

@@ -8,6 +8,7 @@ layer that has read nothing.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import cache_utils
 from transformers.cache_utils import DynamicCache
 
 from .cache import RollbackCache, RollbackLayer
+from .carried import carried_by, is_holder, tensors_in
 from .indexed import CROPPED_LAYERS, INDEXED_LAYERS, RollbackIndexedLayer
 from .release import inner_model
 
@@ -27,10 +29,6 @@ STATE_LAYERS: tuple[Any, ...] = tuple(
     kind for name in ("LinearAttentionCacheLayerMixin",) if (kind := getattr(cache_utils, name, None)) is not None
 )
 _StateLayer: Any = getattr(cache_utils, "LinearAttentionLayer", object)
-
-
-STATE_UPDATES = frozenset(name for name in dir(_StateLayer) if name.startswith("update_"))
-"""Methods by which a model writes into such a layer; a cache has them by the same names."""
 
 
 class RollbackStateLayer(_StateLayer, RollbackLayer):
@@ -60,8 +58,14 @@ def planned_layers(model: Any) -> list[Any]:
 
 
 def keeps_states(model: Any) -> bool:
-    """Whether some layers of a model carry a state on."""
-    return any(isinstance(layer, STATE_LAYERS) for layer in planned_layers(model))
+    """Whether a model carries a state on, in some layers of its cache or elsewhere.
+
+    One in modules counts where the cache plans for it: else masks are laid out for layers that hold nothing.
+    """
+    if any(isinstance(layer, STATE_LAYERS) for layer in planned_layers(model)):
+        return True
+    carried = carried_by(model)
+    return carried.argument is not None or carried.cache_class is not None
 
 
 def unknown_layer(model: Any) -> str | None:
@@ -85,12 +89,18 @@ class StateCache(RollbackCache):
 
     Attributes:
         width: columns that were fed, for a cache without keys and values, which cannot be measured.
+        carried: what the model carries on besides; argument, places: what that is now.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.layers = [_own(layer) for layer in planned_layers(model)]
+        self.carried = carried_by(model)
+        # A cache of the model's own class counts layers by what it holds.
+        planned = planned_layers(model) if self.carried.cache_class is None else []
+        self.layers = [_own(layer) for layer in planned]
         self.stateful: list[Any] = [layer for layer in self.layers if isinstance(layer, STATE_LAYERS)]
+        self.argument: Any = None
+        self.places: list[Any] = [None for _ in self.carried.places]
         self._nothing: State = self.state()
         self.width = 0
 
@@ -119,16 +129,35 @@ class StateCache(RollbackCache):
     def state(self, copied: bool = True) -> State:
         """What the state layers hold, as a copy or as it is."""
         found = [state_of(layer) for layer in self.stateful]
+        if self.carried.any:
+            names = ("argument", "places", *self.carried.attributes)
+            found.append({name: vars(self)[name] for name in names})
         return copy_of(found) if copied else found
 
     def put(self, state: State) -> None:
         """Make the state layers hold this, which is then theirs: passes write into it."""
-        for layer, values in zip(self.stateful, state, strict=True):
-            vars(layer).update(values)
+        owners = [*self.stateful, self] if self.carried.any else self.stateful
+        for owner, values in zip(owners, state, strict=True):
+            vars(owner).update(values)
 
     def forget(self) -> None:
         """Make the state layers hold what they do before the first pass."""
         self.put(copy_of(self._nothing))
+
+
+def state_cache(model: Any) -> StateCache:
+    """An empty cache for a model with a state; one of the model's own class, where it wants no other."""
+    own = carried_by(model).cache_class
+    return StateCache(model) if own is None else _mixed(own)(model)
+
+
+def _mixed(own: type[Any]) -> type[StateCache]:
+    if own not in _made:
+        _made[own] = type(f"Rollback{own.__name__}", (StateCache, own), {})
+    return _made[own]
+
+
+_made: dict[type[Any], type[StateCache]] = {}
 
 
 def _own(layer: Any) -> Any:
@@ -165,8 +194,12 @@ def _mapped(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any
         return function(value)
     if isinstance(value, dict):
         return {key: _mapped(one, function) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_mapped(one, function) for one in value]
+    if isinstance(value, (list, tuple)):
+        return type(value)(_mapped(one, function) for one in value)
+    if is_holder(value):
+        made = copy.copy(value)
+        vars(made).update({name: _mapped(one, function) for name, one in vars(value).items()})
+        return made
     return value
 
 
@@ -178,22 +211,26 @@ def copy_of(state: State) -> State:
 
 def rows_of(state: State, rows: Sequence[int]) -> State:
     """Some rows of a state, in tensors of their own."""
-    picked: State = _mapped(state, lambda tensor: tensor[torch.tensor(rows, device=tensor.device)])
+    picked: State = _mapped(state, lambda t: t[torch.tensor(rows, device=t.device)] if _by_row(t) else t)
     return picked
 
 
 def set_rows(state: State, other: State, rows: Sequence[int]) -> None:
     """Put some rows of another state into a state."""
     for into, source in zip(tensors_of(state), tensors_of(other), strict=True):
-        index = torch.tensor(rows, device=into.device)
-        into[index] = source[index]
+        if _by_row(into):
+            index = torch.tensor(rows, device=into.device)
+            into[index] = source[index]
+
+
+def _by_row(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has an entry a row; a single number counts columns."""
+    return tensor.dim() > 1
 
 
 def tensors_of(state: State) -> list[torch.Tensor]:
     """All tensors of a state, in an order that depends on the layers only."""
-    found: list[torch.Tensor] = []
-    _mapped(state, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    return found
+    return tensors_in(state)
 
 
 def bytes_of(state: State) -> int:

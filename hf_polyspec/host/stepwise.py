@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from .peculiar import names_in
+from .carried import carried_by
+from .named_code import state_writers
 from .release import cache_of, inner_model
-from .states import STATE_UPDATES
 
 NO_LIMIT = (0.0, float("inf"))
 _STEP = "mamba_selective_state_update"
@@ -32,11 +32,10 @@ class Stepwise:
 
     Args:
         model: the level's.
-        parts: modules, where it is known which; else those whose code writes a state into the cache.
     """
 
-    def __init__(self, model: Any, parts: list[Any] | None = None) -> None:
-        self.parts = _outermost(parts if parts is not None else _writers(inner_model(model)))
+    def __init__(self, model: Any) -> None:
+        self.parts = _outermost([*state_writers(inner_model(model)), *(part for part, _ in carried_by(model).places)])
 
     @property
     def limited(self) -> bool:
@@ -78,15 +77,6 @@ class Stepwise:
                 hooks.callback(part.register_forward_pre_hook(before, with_kwargs=True).remove)
                 hooks.callback(part.register_forward_hook(after, with_kwargs=True).remove)
             yield
-
-
-def _writers(model: Any) -> list[Any]:
-    """Modules with a method that writes a state into a cache."""
-    return [part for part in model.modules() if _writes(type(part))]
-
-
-def _writes(kind: type) -> bool:
-    return any(not STATE_UPDATES.isdisjoint(names_in(method)) for method in vars(kind).values())
 
 
 def _outermost(parts: list[Any]) -> list[Any]:

@@ -9,9 +9,11 @@ import pytest
 import torch
 from tiny_models import tiny
 
+from hf_polyspec.bench.measurements.tiny_models import tiny_model
 from hf_polyspec.exactness.context import Context, Prompt
 from hf_polyspec.host import recurrent
 from hf_polyspec.host.manners import Manner, manner_of, runner_for
+from hf_polyspec.host.modeling import AutoModelForCausalLM
 from hf_polyspec.host.recurrent import RecurrentRunner
 from hf_polyspec.host.states import StateCache
 from hf_polyspec.telemetry.counters import LevelStats
@@ -59,6 +61,17 @@ def test_logits_are_those_of_the_text(kind: str) -> None:
     assert not runner.steps
     assert (runner.stepwise is not None) == (kind == "mamba")
     assert _walk(model, runner, 24) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["minimax", "recurrent_gemma", "rwkv", "xlstm"])
+def test_a_state_elsewhere_than_in_cache_layers_is_carried_on(kind: str) -> None:
+    """In a cache of the model's own class, in its modules, in an argument that is a list, and in one that is not."""
+    model = tiny_model(kind, AutoModelForCausalLM)
+    runner = runner_for(model, "walked")
+    assert isinstance(runner, RecurrentRunner)
+    assert (runner.stepwise is not None) == (kind == "recurrent_gemma")
+    # Of rows beside each other RWKV makes something else than of each alone, which is asked before a runner is used.
+    assert _walk(model, runner, 24, rows=1 if kind == "rwkv" else 3) < 1e-3
 
 
 @pytest.mark.parametrize("what", ["nothing", "convolution"])

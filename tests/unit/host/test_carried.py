@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""States outside of cache layers: where they are is found, they are given back, and nothing stays in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import noisy, prompts
+
+from hf_polyspec.bench.measurements.tiny_models import tiny_model
+from hf_polyspec.host import recurrent
+from hf_polyspec.host.carried import carried_by, keeps_rows_apart
+from hf_polyspec.host.manners import Manner, manner_of
+from hf_polyspec.host.modeling import AutoModelForCausalLM
+from hf_polyspec.host.release import cache_argument
+
+NEW = 14
+
+
+def _made(kind: str) -> Any:
+    return tiny_model(kind, AutoModelForCausalLM)
+
+
+def _standing(model: Any) -> dict[Any, Any]:
+    """Whatever tensor hangs at a module without being a parameter or a buffer."""
+    return {
+        (part, name): value
+        for part in model.modules()
+        for name, value in vars(part).items()
+        if value is None or isinstance(value, torch.Tensor)
+    }
+
+
+def test_where_a_state_is_kept_is_found() -> None:
+    assert carried_by(_made("rwkv")).argument == "state"
+    model = _made("xlstm")
+    assert carried_by(model).argument == cache_argument(model)
+    found = carried_by(_made("recurrent_gemma"))
+    assert sorted(name for _, name in found.places) == ["conv1d_state", "recurrent_states"]
+    found = carried_by(_made("minimax"))
+    assert found.cache_class is not None
+    assert found.attributes == ("linear_cache",)
+    for kind in ("llama", "mamba2"):
+        assert not carried_by(_made(kind)).any
+
+
+@pytest.mark.parametrize("kind", ["minimax", "recurrent_gemma", "xlstm"])
+def test_text_is_plain_generations_and_drafting_takes_part(enabled: None, kind: str) -> None:
+    model = _made(kind)
+    call = {**prompts(3), "max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
+    plain = model.generate(**call).sequences.tolist()
+    before = _standing(model)
+    got = model.generate(**call, assistant_models=[noisy(model, 0.0)], num_assistant_tokens=5)
+    assert got.sequences.tolist() == plain
+    assert got.polyspec.levels[0].forward_passes <= 0.4 * NEW
+    after = _standing(model)
+    assert before.keys() == after.keys()
+    assert all(after[place] is value for place, value in before.items())
+    chain = [noisy(model, 0.02), noisy(model, 0.05, seed=2)]
+    assert model.generate(**call, assistant_models=chain).sequences.tolist() == plain
+
+
+def test_a_model_that_mixes_rows_is_given_one_at_a_time(enabled: None) -> None:
+    """RWKV's step adds the last column of every row to that of every other; xLSTM's does not."""
+    model = _made("rwkv")
+    call = {**prompts(1), "max_new_tokens": NEW, "do_sample": False}
+    assert model.generate(**call, assistant_models=[noisy(model, 0.05)]).tolist() == model.generate(**call).tolist()
+    with pytest.raises(ValueError, match=r"RwkvForCausalLM\) mixes the rows of a batch"):
+        model.generate(**prompts(2), max_new_tokens=2, do_sample=False, assistant_models=[noisy(model, 0.05)])
+    assert keeps_rows_apart(_made("xlstm"))
+    assert keeps_rows_apart(_made("mamba2"))
+
+
+@pytest.mark.parametrize("kind", ["minimax", "recurrent_gemma"])
+def test_a_callers_cache_that_is_not_the_whole_of_it_is_refused(enabled: None, kind: str) -> None:
+    model = _made(kind)
+    call = {**prompts(1), "max_new_tokens": 3, "do_sample": False}
+    first = model.generate(**call, return_dict_in_generate=True)
+    given = {cache_argument(model): first[cache_argument(model)], "input_ids": first.sequences, "max_new_tokens": 3}
+    with pytest.raises(ValueError, match=f"{type(model).__name__} keeps a part of what it has read in"):
+        model.generate(**given, do_sample=False, assistant_models=[noisy(model, 0.05)])
+
+
+def test_the_trial_shows_a_state_that_is_not_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert manner_of(_made("recurrent_gemma")) is Manner.COLUMNS
+
+    @contextmanager
+    def nothing(places: Any, values: list[Any]) -> Iterator[None]:
+        yield
+
+    monkeypatch.setattr(recurrent, "standing", nothing)
+    assert manner_of(_made("recurrent_gemma")) is Manner.NONE
