@@ -203,7 +203,6 @@ class Refused:
 
 
 REFUSED = (
-    Refused("RWKV", "rwkv", "recurrent state", "keeps its state outside of a cache", {"attention_hidden_size": 32}),
     Refused("BERT (without `is_decoder=True`)", "bert", "is_decoder", "attends to both sides"),
     Refused(
         "CPM-Ant",

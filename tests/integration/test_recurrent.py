@@ -228,7 +228,13 @@ def test_sampled_pairs_follow_the_targets_law(enabled: None, rule: str) -> None:
     assert float(torch.special.gammaincc(freedom / 2, torch.tensor(statistic / 2))) > 1e-4
 
 
-def test_a_state_in_the_models_own_modules_is_refused(enabled: None, target: PreTrainedModel) -> None:
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_state_in_the_models_own_modules_under_attention(
+    enabled: None, target: PreTrainedModel, drafter: PreTrainedModel, batch: int
+) -> None:
+    """As middle and as drafter, and the same object as both."""
     model = tiny("recurrent_gemma", attention="eager", lru_width=32, block_types=["recurrent", "attention"])
-    with pytest.raises(ValueError, match=r"assistant_models\[0\] \(RecurrentGemma.*recurrent state"):
-        target.generate(**prompts(1), max_new_tokens=4, assistant_models=[model])
+    call = {**prompts(batch), "max_new_tokens": 10, "do_sample": False}
+    plain = target.generate(**call)
+    for chain in ([model, drafter], [drafter, model], [model, model]):
+        assert target.generate(**call, assistant_models=chain).tolist() == plain.tolist()
