@@ -12,9 +12,10 @@ import torch
 from transformers import cache_utils, modeling_layers
 
 from .compatibility import ATTENTION_LAYERS
+from .mtp_tensors import load_named
 from .release import CACHE_NAMES, inner_model
 
-_MODEL = getattr(modeling_layers, "MtpModel", None)
+_MODEL: Any = getattr(modeling_layers, "MtpModel", None)
 _CACHE = getattr(cache_utils, "MtpCache", None)
 _loaded: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
@@ -112,24 +113,58 @@ def _forward_layer(
 def mtp_layers(target: Any) -> MtpLayers:
     """The layers that lie in a target's own checkpoint; loaded once a model.
 
+    transformers loads those of models whose config tells of them. Others, and those it does not find, are looked for
+    among the tensors of a local checkpoint, see `mtp_tensors`.
+
     Raises:
         ValueError: it has none, or they cannot be loaded or used.
     """
     inner = inner_model(target)
-    kind = type(inner).__name__
-    if not getattr(inner.config.get_text_config(), "num_mtp_layers", None):
-        raise ValueError(f"{kind} has no multi-token-prediction layers (its config has no num_mtp_layers)")
-    if _MODEL is None:
-        raise ValueError("this release of transformers has no multi-token-prediction layers")
     if inner not in _loaded:
-        try:
-            made = _MODEL.from_pretrained(
-                inner, device_map={"": next(inner.get_decoder().layers[-1].parameters()).device}
-            )
-        except Exception as error:
-            raise ValueError(
-                f"the multi-token-prediction layers of {kind} could not be loaded from {inner.config.name_or_path!r}: "
-                f"{' '.join(str(error).split())}"
-            ) from error
-        _loaded[inner] = made.eval()
+        if _MODEL is None:
+            raise ValueError("this release of transformers has no multi-token-prediction layers")
+        made = _load(inner).eval()
+        _try(made, type(inner).__name__)
+        _loaded[inner] = made
     return MtpLayers(_loaded[inner])
+
+
+def _try(made: Any, kind: str) -> None:
+    """Run every layer once, so that what cannot run here is refused before a text is begun."""
+    layers = MtpLayers(made)
+    hidden, cache = torch.zeros(1, layers.width, device=layers.device, dtype=made.dtype), layers.new_cache()
+    try:
+        for layer in range(layers.count):
+            hidden = layers.step(layer, hidden, [0], layer + 1, cache)
+        layers.logits(hidden[-1])
+    except Exception as error:
+        raise ValueError(
+            f"the multi-token-prediction layers of {kind} cannot be run one at a time: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _load(model: Any) -> Any:
+    kind, source = type(model).__name__, model.config.name_or_path
+    told = bool(getattr(model.config.get_text_config(), "num_mtp_layers", None))
+    device = next(torch.device(parameter.device) for parameter in model.get_decoder().layers[-1].parameters())
+    reason: Exception | None = None
+    if told:
+        try:
+            return _MODEL.from_pretrained(model, device_map={"": device})
+        except Exception as error:
+            reason = error
+    try:
+        found = load_named(_MODEL, model, device)
+    except Exception as error:
+        found, reason = None, reason or error
+    if found is not None:
+        return found
+    if reason is None:
+        raise ValueError(
+            f"{kind} has no multi-token-prediction layers (its config has no num_mtp_layers, and "
+            f"{source!r} no tensors of such layers)"
+        )
+    raise ValueError(
+        f"the multi-token-prediction layers of {kind} could not be loaded from {source!r}: "
+        f"{' '.join(str(reason).split())}"
+    ) from reason
