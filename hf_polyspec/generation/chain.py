@@ -149,7 +149,7 @@ def _lend(chain: Verifier) -> None:
     """Let levels that are copies of the target take its keys and values."""
     target = chain.runner
     # Not where somebody wants to see how the prompt is read, or rows must not be moved.
-    if not target.use_cache or target.record or target.in_step:
+    if not target.use_cache or target.record or target.in_step or not target.cache.lends:
         return
     for level in levels_of(chain)[1:]:
         if (

@@ -21,6 +21,7 @@ from ..host.forwarding import Extras
 from ..host.generation import Output, is_callers, made_output, pad_id
 from ..host.manners import runner_for
 from ..host.modeling import Cache
+from ..host.offloaded import rests_elsewhere
 from ..host.own_rows import plainly_padded
 from ..host.plain_cache import PlainCache
 from ..host.ranks import Ranks
@@ -222,7 +223,7 @@ class _Job:
             rows=self.context.batch if self._rows_are_own(record) else 1,
             encoded=self.encoded,
         )
-        if self.use_cache and self.user_cache is not None and tokens_held(self.user_cache) > 0:
+        if self.use_cache and self._cache_is_special():
             copy, self.cached = read_cache(self.user_cache, self.model)
             if embeds is None:
                 copy.floor = max(copy.floor, self.context.prompt.hidden)  # tokens without ids cannot be read again
@@ -339,8 +340,12 @@ class _Job:
 
     def _rows_are_own(self, record: dict[str, Any]) -> bool:
         """Whether rows may each have their own columns, as far as what the caller gave goes."""
-        held = self.user_cache is not None and tokens_held(self.user_cache) > 0
-        return self.use_cache and not (record or held or self.extras.any) and plainly_padded(self.context.prompt)
+        odd = record or self._cache_is_special() or self.extras.any
+        return self.use_cache and not odd and plainly_padded(self.context.prompt)
+
+    def _cache_is_special(self) -> bool:
+        """Whether the target begins with another cache than an empty one on its device."""
+        return self.user_cache is not None and (tokens_held(self.user_cache) > 0 or rests_elsewhere(self.user_cache))
 
     def _padding(self) -> int:
         """Fewest columns of left padding in any row."""

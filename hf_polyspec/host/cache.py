@@ -217,7 +217,10 @@ class RollbackCache(DynamicCache):
     Attributes:
         floor: tokens at the start of every row that must stay. Some of them were never computed here: they fill the
             place of what a caller's cache had let go, which no window sees as long as nothing before it is read again.
+        lends: whether keys and values lie where another model could take them.
     """
+
+    lends = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from .cache import RollbackCache, RollbackLayer
 from .carried import carried_by
 from .indexed import CROPPED_LAYERS, INDEXED_LAYERS, copied
+from .offloaded import OffloadedCache, at_home, check_offloaded, new_columns, rests_elsewhere
 from .release import GENERATION_CACHE, inner_model, with_cache
 from .states import STATE_LAYERS, StateCache, copy_of, empty_cache, keeps_states, state_cache, state_of, tensors_of
 
@@ -38,10 +39,8 @@ def check_cache(cache: Any, model: Any, rows: int) -> None:
         return
     if not isinstance(cache, Cache):
         raise ValueError(f"{GENERATION_CACHE} must be a transformers Cache, got {type(cache).__name__}.")
-    if getattr(cache, "offloading", False):
-        raise ValueError(
-            "an offloaded cache cannot be used with assistant_models; pass a DynamicCache without offloading."
-        )
+    check_offloaded(cache, model)
+    at_home(cache)
     lengths = [_length(layer) for layer in cache.layers]
     carried = carried_by(model)
     if carried.cache_class is not None or (carried.places and any(lengths)):
@@ -137,7 +136,10 @@ def read_cache(cache: Cache, model: Any = None) -> tuple[RollbackCache, int]:
     Returns:
         The copy and the number of tokens in it.
     """
-    made = state_cache(model) if keeps_states(model) else empty_cache(model)
+    if rests_elsewhere(cache):
+        made: RollbackCache = OffloadedCache()
+    else:
+        made = state_cache(model) if keeps_states(model) else empty_cache(model)
     total = tokens_held(cache)
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, STATE_LAYERS):
@@ -168,7 +170,7 @@ def write_cache(source: RollbackCache, target: Cache, start: int) -> None:
             while getattr(made, "layer_class_to_replicate", None) is None and len(made.layers) <= index:
                 made.layers.append(DynamicLayer())  # the model itself adds layers to those that its config plans
             _check_room(made, index, layer.get_seq_length())
-            made.update(layer.keys[:, :, start:], layer.values[:, :, start:], index)
+            made.update(*new_columns(made, index, layer, start), index)
             _let_go(made.layers[index])
         if isinstance(layer, STATE_LAYERS):
             vars(made.layers[index]).update(state_of(layer))
@@ -304,11 +306,12 @@ def _check_rows(cache: Cache, rows: int) -> None:
             )
 
 
-def _form(layer: Any) -> Form | None:
+def _form(layer: Any, away: bool = False) -> Form | None:
     if not _length(layer):
         return None
     keys, values = layer.keys, layer.values
-    return keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], keys.dtype, values.dtype, keys.device
+    device = layer.device if away else keys.device  # of an offloaded layer, where it is fetched to
+    return keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], keys.dtype, values.dtype, device
 
 
 _forms: WeakKeyDictionary[Any, list[Form | None]] = WeakKeyDictionary()
@@ -320,7 +323,7 @@ def _check_form(cache: Cache, model: Any, planned: list[Any] | None) -> None:
     What the config lets expect, or what was measured before, is believed where it fits. Otherwise the target is asked:
     it reads one token into an empty cache.
     """
-    found = _trimmed([_form(layer) for layer in cache.layers])
+    found = _trimmed([_form(layer, rests_elsewhere(cache)) for layer in cache.layers])
     if found in (_expected(model, planned), _forms.get(model)):
         return
     true = _measured(model)

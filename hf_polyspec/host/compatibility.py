@@ -75,11 +75,12 @@ def check_cache_implementation(name: str | None) -> None:
     Raises:
         ValueError: names the cache.
     """
-    if name in (None, "dynamic", "dynamic_full", "static", "hybrid", "sliding_window"):
+    if name in (None, "dynamic", "dynamic_full", "static", "hybrid", "sliding_window", "offloaded", "offloaded_static"):
         return
+    why = "is rounded as it grows and" if name == "quantized" else "is not known here and"
     raise ValueError(
-        f"cache_implementation={name!r} cannot be rolled back after a rejected draft; "
-        "leave it unset (or 'static' or 'dynamic') to use assistant_models."
+        f"cache_implementation={name!r} {why} cannot be rolled back after a rejected draft; leave it unset (or "
+        "'static', 'dynamic' or 'offloaded') to use assistant_models."
     )
 
 

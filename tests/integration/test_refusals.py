@@ -64,8 +64,6 @@ REFUSED_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
     ({"cache_implementation": "quantized"}, "quantized"),
     ({"cache_implementation": "paged"}, "paged"),
-    ({"cache_implementation": "offloaded"}, "offloaded"),
-    ({"cache_implementation": "offloaded_static"}, "offloaded_static"),
     ({"synced_gpus": True}, "synced_gpus"),
     ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight"),
     ({"num_assistant_tokens": 0}, "num_assistant_tokens"),
