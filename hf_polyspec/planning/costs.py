@@ -261,6 +261,7 @@ def measure_costs(
     return costs
 
 
+@torch.no_grad()
 def stopwatches(
     model: Any, ids: Sequence[int], wanted: Sequence[What], law: Law, other: Callable[[], object] | None = None
 ) -> dict[What, Callable[[], float]]:

@@ -83,6 +83,12 @@ class Planned:
 
     @property
     def best(self) -> Candidate:
+        """The choice: the candidate predicted to be the quickest, or, once some were run, the quickest of these."""
+        ran = [one for one in self.candidates if one.measured is not None]
+        return max(ran, key=lambda one: one.measured or 0.0) if ran else self.expected
+
+    @property
+    def expected(self) -> Candidate:
         """The candidate predicted to be the quickest."""
         return self.candidates[0]
 

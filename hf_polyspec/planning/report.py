@@ -123,6 +123,16 @@ def shown(planned: Planned, more: int = 0) -> list[Candidate]:
     return [c for c in planned.candidates if id(c) in wanted]
 
 
+def _against(expected: Candidate, best: Candidate, names: Sequence[str]) -> str:
+    """How the candidate that was expected to be the quickest did beside the one that was."""
+    if expected is best:
+        return "as predicted"
+    named = f"{describe_chain(expected.chain, names)} ({describe_sizes(expected.chain)})"
+    if expected.measured is None or best.measured is None:
+        return f"{named} was expected to be"
+    return f"{named} was expected to be, and was {100 * (1 - expected.measured / best.measured):.1f} % slower"
+
+
 def sentences(planned: Planned) -> list[str]:
     """The choice, what was left out and why, and what does not fit."""
     names, best, plain = planned.measured.names, planned.best, planned.plain
@@ -135,17 +145,8 @@ def sentences(planned: Planned) -> list[str]:
             f"Best: {describe_chain(best.chain, names)} ({describe_sizes(best.chain)}), predicted "
             f"{best.predicted.tokens_per_second:.1f} tokens/s, {ratio:.2f} times plain generate()."
         )
-    ran = [c for c in planned.candidates if c.measured is not None]
-    if ran:
-        quickest = max(ran, key=lambda c: c.measured or 0.0)
-        if quickest is best:
-            found.append("It is also the quickest of those that were run.")
-        elif best.measured is not None and quickest.measured is not None:
-            behind = 100 * (1 - best.measured / quickest.measured)
-            found.append(
-                f"Of those that were run, {describe_chain(quickest.chain, names)} "
-                f"({describe_sizes(quickest.chain)}) was the quickest; the choice was {behind:.1f} % slower."
-            )
+    if best.measured is not None:
+        found.append(f"It is the quickest of those that were run, {_against(planned.expected, best, names)}.")
     found += [f"{one.sentence[0].upper()}{one.sentence[1:]}" for one in planned.dropped]
     fakes = [level.name for level in planned.levels if getattr(level.member, "synthetic", False)]
     found += [

@@ -49,7 +49,7 @@ def accuracy(planned: Planned) -> dict[str, Any]:
     """
     run = [c for c in planned.candidates if c.measured is not None]
     speeds = [float(c.measured) for c in run if c.measured is not None]
-    chosen = float(planned.best.measured or 0.0)
+    chosen = float(planned.expected.measured or 0.0)
     return {
         "candidates": len(run),
         **_counts([(c, c.error) for c in run]),

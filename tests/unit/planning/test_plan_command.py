@@ -42,12 +42,15 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
 
 
-def test_the_command_measures_chooses_runs_and_writes(folders: tuple[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_the_command_measures_chooses_runs_and_writes(
+    folders: tuple[str, str], tmp_path: Path, temperature: str
+) -> None:
     (tmp_path / "prompts.txt").write_text("abcabcabc\nthe cat and the cat\n")
     out, picture = tmp_path / "plan.json", tmp_path / "plan.png"
     levels = ("--model", folders[0], "--assistant", folders[1], "--assistant", "suffix")
     files = ("--prompts", str(tmp_path / "prompts.txt"), "--out", str(out), "--plot", str(picture))
-    result = run("plan", *levels, *QUICK, *files, "--verify")
+    result = run("plan", *levels, *QUICK, *files, "--verify", "--temperature", temperature)
     assert result.exit_code == 0, result.output
     assert re.search(r"^\s+\*\s", result.output, re.MULTILINE)
     assert re.search(r"[+-]\d+\.\d %", result.output)
