@@ -42,9 +42,7 @@ def plan_command(
     prompts: Annotated[Path | None, typer.Option(help="Real prompts, .txt or .jsonl; some are built in.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     new_tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 64,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Run the best five and choose the quickest.")
-    ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Run the best five and choose the quickest.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the plan here, as .png and .svg.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the plan here, for --plan and polyspec_plan.")] = None,
     more: Annotated[int, typer.Option(help="Further candidates to show.")] = 0,
