@@ -211,5 +211,4 @@ REFUSED = (
         "its cache holds more than the tokens it was given",
         {"dim_head": 8, "dim_ff": 48},
     ),
-    Refused("GPT (2018)", "openai-gpt", "has no argument 'cache'", "keeps no cache"),
 )

@@ -13,9 +13,10 @@ from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, GenerationMixin
 
 from .carried import carried_by
-from .manners import Manner, manner_of
+from .manners import Manner, feeds_otherwise, manner_of
 from .peculiar import looks_back_only
 from .release import cache_argument, inner_model, no_cache_argument
+from .rereading import rereads
 from .states import unknown_layer
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"}
@@ -117,7 +118,7 @@ def check_model(model: nn.Module, role: str, *, encodes: bool = False) -> None:
         raise ValueError(f"{role} ({kind}) attends to both sides; load it with is_decoder=True in its config.")
     if getattr(config, "model_type", None) in _OWN_CACHE_ENTRIES:
         raise ValueError(f"{role} ({kind}) adds prompt positions of its own to its cache; chains cannot use it.")
-    if cache_argument(model) is None and carried_by(model).argument is None:
+    if cache_argument(model) is None and carried_by(model).argument is None and not rereads(model):
         raise ValueError(no_cache_argument(f"{role} ({kind})", model))
     if not hasattr(inner_model(model), "generate") or not _says_words(model):
         raise ValueError(f"{role} ({kind}) has no language-modelling head; load it with AutoModelForCausalLM.")
@@ -137,6 +138,11 @@ def _check_state(model: Any, role: str, kind: str) -> None:
         raise ValueError(
             f"{role} ({kind}) keeps {unknown} layers in its cache, which cannot be cut after a rejected draft; chains "
             "cannot use it."
+        )
+    if feeds_otherwise(model):
+        raise ValueError(
+            f"{role} ({kind}) is fed other ids than those of the text when it generates, of which every one sees all "
+            "others, so drafts cannot be checked with it; leave it out."
         )
     odd = sorted(set(layer_types(model.config)) - ATTENTION_LAYERS)
     kinds = f" ({', '.join(odd)} layers)" if odd else ""

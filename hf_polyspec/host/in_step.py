@@ -21,6 +21,7 @@ from .carried import keeps_rows_apart
 from .forwarding import Forwarding
 from .positions import position_table
 from .release import forward_arguments, inner_model
+from .rereading import RereadingRunner, rereads
 from .runner import ModelRunner
 
 _LONGEST, _READ_ON, _TURNS = 9, 3, 3
@@ -201,7 +202,8 @@ def _read(model: Any, width: int, rows: list[list[int]], padding: int = 0, *, at
         padding: columns at the left of the second row that hold no token.
         at_once: in one pass instead, unless the model reads prompts alone.
     """
-    stats, runner = LevelStats("probe", 0), ModelRunner(model, "the probe")
+    stats = LevelStats("probe", 0)
+    runner = (RereadingRunner if rereads(model) else ModelRunner)(model, "the probe")
     nothing: list[list[int]] = [[] for _ in rows]
     mask = torch.ones(len(rows), width, dtype=torch.long)
     if padding:

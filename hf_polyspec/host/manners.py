@@ -13,10 +13,12 @@ from transformers.cache_utils import DynamicCache
 from ..exactness.context import Context, Prompt
 from ..telemetry.counters import LevelStats
 from .carried import carried_by, standing
+from .forwarding import Forwarding
 from .own_rows import rows_apart
 from .ragged import RaggedRunner
 from .recurrent import RecurrentRunner
 from .release import cache_argument, forward_arguments, inner_model, input_device
+from .rereading import RereadingRunner, rereads
 from .runner import ModelRunner
 from .seq_to_seq import runner_over
 from .states import keeps_states, unknown_layer
@@ -60,6 +62,8 @@ def runner_for(model: Any, name: str, device: torch.device | None = None, **opti
     if options.get("encoded") is not None:  # see `SeqToSeqRunner`
         return runner_over(model, name, device, **options)
     options.pop("encoded", None)
+    if rereads(model):
+        return RereadingRunner(model, name, device, **options)
     manner = manner_of(model)
     if manner is Manner.ATTENTION and rows > 1 and rows_apart(model):
         return RaggedRunner(model, name, device, rows=rows, **options)
@@ -74,10 +78,20 @@ def _ways(manner: Manner) -> dict[str, Any]:
     return {"steps": manner is Manner.STEPS, "columns": manner is Manner.COLUMNS}
 
 
+def feeds_otherwise(model: Any) -> bool:
+    """Whether a class that carries its state in an argument feeds other ids than those of the text (XLNet does)."""
+    if carried_by(model).argument is None:
+        return False
+    text = _text(model)
+    ids = torch.tensor([text], device=input_device(model))
+    made = Forwarding(model).complete({"input_ids": ids, "attention_mask": None, "use_cache": True}, [text], 0, None)
+    return not torch.equal(made["input_ids"], ids)
+
+
 @torch.no_grad()
 def _tried(model: Any) -> Manner:
     """What plain generation's logits say of a runner's, after a draft that was taken back."""
-    if unknown_layer(model) is not None:
+    if unknown_layer(model) is not None or feeds_otherwise(model):
         return Manner.NONE
     text = _text(model)
     try:
