@@ -12,6 +12,8 @@ import asyncio
 import importlib
 import inspect
 import json
+import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
@@ -187,6 +189,51 @@ def _sentence(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
+class Gathered:
+    """Calls of an event loop from another thread, of which those that come at once wake it once.
+
+    A round of a chain gives several tokens. Waking the loop for each of them has its thread ask for the interpreter as
+    often, while the next round wants it, and has each of them travel to the client by itself.
+
+    Args:
+        loop: the event loop.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._waiting: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._lock = threading.Lock()
+        self._woken = False
+
+    def is_closed(self) -> bool:
+        """Whether nobody will be called any more."""
+        return self._loop.is_closed()
+
+    def call_soon_threadsafe(self, call: Callable[..., Any], *args: Any) -> None:
+        """The loop calls it, after what was asked before.
+
+        Raises:
+            RuntimeError: the loop is closed.
+        """
+        with self._lock:
+            self._waiting.append((call, args))
+            if self._woken:
+                return
+            self._woken = True
+        try:
+            self._loop.call_soon_threadsafe(self._call)
+        except RuntimeError:
+            self._woken = False
+            raise
+
+    def _call(self) -> None:
+        with self._lock:
+            calls, self._woken = list(self._waiting), False
+            self._waiting.clear()
+        for call, args in calls:
+            call(*args)
+
+
 class _Loaded:
     """A model that stays, where transformers keeps those that it unloads after a while."""
 
@@ -259,9 +306,10 @@ def _manager(utils: Any, work: Work) -> Any:
         ) -> tuple[Any, Any]:
             loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
             core = getattr(processor, "tokenizer", processor)._tokenizer
-            streamer = Streamer(core, loop, queue, response_parser=response_parser)
+            calls = Gathered(loop)
+            streamer = Streamer(core, calls, queue, response_parser=response_parser)
             streamer.job = _submit(work, inputs, gen_config, processor, streamer)
-            streamer.job.future.add_done_callback(lambda done: _tell(done, loop, queue, utils._StreamError))
+            streamer.job.future.add_done_callback(lambda done: _tell(done, calls, queue, utils._StreamError))
             return queue, streamer
 
         async def generate_non_streaming(

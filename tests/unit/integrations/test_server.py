@@ -451,3 +451,31 @@ def test_drafts_of_a_tree_count_as_its_depth() -> None:
     metrics.runs()
     metrics.ended("stop", 1, 0.1, stats, True)  # a text of one token, for which nothing was drafted
     assert metrics.value("vllm:spec_decode_num_drafts_total") == 0
+
+
+def test_what_comes_at_once_wakes_the_loop_once() -> None:
+    """Tokens of one round; their order stays, and what comes after a loop has looked wakes it again."""
+    woken: list[Callable[[], None]] = []
+
+    class Loop:
+        closed = False
+
+        def call_soon_threadsafe(self, call: Callable[[], None]) -> None:
+            if self.closed:
+                raise RuntimeError("Event loop is closed")
+            woken.append(call)
+
+    loop, seen = Loop(), list[int]()
+    calls = serving.Gathered(loop)  # type: ignore[arg-type]
+    for number in range(3):
+        calls.call_soon_threadsafe(seen.append, number)
+    assert (len(woken), seen) == (1, [])
+    woken.pop()()
+    assert seen == [0, 1, 2]
+    calls.call_soon_threadsafe(seen.append, 3)
+    woken.pop()()
+    assert seen == [0, 1, 2, 3]
+    loop.closed = True
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="closed"):
+            calls.call_soon_threadsafe(seen.append, 4)
