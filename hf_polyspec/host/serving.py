@@ -27,6 +27,8 @@ _HANDLERS = {
     "response_handler": ("response", "ResponseHandler"),
 }
 """Arguments of `build_server` that are served, and the classes for them; other handlers refuse."""
+_ROUND = 0.002
+"""Seconds in which the tokens of one round come, of which there are two to ten."""
 _OF_THE_REQUEST = (ValueError, TypeError, KeyError, AttributeError, IndexError)
 """What reading a request raises where something in it is missing or of another kind."""
 
@@ -221,10 +223,13 @@ class Gathered:
                 return
             self._woken = True
         try:
-            self._loop.call_soon_threadsafe(self._call)
+            self._loop.call_soon_threadsafe(self._gather)
         except RuntimeError:
             self._woken = False
             raise
+
+    def _gather(self) -> None:
+        self._loop.call_later(_ROUND, self._call)
 
     def _call(self) -> None:
         with self._lock:

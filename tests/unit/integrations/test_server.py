@@ -465,16 +465,24 @@ def test_what_comes_at_once_wakes_the_loop_once() -> None:
                 raise RuntimeError("Event loop is closed")
             woken.append(call)
 
+        def call_later(self, seconds: float, call: Callable[[], None]) -> None:
+            assert 0 < seconds < 0.01
+            later.append(call)
+
+    later: list[Callable[[], None]] = []
     loop, seen = Loop(), list[int]()
     calls = serving.Gathered(loop)  # type: ignore[arg-type]
     for number in range(3):
         calls.call_soon_threadsafe(seen.append, number)
-    assert (len(woken), seen) == (1, [])
     woken.pop()()
-    assert seen == [0, 1, 2]
-    calls.call_soon_threadsafe(seen.append, 3)
-    woken.pop()()
+    calls.call_soon_threadsafe(seen.append, 3)  # of the same round
+    assert (woken, seen) == ([], [])
+    later.pop()()
     assert seen == [0, 1, 2, 3]
+    calls.call_soon_threadsafe(seen.append, 4)
+    woken.pop()()
+    later.pop()()
+    assert seen == [0, 1, 2, 3, 4]
     loop.closed = True
     for _ in range(2):
         with pytest.raises(RuntimeError, match="closed"):
