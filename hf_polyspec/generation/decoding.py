@@ -23,6 +23,7 @@ from ..host.manners import runner_for
 from ..host.modeling import Cache
 from ..host.offloaded import rests_elsewhere
 from ..host.own_rows import plainly_padded
+from ..host.pictures import check_columns
 from ..host.plain_cache import PlainCache
 from ..host.ranks import Ranks
 from ..host.release import GENERATION_CACHE, cache_names, cache_of
@@ -176,6 +177,7 @@ class _Job:
             {name: value for name, value in model_kwargs.items() if name not in understood},
             model_kwargs.get("position_ids"),
         )
+        check_columns(model, self.extras, input_ids)
         if config.prefill_chunk_size and self.extras.marks_prompt:
             raise ValueError(
                 "prefill_chunk_size cuts a prompt with images or other inputs into pieces, which assistant_models do "

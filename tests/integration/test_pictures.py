@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import head_for
-from transformers import PreTrainedModel
+from tiny_models import head_for, noisy
+from transformers import PreTrainedModel, Qwen2AudioForConditionalGeneration, VoxtralForConditionalGeneration
 
-from hf_polyspec.bench.measurements.tiny_models import tiny_model
+from hf_polyspec import SuffixDrafter
+from hf_polyspec.bench.measurements.tiny_models import tiny_config, tiny_model
 from hf_polyspec.bench.measurements.tiny_pictures import SEEING, pictured
 from hf_polyspec.host.modeling import AutoModelForImageTextToText
+from hf_polyspec.host.release import GENERATION_CACHE, cache_argument
 
 LENGTH = {"max_new_tokens": 16, "do_sample": False}
 DRAWN = {"max_new_tokens": 16, "do_sample": True, "top_k": 0}
@@ -39,3 +41,111 @@ def test_trees_grow_behind_pictures(enabled: None, kind: str, law: dict[str, Any
     assert found.sequences.tolist() == made(model, **inputs, **law).tolist()
     assert not found.polyspec.levels[0].notes, "chains instead of trees"
     assert found.polyspec.levels[-1].accepted > 3
+
+
+def chains(model: Any) -> list[list[Any]]:
+    return [[noisy(model, 0.0)], [noisy(model, 0.02), noisy(model, 0.05, seed=2)], [SuffixDrafter(min_match=1)]]
+
+
+@pytest.mark.parametrize("kind", ["idefics3", "qwen3_vl"])
+def test_rows_that_end_early_leave(enabled: None, kind: str) -> None:
+    """What goes with every pass goes on with the rows that are left."""
+    model = seeing(kind)
+    inputs = pictured(model, 3)
+    ends = [int(row[-11]) for row in made(model, **inputs, **LENGTH)[:2]]
+    plain = made(model, **inputs, **LENGTH, eos_token_id=ends)
+    for chain in chains(model):
+        assert made(model, **inputs, **LENGTH, eos_token_id=ends, assistant_models=chain).tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl", "qwen3_5"])
+def test_a_second_turn_goes_on_behind_pictures(enabled: None, kind: str) -> None:
+    """From the cache that was handed back: text alone, at the positions that the first turn's pictures leave."""
+    model = seeing(kind)
+    inputs = pictured(model, 2)
+    more = torch.randint(3, 40, (2, 5), generator=torch.Generator().manual_seed(9))
+
+    def turns(**chain: Any) -> list[list[int]]:
+        first = made(model, **inputs, **LENGTH, return_dict_in_generate=True, **chain)
+        ids = torch.cat([first.sequences, more], dim=1)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(2, ids.shape[1] - inputs["input_ids"].shape[1])], dim=1)
+        cache = {cache_argument(model) or "": getattr(first, GENERATION_CACHE)}
+        second = made(model, input_ids=ids, attention_mask=mask.long(), **cache, **LENGTH, **chain)
+        found: list[list[int]] = second.tolist()
+        return found
+
+    plain = turns()
+    for chain in chains(model):
+        assert turns(assistant_models=chain) == plain
+
+
+def test_videos(enabled: None) -> None:
+    """Frames have positions in time; the seconds of each go with every pass in some classes."""
+    model = seeing("qwen2_5_vl")
+    still = pictured(model, 2)
+    ids = still["input_ids"].clone()
+    place = model.config.image_token_id
+    ids[ids == place] = model.config.video_token_id
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": still["attention_mask"],
+        "mm_token_type_ids": 2 * (still["input_ids"] == place).long(),
+        "pixel_values_videos": still["pixel_values"],
+        "video_grid_thw": still["image_grid_thw"],
+        "second_per_grid_ts": torch.tensor([1.0, 2.0]),
+    }
+    for law in (LENGTH, DRAWN):
+        plain = made(model, **inputs, **law)
+        for chain in chains(model):
+            assert made(model, **inputs, **law, assistant_models=chain).tolist() == plain.tolist()
+
+
+def hearing(kind: type[PreTrainedModel]) -> PreTrainedModel:
+    """Hears 16 frames as four tokens."""
+    ears = {
+        **dict.fromkeys(("num_mel_bins", "max_source_positions"), 8),
+        **dict.fromkeys(("hidden_size", "d_model"), 16),
+        **dict.fromkeys(("num_hidden_layers", "encoder_layers"), 1),
+        **dict.fromkeys(("num_attention_heads", "encoder_attention_heads"), 2),
+        "intermediate_size": 32,
+        "encoder_ffn_dim": 32,
+        "model_type": "voxtral_encoder" if kind is VoxtralForConditionalGeneration else "qwen2_audio_encoder",
+    }
+    config = tiny_config(str(kind.config_class.model_type), {"audio_config": ears, "audio_token_id": 41})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = kind(config).eval()
+        for parameter in model.get_output_embeddings().parameters():
+            parameter.data = torch.randn(parameter.shape)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@pytest.mark.parametrize("kind", [VoxtralForConditionalGeneration, Qwen2AudioForConditionalGeneration])
+@pytest.mark.parametrize("law", [LENGTH, {**DRAWN, "num_return_sequences": 2}], ids=["greedy", "sampled"])
+def test_sounds(enabled: None, kind: type[PreTrainedModel], law: dict[str, Any]) -> None:
+    model = hearing(kind)
+    ids = torch.randint(3, 40, (2, 13), generator=torch.Generator().manual_seed(3))
+    ids[0, :4] = ids[1, 1:5] = 41
+    mask = torch.ones_like(ids)
+    ids[1, 0] = mask[1, 0] = 0
+    sounds = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(4))
+    inputs = {"input_ids": ids, "attention_mask": mask, "input_features": sounds}
+    if kind is Qwen2AudioForConditionalGeneration:
+        inputs["feature_attention_mask"] = torch.ones(2, 16, dtype=torch.long)
+    plain = made(model, **inputs, **law)
+    assert made(model, **{**inputs, "input_features": -sounds}, **law).tolist() != plain.tolist()
+    for chain in chains(model):
+        assert made(model, **inputs, **law, assistant_models=chain).tolist() == plain.tolist()
+
+
+def test_pictures_that_become_columns_of_the_cache_are_refused(enabled: None) -> None:
+    """GIT reads them in front of the text; without a picture it is a target like any other."""
+    model = seeing("git")
+    inputs = pictured(model, 1)
+    with pytest.raises(ValueError, match=r"the target \(GitForCausalLM\) keeps 5 columns for pixel_values"):
+        model.generate(**inputs, **LENGTH, assistant_models=[SuffixDrafter()])
+    del inputs["pixel_values"]
+    plain = made(model, **inputs, **LENGTH)
+    assert made(model, **inputs, **LENGTH, assistant_models=[SuffixDrafter(min_match=1)]).tolist() == plain.tolist()
