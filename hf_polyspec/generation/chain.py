@@ -27,8 +27,9 @@ from ..levels.draft_memory import DraftMemory
 from ..levels.eagle import EagleDrafter
 from ..levels.joined import JoinedDrafter
 from ..levels.names import name_of
-from ..levels.shown import CompanionDrafter
+from ..levels.shown import CompanionDrafter, ShownDrafter
 from ..levels.verifier import NoDraft, Verifier
+from ..models.companions import with_companions
 from .abilities import show_features, slowness, trees_under
 from .options import PolySpecOptions
 from .setting import Setting, level_runner
@@ -41,7 +42,7 @@ def check_assistants(target: Any, assistants: Any, vocabularies: Sequence[Vocabu
         target, assistants: as the caller gave them; vocabularies: see `Setting`.
 
     Returns:
-        The assistants as a list; none for the target alone.
+        The assistants as a list, those that only draft beside another model as drafters; none for the target alone.
 
     Raises:
         TypeError: not a list, or a member that is no model and no drafter.
@@ -55,6 +56,7 @@ def check_assistants(target: Any, assistants: Any, vocabularies: Sequence[Vocabu
     encodes = is_encoder_decoder(target)
     check_model(target, "the target", encodes=encodes)
     _check_weights(target, "the target")
+    assistants = with_companions(target, assistants)
     for i, assistant in enumerate(assistants):
         role = f"assistant_models[{i}]"
         _check_member(assistant, role)
@@ -231,6 +233,11 @@ def _level(
     assistants: Sequence[Any], place: int, below: Drafter | None, setting: Setting, target: Any = None
 ) -> Drafter:
     assistant = assistants[place]
+    if isinstance(assistant, ShownDrafter) and not place and target is None:
+        raise ValueError(
+            f"assistant_models[0] ({assistant.name}) reads the hidden states of the level above it; here it needs a "
+            "model between the target and itself."
+        )
     if isinstance(assistant, CompanionDrafter):
         return _settled(assistant, setting)
     if isinstance(assistant, Drafter):

@@ -29,6 +29,9 @@ class DFlashDrafter(CompanionDrafter):
         self.drafter = drafter
         self._said: dict[int, torch.Tensor] = {}  # `[K, V]` by row, of the drafts under way
 
+    def for_another(self) -> DFlashDrafter:
+        return DFlashDrafter(self.drafter, self.name)
+
     def end(self) -> None:
         super().end()
         self._said = {}

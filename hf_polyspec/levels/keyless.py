@@ -39,6 +39,9 @@ class KeylessDrafter(CompanionDrafter):
         self.keys: SharedKeys | None = None
         self._shared: dict[int, tuple[Shared, int]] = {}  # by row, of the drafts under way, and their position
 
+    def for_another(self) -> KeylessDrafter:
+        return KeylessDrafter(self.drafter, self.name)
+
     def end(self) -> None:
         super().end()
         self.keys, self._shared = None, {}

@@ -35,10 +35,16 @@ def with_companions(target: Any, assistants: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _companion(member: Any, above: Any, role: str) -> Drafter | None:
+def is_companion(member: Any) -> bool:
+    """Whether a member is a model that only drafts beside another one."""
     model = inner_model(member)
-    if isinstance(member, (type, Drafter)) or not (is_dflash(model) or is_keyless(model)):
+    return not isinstance(member, (type, Drafter)) and (is_dflash(model) or is_keyless(model))
+
+
+def _companion(member: Any, above: Any, role: str) -> Drafter | None:
+    if not is_companion(member):
         return None
+    model = inner_model(member)
     name = name_of(member) or type(model).__name__
     try:
         _check_above(above)

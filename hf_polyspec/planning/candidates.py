@@ -13,6 +13,8 @@ from torch import nn
 from ..eagle.modeling import EagleHead
 from ..host.release import input_device
 from ..levels.base import Drafter
+from ..levels.shown import ShownDrafter
+from ..models.companions import is_companion
 from .agreement import TREES
 from .replay import Chain
 
@@ -48,7 +50,7 @@ class Level:
 
 def kind_of(member: Any) -> Kind:
     """What an assistant can do in a chain."""
-    if isinstance(member, EagleHead):
+    if isinstance(member, (EagleHead, ShownDrafter)) or is_companion(member):
         return "head"
     return "model" if isinstance(member, nn.Module) and hasattr(member, "config") else "drafter"
 

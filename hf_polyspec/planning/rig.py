@@ -15,6 +15,7 @@ from ..generation.setting import Setting
 from ..host.manners import runner_for
 from ..levels.base import Drafter
 from ..levels.verifier import Verifier
+from ..models.companions import with_companions
 
 
 class Offer(Drafter):
@@ -45,4 +46,4 @@ def rig(model: Any, below: Sequence[Any], *, batch: int = 1, **options: Any) -> 
     """
     setting = Setting(PolySpecOptions(**options), model.device, frozenset(), 0, batch)
     runner = runner_for(model, "the model", model.device, reads_embeds=True, replace_unknown_ids=True)
-    return build_chain(model, list(below), setting, runner)
+    return build_chain(model, with_companions(model, below), setting, runner)

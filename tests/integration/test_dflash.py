@@ -12,11 +12,14 @@ from companion_models import dflash
 from same_seed import check
 from tiny_models import head_for, noisy, prompts, tiny
 from torch import nn
+from transformers import GenerationConfig
 from transformers.generation import candidate_generator
 
 import hf_polyspec
+from hf_polyspec.generation.candidates import PolySpecCandidateGenerator
 from hf_polyspec.host.dflash import DFlash
 from hf_polyspec.levels.dflash import DFlashDrafter
+from hf_polyspec.planning import Wish, make_plan
 
 NEW, VOCABULARY = 24, 8
 
@@ -114,6 +117,21 @@ def test_by_name_from_a_folder(pair: tuple[Any, Any], tmp_path: Path) -> None:
     assert named.sequences.tolist() == given.sequences.tolist()
     assert named.polyspec.levels[1].name == "drafter"
     assert named.polyspec.levels[1].drafted == given.polyspec.levels[1].drafted > 0
+
+
+def test_other_doors(pair: tuple[Any, Any]) -> None:
+    """The planner records it as it does a head; transformers' loop shows it no hidden states, unless under a middle."""
+    model, drafter = pair
+    wish = Wish(new_tokens=8, repeats=1, draft_seconds=0.2, batches=False)
+    found = make_plan(model, [drafter], [_prompts(1)["input_ids"][0].tolist()], wish, names=["target", "drafter"])
+    assert found.measured.drafts[0, 1, None].blind_first
+    config = GenerationConfig(max_length=30, polyspec_verification="token")
+    with pytest.raises(
+        ValueError, match=r"\(Muse.*\) reads the hidden states of the level above it; here it needs a mo"
+    ):
+        PolySpecCandidateGenerator(model, [drafter], config)
+    generator = PolySpecCandidateGenerator(model, [noisy(model), drafter], config)
+    assert generator.get_candidates(torch.tensor([[3, 4, 5]]))[0].shape[1] > 4
 
 
 def test_refusals(pair: tuple[Any, Any]) -> None:

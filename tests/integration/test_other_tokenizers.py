@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from companion_models import dflash
 from other_words import END, in_other_ids, word_tokenizer
 from same_seed import check
 from tiny_models import VOCABULARY, head_for, noisy, prompts, tiny
@@ -132,6 +133,10 @@ def test_the_same_tokenizer_twice_is_nothing_to_translate(target: Any, own: Any)
         ({"assistant_tokenizer": [None, None]}, "assistant_tokenizer has 2 entries and assistant_models 1"),
         ({"words": ["first", "alien"]}, "their tokenizers have no word in common"),
         ({"head": True}, r"assistant_models\[1\] is an EAGLE head under a model with another tokenizer"),
+        (
+            {"shown": True},
+            r"assistant_models\[1\] is Muse.*, which reads hidden states, under a model with another tok",
+        ),
         ({"twice": True}, "assistant_tokenizer is one tokenizer, and 2 of the 2 models"),
     ],
 )
@@ -139,10 +144,12 @@ def test_refusals(target: Any, own: Any, given: dict[str, Any], sentence: str) -
     copy, tokenizer = other(target, HALF)
     tokenizer = word_tokenizer(given["words"], begin="first") if "words" in given else tokenizer
     said: dict[str, Any] = {"tokenizer": own, "assistant_tokenizer": tokenizer, **given} if given else {}
-    said = {name: value for name, value in said.items() if name not in ("words", "head", "twice")}
+    said = {name: value for name, value in said.items() if name not in ("words", "head", "shown", "twice")}
     levels: list[Any] = [copy]
     if "head" in given:
         levels, said["assistant_tokenizer"] = [copy, head_for(copy)], [tokenizer, None]
+    if "shown" in given:
+        levels, said["assistant_tokenizer"] = [copy, dflash(1)], [tokenizer, None]
     if "twice" in given:
         levels = [copy, copy]
     with pytest.raises((TypeError, ValueError), match=sentence):
