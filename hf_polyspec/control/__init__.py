@@ -10,7 +10,9 @@ from __future__ import annotations
 from .costs import Costs
 from .memory import forget
 from .online import OnlineControl
+from .pass_seconds import PassSeconds
 from .setups import Setup
+from .shares import Shares
 from .steady import SteadyControl
 
-__all__ = ["Costs", "OnlineControl", "Setup", "SteadyControl", "forget"]
+__all__ = ["Costs", "OnlineControl", "PassSeconds", "Setup", "Shares", "SteadyControl", "forget"]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..planning.theory.cost_model import SecondsTable
+from .pass_seconds import PassSeconds
 
 BLOCKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 DRAFTS = (1, 2, 3, 4, 6, 8, 12)
@@ -74,6 +75,14 @@ class Costs:
         self.middle = Share(agreed, 16.0)
         self.leaf = Share(SURE, 24.0)
         self.standing = Standing()
+        self._gauges: dict[int, PassSeconds] = {}
+
+    def gauge(self, level: int) -> PassSeconds:
+        """Seconds of a level's passes over the columns of several rows, gauged on the way."""
+        if level not in self._gauges:
+            known = level < len(self.tables)
+            self._gauges[level] = PassSeconds(self.tables[level].seconds if known else None)
+        return self._gauges[level]
 
     def seconds(self, level: int, columns: float) -> float:
         """Of a pass of a level over so many columns."""

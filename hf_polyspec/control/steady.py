@@ -20,6 +20,7 @@ from ..levels.verifier import Verifier
 from ..telemetry.counters import Check, Decision
 from .costs import Costs, Standing
 from .setups import PLAIN, Chain, Setup, spine
+from .shares import shared_out
 
 CREDIT = 0.6
 """Plain tokens that a setup may lose at first."""
@@ -65,6 +66,7 @@ class SteadyControl:
     Args:
         top: the target, begun, with the levels below it.
         costs: what is known of the chain; learns.
+        shares: whether the columns of the rows are shared out (`Columns`), which then decides how much each drafts.
         clock: seconds from some moment on.
 
     Attributes:
@@ -72,8 +74,16 @@ class SteadyControl:
         setup: how the chain is run now.
     """
 
-    def __init__(self, top: Verifier, costs: Costs, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        top: Verifier,
+        costs: Costs,
+        *,
+        shares: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.chain = Chain(spine(top))
+        self.columns = shared_out(top, costs.gauge) if shares else []
         self.costs = costs
         self.clock = clock
         self.decisions: list[Decision] = []
@@ -85,7 +95,6 @@ class SteadyControl:
         self.emitted = 0.0
         self._account: _Account | None = None
         self._rows = 1
-        self._reads = True
         self._reason = "start"
         self._began = clock()
         for level in self.chain.verifiers:
@@ -109,7 +118,7 @@ class SteadyControl:
         tokens = sum(emitting) / max(1, len(emitting))
         self.emitted += tokens
         self.standing.tokens += tokens
-        reads, self._reads = self._reads and emission.passed.fed > 1 + self._longest(), False
+        reads = emission.passed.fed > 1 + self._longest()
         if self._account is not None and not reads and self.setup != PLAIN:
             gain = tokens * self._plain_seconds() - seconds
             self._account.book(gain + SHARE * seconds, seconds)
@@ -123,7 +132,9 @@ class SteadyControl:
 
     def observe(self, check: Check) -> None:
         """A verifier has judged a proposal: learn the machine's pace, and acceptance."""
-        self.costs.observe(check.level, len(check.asked) * check.fed, check.seconds)
+        for columns in self.columns:
+            columns.observe(check)
+        self.costs.observe(check.level, check.columns, check.seconds)
         of_leaf = check.source == self.chain.last
         share = self.costs.leaf if of_leaf else self.costs.middle
         for drafted, accepted in zip(check.drafted, check.accepted, strict=True):
@@ -170,11 +181,12 @@ class SteadyControl:
         if len(levels) == 1:
             return PLAIN
         sizes = []
+        rows = 1 if self.columns else self._rows  # else each row's share of the columns is decided round by round
         for above, level in itertools.pairwise(levels):
             if isinstance(self.chain.levels[level], Verifier):
-                sizes.append(max(1, self.costs.block(self._rows)))
+                sizes.append(max(1, self.costs.block(rows)))
             else:
-                sizes.append(self.costs.draft(self._checks_long_drafts(above), self._rows))
+                sizes.append(self.costs.draft(self._checks_long_drafts(above), rows))
         setup = Setup(levels, tuple(sizes))
         most = None if self._account is None else self._account.most
         return setup if most is None else setup.at_most(most)
@@ -205,6 +217,8 @@ class SteadyControl:
             part.stats.sizes.append((self.emitted, size))
 
     def _plain_seconds(self) -> float:
+        if self.columns and (gauge := self.costs.gauge(0)).passes:
+            return gauge.seconds(self._rows)
         return self.costs.seconds(0, self._rows)
 
     def _longest(self) -> int:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,39 +18,36 @@ from ..host.rope import gate
 from ..levels.verifier import Verifier
 from ..telemetry.counters import Check, LevelStats
 from .desk import Desk
+from .held import Held
 from .request import Request
+from .steering import Control, Steering
 
 
 class Crew:
     """Runs requests of a desk over one chain, a fixed number at a time.
 
     Args:
-        model: the target; assistants: checked; setting: of the chain, whose `batch` is the number of seats.
+        held: target and levels, released when the thread ends.
+        setting: of the chain, whose `batch` is the number of seats.
+        steering: makes the chain's control.
         desk: where requests wait.
         max_total_tokens: that the rows with a seat may come to hold, all together; None for any number.
-        held: entered once, and left when the thread ends.
 
     Raises:
         ValueError: the levels cannot be an engine's.
     """
 
     def __init__(
-        self,
-        model: Any,
-        assistants: Sequence[Any],
-        setting: Setting,
-        desk: Desk,
-        max_total_tokens: int | None,
-        held: ExitStack,
+        self, held: Held, setting: Setting, steering: Steering, desk: Desk, max_total_tokens: int | None
     ) -> None:
-        self.model = model
-        self.assistants = list(assistants)
+        self.held = held
+        self.steering = steering
         self.setting = setting
         self.desk = desk
         self.max_total_tokens = max_total_tokens
         self.noise = RowNoise(setting.device)
         self.running: list[Request] = []
-        self._held = held
+        self._control: Control | None = None
         self._loop: DecodingLoop | None = self._new_loop()  # whatever is to be refused is refused now
         self.vocabulary = self._loop.target.vocabulary
         self.notes = [note for level in levels_of(self._loop.target) for note in level.stats.notes]
@@ -72,7 +67,7 @@ class Crew:
                 raise
         finally:
             self._drop_loop()
-            self._held.close()
+            self.held.close()
 
     def _turn(self) -> None:
         """Requests that fit join, and all go on until there is room again, or somebody asks for it."""
@@ -115,7 +110,8 @@ class Crew:
             self.noise.rows[request.place] = request.noise
         levels = levels_of(self._loop.target)
         request.begin(
-            [LevelStats(level.stats.name, level.stats.index, notes=list(level.stats.notes)) for level in levels]
+            [LevelStats(level.stats.name, level.stats.index, notes=list(level.stats.notes)) for level in levels],
+            self.held.chosen,
         )
         self._set_laws()
         if request.over:
@@ -163,19 +159,21 @@ class Crew:
         )
 
     def _new_loop(self) -> DecodingLoop:
+        self.held.renew()
+        self.steering.costs = self.held.costs
         runner = joining_runner(
-            self.model, "the target", self.setting.device, use_cache=True, reads_embeds=True, kept=1
+            self.held.target, "the target", self.setting.device, use_cache=True, reads_embeds=True, kept=1
         )
-        target = build_chain(self.model, self.assistants, self.setting, runner)
-        for level in levels_of(target)[1:]:
-            if isinstance(level, Verifier):
-                level.observer = self._observe
-        target.observer = self._observe
-        return DecodingLoop(target, RowLaws([], [], self.setting.device), gate=gate(self.model, 0))
+        target = build_chain(self.held.target, self.held.levels, self.setting, runner)
+        self._control = self.steering.over(target, self._observe)
+        laws = RowLaws([], [], self.setting.device)
+        return DecodingLoop(target, laws, control=self._control, gate=gate(self.held.target, 0))
 
     def _drop_loop(self) -> None:
         loop, self._loop = self._loop, None
         if loop is not None:
+            if self._control is not None:
+                self._control.finish()
             loop.target.end()
 
     def _observe(self, check: Check) -> None:

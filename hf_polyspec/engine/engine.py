@@ -6,24 +6,22 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 from transformers import GenerationConfig
 
 from ..defaults import require_count, require_model
-from ..generation.chain import check_assistants
-from ..generation.kernels import packed
-from ..generation.members import lent, members
 from ..generation.options import PolySpecOptions
 from ..generation.setting import Setting
 from ..host.encoded import is_encoder_decoder
 from ..host.release import inner_model, input_device
 from .crew import Crew
 from .desk import Desk
+from .held import Held
 from .prepared import prepare
 from .request import Handle, Request
+from .steering import Steering
 
 DEFAULT_SLOTS = 8
 DEFAULT_QUEUE = 1024
@@ -54,7 +52,7 @@ class Engine:
 
     Args:
         model: the target.
-        assistant_models: as for `generate()`; an empty list decodes without drafts.
+        assistant_models: as for `generate()`; an empty list decodes without drafts, "auto" takes what pays here.
         slots: texts that are written at a time, 1 or more.
         queue: requests that may wait, 1 or more.
         max_total_tokens: most tokens, prompts and new ones, that all texts with a place may come to hold together, so
@@ -83,29 +81,24 @@ class Engine:
             if value is None:
                 raise ValueError(f"{name} must be a whole number of at least 1, got None.")
         require_count("max_total_tokens", max_total_tokens)
-        if isinstance(assistant_models, str):
-            raise TypeError(f"an Engine is given its levels as a list, got {assistant_models!r}; name them one by one.")
         self.model = inner_model(model)
         self.tokenizer = tokenizer
         self.slots = slots
         self.max_total_tokens = max_total_tokens
-        self.options = _options(self.model, options)
+        _check_options(options)
         self._serial = itertools.count()
         self._desk = Desk(queue)
-        given = members(self.model, list(assistant_models) if isinstance(assistant_models, tuple) else assistant_models)
         if is_encoder_decoder(self.model):
             raise ValueError("the target has an encoder, which an Engine does not serve; use generate().")
-        assistants = check_assistants(self.model, given)
+        held = Held(self.model, assistant_models, options)
+        self.options = held.options
         device = input_device(self.model)
-        config = self.model.generation_config
-        ends = config.eos_token_id
+        ends = self.model.generation_config.eos_token_id
         eos = frozenset() if ends is None else frozenset(ends if isinstance(ends, (list, tuple)) else [int(ends)])
-        setting = Setting(self.options, device, eos, 0, slots, joins=True)
-        held = ExitStack()
+        setting = Setting(held.options, device, eos, 0, slots, joins=True)
+        steering = Steering(held.options, device, held.costs, fixed=options.get("polyspec_control") == "fixed")
         try:
-            own = held.enter_context(lent(assistants))
-            held.enter_context(packed(own if self.options.polyspec_pack else [], self.model))
-            self._crew = Crew(self.model, own, setting, self._desk, max_total_tokens, held)
+            self._crew = Crew(held, setting, steering, self._desk, max_total_tokens)
         except BaseException:
             held.close()
             raise
@@ -202,11 +195,11 @@ def _end(desk: Desk, thread: threading.Thread) -> None:
         thread.join(_PATIENCE)
 
 
-def _options(model: Any, given: dict[str, Any]) -> PolySpecOptions:
-    """The options of the chain.
+def _check_options(given: dict[str, Any]) -> None:
+    """Refuse what is no option of a chain.
 
     Raises:
-        TypeError: no option; ValueError: one of a single request, or out of range.
+        TypeError: no option; ValueError: one of a single request.
     """
     names = PolySpecOptions.names()
     unknown = next((name for name in given if name not in names), None)
@@ -214,7 +207,3 @@ def _options(model: Any, given: dict[str, Any]) -> PolySpecOptions:
         raise TypeError(f"Engine() got {unknown!r}, which is no option of a chain; options of a text go to submit().")
     if given.get("polyspec_seed") is not None:
         raise ValueError("polyspec_seed belongs to one text: give it to submit().")
-    options = PolySpecOptions.read(given, model.generation_config)
-    if options.polyspec_control == "online":
-        raise ValueError('polyspec_control="online" steers the rows of one call; leave it out of an Engine.')
-    return replace(options, polyspec_seed=None)

@@ -164,6 +164,7 @@ class Request(Course):
         self.handle = handle
         self.failed = False
         self.levels: list[LevelStats] = []
+        self.chosen: str | None = None
         self.started_at: float | None = None
         self.chances: Chances | None = None
         own: SharedNoise | None = None
@@ -199,10 +200,11 @@ class Request(Course):
         """Whether nothing more is to be done for it."""
         return self.failed or self.handle.done()
 
-    def begin(self, levels: list[LevelStats]) -> None:
-        """It has a seat now; its statistics are kept in these."""
+    def begin(self, levels: list[LevelStats], chosen: str | None = None) -> None:
+        """It has a seat now; its statistics are kept in these, with what "auto" chose and why."""
         self.started_at = time.perf_counter()
         self.levels = levels
+        self.chosen = chosen
         if self.streamer is not None:
             try:
                 self.streamer.put(torch.tensor([self.prepared.ids]))
@@ -236,7 +238,13 @@ class Request(Course):
         seconds = 0.0 if self.started_at is None else time.perf_counter() - self.started_at
         holds = None if self.chances is None else self.chances.holds
         return PolySpecStats(
-            self.levels, [list(row.origins)], len(row.origins), seconds, bias=[row.bias], seed_holds=holds
+            self.levels,
+            [list(row.origins)],
+            len(row.origins),
+            seconds,
+            bias=[row.bias],
+            seed_holds=holds,
+            chosen=self.chosen,
         )
 
     def _record(self, emission: Emission) -> None:

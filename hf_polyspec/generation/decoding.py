@@ -256,7 +256,8 @@ class _Job:
             drawn = self.chances.randomness, self.chances.noise
             self.law = LawMaker(self.law.processors, True, self.device, *drawn, self.stopping.eos)
         if self.costs is not None and len(levels_of(chain)) > 1:
-            self.control = SteadyControl(chain, self.costs)
+            shares = self.context.batch > 1 and not meeting.ranks.in_step
+            self.control = SteadyControl(chain, self.costs, shares=shares)
         elif self.options.polyspec_control == "online" and meeting.ranks.leads and len(levels_of(chain)) > 1:
             self.control = OnlineControl(
                 chain, mode=(self.law.do_sample, self.config.temperature, self.options.couples)

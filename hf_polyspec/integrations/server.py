@@ -39,7 +39,7 @@ class ChainServer:
         options: of `generate()`, for every request: sizes of the chain, a plan.
         host: where to listen; the default can be reached from this machine alone. port: 0 for any that is free.
         slots: requests that run at a time, in rows of one batch (`hf_polyspec.Engine`). What an engine does not serve
-            (the online control, models that read a batch in step) runs one after the other, which the log says.
+            (models that read a batch in step, say) runs one after the other, which the log says.
         cors: whether pages of any origin may ask.
 
     Attributes:

@@ -39,6 +39,8 @@ class Drafter(ABC):
     """Entries of the `hidden_states` of the level above that `watch` reads; the others are not kept."""
     grows_trees: bool = False
     """Whether `propose_tree` ever offers something."""
+    tells_chances: bool = False
+    """Whether proposals are made without drawing, and say how likely they are (`Proposal.chances`)."""
     shares_noise: bool = False
     """Whether all chances of a draft come from `law.choose` and `law.race`, or none are taken. While others draft,
     torch's default generator is lent to them, and stands where it stood when they are done."""

@@ -89,6 +89,14 @@ class _Row(FollowedText):
             self.expected += 1 - again / (followed + escape(length))
         self.rejected += kept < min(proposed, len(self.draft))
 
+    def chances(self, count: int) -> list[float]:
+        """The chance that the last draft is accepted up to each of its first `count` tokens."""
+        found, reached, doubt = [], 1.0, self.doubt
+        for again, followed, length in self.draft[:count]:
+            reached *= again / (followed + doubt * escape(length))
+            found.append(reached)
+        return found
+
     def search(self, ids: list[int], corpus: _Corpus) -> None:
         """Bring everything to `ids`; the corpus is locked."""
         shared = self.follow(ids)
@@ -131,6 +139,7 @@ class SuffixDrafter(Drafter):
 
     name = "suffix"
     shares_noise = True
+    tells_chances = True
 
     def __init__(
         self,
@@ -201,7 +210,8 @@ class SuffixDrafter(Drafter):
                     for b, row in enumerate(self._rows)
                 ]
         self.stats.drafted += sum(len(row) for row in tokens)
-        return Proposal(tokens, None, [[self.index] * len(row) for row in tokens])
+        chances = [row.chances(len(own)) for row, own in zip(self._rows, tokens, strict=True)]
+        return Proposal(tokens, None, [[self.index] * len(row) for row in tokens], chances)
 
     def observe(self, drafted: list[int], accepted: list[int]) -> None:
         self._check_rows(len(drafted) == len(self._rows))

@@ -76,15 +76,31 @@ def written(engine: Engine, wanted: list[tuple[list[int], int, dict[str, Any]]])
 NAMES = ["none", "a model", "a middle and a model", "a middle and suffixes", "a head"]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "a middle and a head beside suffixes"])
-def test_mixed_requests_over_three_slots(target: Any, chains: Any, texts: list[torch.Tensor], name: str) -> None:
-    with Engine(target, chains[name], slots=3) as engine:
+STEERED: dict[str, dict[str, Any]] = {
+    "shared": {},  # columns go where they pay, which the clock says
+    "fixed": {"polyspec_control": "fixed"},
+    "online": {"polyspec_control": "online"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "control"),
+    [
+        *((name, control) for name in NAMES for control in ("shared", "fixed")),
+        ("a middle and a model", "online"),
+        ("a middle and a head beside suffixes", "shared"),
+    ],
+)
+def test_mixed_requests_over_three_slots(
+    target: Any, chains: Any, texts: list[torch.Tensor], name: str, control: str
+) -> None:
+    with Engine(target, chains[name], slots=3, **STEERED[control]) as engine:
         for found, text in zip(written(engine, requests(20)), texts, strict=True):
             assert torch.equal(found, text)
 
 
 def test_trees(target: Any, chains: Any, texts: list[torch.Tensor]) -> None:
-    with Engine(target, chains["a head"], slots=3, polyspec_tree_tokens=8) as engine:
+    with Engine(target, chains["a head"], slots=3, polyspec_tree_tokens=8, **STEERED["fixed"]) as engine:
         handle = engine.submit([3, 4], max_new_tokens=20, do_sample=False, eos_token_id=None)
         for found, text in zip(written(engine, requests(12)), texts, strict=False):
             assert torch.equal(found, text)
@@ -140,7 +156,7 @@ def test_a_greedy_row_is_drafted_for_as_alone(
         return offered
 
     monkeypatch.setattr(drafter, method, noted)
-    with Engine(target, chains[name], slots=2, **options) as engine:
+    with Engine(target, chains[name], slots=2, **options, **STEERED["fixed"]) as engine:
         request: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
         engine.submit([3, 4], **request).result(60)
         alone, seen = seen.copy(), {}

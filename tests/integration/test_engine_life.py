@@ -397,7 +397,7 @@ def test_an_unseeded_request_draws_its_seed_when_it_is_submitted(target: Any, dr
 
 def test_statistics_are_a_requests_own(target: Any) -> None:
     right = noisy(target, 0.0)
-    with Engine(target, [right], slots=2, num_assistant_tokens=4) as engine:
+    with Engine(target, [right], slots=2, num_assistant_tokens=4, polyspec_control="fixed") as engine:
         long, short = engine.submit(PROMPT, **LONG), engine.submit([4, 5], max_new_tokens=1, do_sample=False)
         output = engine.submit(PROMPT, return_dict_in_generate=True, output_scores=True, **SHORT).result(60)
         long.result(60)
@@ -465,10 +465,9 @@ def engine(target: Any) -> Any:
         ({"queue": None}, "queue must be"),
         ({"max_total_tokens": 0}, "max_total_tokens must be"),
         ({"polyspec_seed": 3}, "polyspec_seed belongs to one text"),
-        ({"polyspec_control": "online"}, "steers the rows of one call"),
         ({"temperature": 3}, "no option of a chain"),
         ({"assistant_models": [3]}, r"assistant_models\[0\]"),
-        ({"assistant_models": "auto"}, "an Engine is given its levels as a list, got 'auto'"),
+        ({"assistant_models": "int8"}, "an Engine is given its levels as a list, got 'int8'"),
     ],
 )
 def test_engines_that_cannot_be(target: Any, given: dict[str, Any], words: str) -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -24,13 +25,12 @@ from tiny_checkpoints import byte_tokenizer
 from typer.testing import CliRunner
 
 import hf_polyspec
-from hf_polyspec import SuffixDrafter
+from hf_polyspec import Drafter, SuffixDrafter
 from hf_polyspec.cli import app, serve
 from hf_polyspec.exactness.context import Context
 from hf_polyspec.exactness.proposal import Proposal
 from hf_polyspec.host import serving
 from hf_polyspec.integrations import server as server_module
-from hf_polyspec.integrations import turns
 from hf_polyspec.integrations.prometheus import Metrics
 from hf_polyspec.integrations.server import ChainServer
 
@@ -51,14 +51,22 @@ def small(model: Any) -> Any:
     return tiny_models.noisy(model, 0.03)
 
 
-TOGETHER: dict[str, Any] = {}
-IN_TURN = {"polyspec_control": "online"}
-"""What an engine does not serve."""
+class Leaving(SuffixDrafter):
+    """Follows rows that leave and none that join, which an engine does not serve."""
+
+    add_rows = Drafter.add_rows
+
+    def keep_rows(self, rows: list[int]) -> None:
+        super().keep_rows(rows)
+
+
+TOGETHER: type[SuffixDrafter] = SuffixDrafter
+IN_TURN = Leaving
 
 
 @pytest.fixture(scope="module", params=[TOGETHER, IN_TURN], ids=["together", "in turn"])
 def server(model: Any, small: Any, request: pytest.FixtureRequest) -> Iterator[ChainServer]:
-    with ChainServer(model, TOKENIZER, [small, "suffix"], name="tiny", port=0, options=request.param) as started:
+    with ChainServer(model, TOKENIZER, [small, request.param()], name="tiny", port=0) as started:
         yield started
 
 
@@ -197,14 +205,15 @@ class Slow(SuffixDrafter):
 
 @pytest.fixture(params=["together", "in turn"])
 def slow(model: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ChainServer]:
-    """One request at a time, in either way. (The online control would not ask this drafter again.)"""
+    """One request at a time, in either way. (A control would not ask this drafter again.)"""
 
     def refused(*_: Any, **__: Any) -> None:
         raise ValueError("none today.")
 
     if request.param == "in turn":
         monkeypatch.setattr(server_module, "Together", refused)
-    with ChainServer(model, TOKENIZER, [Slow()], name="tiny", port=0, slots=1) as started:
+    fixed = {"polyspec_control": "fixed"}
+    with ChainServer(model, TOKENIZER, [Slow()], name="tiny", port=0, slots=1, options=fixed) as started:
         yield started
 
 
@@ -354,30 +363,18 @@ def test_nobody_else_can_reach_it_unless_told(model: Any, caplog: pytest.LogCapt
 
 def test_what_an_engine_does_not_serve_runs_in_turn_and_is_logged(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "hf_polyspec.serve")
-    with ChainServer(model, TOKENIZER, ["suffix"], name="tiny", port=0, options=IN_TURN):
-        assert "one after the other (polyspec_control" in caplog.text
+    with ChainServer(model, TOKENIZER, [IN_TURN()], name="tiny", port=0):
+        assert "one after the other (assistant_models[0] (suffix) follows rows that leave" in caplog.text
 
 
-@pytest.mark.parametrize(("given", "seen"), [("suffix", 1), ("auto", "auto"), (["auto"], "auto")])
-def test_a_name_is_a_list_of_one(model: Any, given: Any, seen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    def answers(model: Any, assistant_models: Any, streamer: Any, input_ids: torch.Tensor, **rest: Any) -> Any:
-        asked.append(assistant_models)
-        return hf_polyspec.generate(model, assistant_models=[], streamer=streamer, input_ids=input_ids, **rest)
-
-    # "auto" would measure first.
-    monkeypatch.setattr(turns, "generate", answers)
+@pytest.mark.parametrize("given", ["suffix", "auto", ["auto"]])
+def test_a_name_is_a_list_of_one(model: Any, given: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # "auto" measures, and keeps what it found
     with ChainServer(model, TOKENIZER, given, name="tiny", port=0) as server, ask(server) as client:
         text = client.chat.completions.create(**FOR_ONE, max_tokens=8).choices[0].message.content
         how = server._how
     assert text == plain(model, "abcabcabc", 8)
-    if seen == "auto":
-        assert asked == [["auto"]]
-        assert how.startswith("one after the other")
-    else:
-        assert not asked
-        assert how == "up to 8 at a time"
+    assert how == "up to 8 at a time"
 
 
 def test_a_server_that_is_full_says_so(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows of a batch are worth how many drafted columns: by expected gain over the seconds of a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+LEAST = 0.02
+"""Chances below this are no columns that anybody would pay for."""
+_SAME = 1 + 1e-9
+
+
+def allotted(
+    chances: Sequence[Sequence[float]],
+    seconds: Callable[[float], float],
+    rows: int,
+    *,
+    depth_seconds: float = 0.0,
+    rectangular: bool = False,
+) -> list[int]:
+    """How many tokens each row is to draft, so that a pass emits the most tokens a second.
+
+    A row emits one token and those of its draft that are accepted, so `n` columns beyond one a row emit `rows` tokens
+    and the sum of their chances, in `seconds(rows + n)`. Of all columns the likeliest are taken, as many as maximise
+    that quotient; where none raises it, none is.
+
+    Args:
+        chances: per row, the chance that its draft's tokens are accepted up to each; what rises is cut to what is
+            before it.
+        seconds: of a pass over so many columns, all rows together.
+        rows: that the pass reads in any case, those without chances included, 1 or more.
+        depth_seconds: for every token of the longest draft, where a drafter draws one after another.
+        rectangular: whether all rows are computed as wide as the widest.
+
+    Returns:
+        Tokens for every row, 0 or more and at most as many as it has chances.
+    """
+    falling = [_falling(row) for row in chances]
+    deepest = max(map(len, falling), default=0)
+    best, found = rows / seconds(rows), [0] * len(falling)
+    if rectangular:
+        gain = 0.0
+        for depth in range(1, deepest + 1):
+            gain += sum(row[depth - 1] for row in falling if len(row) >= depth)
+            rate = (rows + gain) / (seconds(rows * (1 + depth)) + depth * depth_seconds)
+            if rate > best * _SAME:
+                best, found = rate, [min(depth, len(row)) for row in falling]
+        return found
+    columns = sorted(
+        ((-chance, depth, row) for row, own in enumerate(falling) for depth, chance in enumerate(own, 1)),
+    )
+    times = [seconds(rows + count) for count in range(1, len(columns) + 1)]
+    # Where depth costs nothing by itself, the likeliest columns are the best of any number.
+    for most in range(1, deepest + 1) if depth_seconds else [deepest]:
+        rate, number = _best_number([column for column in columns if column[1] <= most], times, rows, depth_seconds)
+        if rate > best * _SAME:
+            best, found = rate, [0] * len(falling)
+            for _, depth, row in [column for column in columns if column[1] <= most][:number]:
+                found[row] = depth
+    return found
+
+
+def _best_number(
+    columns: Sequence[tuple[float, int, int]], times: Sequence[float], rows: int, depth_seconds: float
+) -> tuple[float, int]:
+    """The highest rate of tokens that the first so many columns bring, and how many they are."""
+    best, number, gain, deepest = 0.0, 0, 0.0, 0
+    for count, ((chance, depth, _), time) in enumerate(zip(columns, times, strict=False), 1):
+        gain -= chance
+        deepest = max(deepest, depth)
+        rate = (rows + gain) / (time + deepest * depth_seconds)
+        if rate > best * _SAME:
+            best, number = rate, count
+    return best, number
+
+
+def _falling(chances: Sequence[float]) -> list[float]:
+    found: list[float] = []
+    for chance in chances:
+        chance = min(chance, found[-1]) if found else min(1.0, chance)
+        if chance < LEAST:
+            break
+        found.append(chance)
+    return found

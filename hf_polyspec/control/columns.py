@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the columns of a batch go: every round, each row drafts as much as pays, all rows weighed against each other.
+
+A `Columns` stands between a verifier and the level below it. What it grants a row follows from rounds that are over:
+the seconds of passes by their columns, and how the rows' drafts have fared (law 2). A draft that nobody drew may be
+looked at: it follows from the text, and so its length may follow from how likely it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+
+from ..exactness.context import Context
+from ..exactness.distributions import LawMaker
+from ..exactness.proposal import Proposal, TreeProposal
+from ..levels.base import Drafter
+from ..levels.eagle import EagleDrafter
+from ..levels.sequential import SequentialDrafter
+from ..levels.verifier import NoDraft, Verifier
+from ..telemetry.counters import Check
+from .allotment import allotted
+from .pass_seconds import PassSeconds
+from .row_rates import RowRates
+
+SHARE = 0.01
+"""Of the time, what may go into drafts that are not expected to pay."""
+LONGEST = 24
+"""Most tokens of a row's draft, where the drafter sets no end."""
+PATIENCE = 8
+"""Rounds that a row waits, at least, before what did not pay is tried again."""
+NEWEST = 0.25
+_IDLE = 4.0
+"""Passes after which a pause is no time of this chain."""
+
+
+@dataclass
+class _Source:
+    """What is known of one level below.
+
+    Attributes:
+        rates: acceptance by row.
+        seconds: of a draft, by token of the longest (of a tree, by node; where chances are told, as a whole); None
+            before one was timed.
+        gain: seconds that a round of drafts wins, expected of late, where chances are told.
+        tried: by row, the turn of its last draft; known: rows that it has read.
+    """
+
+    rates: RowRates = field(default_factory=RowRates)
+    seconds: float | None = None
+    gain: float = 0.0
+    tried: dict[int, int] = field(default_factory=dict)
+    known: set[int] = field(default_factory=set)
+
+    def time(self, seconds: float) -> None:
+        """A draft took so long."""
+        if self.seconds is None:
+            self.seconds = seconds
+        else:
+            self.seconds += NEWEST * (min(3 * self.seconds, seconds) - self.seconds)
+
+
+class Columns:
+    """Decides for one verifier how much each row drafts.
+
+    Args:
+        level: asks through this from now on.
+        seconds: of its passes; learns.
+    """
+
+    def __init__(self, level: Verifier, seconds: PassSeconds) -> None:
+        self.level = level
+        self.seconds = seconds
+        self._ask, self._ask_for_tree = level.ask, level.ask_for_tree
+        level.ask, level.ask_for_tree = self.ask, self.ask_for_tree
+        self._sources: dict[int, _Source] = {}
+        self._places: Sequence[int] = ()
+        self._turn = 0
+        self._credit = 0.0
+        self._asked_at: float | None = None
+        self._nothing = False
+        self._fresh = False
+
+    # What the verifier calls
+
+    def ask(
+        self, source: Drafter, context: Context, rooms: list[int], law: LawMaker, vocabulary: int, eos: Collection[int]
+    ) -> Proposal:
+        """See `asking.ask`; rows that are to draft nothing are offered nothing, and where none is, nobody is asked."""
+        nothing, self._nothing = self._nothing, False
+        self._places = context.places
+        if isinstance(source, NoDraft) or not any(rooms):
+            return self._ask(source, context, rooms, law, vocabulary, eos)
+        if nothing:
+            return _empty(context)
+        known = self._begin(source, context, rooms)
+        tells = source.tells_chances
+        wanted = rooms if tells else self._granted(source, known, rooms)
+        if not any(wanted) or (tells and not self._may_look(known)):
+            return _empty(context)
+        began = self.level.stats.clock()
+        offered = self._ask(source, context, wanted, law, vocabulary, eos)
+        if tells:
+            offered = self._cut(source, known, rooms, offered)
+        self._time(known, began, 1 if tells else offered.width)
+        return offered
+
+    def ask_for_tree(
+        self, source: Drafter, context: Context, rooms: list[int], law: LawMaker, vocabulary: int
+    ) -> TreeProposal | None:
+        """See `asking.ask_for_tree`: a row grows a tree or none."""
+        nodes = _nodes(source)
+        self._places = context.places
+        if not nodes or not source.grows_trees or not any(rooms):
+            return self._ask_for_tree(source, context, rooms, law, vocabulary)
+        known = self._begin(source, context, rooms)
+        self._nothing = not any(wanted := self._granted(source, known, rooms, nodes))
+        if self._nothing:
+            return None
+        began = self.level.stats.clock()
+        tree = self._ask_for_tree(source, context, wanted, law, vocabulary)
+        self._time(known, began, nodes if tree else 0)
+        return tree
+
+    def observe(self, check: Check) -> None:
+        """A check of this verifier is over: learn what it cost, and how the rows' drafts have fared."""
+        if check.level != self.level.index:
+            return
+        drafted = check.nodes or check.drafted
+        if check.columns and check.columns <= sum(drafted) + len(check.asked):  # else a prompt was read as well
+            self.seconds.add(check.columns, check.seconds)
+        known = self._sources.get(-1 if check.source is None else check.source)
+        if known is None:
+            return
+        for place, count, accepted in zip(self._places, check.drafted, check.accepted, strict=True):
+            if count:
+                known.rates.add(place, count, accepted)
+
+    # How much each row drafts
+
+    def _begin(self, source: Drafter, context: Context, rooms: list[int]) -> _Source:
+        """A round begins; what is known of the level that is to draft."""
+        known = self._sources.setdefault(source.index, _Source())
+        now = self.level.stats.clock()
+        elapsed = 0.0 if self._asked_at is None else now - self._asked_at
+        one = self.seconds.seconds(len(rooms))
+        self._credit = min(2 * one, self._credit + SHARE * min(elapsed, _IDLE * one))
+        self._asked_at, self._turn = now, self._turn + 1
+        going = {place for place, room in zip(context.places, rooms, strict=True) if room}
+        self._fresh = not going <= known.known
+        known.known = {place for place in known.known if place in set(context.places)} | going
+        known.rates.keep(known.known)
+        for place in going:
+            known.tried.setdefault(place, self._turn)
+        known.tried = {place: turn for place, turn in known.tried.items() if place in known.known}
+        return known
+
+    def _granted(self, source: Drafter, known: _Source, rooms: list[int], nodes: int = 0) -> list[int]:
+        """Tokens of every row's draft, before there is one; of trees, the room of rows that grow one."""
+        chances = [known.rates.chances(p, _most(source, r)) for p, r in zip(self._places, rooms, strict=True)]
+        if nodes:
+            chances = [[sum(row) / nodes] * nodes if row else [] for row in chances]
+        rows = sum(room > 0 for room in rooms)
+        wanted = self._allotted(chances, rows, known.seconds or 0.0)
+        if nodes:
+            wanted = [room if 2 * count >= nodes else 0 for count, room in zip(wanted, rooms, strict=True)]
+        column = self.seconds.seconds(rows + 1) - self.seconds.seconds(rows)
+        cost = max(1, nodes) * column
+        costs = cost + (0.0 if any(wanted) else max(1, nodes) * (known.seconds or 0.0))
+        due = [b for b, room in enumerate(rooms) if room and not wanted[b] and self._is_due(known, b)]
+        for b in sorted(due, key=lambda b: known.tried[self._places[b]]):
+            if costs > self._credit:
+                break
+            self._credit -= costs
+            wanted[b], costs = rooms[b] if nodes else 1, cost
+        for place, count in zip(self._places, wanted, strict=True):
+            if count:
+                known.tried[place] = self._turn
+        return wanted
+
+    def _is_due(self, known: _Source, row: int) -> bool:
+        return self._turn - known.tried[self._places[row]] >= PATIENCE
+
+    def _may_look(self, known: _Source) -> bool:
+        """Whether to ask a level that tells its drafts' chances: what it wins pays for it, or has to be found out."""
+        seconds = known.seconds or 0.0
+        if known.gain >= seconds or self._turn <= PATIENCE:
+            return True
+        if self._credit < seconds:
+            return False
+        self._credit -= seconds
+        return True
+
+    def _cut(self, source: Drafter, known: _Source, rooms: list[int], offered: Proposal) -> Proposal:
+        """The columns of a draft that nobody drew which are worth their seconds."""
+        if offered.q is not None or not offered.chances:
+            return offered
+        rows = max(1, sum(room > 0 for room in rooms))
+        chances = [row[: len(own)] for row, own in zip(offered.chances, offered.tokens, strict=True)]
+        wanted = self._allotted(chances, rows, 0.0)
+        plain = self.seconds.seconds(rows)
+        expected = sum(sum(row[:count]) for row, count in zip(chances, wanted, strict=True))
+        gain = expected * plain / rows - (self._pass_seconds(rows, wanted) - plain)
+        known.gain += NEWEST / 2 * (gain - known.gain)
+        left = sum(len(own) - count for own, count in zip(offered.tokens, wanted, strict=True))
+        source.stats.drafted -= left
+        if not left:
+            return offered
+        tokens = [row[:count] for row, count in zip(offered.tokens, wanted, strict=True)]
+        origins = [row[:count] for row, count in zip(offered.origins, wanted, strict=True)]
+        return replace(offered, tokens=tokens, origins=origins)
+
+    def _allotted(self, chances: Sequence[Sequence[float]], rows: int, depth_seconds: float) -> list[int]:
+        wide = rows > 1 and not self.level.runner.own_rows
+        return allotted(chances, self.seconds.seconds, rows, depth_seconds=depth_seconds, rectangular=wide)
+
+    def _pass_seconds(self, rows: int, wanted: Sequence[int]) -> float:
+        if self.level.runner.own_rows:
+            return self.seconds.seconds(rows + sum(wanted))
+        return self.seconds.seconds(rows * (1 + max(wanted)))
+
+    def _time(self, known: _Source, began: float, size: int) -> None:
+        """A draft is over; one for which a text was read is no measure of others."""
+        if size and not self._fresh:
+            known.time((self.level.stats.clock() - began) / size)
+
+
+def _nodes(source: Drafter) -> int:
+    """Of a tree that a level offers; a drafter of several parts grows its head's."""
+    head = getattr(source, "head", source)
+    return head.tree_tokens if isinstance(head, EagleDrafter) else 0
+
+
+def _most(source: Drafter, room: int) -> int:
+    """Tokens of a row's draft that are thought about."""
+    if isinstance(source, Verifier):
+        return min(room, source.block_size)
+    if isinstance(source, EagleDrafter) and source.tree_tokens:
+        return min(room, max(source.tree_depth, source.draft_tokens))
+    return min(room, source.draft_tokens if isinstance(source, SequentialDrafter) else LONGEST)
+
+
+def _empty(context: Context) -> Proposal:
+    return Proposal([[] for _ in context.ids], None, [[] for _ in context.ids])

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows get how many columns: the most tokens a second of all choices, from what passes cost, or none."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from clockwork import Clock, ClockedDrafter, ClockedRunner, Run
+
+from hf_polyspec.control import Costs, PassSeconds, SteadyControl
+from hf_polyspec.control.allotment import LEAST, allotted
+from hf_polyspec.control.columns import Columns
+from hf_polyspec.control.row_rates import RowRates
+from hf_polyspec.exactness.context import Context, Prompt
+from hf_polyspec.exactness.distributions import LawMaker
+from hf_polyspec.levels.suffix import SuffixDrafter
+from hf_polyspec.levels.verifier import Verifier
+
+Seconds = Callable[[float], float]
+
+
+def straight(fixed: float, column: float) -> Seconds:
+    return lambda columns: fixed + column * columns
+
+
+def stepped(columns: float) -> float:
+    """Flat to 12 columns, as a small model's passes are on a CPU."""
+    return 15.0 + 0.8 * max(0.0, columns - 12)
+
+
+def rate(chances: list[list[float]], counts: list[int], seconds: Seconds, rows: int, depth_seconds: float) -> float:
+    gain = sum(sum(row[:count]) for row, count in zip(chances, counts, strict=True))
+    return (rows + gain) / (seconds(rows + sum(counts)) + max(counts, default=0) * depth_seconds)
+
+
+def some_chances(dice: random.Random, rows: int) -> list[list[float]]:
+    found = []
+    for _ in range(rows):
+        reached, row = 1.0, []
+        for _ in range(dice.randint(0, 3)):
+            reached *= dice.choice([0.1, 0.5, 0.8, 0.95, 1.0])
+            row.append(reached)
+        found.append([chance for chance in row if chance >= LEAST])
+    return found
+
+
+@pytest.mark.parametrize("seconds", [straight(10, 0.1), straight(10, 1.0), straight(0, 1.0), stepped])
+@pytest.mark.parametrize("depth_seconds", [0.0, 3.0])
+def test_no_other_choice_is_quicker(seconds: Seconds, depth_seconds: float) -> None:
+    dice = random.Random(5)
+    drafted = 0
+    for _ in range(40):
+        chances = some_chances(dice, rows := dice.randint(1, 4))
+        chosen = allotted(chances, seconds, rows, depth_seconds=depth_seconds)
+        every = itertools.product(*(range(len(row) + 1) for row in chances))
+        best = max(rate(chances, list(counts), seconds, rows, depth_seconds) for counts in every)
+        assert rate(chances, chosen, seconds, rows, depth_seconds) == pytest.approx(best, rel=1e-9)
+        drafted += sum(chosen)
+    assert drafted or seconds(2) == 2 * seconds(1)
+
+
+def test_a_rectangle_is_as_wide_for_all() -> None:
+    chances = [[0.9, 0.8, 0.7], [0.9], []]
+    assert allotted(chances, straight(10, 0.01), 3, rectangular=True) == [3, 1, 0]
+    # Two columns more for each of three rows, of which two are computed for nothing.
+    assert allotted(chances, straight(10, 6.0), 3, rectangular=True) == [0, 0, 0]
+    assert allotted(chances, straight(10, 6.0), 3) == [2, 1, 0]
+
+
+def test_what_does_not_pay_is_not_drafted() -> None:
+    assert allotted([[0.4, 0.2]] * 16, straight(0, 1.0), 16) == [0] * 16  # a column costs a token
+    assert allotted([[], []], stepped, 2) == [0, 0]
+    assert allotted([[0.99] * 8], straight(10, 0.1), 1, depth_seconds=20.0) == [0]
+    assert allotted([[LEAST / 2]], straight(10, 0.0), 1) == [0]
+
+
+def test_columns_that_cost_nothing_go_to_the_likeliest_rows() -> None:
+    chances = [[0.1], [0.9, 0.8], [0.5]]
+    found = allotted([*chances, *[[] for _ in range(6)]], lambda columns: 10 if columns <= 12 else 100, 9)
+    assert found[:3] == [0, 2, 1]
+
+
+def test_dearer_columns_are_never_more() -> None:
+    dice = random.Random(3)
+    for _ in range(50):
+        chances = some_chances(dice, 4)
+        counts = [sum(allotted(chances, straight(10, cost), 4)) for cost in (0.01, 0.1, 0.5, 1, 3, 10)]
+        assert counts == sorted(counts, reverse=True)
+
+
+def noised(dice: random.Random, seconds: float) -> float:
+    """A busy machine: now and then a pass takes much longer."""
+    return seconds * (dice.uniform(1, 1.2) if dice.random() < 0.9 else dice.uniform(2, 10))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_cost_of_a_column_is_found(known: bool) -> None:
+    """A machine three times as slow as in the profile, where columns cost twice as much of a pass."""
+    dice = random.Random(1)
+    shape = straight(10, 0.5)
+    gauge = PassSeconds(shape if known else None)
+    for _ in range(200):
+        columns = dice.choice([8, 8, 8, 10, 13, 20, 30])
+        gauge.add(columns, noised(dice, 30 + 3.0 * columns))
+    for columns in (8, 16, 32):
+        assert gauge.seconds(columns) == pytest.approx(1.1 * (30 + 3.0 * columns), rel=0.12)
+    assert gauge.seconds(30) - gauge.seconds(8) == pytest.approx(1.1 * 3.0 * 22, rel=0.3)
+
+
+def test_passes_of_one_size_leave_what_is_expected_of_others() -> None:
+    gauge = PassSeconds(straight(10, 0.5))
+    for _ in range(300):
+        gauge.add(8, 28.0)  # twice as slow
+    assert gauge.seconds(8) == pytest.approx(28.0, rel=0.01)
+    assert gauge.seconds(24) == pytest.approx(44.0, rel=0.03)
+
+
+def test_columns_never_win_time() -> None:
+    gauge = PassSeconds()
+    for columns in (32, 8) * 20:
+        gauge.add(columns, 40.0 - columns)
+    assert gauge.seconds(64) >= gauge.seconds(8) > 0
+
+
+def test_devices_differ_in_what_is_expected() -> None:
+    one, other = PassSeconds(device=torch.device("cpu")), PassSeconds(device=torch.device("meta"))
+    one.add(1, 1.0)
+    other.add(1, 1.0)
+    assert one.seconds(32) > 1.5 > 1.2 > other.seconds(32)
+
+
+def test_rows_have_rates_of_their_own() -> None:
+    rates = RowRates()
+    for _ in range(12):
+        rates.add(0, 4, 4)
+        rates.add(1, 4, 0)
+    good, bad, new = rates.chances(0, 6), rates.chances(1, 6), rates.chances(2, 6)
+    assert good == sorted(good, reverse=True)
+    assert len(good) == 6
+    assert good[3] > 0.6
+    assert bad[0] < 0.3
+    assert good[0] > new[0] > bad[0], "a row that has just joined is like the others"
+
+
+def test_a_row_whose_text_changes_is_seen() -> None:
+    rates = RowRates()
+    for _ in range(40):
+        rates.add(0, 3, 3)
+    before = rates.chances(0, 3)[2]
+    for _ in range(12):
+        rates.add(0, 3, 0)
+    assert before > 0.8
+    assert rates.chances(0, 1)[0] < 0.5
+
+
+def test_rows_that_have_left_are_forgotten() -> None:
+    rates = RowRates()
+    rates.add(0, 1, 0)
+    rates.add(1, 1, 1)
+    rates.keep({1})
+    assert set(rates._rows) == {1}
+
+
+# With levels
+
+
+def pass_seconds(columns: float) -> float:
+    return 1 + 0.03 * (columns - 1)
+
+
+def generated(right: float, rows: int, tokens: int, draft_seconds: float = 0.0) -> tuple[float, ClockedDrafter]:
+    """Seconds of a batch under "auto", in those of the target alone."""
+    clock = Clock()
+    drafter = ClockedDrafter(clock, lambda: draft_seconds, lambda: right)
+    runner = ClockedRunner(clock, pass_seconds, lambda: 1.0, 4)
+    top = Verifier(runner, drafter, name="target")
+    costs = Costs([[[columns, pass_seconds(columns)] for columns in (1, 2, 4, 8, 16, 32)]], 0.9)
+    run = Run(
+        clock,
+        top,
+        tokens,
+        prompt=1,
+        rows=rows,
+        control=lambda top, clock: SteadyControl(top, costs, shares=True, clock=clock),
+    )
+    return run.seconds / (tokens * pass_seconds(rows)), drafter
+
+
+@pytest.mark.parametrize("rows", [4, 16])
+@pytest.mark.parametrize("draft_seconds", [0.0, 0.1])
+def test_a_batch_in_which_nothing_is_right_loses_little(rows: int, draft_seconds: float) -> None:
+    share, drafter = generated(0.0, rows, 128, draft_seconds)
+    assert share <= 1.03
+    assert len(drafter.asked) < 16
+
+
+def test_a_batch_wins_where_drafts_are_right() -> None:
+    assert generated(0.95, 4, 128)[0] < 0.6
+    # A pass over 16 rows of two tokens takes 1.33 of one over 16: hardly anything is to be won, and nothing lost.
+    assert generated(0.6, 16, 128)[0] <= 1.03
+
+
+def test_a_draft_that_nobody_drew_is_cut_where_its_tokens_do_not_pay() -> None:
+    repeats, new = [1, 2, 3, 4, 5, 6] * 4, list(range(1, 7))
+    clock = Clock()
+    for cost, wanted in ((0.0, 5), (0.9, 0)):
+        runner = ClockedRunner(clock, pass_seconds, lambda: 1.0, 4)
+        runner.own_rows = True
+        drafter = SuffixDrafter()
+        top = Verifier(runner, drafter, name="target")
+        top.begin(0, 2, 8)
+        seconds = PassSeconds()
+        seconds.pace, seconds.cost = 0.1, cost
+        columns = Columns(top, seconds)
+        context = Context([list(repeats), list(new)], Prompt.apart([24, 6], [0, 1]))
+        law = LawMaker([], False, torch.device("cpu"))
+        found = columns.ask(drafter, context, [5, 5], law, 8, ())
+        assert [len(row) for row in found.tokens] == [wanted, 0]
+        assert found.origins == [[1] * wanted, []]
+        assert drafter.stats.drafted == wanted, "what was left out was not offered"
