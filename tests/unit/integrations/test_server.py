@@ -324,8 +324,9 @@ def test_two_hundred_requests_leave_nothing_behind(model: Any, small: Any) -> No
 
 def test_metrics_are_those_of_the_chain(model: Any, small: Any) -> None:
     """One request, beside the statistics of the same generation in process."""
+    options = {"num_assistant_tokens": 3, "polyspec_control": "fixed"}
     with ChainServer(
-        model, TOKENIZER, [small], name="tiny", port=0, options={"num_assistant_tokens": 3}
+        model, TOKENIZER, [small], name="tiny", port=0, options=options
     ) as server, ask(server) as client:  # fmt: skip
         client.chat.completions.create(**FOR_ONE, max_tokens=40)
         shown = requests.get(f"http://127.0.0.1:{server.port}/metrics")
