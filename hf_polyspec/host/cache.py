@@ -218,6 +218,7 @@ class RollbackCache(DynamicCache):
         floor: tokens at the start of every row that must stay. Some of them were never computed here: they fill the
             place of what a caller's cache had let go, which no window sees as long as nothing before it is read again.
         lends: whether keys and values lie where another model could take them.
+        apart: layers that hold what a picture showed them, by index, and how many columns of that: no text, never cut.
     """
 
     lends = True
@@ -226,6 +227,29 @@ class RollbackCache(DynamicCache):
         super().__init__()
         self.layer_class_to_replicate = RollbackLayer
         self.floor = 0
+        self.apart: dict[int, int] = {}
+        self._looks = 2
+
+    def set_apart(self, expected: int) -> None:
+        """After a pass of a model that sees: layers that do not grow with the text are set apart.
+
+        How many columns a picture has may be the prompt's length by chance, so the first two passes are looked at; no
+        column is cut between them.
+
+        Args:
+            expected: columns of text.
+
+        Raises:
+            RollbackError: such a layer has changed.
+        """
+        lengths = {index: int(layer.get_seq_length()) for index, layer in enumerate(self.layers)}
+        if self._looks:
+            self._looks -= 1
+            found = {index: length for index, length in lengths.items() if length not in (0, expected)}
+            if len(found) < len(lengths):
+                self.apart |= found
+        elif any(lengths[index] != length for index, length in self.apart.items()):
+            raise RollbackError("layers that hold what a picture showed them have changed with the text")
 
     def extend(
         self, index: int, shape: tuple[int, int, int, int], like: torch.Tensor
@@ -239,9 +263,11 @@ class RollbackCache(DynamicCache):
 
     @property
     def rollable(self) -> list[Any]:
-        """The layers that hold keys and values."""
-        found: list[Any] = self.layers
-        return found
+        """The layers that hold keys and values of the text."""
+        if not self.apart:
+            found: list[Any] = self.layers
+            return found
+        return [layer for index, layer in enumerate(self.layers) if index not in self.apart]
 
     @property
     def length(self) -> int:
@@ -307,7 +333,7 @@ class RollbackCache(DynamicCache):
     def keep_rows(self, rows: list[int]) -> None:
         """Keep the given rows of the batch."""
         index = torch.tensor(rows)
-        for layer in self.rollable:
+        for layer in [*self.rollable, *(self.layers[apart] for apart in self.apart)]:
             layer.keep_rows(index)
 
     def add_rows(self, count: int) -> None:

@@ -86,7 +86,7 @@ def borrow(borrower: Holder, lender: Holder, sequences: list[list[int]]) -> int:
     Returns:
         Tokens taken, of every row alike.
     """
-    if not (borrower.use_cache and lender.use_cache) or len(lender.memo) != len(sequences):
+    if not (borrower.use_cache and lender.use_cache) or len(lender.memo) != len(sequences) or lender.cache.apart:
         return 0
     own = borrower.memo or [[] for _ in sequences]
     # Asked before every pass; ids are compared only where there is enough that could be taken.

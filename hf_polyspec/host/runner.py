@@ -209,8 +209,8 @@ class ModelRunner:
         columns: int = 0,
         parents: list[list[int]] | None = None,
     ) -> tuple[Any, int, int]:
-        """One pass over what the cache lacks of these rows; `parents` are those of the nodes that end them, if any do.
-        Returns the model's output, the columns that were cached before, and those that were fed."""
+        """One pass over what the cache lacks of these rows, with the parents of the nodes that end them if any do: the
+        model's output, the columns that were cached before, and those that were fed."""
         keep, fed = self._plan(sequences, wanted)
         past = self._roll_back(keep)
         inputs = self._inputs(context, sequences, keep, past, fed)
@@ -221,7 +221,10 @@ class ModelRunner:
             # Until it is known which path stays, no id of the cache is certain.
             self.memo = [[] for _ in sequences]
         grown = [len(ids) - context.prompt.width for ids in sequences]
-        return self._call(inputs, max(wanted, columns), past, stats, grown), past, fed
+        output = self._call(inputs, max(wanted, columns), past, stats, grown)
+        if self._forwarding.extras.first and self.cuts:
+            self.cache.set_apart(past + fed)
+        return output, past, fed
 
     def _call(self, inputs: dict[str, Any], logits: int, past: int, stats: LevelStats, grown: list[int]) -> Any:
         if self._slices_logits:
@@ -258,10 +261,7 @@ class ModelRunner:
     def prefill(
         self, context: Context, chunk: int, stats: LevelStats, watch: Callable[[Pass], None] | None = None
     ) -> None:
-        """Feed all but the last token of an even-length context in pieces of `chunk` columns (prefill_chunk_size).
-
-        `watch`, if given, is shown every pass.
-        """
+        """Feed all but the last token of an even-length context in pieces of `chunk`; `watch` sees all passes."""
         length = 0 if self.reads_alone(context) else len(context.ids[0])
         start = len(self.memo[0]) if self.memo else 0
         for end in range(start + chunk, length, chunk):
@@ -331,9 +331,8 @@ class ModelRunner:
     def _filling(self, sequences: list[list[int]], wanted: int) -> list[int]:
         """How many columns each row is fed behind its own, so that none is rolled back behind the cache's floor.
 
-        Rows that run in step are filled up to the longest: a token's column in the cache is its place in the text.
-        What stands behind a row's own columns is seen by none of them. Otherwise the neediest row decides how many
-        columns all rows feed; with these no row needs more than it did.
+        Rows that run in step are filled up to the longest: a token's column in the cache is its place in the text. None
+        sees what stands behind its own. Otherwise the neediest decides how many all feed; with these none needs more.
         """
         if self.in_step:
             longest = max(len(ids) for ids in sequences)

@@ -10,6 +10,7 @@ import torch
 from tiny_models import head_for, noisy
 from transformers import PreTrainedModel, Qwen2AudioForConditionalGeneration, VoxtralForConditionalGeneration
 
+import hf_polyspec
 from hf_polyspec import SuffixDrafter
 from hf_polyspec.bench.measurements.tiny_models import tiny_config, tiny_model
 from hf_polyspec.bench.measurements.tiny_pictures import SEEING, pictured
@@ -149,3 +150,25 @@ def test_pictures_that_become_columns_of_the_cache_are_refused(enabled: None) ->
     del inputs["pixel_values"]
     plain = made(model, **inputs, **LENGTH)
     assert made(model, **inputs, **LENGTH, assistant_models=[SuffixDrafter(min_match=1)]).tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize("length", [9, 20, 40])
+def test_layers_that_hold_pictures_alone_are_never_cut(enabled: None, length: int) -> None:
+    """Llama 3.2's layers that attend to pictures: 20 columns, at times as many as the text has."""
+    model = seeing("mllama")
+    inputs: dict[str, Any] = pictured(model, 2)
+    ids = torch.randint(3, 40, (2, length), generator=torch.Generator().manual_seed(6))
+    mask = torch.ones_like(ids)
+    ids[1, 0] = mask[1, 0] = 0
+    inputs |= {"input_ids": ids, "attention_mask": mask}
+    inputs["cross_attention_mask"] = torch.ones(2, length, 1, 4, dtype=torch.long)
+    end = int(made(model, **inputs, **LENGTH)[1][-9])
+    everything = [*chains(model), [hf_polyspec.quantize_model(model, bits=8), SuffixDrafter(min_match=1)]]
+    for law in (LENGTH, DRAWN, {**DRAWN, "num_return_sequences": 2}, {**LENGTH, "eos_token_id": end}):
+        plain = made(model, **inputs, **law)
+        for chain in everything:
+            assert made(model, **inputs, **law, assistant_models=chain).tolist() == plain.tolist()
+    trees = {"assistant_models": [head_for(model)], "polyspec_tree_tokens": 20, "polyspec_tree_top_k": 10}
+    assert made(model, **inputs, **LENGTH, **trees).tolist() == made(model, **inputs, **LENGTH).tolist()
+    dark = {**inputs, "pixel_values": torch.zeros_like(inputs["pixel_values"])}
+    assert made(model, **dark, **LENGTH).tolist() != made(model, **inputs, **LENGTH).tolist()

@@ -43,6 +43,16 @@ SEEING: dict[str, Settings] = {
     },
     "kimi_k25": {"projection_hidden_size": 16},
     "molmo2": {"adapter_config": {"text_hidden_size": 32}},
+    "mllama": {
+        "vision_config": {
+            "intermediate_layers_indices": [0],
+            "max_num_tiles": 4,
+            "num_global_layers": 1,
+            "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1], [2, 2]],
+            "vision_output_dim": 32,
+        },
+        "text_config": {"cross_attention_layers": [1]},
+    },
     "muse_glimmer": {"out_hidden_size": 64, "projector_hidden_size": 32},
     "paligemma": {"projection_dim": 32},
     "qwen2_vl": {"vision_config": {"embed_dim": 16, "hidden_size": 32}},
@@ -90,11 +100,11 @@ def _reader(model: Any) -> Any:
 
 @torch.no_grad()
 def _waken(model: Any) -> None:
-    """Matrices of zeros, as some classes make them anew, would let nothing through."""
+    """Matrices and gates of zeros, as some classes make them anew, would let nothing through."""
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
-        if parameter.dim() > 1 and not parameter.any():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        if (parameter.dim() > 1 or parameter.numel() == 1) and not parameter.any():
+            parameter.copy_(0.3 + 0.3 * torch.randn(parameter.shape, generator=generator))
 
 
 @torch.no_grad()
@@ -167,7 +177,7 @@ def _forms(model: Any, names: list[str], rows: int, seed: int) -> Iterator[dict[
             (rows, channels, size, size),
             (rows, 1, channels, size, size),
             (rows, 2, channels, size, size),
-            (rows, 1, 1, channels, size, size),
+            (rows, 1, 4, channels, size, size),
             (rows * patches, channels * times * patch * patch),
             (rows * patches, 4 * channels * patch * patch),
             (rows, patches, 2 + channels * patch * patch),
@@ -199,7 +209,8 @@ def _grids(names: list[str], rows: int, side: int, size: int) -> list[dict[str, 
         "qformer_input_ids": torch.full((rows, 4), 5),
         "image_attention_mask": torch.ones(rows, TEXT, 1, dtype=torch.long),
         "aspect_ratio_ids": torch.ones(rows, 1, dtype=torch.long),
-        "aspect_ratio_mask": torch.ones(rows, 1, 1, dtype=torch.long),
+        "aspect_ratio_mask": torch.ones(rows, 1, 4, dtype=torch.long),
+        "cross_attention_mask": torch.ones(rows, TEXT, 1, 4, dtype=torch.long),
     }
     given = {name: value for name, value in known.items() if name in names}
     bare = {name: value for name, value in given.items() if name not in _OPTIONAL}
