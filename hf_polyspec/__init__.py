@@ -10,6 +10,7 @@ from typing import Any
 
 from .engine.batch import BatchAnswer, generate_batch
 from .engine.desk import EngineClosedError, QueueFullError
+from .engine.doors import disable, enable
 from .engine.engine import Engine
 from .engine.request import Handle
 from .errors import LevelError, RollbackError
@@ -18,7 +19,7 @@ from .exactness.processors import DraftVocabularyProcessor, rank_tokens
 from .exactness.proposal import Proposal
 from .generation.candidates import PolySpecCandidateGenerator
 from .generation.decoding import decode
-from .generation.doors import PolySpecGenerationMixin, attach, detach, disable, enable, generate
+from .generation.doors import PolySpecGenerationMixin, attach, detach, generate
 from .generation.options import PolySpecOptions
 from .levels.base import Drafter
 from .levels.suffix import SuffixDrafter
