@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import cache_utils
 
-from .release import inner_model, named_cache, parameters_of
+from .release import inner_model, input_device, named_cache, parameters_of
 from .whole import whole_part
 
 _CACHE = getattr(cache_utils, "DFlashCache", None)
@@ -59,6 +59,7 @@ class DFlash:
         self._check(config, text, embedding)
         self.embedding, self.head = whole_part(embedding), whole_part(head)
         self._above_dtype = inner_model(above).dtype
+        self._home = input_device(above)
 
     def _check(self, config: Any, text: Any, embedding: Any) -> None:
         if config.hidden_size != text.hidden_size:
@@ -125,7 +126,7 @@ class DFlash:
         ).last_hidden_state
         self.shrink(cache, kept)
         hidden = states[0, len(known) :]
-        found: torch.Tensor = self.head(hidden.to(device=_place(self.head), dtype=self._above_dtype))
+        found: torch.Tensor = self.head(hidden.to(device=self._place(self.head), dtype=self._above_dtype))
         return found.to(torch.promote_types(found.dtype, torch.float32))
 
     def _embedded(self, ids: list[int]) -> torch.Tensor:
@@ -134,15 +135,16 @@ class DFlash:
         As transformers does; the norm is skipped for this thread's call alone, since the embedding is the model's own.
         """
         module = self.embedding
-        given = torch.tensor([ids], device=_place(module))
+        given = torch.tensor([ids], device=self._home)
         if isinstance(getattr(module, "embed_norm", None), nn.Module):
             module = _without(module, "embed_norm")
         found: torch.Tensor = module(given)
         return found
 
-
-def _place(module: nn.Module) -> torch.device:
-    return next(torch.device(tensor.device) for tensor in (*module.parameters(), *module.buffers()))
+    def _place(self, module: nn.Module) -> torch.device:
+        """Where a module of the level above takes what it is given; weights that are fetched come to that model's."""
+        own = next(iter((*module.parameters(), *module.buffers())), None)
+        return self._home if own is None or own.device.type == "meta" else torch.device(own.device)
 
 
 def _without(module: Any, name: str) -> Any:

@@ -58,7 +58,13 @@ class Keyless:
             raise ValueError("the keys and values of that are spread over processes")
         self.layers = layers_that_share(other)
         self.embedding = whole_part(other.get_input_embeddings())
+        self._home = input_device(other)
         self._check(other)
+
+    def taken(self, shared: Shared) -> Shared:
+        """Keys and values where the assistant is, and of its type; the same ones where they are so already."""
+        kind = next(self.model.parameters())
+        return {name: (keys.to(kind), values.to(kind)) for name, (keys, values) in shared.items()}
 
     @torch.no_grad()
     def step(
@@ -68,20 +74,19 @@ class Keyless:
 
         Args:
             token: its id; hidden: `[H]`, the hidden state before it.
-            shared: keys and values of what came before the draft.
+            shared: keys and values of what came before the draft, as `taken`.
             position: of the first token behind those, whichever of the draft's is read.
 
         Returns:
             `[V]`, logits of the next token, and `[H]`, the hidden state at this one as the assistant sees it.
         """
         kind = next(self.model.parameters())
-        given = torch.tensor([[token]], device=next(self.embedding.parameters()).device)
-        embedded = self.embedding(given).to(kind)
+        embedded = self.embedding(torch.tensor([[token]], device=self._home)).to(kind)
         output = self.model(
             inputs_embeds=torch.cat([embedded, hidden[None, None].to(kind)], dim=-1),
             attention_mask=None,
             position_ids=torch.tensor([[position]], device=kind.device),
-            shared_kv_states={name: (keys.to(kind), values.to(kind)) for name, (keys, values) in shared.items()},
+            shared_kv_states=shared,
             use_cache=False,
             return_dict=True,
         )
@@ -95,7 +100,7 @@ class Keyless:
             return
         hidden = torch.zeros(self.width, device=input_device(above))
         try:
-            self.step(0, hidden, _first_token(above)[1], 1)
+            self.step(0, hidden, self.taken(_first_token(above)[1]), 1)
         except Exception as error:
             raise ValueError(
                 f"it cannot read the keys and values of that ({type(above).__name__}): {' '.join(str(error).split())}"

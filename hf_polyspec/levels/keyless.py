@@ -59,7 +59,8 @@ class KeylessDrafter(CompanionDrafter):
         draft.room = min(limit, self.draft_tokens)
         if draft.room > 0:
             draft.hidden = row.features.read(padding + draft.end - 1, padding + draft.end)
-            self._shared[draft.row] = shared, position_of(context.prompt, draft.row, padding + draft.end)
+            position = position_of(context.prompt, draft.row, padding + draft.end)
+            self._shared[draft.row] = self.drafter.taken(shared), position
 
     def say(self, draft: Draft, row: ShownRow, tokens: list[int]) -> torch.Tensor:
         shared, position = self._shared[draft.row]

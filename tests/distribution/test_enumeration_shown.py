@@ -144,6 +144,9 @@ class Reader:
     def read(self, row: int, context: Context, wanted: int) -> tuple[Any, int]:
         return {"ids": tuple(context.ids[row][:wanted])}, wanted
 
+    def taken(self, shared: Any) -> Any:
+        return shared
+
     def step(self, token: int, hidden: torch.Tensor, shared: Any, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         text = (*_text(hidden[0]), token)
         assert position == len(shared["ids"])

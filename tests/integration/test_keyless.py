@@ -15,7 +15,10 @@ from tiny_models import noisy, prompts, tiny
 from transformers.generation import candidate_generator
 
 import hf_polyspec
+from hf_polyspec.bench.measurements.tiny_models import tiny_model
+from hf_polyspec.bench.measurements.tiny_pictures import SEEING, pictured
 from hf_polyspec.host import ragged_cache
+from hf_polyspec.host.modeling import AutoModelForImageTextToText
 from hf_polyspec.host.release import GENERATION_CACHE
 from hf_polyspec.levels.keyless import KeylessDrafter
 
@@ -144,6 +147,25 @@ def test_other_ways_of_running(pair: tuple[Any, Any], tmp_path: Path) -> None:
     for ids, answer in zip(batch, answers.values(), strict=True):
         alone = model.generate(torch.tensor([ids]), **short)
         assert ids + answer.generated_tokens == alone[0].tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_behind_pictures(enabled: None, rows: int) -> None:
+    """The pictures' keys are the level above's, and so read as all others."""
+    model: Any = tiny_model("gemma4", AutoModelForImageTextToText, SEEING.get("gemma4"))
+    layers = model.config.get_text_config().per_layer_config
+    drafter = keyless(
+        model.get_input_embeddings().num_embeddings,
+        head_dim=layers[0].head_dim,
+        global_head_dim=layers[1].head_dim,
+        num_key_value_heads=layers[0].num_key_value_heads,
+        num_global_key_value_heads=layers[1].num_key_value_heads,
+    )
+    asked = {**pictured(model, rows), "max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+    for levels in ([drafter], [noisy(model, 0.02), drafter]):
+        found = model.generate(**asked, assistant_models=levels)
+        assert found.sequences.tolist() == model.generate(**asked).sequences.tolist()
+        assert found.polyspec.levels[-1].drafted
 
 
 def test_refusals(pair: tuple[Any, Any]) -> None:
