@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from tiny_models import tiny
 from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4TextConfig, PreTrainedModel
 from transformers.models.muse_glimmer_assistant import MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel
+
+from hf_polyspec.host.release import named_cache, parameters_of
 
 
 def with_weights(model: PreTrainedModel, seed: int = 1) -> PreTrainedModel:
@@ -42,6 +45,41 @@ def dflash(vocabulary: int, **settings: Any) -> PreTrainedModel:
         }
     )
     return with_weights(MuseGlimmerAssistantModel(config))
+
+
+class AuthorsForm(torch.nn.Module):
+    """A drafter as the method's authors publish it: other names, a plain cache, and hidden states handed back bare."""
+
+    def __init__(self, drafter: PreTrainedModel) -> None:
+        super().__init__()
+        self.inner = drafter
+        own = drafter.config
+        self.target_layer_ids = own.target_layer_ids
+        self.config = SimpleNamespace(
+            hidden_size=own.hidden_size, block_size=own.block_size, dflash_config={"mask_token_id": own.mask_token_id}
+        )
+
+    def forward(
+        self,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        noise_embedding: torch.Tensor | None = None,
+        target_hidden: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        assert use_cache
+        assert kwargs == {"is_causal": False}
+        assert attention_mask is None
+        found: torch.Tensor = self.inner(
+            noise_embeds=noise_embedding,
+            context_hidden_states=target_hidden,
+            position_ids=position_ids,
+            attention_mask=dict.fromkeys(("full_attention", "sliding_attention")),
+            **{named_cache(parameters_of(type(self.inner).forward)) or "": past_key_values},
+        ).last_hidden_state
+        return found
 
 
 GEMMA: dict[str, Any] = {

@@ -7,28 +7,62 @@ Such a model has no embedding and no lm_head; both are those of the model whose 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import cache_utils
+from transformers.cache_utils import DynamicCache
 
 from .release import inner_model, input_device, named_cache, parameters_of
 from .whole import whole_part
 
 _CACHE = getattr(cache_utils, "DFlashCache", None)
-_READS = {"noise_embeds", "context_hidden_states"}
 _SETTINGS = ("block_size", "mask_token_id", "target_layer_ids")
+_OWN = "dflash_config"
+"""Where the configs of drafters that bring code of their own have settings."""
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a drafter is called: what its forward calls the block's embeddings and the hidden states, and what else it
+    is given."""
+
+    embeds: str
+    context: str
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+_HOSTS = _Form("noise_embeds", "context_hidden_states")
+_FORMS = (_HOSTS, _Form("noise_embedding", "target_hidden", {"use_cache": True, "is_causal": False}))
+"""transformers' own classes, and the code that the drafters of the method's authors bring along."""
+
+
+def _form_of(model: Any) -> _Form | None:
+    if not isinstance(model, nn.Module):
+        return None
+    takes = parameters_of(type(model).forward).keys()
+    return next((form for form in _FORMS if takes >= {form.embeds, form.context}), None)
 
 
 def is_dflash(model: Any) -> bool:
     """Whether a model drafts by filling the masked places of a block, beside another model's hidden states."""
-    return isinstance(model, nn.Module) and parameters_of(type(model).forward).keys() >= _READS
+    return _form_of(model) is not None
 
 
 def has_block_settings(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of such a drafter."""
-    return all(config.get(name) is not None for name in _SETTINGS)
+    return _OWN in config or all(config.get(name) is not None for name in _SETTINGS)
+
+
+def _setting(model: Any, name: str) -> Any:
+    """From the config, what it has apart, or the model, which may work it out."""
+    apart = getattr(model.config, _OWN, None) or {}
+    return next(
+        (v for v in (getattr(model.config, name, None), apart.get(name), getattr(model, name, None)) if v is not None),
+        None,
+    )
 
 
 class DFlash:
@@ -43,16 +77,17 @@ class DFlash:
 
     def __init__(self, model: Any, above: Any) -> None:
         config, text = model.config, inner_model(above).config.get_text_config(decoder=True)
-        missing = [name for name in _SETTINGS if getattr(config, name, None) is None]
-        if _CACHE is None or missing:
-            raise ValueError(
-                f"its config has no {' and no '.join(missing)}" if missing else "this release has no cache for it"
-            )
-        self.model = model
-        self.block = int(config.block_size)
-        self.mask = int(config.mask_token_id)
+        form, settings = _form_of(model), {name: _setting(model, name) for name in _SETTINGS}
+        missing = [name for name, value in settings.items() if value is None]
+        if missing:
+            raise ValueError(f"its config has no {' and no '.join(missing)}")
+        if form is None or (form is _HOSTS and _CACHE is None):
+            raise ValueError("this release of transformers cannot run it")
+        self.model, self._form = model, form
+        self.block = int(settings["block_size"])
+        self.mask = int(settings["mask_token_id"])
         # The first of a model's hidden states is its embedding's.
-        self.layers = [int(layer) + 1 for layer in config.target_layer_ids]
+        self.layers = [int(layer) + 1 for layer in settings["target_layer_ids"]]
         self.width = len(self.layers) * int(text.hidden_size)
         self._cache_name = named_cache(parameters_of(type(model).forward)) or "cache"
         embedding, head = inner_model(above).get_input_embeddings(), inner_model(above).get_output_embeddings()
@@ -71,7 +106,7 @@ class DFlash:
             raise ValueError(f"its block_size is {self.block}, and a draft takes all but the first place of a block")
         if max(self.layers) > text.num_hidden_layers or min(self.layers) < 1:
             raise ValueError(
-                f"it reads the layers {list(config.target_layer_ids)} of a model, and the level above it has "
+                f"it reads the layers {[layer - 1 for layer in self.layers]} of a model, and the level above it has "
                 f"{text.num_hidden_layers}"
             )
         rows = int(embedding.weight.shape[0])
@@ -85,8 +120,7 @@ class DFlash:
 
     def new_cache(self) -> Any:
         """An empty cache for one row; without a config its layers keep everything and can be cut anywhere."""
-        assert _CACHE is not None
-        return _CACHE()
+        return DynamicCache() if self._form is not _HOSTS or _CACHE is None else _CACHE()
 
     def held(self, cache: Any) -> int:
         """Positions whose hidden states it holds keys and values of."""
@@ -114,16 +148,15 @@ class DFlash:
         count = features.shape[0]
         kept = self.held(cache) + count
         ids = known + [self.mask] * (self.block - len(known))
-        cache.set_previous_accepted_tokens(count)
+        if self._form is _HOSTS:
+            cache.set_previous_accepted_tokens(count)
         positions = torch.arange(first, first + count + self.block, device=self.device)[None]
         kind = next(self.model.parameters())
-        states = self.model(
-            noise_embeds=self._embedded(ids).to(kind),
-            context_hidden_states=features[None].to(kind),
-            position_ids=positions,
-            attention_mask=None,
-            **{self._cache_name: cache},
-        ).last_hidden_state
+        given = {self._form.embeds: self._embedded(ids).to(kind), self._form.context: features[None].to(kind)}
+        output = self.model(
+            **given, position_ids=positions, attention_mask=None, **{self._cache_name: cache}, **self._form.more
+        )
+        states = getattr(output, "last_hidden_state", output)
         self.shrink(cache, kept)
         hidden = states[0, len(known) :]
         found: torch.Tensor = self.head(hidden.to(device=self._place(self.head), dtype=self._above_dtype))

@@ -89,7 +89,7 @@ def load_assistant(
         wanted = read_dtype(dtype)
         wanted = target.dtype if wanted == "auto" else wanted
         return EagleHead.from_pretrained(resolve(name)[0], dtype=wanted).to(device).eval()
-    return load_model(name, dtype, device, remote_code=remote_code, bare=is_dflash_folder(name))
+    return load_model(name, dtype, device, remote_code=remote_code, bare=_is_block_drafter(name, remote_code))
 
 
 _MADE: WeakKeyDictionary[Any, dict[str, tuple[Hashable, Any]]] = WeakKeyDictionary()
@@ -274,11 +274,12 @@ def is_eagle_head(name: str) -> bool:
     return config.get("num_hidden_layers") == 1 and _has_fusing_projection(source)
 
 
-def is_dflash_folder(name: str) -> bool:
-    """Whether a folder or hub id holds a block-diffusion drafter; False where nothing can be read.
+def _is_block_drafter(name: str, remote_code: bool | None) -> bool:
+    """Whether a folder or hub id holds a block-diffusion drafter (DFlash); False where nothing can be read.
 
     Raises:
         DamagedFileError: its config.json is there and cannot be read.
+        ValueError: it is one whose code is not to be run.
     """
     try:
         source, extra = resolve(name)
@@ -287,6 +288,11 @@ def is_dflash_folder(name: str) -> bool:
         raise
     except (OSError, ValueError, ImportError):
         return False
+    # Its model_type is that of an ordinary model, which would be made with random weights.
+    if "dflash_config" in config and remote_code is False:
+        raise ValueError(
+            f"{name} brings Python code of its own (DFlash): load it with trust_remote_code=True and pass the model"
+        )
     return has_block_settings(config)
 
 

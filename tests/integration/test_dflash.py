@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from companion_models import dflash
+from companion_models import AuthorsForm, dflash
 from same_seed import check
 from tiny_models import head_for, noisy, prompts, tiny
 from torch import nn
@@ -107,6 +108,22 @@ def test_the_norm_that_an_embedding_ends_with_is_left_out() -> None:
     found = DFlash(dflash(VOCABULARY), model)._embedded([1, 2, 7])
     assert torch.equal(found[0], embedding.weight[[1, 2, 7]])
     assert not torch.equal(found, embedding(torch.tensor([[1, 2, 7]])))
+
+
+def test_drafters_that_bring_code_of_their_own(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    """The same weights called in the authors' way draft the same; such code in a folder is not run."""
+    model = pair[0]
+    drafter = dflash(VOCABULARY, layer_types=["full_attention"] * 2)
+    greedy = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, **_prompts(2)}
+    ours, theirs = (model.generate(**greedy, assistant_models=[one]) for one in (drafter, AuthorsForm(drafter)))
+    assert ours.sequences.tolist() == theirs.sequences.tolist() == model.generate(**greedy).sequences.tolist()
+    counts = [(one.polyspec.levels[1].drafted, one.polyspec.levels[1].accepted) for one in (ours, theirs)]
+    assert counts[0] == counts[1]
+    assert counts[0][1] > 0
+    config = {"model_type": "qwen3", "auto_map": {"AutoModel": "drafter.Drafter"}, "block_size": 4, "dflash_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="brings Python code of its own"):
+        model.generate(**greedy, assistant_models=[str(tmp_path)])
 
 
 def test_by_name_from_a_folder(pair: tuple[Any, Any], tmp_path: Path) -> None:
