@@ -59,12 +59,19 @@ class Keyless:
         self.layers = layers_that_share(other)
         self.embedding = whole_part(other.get_input_embeddings())
         self._home = input_device(other)
+        window = getattr(model.config.get_text_config(), "sliding_window", None)
+        self._window = 0 if window is None else int(window) + 1
         self._check(other)
 
     def taken(self, shared: Shared) -> Shared:
-        """Keys and values where the assistant is, and of its type; the same ones where they are so already."""
+        """Keys and values where the assistant is, and of its type; of windows, no more than a token there sees."""
         kind = next(self.model.parameters())
-        return {name: (keys.to(kind), values.to(kind)) for name, (keys, values) in shared.items()}
+        taken = {}
+        for name, pair in shared.items():
+            first = -self._window if self._window and name.startswith("sliding") else 0
+            keys, values = (states[:, :, first:].to(kind) for states in pair)
+            taken[name] = keys, values
+        return taken
 
     @torch.no_grad()
     def step(
