@@ -18,7 +18,17 @@ from .carried import carried_by
 from .indexed import CROPPED_LAYERS, INDEXED_LAYERS, copied
 from .offloaded import OffloadedCache, at_home, check_offloaded, new_columns, rests_elsewhere
 from .release import GENERATION_CACHE, inner_model, with_cache
-from .states import STATE_LAYERS, StateCache, copy_of, empty_cache, keeps_states, state_cache, state_of, tensors_of
+from .states import (
+    STATE_LAYERS,
+    StateCache,
+    copy_of,
+    empty_cache,
+    is_closed,
+    keeps_states,
+    state_cache,
+    state_of,
+    tensors_of,
+)
 
 Form = tuple[Any, ...]
 """Of a layer: heads and size of its keys, the same of its values, dtype and device."""
@@ -166,13 +176,14 @@ def write_cache(source: RollbackCache, target: Cache, start: int) -> None:
     made = _beside(target)
     for index in range(len(source.layers)):
         layer, source.layers[index] = source.layers[index], RollbackLayer()
-        if hasattr(layer, "get_seq_length") and layer.is_initialized and layer.get_seq_length() > start:
+        closed = is_closed(layer)
+        if not closed and hasattr(layer, "get_seq_length") and layer.is_initialized and layer.get_seq_length() > start:
             while getattr(made, "layer_class_to_replicate", None) is None and len(made.layers) <= index:
                 made.layers.append(DynamicLayer())  # the model itself adds layers to those that its config plans
             _check_room(made, index, layer.get_seq_length())
             made.update(*new_columns(made, index, layer, start), index)
             _let_go(made.layers[index])
-        if isinstance(layer, STATE_LAYERS):
+        if closed or isinstance(layer, STATE_LAYERS):
             vars(made.layers[index]).update(state_of(layer))
         elif index < len(made.layers) and type(made.layers[index]) in INDEXED_LAYERS:
             vars(made.layers[index]).update(copied(layer))

@@ -18,8 +18,10 @@ import torch
 from ..exactness.context import Context, Prompt
 from ..telemetry.counters import LevelStats
 from .carried import keeps_rows_apart
+from .even_rows import minds_padding
 from .forwarding import Forwarding
 from .positions import position_table
+from .recurrent import RecurrentRunner
 from .release import forward_arguments, inner_model
 from .rereading import RereadingRunner, rereads
 from .runner import ModelRunner
@@ -67,6 +69,10 @@ def serve(runner: Runner, batch: int) -> Runner:
             f"{runner.name} ({kind}) mixes the rows of a batch when it goes on from its state; give it one row at a "
             "time."
         )
+    if batch > 1 and isinstance(runner, RecurrentRunner) and runner.cache.even and not minds_padding(runner):
+        if runner.marks_prompt:
+            raise ValueError(_no_padding(runner.name, kind))
+        runner.read_singly()
     if not runner.cuts:
         return runner
     if not reads_on(model, padded=False):
@@ -77,13 +83,17 @@ def serve(runner: Runner, batch: int) -> Runner:
     if batch == 1 or runner.own_rows or (Forwarding(model).keeps_positions() and rows_may_part(model)):
         return runner
     if not reads_on(model, padded=True):
-        raise ValueError(
-            f"{runner.name} ({kind}) does not mind the padding of a batch when it reads several tokens after a cache; "
-            "give it one row at a time."
-        )
+        raise ValueError(_no_padding(runner.name, kind))
     runner.in_step = True
     runner.note = f"{kind} counts positions by its cache's columns: rows run in step, those ahead are read again"
     return runner
+
+
+def _no_padding(name: str, kind: str) -> str:
+    return (
+        f"{name} ({kind}) does not mind the padding of a batch when it reads several tokens after a cache; give it one "
+        "row at a time."
+    )
 
 
 def _is_ordinary(model: Any) -> bool:

@@ -66,9 +66,6 @@ class RecurrentRunner(ModelRunner):
         **options: Any,
     ) -> None:
         super().__init__(model, name, device, **options)
-        if steps:  # plain generation's way with these is written down in `_call`
-            self._forwarding = Forwarding(model, options.get("extras"), asks=False)
-        self.steps = steps
         self.stepwise = Stepwise(model) if columns else None
         self.kept = kept
         self.cache: StateCache = state_cache(model)
@@ -77,6 +74,19 @@ class RecurrentRunner(ModelRunner):
         self._needed: list[int] = []  # columns that each row wants fed
         self._peak = 0
         self._note: str | None = None
+        if steps:
+            self.read_singly()
+
+    @property
+    def marks_prompt(self) -> bool:
+        """Whether the pass that reads the prompt may be of another kind than later ones."""
+        return self._forwarding.marks_prompt
+
+    def read_singly(self) -> None:
+        """Feed one column a pass from now on, before anything was read."""
+        # Plain generation's way with models that are fed so is written down in `_call`.
+        self._forwarding = Forwarding(self.model, self._forwarding.extras, asks=False)
+        self.steps, self.stepwise = True, None
 
     def run(self, context: Context, drafts: list[list[int]], stats: LevelStats, *, columns: int = 0) -> Pass:
         """As `ModelRunner.run`; what a row lags behind by more than `LAG` ids is absorbed in a pass before it."""
@@ -110,10 +120,11 @@ class RecurrentRunner(ModelRunner):
     def _catch_up(self, context: Context, stats: LevelStats) -> None:
         """Absorb all but the last id of rows that lag far behind."""
         behind = [ids[:-1] for ids in context.ids]
-        while max(missing := self._missing(behind)) > LAG:
+        furthest = min if self.cache.even else max
+        while furthest(missing := self._missing(behind)) > LAG:
             # From the beginning no row may be filled up: there is no earlier state of it to come back to.
             anew = missing == [len(ids) for ids in behind]
-            least = min(missing) if anew else min(count for count in missing if count > LAG)
+            least = min(missing) if anew or self.cache.even else min(count for count in missing if count > LAG)
             self._absorb(Context(behind, context.prompt), missing, least, stats)
 
     def _read_turn(self, context: Context, stats: LevelStats) -> None:
@@ -142,14 +153,23 @@ class RecurrentRunner(ModelRunner):
         nothing: list[tuple[int, Picture | None]] = [(0, _LIVE) for _ in sequences]
         if not self.memo or not self.use_cache:
             return nothing
-        found = []
-        for row, (held, ids, least) in enumerate(zip(self.memo, sequences, needed, strict=True)):
-            most = min(common_prefix(held, ids), len(ids) - least)
-            live: list[tuple[int, Picture | None]] = [(len(held), _LIVE)]
-            pictures: list[tuple[int, Picture | None]] = [(one.lengths[row], one) for one in self._pictures]
-            found.append(
-                max((one for one in live + pictures if one[0] <= most), key=lambda one: one[0], default=(0, None))
+        live: Picture | None = _LIVE
+        lengths = [(live, [len(held) for held in self.memo]), *((one, one.lengths) for one in self._pictures)]
+        most = [
+            min(common_prefix(held, ids), len(ids) - least)
+            for held, ids, least in zip(self.memo, sequences, needed, strict=True)
+        ]
+        if self.cache.even:
+            most = [min(most)] * len(most)
+            lengths = [(one, each) for one, each in lengths if len(set(each)) == 1]
+        found = [
+            max(
+                ((each[row], one) for one, each in lengths if each[row] <= most[row]),
+                key=lambda one: one[0],
+                default=(0, _LIVE),
             )
+            for row in range(len(sequences))
+        ]
         # A row that has nothing to start from reads its padding again, and others may be fed none.
         return nothing if any(start <= 0 for start, _ in found) else found
 
@@ -227,7 +247,7 @@ class RecurrentRunner(ModelRunner):
                 if name in piece:
                     piece[name] = inputs[name][:, start:end]
             if inputs["attention_mask"] is not None:
-                seen = not start or self.cache.measurable
+                seen = not start or self.cache.attends
                 piece["attention_mask"] = inputs["attention_mask"][:, : past + end] if seen else None
             outputs.append(self._once(piece, min(logits, end - start), past, stats, grown))
         return _joined(outputs)
@@ -250,7 +270,7 @@ class RecurrentRunner(ModelRunner):
     ) -> dict[str, Any]:
         inputs = super()._inputs(context, sequences, keep, past, fed)
         mask = inputs["attention_mask"]
-        if past and not self.cache.measurable and mask is not None:
+        if past and not self.cache.attends and mask is not None:
             # Nothing of a model without keys and values looks at columns that were read before; some of these models
             # take the whole mask for that of the new ones, and plain generation shows them one with a prompt only.
             inputs["attention_mask"] = mask[:, past:] if past < context.prompt.width else None

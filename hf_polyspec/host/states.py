@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from transformers import cache_utils
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from .cache import RollbackCache, RollbackLayer
 from .carried import carried_by, is_holder, tensors_in
@@ -62,10 +62,16 @@ def keeps_states(model: Any) -> bool:
 
     One in modules counts where the cache plans for it: else masks are laid out for layers that hold nothing.
     """
-    if any(isinstance(layer, STATE_LAYERS) for layer in planned_layers(model)):
+    if any(isinstance(layer, STATE_LAYERS) or is_closed(layer) for layer in planned_layers(model)):
         return True
     carried = carried_by(model)
     return carried.argument is not None or carried.cache_class is not None
+
+
+def is_closed(layer: Any) -> bool:
+    """Whether a layer is of a class of the model's own: all that it holds is taken for a state, of rows alike."""
+    own = type(layer).__module__.startswith("transformers.models.")
+    return own and isinstance(layer, CacheLayerMixin) and not isinstance(layer, STATE_LAYERS)
 
 
 def unknown_layer(model: Any) -> str | None:
@@ -79,7 +85,8 @@ def unknown_layer(model: Any) -> str | None:
     states = any(isinstance(layer, STATE_LAYERS) for layer in planned)
     for layer in planned:
         unplaced = states and type(layer) in INDEXED_LAYERS and not hasattr(layer, "indexer_position_ids")
-        if unplaced or (not isinstance(layer, STATE_LAYERS) and type(layer) not in CROPPED_LAYERS):
+        known = isinstance(layer, STATE_LAYERS) or type(layer) in CROPPED_LAYERS or is_closed(layer)
+        if unplaced or not known:
             return type(layer).__name__
     return None
 
@@ -89,6 +96,7 @@ class StateCache(RollbackCache):
 
     Attributes:
         width: columns that were fed, for a cache without keys and values, which cannot be measured.
+        even: whether all rows must have been fed as many columns, because some layers count them once for all.
         carried: what the model carries on besides; argument, places: what that is now.
     """
 
@@ -98,7 +106,8 @@ class StateCache(RollbackCache):
         # A cache of the model's own class counts layers by what it holds.
         planned = planned_layers(model) if self.carried.cache_class is None else []
         self.layers = [_own(layer) for layer in planned]
-        self.stateful: list[Any] = [layer for layer in self.layers if isinstance(layer, STATE_LAYERS)]
+        self.stateful: list[Any] = [one for one in self.layers if isinstance(one, STATE_LAYERS) or is_closed(one)]
+        self.even = any(is_closed(layer) for layer in self.layers)
         self.argument: Any = None
         self.places: list[Any] = [None for _ in self.carried.places]
         self._nothing: State = self.state()
@@ -113,6 +122,11 @@ class StateCache(RollbackCache):
     def measurable(self) -> bool:
         """Whether some layer knows how many columns it has read."""
         return bool(self.rollable)
+
+    @property
+    def attends(self) -> bool:
+        """Whether some layer is looked at by columns that come later, and a mask says which."""
+        return self.measurable or self.even
 
     @property
     def length(self) -> int:
@@ -165,6 +179,8 @@ def _own(layer: Any) -> Any:
         return RollbackStateLayer(layer.number_of_states) if hasattr(layer, "get_seq_length") else layer
     if type(layer) in INDEXED_LAYERS:
         return RollbackIndexedLayer()
+    if is_closed(layer):
+        return layer
     # A dummy stays what it is; windows get full layers, as everywhere (see `cache`).
     return RollbackLayer() if hasattr(layer, "get_seq_length") else layer
 
@@ -183,7 +199,7 @@ def empty_cache(model: Any) -> RollbackCache:
 
 def state_of(layer: Any) -> dict[str, Any]:
     """A layer's attributes that it has because it keeps a state, as they are."""
-    if not hasattr(layer, "get_seq_length"):
+    if is_closed(layer) or not hasattr(layer, "get_seq_length"):
         return dict(vars(layer))
     names = vars(_StateLayer(layer.number_of_states))
     return {name: value for name, value in vars(layer).items() if name in names and name not in ("device", "dtype")}
