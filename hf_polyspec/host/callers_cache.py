@@ -14,7 +14,7 @@ from transformers import StaticCache
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .cache import RollbackCache, RollbackLayer
-from .carried import carried_by
+from .carried import check_continued
 from .indexed import CROPPED_LAYERS, INDEXED_LAYERS, copied
 from .offloaded import OffloadedCache, at_home, check_offloaded, new_columns, rests_elsewhere
 from .release import GENERATION_CACHE, inner_model, with_cache
@@ -52,13 +52,7 @@ def check_cache(cache: Any, model: Any, rows: int) -> None:
     check_offloaded(cache, model)
     at_home(cache)
     lengths = [_length(layer) for layer in cache.layers]
-    carried = carried_by(model)
-    if carried.cache_class is not None or (carried.places and any(lengths)):
-        place = "its modules" if carried.places else "a cache of its own class"
-        raise ValueError(
-            f"{type(inner_model(model)).__name__} keeps a part of what it has read in {place}, from where a chain "
-            f"cannot go on; leave {GENERATION_CACHE} out and pass the whole text."
-        )
+    check_continued(model, filled=any(lengths))
     if any(lengths) or type(cache) not in (DynamicCache, StaticCache):
         known = (layer for layer in cache.layers if not isinstance(layer, STATE_LAYERS))
         odd = next((layer for layer in known if type(layer) not in CROPPED_LAYERS), None)

@@ -17,7 +17,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from .named_code import state_writers
-from .release import forward_arguments, inner_model, input_device
+from .release import GENERATION_CACHE, forward_arguments, inner_model, input_device
 
 _TEXT = [1, 2, 1]
 
@@ -55,6 +55,21 @@ def carried_by(model: Any) -> Carried:
         asked = _says_so(inner) and input_device(model).type != "meta"
         _known[inner] = _found(inner) if asked else Carried()
     return _known[inner]
+
+
+def check_continued(model: Any, *, filled: bool) -> None:
+    """Refuse a caller's cache, filled or not, that is not the whole of what the model goes on from.
+
+    Raises:
+        ValueError: names the model and where the rest is.
+    """
+    carried = carried_by(model)
+    if carried.cache_class is not None or (carried.places and filled):
+        place = "its modules" if carried.places else "a cache of its own class"
+        raise ValueError(
+            f"{type(inner_model(model)).__name__} keeps a part of what it has read in {place}, from where a chain "
+            f"cannot go on; leave {GENERATION_CACHE} out and pass the whole text."
+        )
 
 
 def keeps_rows_apart(model: Any) -> bool:
