@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..exactness.context import Context
+from ..exactness.distributions import LawMaker
 from ..exactness.noise import Noise
 from ..exactness.proposal import TreeProposal
 from ..exactness.tree_geometry import ROOT
 from ..host.states import empty_cache
 from ..levels.base import Drafter
 from ..levels.verifier import Verifier
+from ..telemetry.counters import LevelStats
 from .costs import draft_lengths
 from .readings import NEVER, Array, Reading, agreed, logits_along
 from .rig import rig
@@ -238,7 +241,7 @@ class _Taker:
         self._start(text)
         for start in range(min(count + 1, len(text.new) - 1)):
             before = below.stats.seconds
-            (below.propose_tree if self.trees else below.propose)(text.context(start), [self.longest], maker)
+            self._ask(text.context(start), self.longest, maker)
             if start:  # the first takes in the whole prompt
                 self.spent.append(below.stats.seconds - before)
 
@@ -267,10 +270,22 @@ class _Taker:
         return SecondsTable(points), None
 
     def _start(self, text: Text) -> None:
-        """A new text: nothing is remembered of another, and the level above has read all of it."""
-        self.chain.begin(0, 1, self.chain.vocabulary)
-        self.chain.runner.adopt(empty_cache(self.chain.runner.model), [])
-        logits_along(self.chain, text)
+        """A new text: nothing is remembered of another, and the level above has read all of it.
+
+        It reads the prompt first and is asked for a draft behind it, as in a call: what a drafter makes of a prompt is
+        not to be made of the text that it is to draft.
+        """
+        chain = self.chain
+        chain.begin(0, 1, chain.vocabulary)
+        chain.runner.adopt(empty_cache(chain.runner.model), [])
+        chain.below.watch(chain.runner.run(text.context(0), [[]], LevelStats("reading", 0)))
+        self._ask(text.context(0), 1, self.law.maker(noise=Resting(chain.vocabulary, self.law.device)))
+        logits_along(chain, text)
+
+    def _ask(self, context: Context, room: int, maker: LawMaker) -> None:
+        """For a draft that nobody looks at."""
+        below = self.chain.below
+        (below.propose_tree if self.trees else below.propose)(context, [room], maker)
 
     @staticmethod
     def _has_steps(below: Drafter) -> bool:

@@ -19,8 +19,11 @@ import hf_polyspec
 from hf_polyspec.cli import app, demo
 from hf_polyspec.eagle import init_for
 from hf_polyspec.exactness.context import Context
-from hf_polyspec.exactness.proposal import TreeProposal
+from hf_polyspec.exactness.distributions import LawMaker
+from hf_polyspec.exactness.passes import Pass
+from hf_polyspec.exactness.proposal import Proposal, TreeProposal
 from hf_polyspec.host.lending import WORTH, is_copy
+from hf_polyspec.levels.base import Drafter
 from hf_polyspec.levels.eagle import EagleDrafter
 from hf_polyspec.levels.suffix import SuffixDrafter
 from hf_polyspec.planning import Plan, Wish, draw_plan, make_plan
@@ -160,6 +163,41 @@ def test_a_replay_counts_the_rounds_that_really_happen(lends: bool) -> None:
         assert predicted.rounds[0] == pytest.approx(rounds[0]), chain
         for middle_rounds, real in zip(predicted.rounds[1:-1], rounds[1:-1], strict=True):
             assert middle_rounds == pytest.approx(real, rel=0.06), chain
+
+
+class PromptReader(Drafter):
+    """Offers what stood behind the last id in what it was shown before it was first asked, which is the prompt."""
+
+    name = "prompt reader"
+
+    def begin(self, index: int, batch: int, vocabulary: int) -> None:
+        super().begin(index, batch, vocabulary)
+        self.prompt: list[int] = []
+        self.asked = False
+
+    def watch(self, passed: Pass) -> None:
+        self.prompt = self.prompt if self.asked else list(passed.read[0])
+
+    def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
+        self.asked = bool(self.prompt)  # before the first pass nothing is known
+        last = context.ids[0][-1]
+        place = self.prompt.index(last) if last in self.prompt else len(self.prompt)
+        tokens = self.prompt[place + 1 : place + 1 + limits[0]]
+        return Proposal([tokens], None, [[self.index] * len(tokens)])
+
+
+def test_what_is_made_of_a_prompt_is_not_made_of_the_answer() -> None:
+    target = tiny("llama")
+    texts = [prompts(1, seed=seed)["input_ids"][0].tolist() for seed in range(2)]
+    found = make_plan(target, [PromptReader()], texts, Wish(new_tokens=32, repeats=1, batches=False))
+    real = [
+        hf_polyspec.generate(
+            target, torch.tensor([ids]), assistant_models=[PromptReader()], generation_config=found.config,
+            num_assistant_tokens=4,
+        ).polyspec.levels[0].rounds
+        for ids in texts
+    ]  # fmt: skip
+    assert replay(Chain((0, 1), 0, 4), found.measured).rounds[0] == pytest.approx(sum(real))
 
 
 @pytest.mark.parametrize("direct", [1, 3, 8])
