@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from ..host.manners import runner_for
 from ..host.modeling import Cache
 from ..host.offloaded import rests_elsewhere
 from ..host.own_rows import plainly_padded
-from ..host.pictures import check_columns
+from ..host.pictures import Sights, check_columns
 from ..host.plain_cache import PlainCache
 from ..host.ranks import Ranks
 from ..host.release import GENERATION_CACHE, cache_names, cache_of
@@ -51,6 +52,7 @@ UNLIMITED = 1 << 62
 UNDERSTOOD = {
     "attention_mask",
     "inputs_embeds",
+    "inputs_shown",  # by a door: pictures as the caller passed them
     "labels",  # of a batch that a trainer hands over whole; plain generation drops them
     "logits_to_keep",
     "output_attentions",
@@ -177,7 +179,10 @@ class _Job:
             {name: value for name, value in model_kwargs.items() if name not in understood},
             model_kwargs.get("position_ids"),
         )
-        check_columns(model, self.extras, input_ids)
+        check_columns(model, self.extras.first, input_ids)
+        if model_kwargs.get("inputs_shown"):
+            sights = Sights(model_kwargs["inputs_shown"], input_ids, config.num_return_sequences or 1)
+            self.extras = replace(self.extras, sights=sights)
         if config.prefill_chunk_size and self.extras.marks_prompt:
             raise ValueError(
                 "prefill_chunk_size cuts a prompt with images or other inputs into pieces, which assistant_models do "

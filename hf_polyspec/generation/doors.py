@@ -21,6 +21,7 @@ from ..host.contract import check_release
 from ..host.generation import StopStringCriteria, without
 from ..host.patching import patch_all, patch_one, positional_names, unpatch_all, unpatch_one
 from ..host.peculiar import check_generate
+from ..host.pictures import shown
 from ..host.release import inner_model
 from .decoding import decode
 from .members import leaves_choice, members
@@ -158,6 +159,9 @@ def _generate(
     # transformers loses both on the way to a callable, and refuses the second one without an assistant of its own.
     bound |= {name: given[name] for name in ("tokenizer", "assistant_tokenizer") if given.get(name) is not None}
     given = {name: value for name, value in given.items() if name not in ("custom_generate", "assistant_tokenizer")}
+    # transformers encodes pictures for the target, and drops them before a callable is asked.
+    if seen := shown(model, given):
+        bound["inputs_shown"] = seen
     plan = given.pop("polyspec_plan", None)
     plan = _configured(model, given, "polyspec_plan") if plan is None else plan
     if plan is not None and not leaves_choice(assistant_models, plan):

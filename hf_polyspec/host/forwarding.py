@@ -10,13 +10,14 @@ are treated as the common method treats them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from transformers import GenerationMixin
 from transformers.generation import utils as generation_utils
 
+from .pictures import Sights
 from .release import GENERATION_CACHE, cache_argument, forward_arguments, inner_model, parameters_of
 
 _BY_TOKEN = {"token_type_ids": "repeats", "mm_token_type_ids": "zero", "moe_mm_token_type_ids": "repeats"}
@@ -39,12 +40,14 @@ class Extras:
         first: for the pass that reads the prompt: images, encoder outputs.
         always: for every pass.
         positions: `[N, B, P]`, position ids of several dimensions, or None.
+        sights: for levels with an encoder of their own, what it is to read, or None.
     """
 
     by_token: dict[str, torch.Tensor] = field(default_factory=dict)
     first: dict[str, Any] = field(default_factory=dict)
     always: dict[str, Any] = field(default_factory=dict)
     positions: torch.Tensor | None = None
+    sights: Sights | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any], positions: Any = None) -> Extras:
@@ -78,10 +81,14 @@ class Extras:
 
     def for_level(self, model: Any, target: Any) -> Extras:
         """What a level below the target is shown: all of it if it is of the target's class, else what its forward
-        takes of the values by token."""
+        takes of the values by token. A level of another size reads pictures with an encoder of its own."""
         one, other = inner_model(model), inner_model(target)
         if type(one) is type(other) and one.config.get_text_config().hidden_size == _width(other):
             return self
+        if type(one) is type(other) and self.sights is not None:
+            seen = self.sights.by(model, self.first)
+            if seen is not None:
+                return replace(self, first=seen)
         taken = forward_arguments(model)
         return Extras({name: value for name, value in self.by_token.items() if name in taken and not self.first})
 

@@ -15,6 +15,7 @@ from hf_polyspec import SuffixDrafter
 from hf_polyspec.bench.measurements.tiny_models import tiny_config, tiny_model
 from hf_polyspec.bench.measurements.tiny_pictures import SEEING, pictured
 from hf_polyspec.host.modeling import AutoModelForImageTextToText
+from hf_polyspec.host.pictures import shown
 from hf_polyspec.host.release import GENERATION_CACHE, cache_argument
 
 LENGTH = {"max_new_tokens": 16, "do_sample": False}
@@ -152,6 +153,8 @@ def test_pictures_that_become_columns_of_the_cache_are_refused(enabled: None) ->
     assert made(model, **inputs, **LENGTH, assistant_models=[SuffixDrafter(min_match=1)]).tolist() == plain.tolist()
 
 
+# Of releases before 5.20: about what their own class hands to itself.
+@pytest.mark.filterwarnings("ignore:`hidden_state` is deprecated:FutureWarning")
 @pytest.mark.parametrize("length", [9, 20, 40])
 def test_layers_that_hold_pictures_alone_are_never_cut(enabled: None, length: int) -> None:
     """Llama 3.2's layers that attend to pictures: 20 columns, at times as many as the text has."""
@@ -172,3 +175,30 @@ def test_layers_that_hold_pictures_alone_are_never_cut(enabled: None, length: in
     assert made(model, **inputs, **LENGTH, **trees).tolist() == made(model, **inputs, **LENGTH).tolist()
     dark = {**inputs, "pixel_values": torch.zeros_like(inputs["pixel_values"])}
     assert made(model, **dark, **LENGTH).tolist() != made(model, **inputs, **LENGTH).tolist()
+
+
+@pytest.mark.parametrize("tokens", [4, 1])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_smaller_level_of_the_class_sees_with_its_own_encoder(enabled: None, tokens: int, copies: int) -> None:
+    """As wide as its own text model wants them; a picture of another number of tokens would not fit the prompt."""
+    model = seeing("gemma3")
+    small = tiny_model(
+        "gemma3", AutoModelForImageTextToText, {"mm_tokens_per_image": tokens, "text_config": {"hidden_size": 16}}
+    )
+    inputs = pictured(model, 2)
+    reads = bool(shown(model, inputs)) and tokens == 4  # older releases hand pixels on, and a level sees ids
+    seen: list[Any] = []
+
+    def note(_module: Any, _args: Any, given: dict[str, Any]) -> None:
+        seen.append(given.get("mm_encoder_outputs"))
+
+    small.register_forward_pre_hook(note, with_kwargs=True)
+    law = {**DRAWN, "num_return_sequences": copies}
+    plain = made(model, **inputs, **law)
+    for chain in ([small], [small, SuffixDrafter(min_match=1)]):
+        seen.clear()
+        assert made(model, **inputs, **law, assistant_models=chain).tolist() == plain.tolist()
+        read = [one["image"].pooler_output for one in seen if one]
+        assert len(read) == int(reads), "the pass that reads the prompt, and no other"
+        for pictures in read:
+            assert [tuple(one.shape) for one in pictures] == [(4, 16)] * 2 * copies
