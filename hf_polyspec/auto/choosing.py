@@ -7,7 +7,7 @@ import datetime
 import threading
 import warnings
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,10 +26,11 @@ from ..models.changes import stamp
 from ..quantization.modules import sharing_copy
 from . import profile as profiles
 from .copying import copy_hindrance
+from .drafters import MTP, Tried, Tries, load_drafter, try_drafters
 from .measuring import FEW, SIZES, Progress, agreement, generators_kept, time_passes
 from .profile import Key, Profile
 from .source import identity_of, may_be_packed
-from .worth import ASSUMED, PACKED_GAIN, milliseconds, sizes_of, worth
+from .worth import ASSUMED, MIDDLE_GAIN, PACKED_GAIN, milliseconds, sizes_of, worth
 
 SUFFIX = "suffix"
 _BITS = {"int8": 8, "int4": 4}
@@ -84,7 +85,13 @@ _making = threading.Lock()
 
 
 def prepare(
-    model: Any, prompt: Sequence[int], *, packs: bool = True, mode: Hashable = None, encoded: Encoded | None = None
+    model: Any,
+    prompt: Sequence[int],
+    *,
+    packs: bool = True,
+    mode: Hashable = None,
+    encoded: Encoded | None = None,
+    tries: Tries | None = None,
 ) -> Ready:
     """The chain of "auto" for a model: measured in the first call, afterwards remembered.
 
@@ -97,6 +104,7 @@ def prepare(
         packs: whether the target may be run packed.
         mode: what acceptance depends on besides the models, such as the temperature.
         encoded: what the model's decoder attends to, where it has an encoder; passes are timed on its first row.
+        tries: runs a drafter that lies here; None, as for models with an encoder, for none of those.
 
     Raises:
         ValueError: the model cannot be the target of a chain.
@@ -110,7 +118,7 @@ def prepare(
         found = side.profiles.get(key) or profiles.load(key)
         if found is None:
             row = None if encoded is None else encoded.select([0])
-            found = _measured(model, key, prompt, side, row)
+            found = _measured(model, key, prompt, side, row, tries if encoded is None else None)
             _keep(found)
         side.profiles[key] = found
         return _made(model, found, side, changed, mode)
@@ -141,12 +149,23 @@ def _made(model: Any, found: Profile, side: _Side, changed: bool, mode: Hashable
     if len(members) < len(found.members):
         left = ", ".join(name for name in found.members if name not in members)
         line += f"; this call goes without {left}, since the weights have just changed"
-    assistants = [_member(model, name, side) for name in members]
+    assistants = []
+    for name in list(members):
+        try:
+            assistants.append(_member(model, target, name, side))
+        except (ValueError, OSError) as error:
+            if name in _BITS:
+                raise
+            members.remove(name)
+            line += f"; this call goes without {name}: {' '.join(str(error).split()).rstrip('.')}"
     middle = next((name for name in members if name in _BITS), None)
     place = (found.key, tuple(members), mode)
     if place not in side.costs:
         tables = [found.passes["target"], *(found.passes[name] for name in members if name in _BITS)]
-        side.costs[place] = Costs(tables, found.agreement.get(middle or "", ASSUMED))
+        drafter = next((name for name in members if name not in (*_BITS, SUFFIX)), "")
+        known = Costs(tables, found.agreement.get(middle or "", ASSUMED))
+        known.leaf.expected = found.agreement.get(drafter, known.leaf.expected)
+        side.costs[place] = known
     return Ready(target, assistants, dict(found.options), side.costs[place], line)
 
 
@@ -154,15 +173,19 @@ def _twin(model: Any) -> Any:
     return pack(sharing_copy(model))
 
 
-def _member(model: Any, name: str, side: _Side) -> Any:
+def _member(model: Any, target: Any, name: str, side: _Side) -> Any:
     if name == SUFFIX:  # it keeps the text of its generation
         return SuffixDrafter(eos=end_ids(model))
+    if name == MTP:  # so does this
+        return load_drafter(name, model)
     if name not in side.copies:
-        side.copies[name] = quantized_copy(model, _BITS[name])
+        side.copies[name] = quantized_copy(model, _BITS[name]) if name in _BITS else load_drafter(name, target)
     return side.copies[name]
 
 
-def _measured(model: Any, key: Key, prompt: Sequence[int], side: _Side, encoded: Encoded | None) -> Profile:
+def _measured(
+    model: Any, key: Key, prompt: Sequence[int], side: _Side, encoded: Encoded | None, tries: Tries | None
+) -> Profile:
     """A profile of what there is for this model."""
     progress = Progress(f"{name_of(model) or type(model).__name__} in {key.dtype} on {key.device}")
     if manner_of(model) in (Manner.STEPS, Manner.NONE):
@@ -172,9 +195,43 @@ def _measured(model: Any, key: Key, prompt: Sequence[int], side: _Side, encoded:
     packed, passes, words, left = _target(model, key, side, progress, encoded)
     target = side.twin if packed else model
     bits, agreed, about = _copy(model, target, prompt, passes, side, progress, encoded)
+    drafter: Tried | None = None
+    if tries is not None:
+        drafter, why = try_drafters(model, target, prompt, passes["target"], tries, progress)
+        left += why
+    if drafter is not None:
+        middle = worth(passes["target"], passes[bits], agreed.get(bits)) * MIDDLE_GAIN if bits else 0.0
+        if drafter.gain > middle:
+            left += [f"{about}; {drafter.name} promises more"] if bits else [about]
+            return _with_drafter(model, target, key, packed, drafter, passes, words, left, progress, side)
+        left.append(f"{drafter.about}; {bits} promises more")
     (words if bits else left).append(about)
     members = [*([bits] if bits else []), SUFFIX]
     return _profile(model, key, packed, members, passes, agreed, words, left, progress)
+
+
+def _with_drafter(
+    model: Any,
+    target: Any,
+    key: Key,
+    packed: bool,
+    drafter: Tried,
+    passes: dict[str, list[list[float]]],
+    words: list[str],
+    left: list[str],
+    progress: Progress,
+    side: _Side,
+) -> Profile:
+    """The profile of a chain that drafts with what lies here, suffixes beside it where both can be joined."""
+    for bits in _BITS:
+        side.copies.pop(bits, None)
+        passes.pop(bits, None)
+    if drafter.name != MTP:
+        side.copies[drafter.name] = drafter.member
+    members = [drafter.name] if drafter.name == MTP else [drafter.name, SUFFIX]
+    words = [*words, drafter.about]
+    found = _profile(model, key, packed, members, passes, {drafter.name: drafter.share}, words, left, progress)
+    return replace(found, options={"num_assistant_tokens": drafter.tokens})
 
 
 def _target(

@@ -11,6 +11,8 @@ PACKED_GAIN = 0.97
 """Packing is used where it takes at most this share of the time."""
 MIDDLE_GAIN = 1.1
 """A middle must promise this many times the speed of the model alone, where nothing else drafts."""
+DRAFTER_GAIN = 1.15
+"""A head, or layers of the model's own, must promise this many times the speed of the model alone."""
 ASSUMED = 0.9
 """Agreement of a quantised copy where the prompt was too short to tell."""
 

@@ -88,6 +88,9 @@ class SteadyControl:
         self.clock = clock
         self.decisions: list[Decision] = []
         self.ladder = _ladder(self.chain)
+        if self.columns and self.chain.leaf is not None and self.chain.leaf.tells_chances:
+            # What does not pay is cut from its drafts, token by token: the target need not be left alone for that.
+            self.ladder = self.ladder[:-1]
         before = costs.standing
         self.standing = Standing(min(before.place, len(self.ladder) - 1), before.tokens, dict(before.due))
         self.standing.waits = dict(before.waits)

@@ -11,6 +11,7 @@ from ..generation.chain import check_assistants
 from ..generation.kernels import packed
 from ..generation.members import leaves_choice, lent, members
 from ..generation.options import PolySpecOptions
+from ..generation.trial import tried
 
 
 class Held:
@@ -53,7 +54,7 @@ class Held:
             return
         from ..auto import prepare  # quantisation, which most engines never need
 
-        ready = prepare(self.model, (), packs=self.options.polyspec_pack, mode="engine")
+        ready = prepare(self.model, (), packs=self.options.polyspec_pack, mode="engine", tries=tried)
         # A drafter without a model is made for every call, and the one that is held will do.
         found = tuple(id(one) for one in (ready.target, *ready.assistants) if hasattr(one, "config"))
         if found == self._members:

@@ -14,6 +14,7 @@ from ..exactness.distributions import LawMaker
 from ..host.encoded import Encoded
 from .chain import check_assistants
 from .options import PolySpecOptions
+from .trial import tried
 
 
 class Job(Protocol):
@@ -47,7 +48,7 @@ def choose(job: Job, named: Mapping[str, Any]) -> list[Any]:
 
     mode = (job.law.do_sample, job.config.temperature, job.options.couples)
     packs = job.options.polyspec_pack
-    ready = prepare(job.model, job.context.ids[0], packs=packs, mode=mode, encoded=job.encoded)
+    ready = prepare(job.model, job.context.ids[0], packs=packs, mode=mode, encoded=job.encoded, tries=tried)
     said = {name: value for name, value in named.items() if value is not None}
     job.options = PolySpecOptions.read({**ready.options, **said}, job.config)
     if said.get("polyspec_control", getattr(job.config, "polyspec_control", None)) is None:

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Heads that lie on this disk are tried by "auto", and taken where they promise most."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+from tiny_models import head_for, noisy, prompts, tiny
+from transformers import PreTrainedModel
+
+import hf_polyspec
+from hf_polyspec.auto import choosing, drafters, profile
+from hf_polyspec.auto.drafters import drafters_here, promise
+from hf_polyspec.generation import automatic
+from hf_polyspec.generation.trial import tried
+from hf_polyspec.host.hub_cache import cached_folders
+from hf_polyspec.levels.eagle import EagleDrafter
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+
+
+@pytest.fixture
+def folder(model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of a head for the model, in the hub's cache, beside one that does not fit and a repository without a config."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    place = tmp_path / "hub" / "models--some--head" / "snapshots" / "1a2b"
+    head_for(model).save_pretrained(place)
+    wide = tiny("llama", hidden_size=64)
+    head_for(wide).save_pretrained(tmp_path / "hub" / "models--some--other" / "snapshots" / "3c")
+    (tmp_path / "hub" / "models--some--rest" / "snapshots" / "4d").mkdir(parents=True)
+    return str(place)
+
+
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Instead of running drafters, what the test says of them; and how often it was asked."""
+    told: dict[str, Any] = {"share": 0.95, "seconds": 1e-5, "asked": 0}
+
+    def says(*_: Any) -> tuple[float, float]:
+        told["asked"] += 1
+        return told["share"], told["seconds"]
+
+    monkeypatch.setattr(automatic, "tried", says)
+    return told
+
+
+def run(model: Any, batch: int = 1, **options: Any) -> Any:
+    return model.generate(**{**prompts(batch), **GREEDY, "assistant_models": "auto", **options})
+
+
+def levels(output: Any) -> list[str]:
+    return [level.name for level in output.polyspec.levels[1:]]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_head_that_promises_most_is_taken(
+    model: PreTrainedModel, timed: list[Any], trials: dict[str, Any], folder: str, batch: int
+) -> None:
+    ours = run(model, batch)
+    assert ours.sequences.tolist() == run(model, batch, assistant_models=None).sequences.tolist()
+    assert len(levels(ours)) == 2
+    assert levels(ours)[-1] == "suffix"
+    assert "int8" not in levels(ours)[0]
+    assert "95% of its tokens are right" in ours.polyspec.chosen
+    ((_, kept),) = profile.kept()
+    assert kept is not None
+    assert kept.members == (folder, "suffix")
+    assert kept.options == {"num_assistant_tokens": drafters.LONGEST}
+    assert any("promises more" in sentence for sentence in kept.left_out)
+    choosing._sides.clear()  # as another process
+    assert levels(run(model, batch)) == levels(ours)
+    assert trials["asked"] == 1
+    sampled = {"do_sample": True, "polyspec_seed": 3}
+    assert run(model, **sampled).sequences.tolist() == run(model, assistant_models=[], **sampled).sequences.tolist()
+
+
+@pytest.mark.parametrize(("share", "words"), [(0.1, "which would not pay"), (0.5, "int8 promises more")])
+def test_a_head_that_promises_less_is_left_out_and_said(
+    model: PreTrainedModel, timed: list[Any], trials: dict[str, Any], folder: str, share: float, words: str
+) -> None:
+    trials["share"] = share
+    assert [name.split()[-1] for name in levels(run(model))] == ["int8", "suffix"]
+    ((_, kept),) = profile.kept()
+    assert kept is not None
+    assert [sentence for sentence in kept.left_out if words in sentence]
+
+
+def test_a_head_whose_folder_has_gone_is_gone_without(
+    model: PreTrainedModel, timed: list[Any], trials: dict[str, Any], folder: str
+) -> None:
+    run(model)
+    choosing._sides.clear()
+    (Path(folder) / "config.json").unlink()
+    found = run(model)
+    assert levels(found) == ["suffix"]
+    assert f"this call goes without {folder}" in found.polyspec.chosen
+
+
+def test_an_engine_takes_it_too(model: PreTrainedModel, timed: list[Any], trials: dict[str, Any], folder: str) -> None:
+    run(model)
+    with hf_polyspec.Engine(model, "auto") as engine:
+        assert [type(one).__name__ for one in engine._crew.held.levels] == ["EagleHead", "SuffixDrafter"]
+
+
+def test_nothing_but_what_fits_is_found(model: PreTrainedModel, folder: str, tmp_path: Path) -> None:
+    assert list(drafters_here(model)) == [folder]
+    model.save_pretrained(tmp_path / "model")
+    model.config.name_or_path = str(tmp_path / "model")
+    assert list(drafters_here(model)) == [folder, "mtp"]
+    assert len(cached_folders()) == 2
+
+
+def test_the_head_that_ships_fits_its_model() -> None:
+    told = json.loads((drafters.head_folder() / "config.json").read_text())
+    target = tiny("llama", hidden_size=576, vocab_size=told["draft_vocab_size"], num_hidden_layers=30)
+    assert next(drafters_here(target)) == drafters.HEAD
+
+
+def test_a_trial_counts_what_is_right(model: PreTrainedModel) -> None:
+    state = torch.get_rng_state()
+    ids = prompts(1)["input_ids"][0].tolist()
+    share, seconds = tried(model, noisy(model, 0.0), ids)
+    assert share == 1.0
+    assert 0 < seconds < 1
+    assert tried(model, noisy(model, 3.0), ())[0] < 0.7
+    share, _ = tried(model, head_for(model), ids)
+    assert 0 <= share < 1
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_a_drafter_promises() -> None:
+    flat = [[1, 1.0], [8, 1.0]]
+    assert promise(flat, 1.0, 0.0) == (drafters.LONGEST + 1, drafters.LONGEST)
+    assert promise(flat, 0.0, 0.5)[0] < 1
+    gain, tokens = promise(flat, 0.6, 0.2)
+    assert (gain, tokens) == (pytest.approx((1 + 0.6 + 0.36) / 1.4), 2)
+    assert promise(flat, 0.6, 0.4)[1] == 1
+
+
+def test_the_level_is_the_drafter_that_was_tried(
+    model: PreTrainedModel, timed: list[Any], trials: dict[str, Any], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    genuine = EagleDrafter.propose
+    monkeypatch.setattr(EagleDrafter, "propose", lambda self, *given: (asked.append(1), genuine(self, *given))[1])
+    run(model, polyspec_control="fixed")
+    assert asked
