@@ -163,8 +163,12 @@ def cache_argument(model: Any) -> str | None:
 
 @torch.no_grad()
 def _accepted(model: Any) -> str | None:
-    """The first known name that the code of the model's forward mentions and under which it fills a cache."""
-    mentioned = [name for name in CACHE_NAMES if name in _strings(type(model).forward)]
+    """The first known name that the code of the model's forward mentions and under which it fills a cache.
+
+    One that hands its further arguments on may take it without a word, where the model inside has such an argument.
+    """
+    said = _strings(type(model).forward) | {named_cache(parameters_of(part.forward)) for part in model.children()}
+    mentioned = [name for name in CACHE_NAMES if name in said]
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     weight = getattr(embedding, "weight", None)
     if not mentioned or weight is None or weight.device.type == "meta":

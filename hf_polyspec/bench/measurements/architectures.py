@@ -34,6 +34,7 @@ from ...host.modeling import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
 )
+from ...host.peculiar import check_generate
 from ...host.release import installed
 from . import arguments
 from .picture_chains import see
@@ -142,6 +143,10 @@ def _compared(model: Any, kind: str, model_type: str) -> Finding:
     name = type(model).__name__
     passes: list[float] = []
     told: set[str] = set()
+    try:
+        check_generate(model)
+    except ValueError as error:
+        return Finding(kind, model_type, name, REFUSED, note=_line(error))
     for rows in (1, 3):
         inputs = {**prompts(rows), "max_new_tokens": NEW, "do_sample": False}
         try:

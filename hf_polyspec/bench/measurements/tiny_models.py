@@ -194,7 +194,7 @@ def tiny_model(model_type: str, auto: Any, own: dict[str, Any] | None = None, at
     if said is not None:  # else it makes no text
         said.eos_token_id = said.forced_eos_token_id = None
         said.pad_token_id = 0
-        if said.decoder_start_token_id is None and not (
+        if getattr(said, "decoder_start_token_id", 0) is None and not (
             model.config.is_encoder_decoder and said.bos_token_id is not None
         ):
             said.decoder_start_token_id = 0

@@ -18,7 +18,9 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 import hf_polyspec
+from hf_polyspec.bench.measurements.tiny_models import tiny_model
 from hf_polyspec.host import release
+from hf_polyspec.host.modeling import AutoModelForCausalLM, AutoModelForImageTextToText
 
 PROJECT = Path(__file__).parents[3]
 SHORT = {"max_new_tokens": 8, "do_sample": False}
@@ -179,3 +181,9 @@ def test_only_a_later_minor_is_newer(monkeypatch, version, newer):
     monkeypatch.setattr(release, "NEWEST_TESTED", "5.24")
     monkeypatch.setattr(release, "installed", lambda: version)
     assert release.is_newer_than_tested() is newer
+
+
+def test_a_cache_that_goes_on_to_the_model_inside_without_a_name_is_found():
+    """Evolla's forward hands its further arguments on; the first GPT's does so too, to a model that takes no cache."""
+    assert release.cache_argument(tiny_model("evolla", AutoModelForImageTextToText)) == HERE
+    assert release.cache_argument(tiny_model("openai-gpt", AutoModelForCausalLM)) is None

@@ -61,6 +61,12 @@ def test_wholes_around_other_packages_or_of_odd_parts_are_built(kind: str) -> No
     assert model.generate(**prompts(1), max_new_tokens=2, do_sample=False).shape == (1, 11)
 
 
+def test_a_class_that_generates_by_itself_is_refused_before_anything_runs() -> None:
+    found = architectures.measure("causal", "musicgen")
+    assert found.verdict == "refused"
+    assert found.note.startswith("generate() of MusicgenForCausalLM is the class's own")
+
+
 def test_a_part_of_a_whole_is_built_alone() -> None:
     """The mapping names a decoder's class for the whole's type."""
     assert type(tiny_model("musicgen_melody", AutoModelForCausalLM)).__name__ == "MusicgenMelodyForCausalLM"
