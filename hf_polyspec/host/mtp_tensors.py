@@ -35,7 +35,7 @@ _NAMED = {
 """Other checkpoints' names of these."""
 _APART = re.compile(r"(?:(.*)\.)?mtp\.(fc|pre_fc_norm_embedding|pre_fc_norm_hidden|norm)\.(\w+)")
 _NUMBERED = re.compile(r"(?:(.*)\.)?(mtp_block|mtp_emb_norm|mtp_hidden_norm|mtp_linear_proj)\.(\d+)\.(.+)")
-_LAYER = re.compile(r"(?:(.*)\.)?layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"(?:(.*)\.)?(mtp_)?layers\.(\d+)\.(.+)")
 _SHARED = ("shared_head.head.", "embed_tokens.")
 """The model's own lm_head and embedding, which some checkpoints store once more."""
 
@@ -73,8 +73,8 @@ def _placed(name: str, depth: int) -> tuple[str, int, str] | None:
         part = "" if found[2] == "mtp_block" else f"{_NAMED[found[2]]}."
         return found[1] or "", int(found[3]), part + found[4]
     if found := _LAYER.fullmatch(name):
-        before, number, part = found[1] or "", int(found[2]), found[3]
-        own = before.split(".")[-1] == "mtp"
+        before, number, part = found[1] or "", int(found[3]), found[4]
+        own = bool(found[2]) or before.split(".")[-1] == "mtp"
         if not own and number < depth:
             return None
         first, _, rest = part.rpartition(".")

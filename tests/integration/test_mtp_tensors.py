@@ -126,6 +126,8 @@ def test_names_of_published_checkpoints() -> None:
     assert all("embed_tokens.weight" not in layer for layer in found)
     nested = [f"model.mtp.layers.0.{name}.weight" for name in ("enorm", "hnorm", "eh_proj", "final_layernorm")]
     assert named_layers(nested, 2)[0]["shared_head.norm.weight"] == "model.mtp.layers.0.final_layernorm.weight"
+    apart = [name.replace("mtp.layers", "mtp_layers") for name in nested]
+    assert named_layers(apart, 2)[0]["eh_proj.weight"] == "model.mtp_layers.0.eh_proj.weight"
     beside = [f"model.language_model.layers.46.{name}.weight" for name in _NORMS]
     assert len(named_layers([*beside, "model.visual.layers.46.attn.weight"], 46)) == 1
     assert named_layers(["model.layers.2.mlp.up_proj.weight", "model.layers.61.enorm.weight"], 61) == []
