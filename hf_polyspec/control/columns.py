@@ -30,6 +30,9 @@ LONGEST = 24
 PATIENCE = 8
 """Rounds that a row waits, at least, before what did not pay is tried again."""
 NEWEST = 0.25
+UNTIMED = 2
+"""Most tokens of a draft before one was timed."""
+GUESS = 0.3
 _IDLE = 4.0
 """Passes after which a pause is no time of this chain."""
 
@@ -157,16 +160,20 @@ class Columns:
 
     def _granted(self, source: Drafter, known: _Source, rooms: list[int], nodes: int = 0) -> list[int]:
         """Tokens of every row's draft, before there is one; of trees, the room of rows that grow one."""
-        chances = [known.rates.chances(p, _most(source, r)) for p, r in zip(self._places, rooms, strict=True)]
+        timed = nodes or known.seconds is not None
+        rooms_now = rooms if timed else [min(room, UNTIMED) for room in rooms]
+        chances = [known.rates.chances(p, _most(source, r)) for p, r in zip(self._places, rooms_now, strict=True)]
         if nodes:
             chances = [[sum(row) / nodes] * nodes if row else [] for row in chances]
         rows = sum(room > 0 for room in rooms)
-        wanted = self._allotted(chances, rows, known.seconds or 0.0)
+        # Before a draft was timed a token of it is taken to cost a good part of a pass.
+        seconds = known.seconds if known.seconds is not None else GUESS * self.seconds.seconds(rows) / max(1, nodes)
+        wanted = self._allotted(chances, rows, seconds)
         if nodes:
             wanted = [room if 2 * count >= nodes else 0 for count, room in zip(wanted, rooms, strict=True)]
         column = self.seconds.seconds(rows + 1) - self.seconds.seconds(rows)
         cost = max(1, nodes) * column
-        costs = cost + (0.0 if any(wanted) else max(1, nodes) * (known.seconds or 0.0))
+        costs = cost + (0.0 if any(wanted) else max(1, nodes) * seconds)
         due = [b for b, room in enumerate(rooms) if room and not wanted[b] and self._is_due(known, b)]
         for b in sorted(due, key=lambda b: known.tried[self._places[b]]):
             if costs > self._credit:
