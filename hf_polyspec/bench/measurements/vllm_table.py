@@ -2,8 +2,8 @@
 """vLLM's greedy texts and acceptance with our levels and our exported head, beside ours: `polyspec measure vllm`.
 
 To be run where vLLM is installed. Each line is one run of vLLM in a process of its own, in float32: texts equal to its
-own without drafts, and how many tokens a pass of its model was worth, beside the same chain in `generate()` here. Texts
-are of one length, so that both count the same passes.
+own without drafts, and how many tokens a pass of its model was worth, beside the same chain in `generate()` here, where
+it starts and ends as it does there.
 """
 
 from __future__ import annotations
@@ -76,7 +76,6 @@ class Bench:
         self.folder, self.scratch = resolve(model)[0], scratch
         self.new_tokens, self.draft_tokens, self.rows = new_tokens, draft_tokens, rows
         self.target = load_model(model)
-        self.target.generation_config.eos_token_id = None  # texts of one length
         tokenizer = load_tokenizer(model)
         self.prompts = [encode_prompt(tokenizer, text, "cpu") for text in (*PROMPTS, *MORE_PROMPTS)[:prompts]]
         self.plain = self._vllm(None)
@@ -111,13 +110,15 @@ class Bench:
         waits = isinstance(assistants[0], EagleHead)
         tokens = passes = 0
         for prompt, text in zip(self.prompts, self.plain["texts"], strict=True):
+            if len(text) < 2:
+                continue  # of one pass, the prompt's
             ids = prompt["input_ids"] if waits else torch.cat([prompt["input_ids"], torch.tensor([text[:1]])], dim=1)
             out = generate(
                 self.target, input_ids=ids, attention_mask=torch.ones_like(ids), assistant_models=assistants,
                 max_new_tokens=self.new_tokens + 4 * self.draft_tokens, do_sample=False, return_dict_in_generate=True,
                 output_hidden_states=len(names) > 1, polyspec_draft_copies=False, **self._sizes(),
             )  # fmt: skip
-            levels = out.polyspec.token_levels[0][waits : waits + self.new_tokens - 1]
+            levels = out.polyspec.token_levels[0][waits : waits + len(text) - 1]
             tokens += len(levels)
             passes += levels.count(0) + (levels[-1] != 0)  # a pass ends with the target's own token
         return tokens / passes
