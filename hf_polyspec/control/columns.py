@@ -83,6 +83,7 @@ class Columns:
         self._asked_at: float | None = None
         self._nothing = False
         self._fresh = False
+        self._on_trial = False
 
     # What the verifier calls
 
@@ -97,7 +98,7 @@ class Columns:
         if nothing:
             return _empty(context)
         known = self._begin(source, context, rooms)
-        tells = source.tells_chances
+        tells, self._on_trial = source.tells_chances, False
         wanted = rooms if tells else self._granted(source, known, rooms)
         if not any(wanted) or (tells and not self._may_look(known)):
             return _empty(context)
@@ -175,6 +176,7 @@ class Columns:
         cost = max(1, nodes) * column
         costs = cost + (0.0 if any(wanted) else max(1, nodes) * seconds)
         due = [b for b, room in enumerate(rooms) if room and not wanted[b] and self._is_due(known, b)]
+        self._on_trial = not any(wanted)
         for b in sorted(due, key=lambda b: known.tried[self._places[b]]):
             if costs > self._credit:
                 break
@@ -228,8 +230,11 @@ class Columns:
 
     def _time(self, known: _Source, began: float, size: int) -> None:
         """A draft is over; one for which a text was read is no measure of others."""
+        seconds = self.level.stats.clock() - began
+        if self._on_trial:  # what it had to read of what it had missed is lost as well
+            self._credit -= max(0.0, seconds - size * (known.seconds or 0.0))
         if size and not self._fresh:
-            known.time((self.level.stats.clock() - began) / size)
+            known.time(seconds / size)
 
 
 def _nodes(source: Drafter) -> int:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from clockwork import Clock, ClockedDrafter, ClockedRunner, Run
 
-from hf_polyspec.control import Costs, PassSeconds, SteadyControl
+from hf_polyspec.control import Costs, PassSeconds, Shares, SteadyControl
 from hf_polyspec.control.allotment import LEAST, allotted
 from hf_polyspec.control.columns import Columns
 from hf_polyspec.control.row_rates import RowRates
@@ -204,6 +204,31 @@ def test_what_a_draft_costs_is_found_out_with_a_short_one() -> None:
     assert drafter.asked[0] <= 2
     assert sum(drafter.asked) <= 3
     assert share <= 1.06
+
+
+def test_what_a_level_reads_before_a_trial_is_part_of_its_cost() -> None:
+    """A middle that was left alone for a while has missed what was emitted since."""
+    clock = Clock()
+    runner = ClockedRunner(clock, pass_seconds, lambda: 1.0, 4)
+    last = [0.0]
+
+    def seconds() -> float:
+        behind, last[0] = clock.now - last[0], clock.now
+        return 0.1 + (2.0 if behind > 4 else 0.0)
+
+    drafter = ClockedDrafter(clock, seconds, lambda: 0.0)
+    top = Verifier(runner, drafter, name="target", draft_limit=4)
+    top.begin(0, 8, 8)
+    top.stats.clock = clock
+    gauge = PassSeconds(pass_seconds)
+    shares = Shares(top, lambda _: gauge)
+    context = Context([[0]] * 8, Prompt(1, None, torch.zeros(8, 1, dtype=torch.long)))
+    for _ in range(400):
+        emission = top.round(context, [400] * 8, LawMaker([], False, torch.device("cpu")))
+        shares.after(emission)
+        context = context.extended(emission.tokens)
+    assert 2 < len(drafter.asked) < 12, "a trial that takes two passes is for one round of a hundred"
+    assert clock.now <= 1.03 * 400 * pass_seconds(8)
 
 
 def test_a_batch_wins_where_drafts_are_right() -> None:
