@@ -12,7 +12,7 @@ from tiny_models import noisy, prompts
 
 from hf_polyspec.bench.measurements.tiny_models import tiny_model
 from hf_polyspec.exactness.context import Context, Prompt
-from hf_polyspec.host.modeling import AutoModelForCausalLM, AutoModelForImageTextToText
+from hf_polyspec.host.modeling import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 from hf_polyspec.host.recurrent import RecurrentRunner
 from hf_polyspec.host.release import GENERATION_CACHE
 from hf_polyspec.telemetry.counters import LevelStats
@@ -78,6 +78,8 @@ def test_rows_are_fed_evenly(compressing: Any) -> None:
 
 def test_a_window_whose_mask_goes_wrong_behind_padding(enabled: None) -> None:
     """Beyond the window plain generation's own text of a padded row depends on how many tokens a pass reads."""
+    if "unlimited_ocr" not in CONFIG_MAPPING:
+        return  # a release before that model
     model = tiny_model("unlimited_ocr", AutoModelForImageTextToText)
     call = {**prompts(1), "max_new_tokens": NEW, "do_sample": False}
     plain = model.generate(**call).tolist()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import prompts, tiny
+from transformers import MusicgenMelodyDecoderConfig, MusicgenMelodyForCausalLM
 
 from hf_polyspec.bench.measurements.tiny_models import tiny_model
 from hf_polyspec.host.compatibility import check_model
@@ -47,8 +48,10 @@ def test_a_class_with_its_own_generate_is_refused() -> None:
     with pytest.raises(ValueError, match=r"generate\(\) of _Own is the class's own"):
         check_generate(_Own())
     check_generate(tiny("llama"))
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "ffn_dim": 16}
+    config = MusicgenMelodyDecoderConfig(vocab_size=48, **sizes)
     with pytest.raises(ValueError, match=r"generate\(\) of MusicgenMelodyForCausalLM is the class's own"):
-        check_generate(tiny_model("musicgen_melody", AutoModelForCausalLM))
+        check_generate(MusicgenMelodyForCausalLM(config))
     check_generate(tiny_model("blip-2", AutoModelForImageTextToText))
 
 
