@@ -22,6 +22,7 @@ _MOST = 120
 """Tokens of a picture, at most: positions of tiny models end at 128."""
 _MARKS = {"mm_token_type_ids": torch.long, "token_type_ids": torch.long, "image_embeds_position_mask": torch.bool}
 """Arguments that say which tokens stand for pictures."""
+_NAMED: Settings = {"image_token_id": IMAGE, "video_token_id": IMAGE + 1}
 _TILES: Settings = {"image_grid_pinpoints": [[8, 8]]}
 
 SEEING: dict[str, Settings] = {
@@ -29,6 +30,7 @@ SEEING: dict[str, Settings] = {
     "gemma3": {"mm_tokens_per_image": 4},
     "glm_ocr": {"vision_config": {"hidden_size": 32, "out_hidden_size": 32}},
     "granite_docling": {"vision_config": {"scale_factor": 2}},
+    "gemma3n": {"vision_soft_tokens_per_image": 4},
     "gemma4_unified": {"vision_config": {"pooling_kernel_size": 1, "mm_embed_dim": 32, "output_proj_dims": 32}},
     "inkling_mm_model": {"vision_config": {"num_hidden_layers": 1}},
     "kosmos-2": {"latent_query_num": 4},
@@ -57,6 +59,7 @@ SEEING: dict[str, Settings] = {
     "paligemma": {"projection_dim": 32},
     "qwen2_vl": {"vision_config": {"embed_dim": 16, "hidden_size": 32}},
     "vipllava": {"vision_feature_layers": [-1, -1]},
+    **dict.fromkeys(("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), _NAMED),
     **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), _TILES),
 }
 """What single classes need besides small numbers for their pictures to be read, by type."""
