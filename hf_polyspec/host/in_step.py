@@ -33,6 +33,7 @@ often the last bits of the embeddings are moved."""
 Runner = TypeVar("Runner", bound=ModelRunner)
 
 _known: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+_untried: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 _continued: WeakKeyDictionary[Any, dict[bool, bool]] = WeakKeyDictionary()
 
 
@@ -76,6 +77,11 @@ def serve(runner: Runner, batch: int) -> Runner:
     if not runner.cuts:
         return runner
     if not reads_on(model, padded=False):
+        if (failure := _untried.get(inner_model(model))) is not None:
+            raise ValueError(
+                f"{runner.name} ({kind}) cannot be tried on a few tokens of text alone ({failure}), so that nobody "
+                "knows whether drafts can be checked with it; leave it out."
+            )
         raise ValueError(
             f"{runner.name} ({kind}) does not read several tokens after a cache as it reads them in one text, so "
             "drafts cannot be checked with it; leave it out."
@@ -154,7 +160,8 @@ def _reads_on(model: Any, padded: bool) -> bool:
             padding = min(2, first - 1) if padded else 0
             found, wanted = (_read(model, first, rows, padding=padding, at_once=whole) for whole in (False, True))
             noise = _noise(model, first, rows, wanted, padding=padding)
-    except Exception:
+    except Exception as error:
+        _untried[inner_model(model)] = " ".join(str(error.__cause__ or error).split())
         return False
     return _alike(model, found, wanted, noise)
 

@@ -202,3 +202,12 @@ def test_a_smaller_level_of_the_class_sees_with_its_own_encoder(enabled: None, t
         assert len(read) == int(reads), "the pass that reads the prompt, and no other"
         for pictures in read:
             assert [tuple(one.shape) for one in pictures] == [(4, 16)] * 2 * copies
+
+
+def test_what_reads_no_text_without_pictures_cannot_be_tried(enabled: None) -> None:
+    """IDEFICS wants a picture in every pass, and says so of itself."""
+    model = seeing("idefics")
+    with pytest.raises(
+        ValueError, match=r"\(IdeficsForVisionText2Text\) cannot be tried .* of text alone \(.*pixel_values"
+    ):
+        model.generate(**pictured(model, 1), **LENGTH, assistant_models=[SuffixDrafter()])
