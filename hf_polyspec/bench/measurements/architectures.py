@@ -13,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 import platform
+import resource
 import signal
 import sys
 import time
@@ -47,6 +48,7 @@ WORTH = 0.4
 NOISE = (0.02, 0.05)
 LARGEST = 80_000_000
 SECONDS = 60
+MEMORY = 8 << 30
 
 EQUAL, GAINLESS, REFUSED = "equal", "served without gain", "refused"
 DIFFERENT, CRASHED, NO_PLAIN, UNBUILT = "different", "crashed", "plain fails", "not built"
@@ -256,6 +258,13 @@ def _part(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
+def _bounded() -> None:
+    """A class that would fill the machine's memory fails instead, and no other process is ended for it."""
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    most = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+
+
 def _one(asked: tuple[str, str]) -> Finding:
     return measure(*asked)
 
@@ -277,7 +286,7 @@ def main(words: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     findings = []
     # Each in a process of its own: a crash of one is no end of the others, and memory is given back.
-    with multiprocessing.get_context("fork").Pool(given.jobs, maxtasksperchild=20) as pool:
+    with multiprocessing.get_context("fork").Pool(given.jobs, _bounded, maxtasksperchild=20) as pool:
         for found in pool.imap(_one, asked):
             findings.append(found)
             if given.findings is not None:
