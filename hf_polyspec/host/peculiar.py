@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 
 from .named_code import names_in
 from .ranks import ranks_of
@@ -39,9 +39,26 @@ def check_generate(model: Any) -> None:
 
 
 def _hands_on(kind: type) -> bool:
-    """Whether a class generates as transformers does: by its method, or by one of its own that ends in another."""
+    """Whether a class generates as transformers does: by its method, or by one of its own that ends in another, be it
+    through further methods of the class (Whisper's does)."""
     own: Any = getattr(kind, "generate")  # noqa: B009 - a mixin's is known at run time
-    return own is GenerationMixin.generate or "generate" in names_in(own)
+    if own is GenerationMixin.generate:
+        return True
+    seen, left = {"generate"}, [own]
+    while left:
+        named = set(names_in(left.pop()))
+        if "generate" in named:
+            return True
+        further = {name for name in named - seen if name in _methods(kind)}
+        seen |= further
+        left += [getattr(kind, name) for name in further]
+    return False
+
+
+def _methods(kind: type) -> set[str]:
+    """Names of what a class defines beyond transformers' usual classes."""
+    usual = set(dir(GenerationMixin)) | set(dir(PreTrainedModel))
+    return set(dir(kind)) - usual
 
 
 def looks_back_only(model: Any) -> bool:

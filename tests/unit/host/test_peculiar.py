@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from encoder_models import seq_to_seq
 from tiny_models import prompts, tiny
 from transformers import MusicgenMelodyDecoderConfig, MusicgenMelodyForCausalLM
 
@@ -53,6 +54,7 @@ def test_a_class_with_its_own_generate_is_refused() -> None:
     with pytest.raises(ValueError, match=r"generate\(\) of MusicgenMelodyForCausalLM is the class's own"):
         check_generate(MusicgenMelodyForCausalLM(config))
     check_generate(tiny_model("blip-2", AutoModelForImageTextToText))
+    check_generate(seq_to_seq("whisper"))  # by a further method of its own
 
 
 def test_a_whole_whose_head_is_within_its_language_model_is_no_model_without_one() -> None:
