@@ -88,10 +88,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_texts_and_acceptance(chain: str, bench: Any) -> None:
     line = bench.line(chain)
     assert line.equal == line.texts == 4
-    if chain.startswith("head:"):  # vLLM's own code, which needs a pass in forty more
-        assert line.ours * 0.95 < line.theirs < line.ours * 1.05
-    else:
-        assert abs(line.theirs - line.ours) < 0.05
+    assert abs(line.theirs - line.ours) < 0.05
 
 
 def test_an_exported_head_loads_in_speculators(tmp_path: Path) -> None:
