@@ -7,6 +7,7 @@ import ctypes
 import faulthandler
 import random
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,21 @@ def test_an_interrupt_comes_at_every_line_and_a_swallowed_one_is_found() -> None
 
     with pytest.raises(interrupts.Swallowed):
         interrupts.interrupt_each(deaf, lambda: None, where=lambda code: code is deaf.__code__, first=1)
+
+
+def test_what_a_with_holds_is_let_go_whatever_the_place() -> None:
+    lock, steps = threading.Lock(), []
+
+    def call() -> None:
+        with lock:
+            steps.append(1)
+        steps.append(2)
+
+    def check() -> None:
+        assert not lock.locked()
+
+    assert interrupts.interrupt_each(call, check, where=lambda code: code is call.__code__) == 2
+    assert steps == [1, 1, 2]
 
 
 def test_opcodes_are_finer_places_than_lines() -> None:
