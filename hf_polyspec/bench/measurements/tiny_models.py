@@ -145,7 +145,8 @@ def tiny_config(model_type: str, own: dict[str, Any] | None = None) -> Any:
         Exception: whatever the class has against it.
     """
     kind = CONFIG_MAPPING[model_type]
-    made = kind(**_joined(_joined(settings(kind), OWN.get(model_type, {})), own or {}))
+    # Of their own: some classes complete the dictionaries that they are given.
+    made = kind(**copy.deepcopy(_joined(_joined(settings(kind), OWN.get(model_type, {})), own or {})))
     for name in getattr(made, "sub_configs", None) or ():
         part = getattr(made, name, None)
         if hasattr(part, "architecture") and hasattr(part, "do_pooling"):  # of a wrapper around timm

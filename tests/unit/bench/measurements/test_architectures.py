@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from pathlib import Path
 
 import pytest
 
 from hf_polyspec.bench.measurements import architectures
 from hf_polyspec.bench.measurements.architectures import EQUAL, Finding, classes, main, page, read
-from hf_polyspec.bench.measurements.tiny_models import prompts, tiny_model
-from hf_polyspec.host.modeling import AutoModelForCausalLM, AutoModelForImageTextToText
+from hf_polyspec.bench.measurements.tiny_models import prompts, tiny_config, tiny_model
+from hf_polyspec.bench.measurements.tiny_settings import OWN
+from hf_polyspec.host.modeling import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 
 def test_parts_are_all_classes_once() -> None:
@@ -70,3 +73,12 @@ def test_a_class_that_generates_by_itself_is_refused_before_anything_runs() -> N
 def test_a_part_of_a_whole_is_built_alone() -> None:
     """The mapping names a decoder's class for the whole's type."""
     assert type(tiny_model("musicgen_melody", AutoModelForCausalLM)).__name__ == "MusicgenMelodyForCausalLM"
+
+
+def test_settings_are_given_to_one_class_as_to_another() -> None:
+    """Some classes write into the dictionaries that they are given."""
+    before = copy.deepcopy(OWN)
+    for kind in [kind for kind in OWN if kind in CONFIG_MAPPING]:
+        with contextlib.suppress(Exception):  # of some the rest has yet to be asked of their parts
+            tiny_config(kind)
+    assert before == OWN
