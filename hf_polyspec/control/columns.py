@@ -152,7 +152,7 @@ class Columns:
         self._asked_at, self._turn = now, self._turn + 1
         going = {place for place, room in zip(context.places, rooms, strict=True) if room}
         self._fresh = not going <= known.known
-        known.known = {place for place in known.known if place in set(context.places)} | going
+        known.known = known.known.intersection(context.places) | going
         known.rates.keep(known.known)
         for place in going:
             known.tried.setdefault(place, self._turn)

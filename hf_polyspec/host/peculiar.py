@@ -44,14 +44,13 @@ def _hands_on(kind: type) -> bool:
     own: Any = getattr(kind, "generate")  # noqa: B009 - a mixin's is known at run time
     if own is GenerationMixin.generate:
         return True
-    seen, left = {"generate"}, [own]
+    methods, left = _methods(kind), [own]
     while left:
         named = set(names_in(left.pop()))
         if "generate" in named:
             return True
-        further = {name for name in named - seen if name in _methods(kind)}
-        seen |= further
-        left += [getattr(kind, name) for name in further]
+        left += [getattr(kind, name) for name in named & methods]
+        methods -= named
     return False
 
 

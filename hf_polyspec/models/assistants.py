@@ -251,19 +251,28 @@ def end_ids(model: Any) -> list[int]:
     return list(ids) if isinstance(ids, (list, tuple)) else [int(ids)]
 
 
+def _config_of(name: str) -> tuple[str, dict[str, Any]]:
+    """Where a folder or hub id lies and what its config.json says; nothing where nothing can be read.
+
+    Raises:
+        DamagedFileError: the file is there and cannot be read.
+    """
+    try:
+        source, extra = resolve(name)
+        return source, {} if extra else read_config(source, {})
+    except DamagedFileError:
+        raise
+    except (OSError, ValueError, ImportError):
+        return name, {}
+
+
 def is_eagle_head(name: str) -> bool:
     """Whether a folder or hub id holds an EAGLE head of any published layout; False where nothing can be read.
 
     Raises:
         DamagedFileError: its config.json or its weights are there and cannot be read.
     """
-    try:
-        source, extra = resolve(name)
-        config = {} if extra else read_config(source, {})
-    except DamagedFileError:
-        raise
-    except (OSError, ValueError, ImportError):
-        return False
+    source, config = _config_of(name)
     kind = str(config.get("speculators_model_type") or config.get("model_type") or "").lower()
     architectures = " ".join(config.get("architectures") or []).lower()
     if kind == _EAGLE_MODEL_TYPE or kind.startswith("eagle") or "eagle" in architectures:
@@ -281,13 +290,7 @@ def _is_block_drafter(name: str, remote_code: bool | None) -> bool:
         DamagedFileError: its config.json is there and cannot be read.
         ValueError: it is one whose code is not to be run.
     """
-    try:
-        source, extra = resolve(name)
-        config = {} if extra else read_config(source, {})
-    except DamagedFileError:
-        raise
-    except (OSError, ValueError, ImportError):
-        return False
+    _, config = _config_of(name)
     # Its model_type is that of an ordinary model, which would be made with random weights.
     if "dflash_config" in config and remote_code is False:
         raise ValueError(
