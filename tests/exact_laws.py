@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from scipy import stats
 
+import hf_polyspec
+
 Law = dict[tuple[int, ...], float]
 
 
@@ -34,6 +36,29 @@ def exact_law(
             if p[row, token] > 0
         }
     return law
+
+
+def drawn(
+    model: Any, levels: list[Any], prompt: torch.Tensor, rule: str, length: int, draws: int, **options: Any
+) -> Any:
+    """So many texts of a chain from one call after a fixed seed, with their statistics.
+
+    Args:
+        model: the target; levels: below it; prompt: `[1, L]` ids; rule: of verification; length: of continuations.
+    """
+    torch.manual_seed(11)
+    return hf_polyspec.generate(
+        model,
+        prompt,
+        assistant_models=levels,
+        polyspec_verification=rule,
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=length,
+        num_return_sequences=draws,
+        return_dict_in_generate=True,
+        **options,
+    )
 
 
 def p_value(draws: torch.Tensor, prompt: torch.Tensor, law: Law) -> float:

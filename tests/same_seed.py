@@ -33,3 +33,13 @@ def check(model: Any, levels: list[Any], seed: int, own: dict[str, Any] | None =
     assert torch.equal(after, before), "the generator stands elsewhere"
     assert ours.polyspec.seed_holds, ours.polyspec.levels[0].notes
     return ours.polyspec
+
+
+def check_texts(model: Any, levels: list[Any], inputs: dict[str, Any], tokens: int) -> None:
+    """Greedy and sampled texts are plain generation's, and some of what the last level drafts is kept, not all."""
+    greedy = {"max_new_tokens": tokens, "do_sample": False, "return_dict_in_generate": True, **inputs}
+    found = model.generate(**greedy, assistant_models=levels)
+    assert torch.equal(found.sequences, model.generate(**greedy).sequences)
+    assert found.polyspec.levels[-1].drafted > found.polyspec.levels[-1].accepted > 0
+    texts = [check(model, levels, seed, **inputs, temperature=0.7, eos_token_id=5) for seed in (1, 3)]
+    assert sum(statistics.levels[-1].accepted for statistics in texts) > 0

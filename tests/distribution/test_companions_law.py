@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 from companion_models import dflash, gemma, keyless
-from exact_laws import exact_law, p_value
+from exact_laws import drawn, exact_law, p_value
 from tiny_models import noisy, tiny
 
-import hf_polyspec
 from hf_polyspec.levels.keyless import KeylessDrafter
 from hf_polyspec.levels.sequential import SequentialDrafter
 
@@ -31,18 +30,8 @@ def _models(kind: str) -> tuple[Any, Any]:
 def _chance(kind: str, rule: str, middle: bool) -> float:
     """Of counts as far from the target's law, if they follow it."""
     model, drafter = _models(kind)
-    torch.manual_seed(11)
-    found = hf_polyspec.generate(
-        model,
-        PROMPT,
-        assistant_models=[noisy(model, 0.3, seed=2), drafter] if middle else [drafter],
-        polyspec_verification=rule,
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=LENGTH,
-        num_return_sequences=DRAWS,
-        return_dict_in_generate=True,
-    )
+    levels = [noisy(model, 0.3, seed=2), drafter] if middle else [drafter]
+    found = drawn(model, levels, PROMPT, rule, LENGTH, DRAWS)
     assert found.polyspec.levels[-1].drafted > DRAWS
     assert found.polyspec.levels[-2].accepted > DRAWS / 20
     law = exact_law(model, PROMPT, LENGTH, VOCABULARY, lambda _, logits: logits)

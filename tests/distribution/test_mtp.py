@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from exact_laws import exact_law, p_value
+from exact_laws import drawn, exact_law, p_value
 from mtp_models import with_mtp
 from tiny_models import noisy
 
-import hf_polyspec
 from hf_polyspec.host.mtp import MtpLayers
 from hf_polyspec.levels.mtp import MtpDrafter
 
@@ -43,19 +42,8 @@ class ArgmaxWithLaws(MtpDrafter):
 def draw(rule: str, middle: bool, kind: type[MtpDrafter] = MtpDrafter) -> tuple[Any, Any]:
     model, layers = with_mtp("deepseek_v3", 2, vocab_size=VOCABULARY, num_hidden_layers=1)
     drafter = kind(MtpLayers(layers))
-    torch.manual_seed(11)
-    found = hf_polyspec.generate(
-        model,
-        PROMPT,
-        assistant_models=[noisy(model, 0.3, seed=2), drafter] if middle else [drafter],
-        polyspec_verification=rule,
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=LENGTH,
-        num_return_sequences=DRAWS,
-        return_dict_in_generate=True,
-        polyspec_block_size=2,
-    )
+    levels = [noisy(model, 0.3, seed=2), drafter] if middle else [drafter]
+    found = drawn(model, levels, PROMPT, rule, LENGTH, DRAWS, polyspec_block_size=2)
     return model, found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from companion_models import AuthorsForm, dflash
-from same_seed import check
+from same_seed import check_texts
 from tiny_models import head_for, noisy, prompts, tiny
 from torch import nn
 from transformers import GenerationConfig
@@ -69,13 +69,7 @@ def test_drafts_are_transformers_own(pair: tuple[Any, Any], monkeypatch: pytest.
 def test_the_text_is_plain_generations(pair: tuple[Any, Any], batch: int, middle: bool) -> None:
     """Under a middle too, which has not read the last token now and then."""
     model, drafter = pair
-    levels = [noisy(model, 0.05), drafter] if middle else [drafter]
-    greedy = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, **_prompts(batch)}
-    found = model.generate(**greedy, assistant_models=levels)
-    assert torch.equal(found.sequences, model.generate(**greedy).sequences)
-    assert found.polyspec.levels[-1].drafted > found.polyspec.levels[-1].accepted > 0
-    texts = [check(model, levels, seed, **_prompts(batch), temperature=0.7, eos_token_id=5) for seed in (1, 3)]
-    assert sum(statistics.levels[-1].accepted for statistics in texts) > 0
+    check_texts(model, [noisy(model, 0.05), drafter] if middle else [drafter], _prompts(batch), NEW)
 
 
 def test_a_drafter_that_is_right_is_believed(pair: tuple[Any, Any]) -> None:
