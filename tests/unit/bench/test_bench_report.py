@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -109,14 +110,23 @@ def test_bars_histograms_and_texts_are_drawn(browser: Any, bench_run: Path) -> N
     assert drawn["paper"] == 8
 
 
-def test_the_report_fetches_nothing(browser: Any, bench_run: Path) -> None:
+def asked_by(browser: Any, page: Path) -> set[str]:
+    """Whatever the page itself asked for: a browser's own pages (a new tab's, late) ask for much beside it."""
     browser.get_log("performance")
-    show(browser, bench_run / "report.html", 1280)
-    asked = re.findall(r'"url":"([^"]+)"', str([entry["message"] for entry in browser.get_log("performance")]))
-    assert asked
-    assert [url for url in asked if not url.startswith(("file:", "data:", "about:"))] == []
-    page = (bench_run / "report.html").read_text()
+    show(browser, page, 1280)
+    said = (json.loads(entry["message"])["message"] for entry in browser.get_log("performance"))
+    asked = [one["params"] for one in said if one["method"] == "Network.requestWillBeSent"]
+    return {one["request"]["url"] for one in asked if one["documentURL"] == page.as_uri()}
+
+
+def test_the_report_fetches_nothing(browser: Any, bench_run: Path, tmp_path: Path) -> None:
+    report = bench_run / "report.html"
+    assert asked_by(browser, report) == {report.as_uri()}
+    page = report.read_text()
     assert not re.search(r"https?://|<script|@import", page)
+    other = tmp_path / "other.html"
+    other.write_text(page.replace("</body>", '<img src="beside.png"></body>'))
+    assert asked_by(browser, other) == {other.as_uri(), (tmp_path / "beside.png").as_uri()}
 
 
 @pytest.mark.parametrize(
