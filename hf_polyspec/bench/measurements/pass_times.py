@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import truediv
 from pathlib import Path
 from typing import Any
@@ -22,41 +22,16 @@ from rich.table import Table
 
 from ...host.generation import quiet
 from ...levels.names import short_name
-from ...models.by_name import load_model, read_dtype
 from ...models.environment import describe
-from ...quantization import pack, quantize_model
 from ...quantization.measure import pass_times
 from ...storage.atomic import write_json
 from . import arguments
+from .forms import Form, load_form, name_of_form, parse_form
 
-FORMS: dict[str, Callable[[Any], Any]] = {
-    "": lambda model: model,
-    "pack": pack,
-    "int8": lambda model: pack(quantize_model(model, 8)),
-    "int8a8": lambda model: pack(quantize_model(model, 8, activation_bits=8)),
-    "int4": lambda model: pack(quantize_model(model, 4)),
-}
 DEFAULT = ("bfloat16", "bfloat16+pack", "float32", "float32+pack", "bfloat16+int8", "bfloat16+int8a8")
 
 
-def parse_form(text: str) -> tuple[str, str]:
-    """The dtype of a form and what is done to it.
-
-    Raises:
-        ArgumentTypeError: either does not exist.
-    """
-    dtype, _, change = text.partition("+")
-    try:
-        read_dtype(dtype)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    if change not in FORMS:
-        words = ", ".join(word for word in FORMS if word)
-        raise argparse.ArgumentTypeError(f"{text!r} is no form; after a dtype comes + and one of {words}.")
-    return dtype, change
-
-
-def measure(model: str, forms: list[tuple[str, str]], tokens: list[int], context: int, rounds: int) -> dict[str, Any]:
+def measure(model: str, forms: list[Form], tokens: list[int], context: int, rounds: int) -> dict[str, Any]:
     """Load every form and time it.
 
     Args:
@@ -66,17 +41,13 @@ def measure(model: str, forms: list[tuple[str, str]], tokens: list[int], context
     Returns:
         By form, in the order of `tokens`: `milliseconds`, and `shares` of the first form's time in the same turn.
     """
-    models = [FORMS[change](load_model(model, dtype)) for dtype, change in forms]
+    models = [load_form(model, form) for form in forms]
     times = pass_times(models, tokens, context, rounds)
-    names = list(enumerate(map(_name, forms)))
+    names = list(enumerate(map(name_of_form, forms)))
     return {
         "milliseconds": {name: [1000 * statistics.median(of[i]) for of in times] for i, name in names},
         "shares": {name: [statistics.median(map(truediv, of[i], of[0])) for of in times] for i, name in names},
     }
-
-
-def _name(form: tuple[str, str]) -> str:
-    return "+".join(word for word in form if word)
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -94,7 +65,7 @@ def main(words: Sequence[str] | None = None) -> None:
     quiet()
     forms = given.form or [parse_form(text) for text in DEFAULT]
     found = measure(given.model, forms, given.tokens, given.context, given.rounds)
-    first = _name(forms[0])
+    first = name_of_form(forms[0])
     title = f"{short_name(given.model)}, ms a pass of so many tokens, and the share of {first}'s"
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, title=title, padding=(0, 1, 0, 0))
     table.add_column("form", no_wrap=True)

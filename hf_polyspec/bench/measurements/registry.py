@@ -26,7 +26,9 @@ class Measurement:
 MEASUREMENTS = {
     "architectures": Measurement(f"{_ROOM}.architectures", "What becomes of every class of transformers as a target."),
     "auto": Measurement(f"{_ROOM}.auto", 'What assistant_models="auto" costs at first and brings afterwards.'),
-    "batches": Measurement(f"{_ROOM}.batches", "Batches of prompts of unequal length, beside padded rows."),
+    "batches": Measurement(
+        f"{_ROOM}.batches", "Batches, alone and joining, and whether what was promised of them holds."
+    ),
     "checks": Measurement(f"{_ROOM}.checks", "What a sampled check costs beside a greedy one and its draw."),
     "draft-vocabulary": Measurement(f"{_ROOM}.draft_vocabulary", "How many lm_head rows an EAGLE head should score."),
     "head-acceptance": Measurement(f"{_ROOM}.head_acceptance", "What a head's guesses are worth under its target."),
@@ -35,6 +37,7 @@ MEASUREMENTS = {
     "overhead": Measurement(f"{_ROOM}.overhead", "How much of a three-level run is not spent in the models."),
     "paper-tables": Measurement("hf_polyspec.planning.theory.paper_tables", "The tables of docs/theory.md."),
     "pass-times": Measurement(f"{_ROOM}.pass_times", "What a pass over several tokens costs."),
+    "peers": Measurement(f"{_ROOM}.peers", "Another engine's speed beside this package's, on the same batches."),
     "planner-accuracy": Measurement(f"{_ROOM}.planner_accuracy", "How well the planner predicts."),
     "same-seed": Measurement(f"{_ROOM}.same_seed", "Whether sampled texts are plain generate()'s own under a seed."),
     "tensor-parallel": Measurement(f"{_ROOM}.tensor_parallel", "Chains on a target that processes split between them."),

