@@ -23,13 +23,13 @@ from ..host.generation import Output, is_callers, made_output, pad_id
 from ..host.manners import runner_for
 from ..host.modeling import Cache
 from ..host.offloaded import rests_elsewhere
+from ..host.own_cache import makes_own_cache
 from ..host.own_rows import plainly_padded
 from ..host.pictures import Sights, check_columns
 from ..host.plain_cache import PlainCache
 from ..host.ranks import Ranks
 from ..host.release import GENERATION_CACHE, cache_names, cache_of
 from ..host.rope import gate
-from ..host.seq_to_seq import write_back
 from ..host.vocabularies import Vocabularies
 from ..levels.verifier import Verifier
 from ..telemetry.stats import PolySpecStats
@@ -38,6 +38,7 @@ from .chain import build_chain, levels_of
 from .chances import Chances, check_seeds
 from .checked import checked
 from .course import Course, Stopping
+from .handing_back import hand_back
 from .kernels import note_kernels, packed
 from .loop import DecodingLoop
 from .meeting import Meeting, facts_of, share
@@ -317,7 +318,7 @@ class _Job:
     ) -> torch.Tensor | Output:
         sequences = torch.tensor(rows, dtype=torch.long, device=self.device)
         if self._cache_is_kept():
-            self._hand_back(chain, rows)
+            self._hand_back(chain, rows, waits=not ranks.in_step)
         if not self.config.return_dict_in_generate:
             return sequences
         stats = PolySpecStats(
@@ -362,15 +363,16 @@ class _Job:
 
     def _cache_is_kept(self) -> bool:
         """Whether anybody sees the target's cache after the call."""
-        if not self.use_cache or self.user_cache is None:
+        if not self.use_cache:
             return False
+        if self.user_cache is None:
+            return bool(self.config.return_dict_in_generate) and makes_own_cache(self.model)
         return bool(self.config.return_dict_in_generate) or is_callers(self.whole_cache)
 
-    def _hand_back(self, chain: Verifier, rows: list[list[int]]) -> None:
+    def _hand_back(self, chain: Verifier, rows: list[list[int]], *, waits: bool) -> None:
         """Extend the cache that generate() prepared, or the caller brought, to all but the last token."""
-        assert self.user_cache is not None
         hidden = len(self.context.ids[0]) - self.visible
         front = [ids[:hidden] for ids in self.context.ids]
         final = Context([f + row[:-1] for f, row in zip(front, rows, strict=True)], self.context.prompt)
-        chain.runner.settle(final, chain.stats)
-        write_back(chain.runner, self.whole_cache, self.cached)
+        waits = waits and self.encoded is None and not self.extras.any
+        self.whole_cache = hand_back(chain.runner, chain.stats, final, self.whole_cache, self.cached, waits=waits)

@@ -17,7 +17,7 @@ from hf_polyspec.host import recurrent
 from hf_polyspec.host.carried import carried_by, keeps_rows_apart
 from hf_polyspec.host.manners import Manner, manner_of
 from hf_polyspec.host.modeling import AutoModelForCausalLM
-from hf_polyspec.host.release import cache_argument
+from hf_polyspec.host.release import cache_argument, cache_of
 
 NEW = 14
 
@@ -76,6 +76,33 @@ def test_a_model_that_mixes_rows_is_given_one_at_a_time(enabled: None) -> None:
         model.generate(**prompts(2), max_new_tokens=2, do_sample=False, assistant_models=[noisy(model, 0.05)])
     assert keeps_rows_apart(_made("xlstm"))
     assert keeps_rows_apart(_made("mamba2"))
+
+
+@pytest.mark.parametrize("kind", ["minimax", "xlstm", "rwkv"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_cache_that_the_model_makes_is_handed_back(enabled: None, kind: str, rows: int) -> None:
+    """Where plain generation's output has one; it goes on as plain generation's does."""
+    model = _made(kind)
+    if refused(model) or (rows > 1 and not keeps_rows_apart(model)):
+        return
+    call = {**prompts(rows), "do_sample": False, "return_dict_in_generate": True}
+    end = int(model.generate(**call, max_new_tokens=NEW).sequences[0, -NEW + 3])
+    call |= {"max_new_tokens": NEW, "eos_token_id": end, "pad_token_id": 2}
+    plain = model.generate(**call)
+    ours = model.generate(**call, assistant_models=[noisy(model, 0.05)], num_assistant_tokens=3)
+    assert ours.sequences.tolist() == plain.sequences.tolist()
+    found, wanted = cache_of(ours), cache_of(plain)
+    assert type(found) is type(wanted)
+    if wanted is None:
+        return
+    last = {"input_ids": plain.sequences[:, -1:], "use_cache": True}
+    if kind == "minimax":
+        assert found.get_seq_length() == wanted.get_seq_length() == plain.sequences.shape[1] - 1
+        behind = torch.ones_like(plain.sequences[:, call["input_ids"].shape[1] :])
+        last["attention_mask"] = torch.cat([call["attention_mask"], behind], dim=1)
+    with torch.no_grad():
+        onward = [model(**last, **{cache_argument(model): cache}).logits for cache in (found, wanted)]
+    torch.testing.assert_close(*onward, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["minimax", "recurrent_gemma"])

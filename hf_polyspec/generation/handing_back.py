@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The target's cache after a call: extended as plain generation leaves it, at once or when somebody looks at it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..exactness.context import Context
+from ..host.generation import is_callers
+from ..host.late_layers import fill_late, may_be_late
+from ..host.own_cache import own_cache
+from ..host.release import is_compiled
+from ..host.runner import ModelRunner
+from ..host.seq_to_seq import write_back
+from ..models.changes import stamp
+from ..telemetry.counters import LevelStats
+
+CHANGED = (
+    "the model has changed between generate() and the first look at the cache in its output, and what the cache lacked "
+    "of the rows that ended early was read by the model as it is now; look at it (len(output.past_key_values.layers)) "
+    "before you change the model."
+)
+
+
+def hand_back(runner: ModelRunner, stats: LevelStats, final: Context, cache: Any, start: int, *, waits: bool) -> Any:
+    """Extend a cache to all but the last token of every row.
+
+    Args:
+        runner: the target's, whose cache is used up; stats: its statistics.
+        final: rows as the cache is to hold them.
+        cache: that generate() prepared, or the caller brought; None where the model makes its own.
+        start: columns that it holds.
+        waits: whether it may be left until somebody looks at it, where that makes no difference to anybody.
+
+    Returns:
+        The cache that belongs into the output.
+    """
+    if cache is None:
+        runner.settle(final, stats)
+        return own_cache(runner)
+    if not (waits and _may_wait(runner, cache)):
+        runner.settle(final, stats)
+        write_back(runner, cache, start)
+        return cache
+    before = stamp(runner.model) if len(final.ids) > 1 else None  # a row alone lacks nothing
+    fill_late(cache, partial(_fill, runner, final, start, before))
+    return cache
+
+
+def _may_wait(runner: ModelRunner, cache: Any) -> bool:
+    """Whether nobody but the output's owner knows the cache, and a pass says the same at any time."""
+    model = runner.model
+    busy = model.training or is_compiled(model) or torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu")
+    return may_be_late(cache) and not is_callers(cache) and not busy
+
+
+def _fill(runner: ModelRunner, final: Context, start: int, before: Hashable, cache: Any) -> None:
+    stats = LevelStats(runner.name, 0)  # those of the call are final
+    changed = before is not None and stamp(runner.model) != before
+    runner.settle(final, stats)
+    write_back(runner, cache, start)
+    if changed and stats.forward_passes:
+        warnings.warn(CHANGED, stacklevel=2)
