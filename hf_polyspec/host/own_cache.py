@@ -5,17 +5,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers.generation import utils
+
 from .callers_cache import write_cache
 from .carried import carried_by
 from .release import CACHE_NAMES
 from .runner import ModelRunner
 from .states import StateCache
 
+_NAMES = {*CACHE_NAMES, *getattr(utils, "ALL_CACHE_NAMES", ())}
+"""Under which generate() looks for what it puts into its output as the cache; for some models a list of tensors."""
+
 
 def makes_own_cache(model: Any) -> bool:
-    """Whether passes of a model return a cache that they have made, of a class of the model's own."""
+    """Whether passes of a model return a cache that they have made, of a class of the model's own or of none."""
     carried = carried_by(model)
-    return carried.cache_class is not None or carried.argument in CACHE_NAMES
+    return carried.cache_class is not None or carried.argument in _NAMES
 
 
 def own_cache(runner: ModelRunner) -> Any:
