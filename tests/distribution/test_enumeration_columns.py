@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from enumeration import EXACT, TableModel, approximations, outcomes
-from test_enumeration_joining import CPU, LENGTHS, PROMPTS, Table, course, drawing
+from enumeration import CPU, EXACT, TableModel, approximations, outcomes
+from joined_rows import Table, drawing, off_the_law, written
 
 from hf_polyspec.control import PassSeconds, Shares
 from hf_polyspec.control.columns import Columns
@@ -47,51 +47,29 @@ def chain(tables: list[TableModel], rule: str) -> Verifier:
     return Verifier(tables[0], level, name="target", rule=rule, draft_limit=2)  # type: ignore[arg-type]
 
 
-def texts(target: Verifier, replay: Any) -> tuple[tuple[int, ...], ...]:
-    target.begin(0, 0, 2)
-    level: Any = target
-    while isinstance(level, Verifier):
-        level.stats.clock = lambda: 0.0
-        level.ask, level.ask_for_tree = GENUINE
-        level = level.below
-    control = Shares(target, lambda index: Still())
-    loop = DecodingLoop(target, RowLaws([], [], CPU), control=control)
-    courses = {place: course(place) for place in PROMPTS}
-    waiting, running = [0, 1, 2], list[int]()
-    while waiting or running:
-        while waiting and len(running) < 2 + (len(waiting) < 2):
-            place = waiting.pop(0)
-            running.append(place)
-            prompt = PROMPTS[place]
-            loop.admit(courses[place], Context([list(prompt)], Prompt.apart([len(prompt)], [place])))
-        loop.law = RowLaws([drawing(place, replay) for place in running], running, CPU)
-        loop.round()
-        left = [place for place in running if not courses[place].finished]
-        if left:
-            loop.keep([at for at, place in enumerate(running) if place in left])
-        else:
-            loop.seats, loop.context = [], None
-        running = left
-    return tuple(tuple(courses[place].rows[0].committed[len(PROMPTS[place]) :]) for place in PROMPTS)
-
-
-GENUINE: Any = ()
-
-
 def distance(tables: list[TableModel], rule: str) -> float:
-    global GENUINE
     target = chain(tables, rule)
-    GENUINE = target.ask, target.ask_for_tree
-    found = {key: weight for key, (weight, _) in outcomes(lambda replay: (texts(target, replay), None)).items()}
+    genuine = target.ask, target.ask_for_tree
+
+    def begin() -> None:
+        target.begin(0, 0, 2)
+        level: Any = target
+        while isinstance(level, Verifier):
+            level.stats.clock = lambda: 0.0
+            level = level.below
+
+    def program(replay: Any) -> tuple[Any, Any]:
+        level: Any = target
+        while isinstance(level, Verifier):
+            level.ask, level.ask_for_tree = genuine
+            level = level.below
+        begin()
+        loop = DecodingLoop(target, RowLaws([], [], CPU), control=Shares(target, lambda index: Still()))
+        return written(loop, begin, lambda place: drawing(place, replay)), None
+
+    found = {key: weight for key, (weight, _) in outcomes(program).items()}
     assert sum(found.values()) == pytest.approx(1, abs=1e-12)
-    wanted = dict.fromkeys(found, 1.0)
-    for key in found:
-        for place, text in enumerate(key):
-            assert len(text) == LENGTHS[place]
-            for i, token in enumerate(text):
-                law = tables[0].law(PROMPTS[place] + text[:i])
-                wanted[key] *= float(law.argmax() == token) if place == 1 else float(law[token])
-    return (sum(abs(found[key] - wanted[key]) for key in found) + 1 - sum(wanted.values())) / 2
+    return off_the_law(found, tables[0])
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
