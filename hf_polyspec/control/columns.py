@@ -15,8 +15,6 @@ from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
 from ..exactness.proposal import Proposal, TreeProposal
 from ..levels.base import Drafter
-from ..levels.eagle import EagleDrafter
-from ..levels.sequential import SequentialDrafter
 from ..levels.verifier import NoDraft, Verifier
 from ..telemetry.counters import Check
 from .allotment import allotted
@@ -113,7 +111,7 @@ class Columns:
         self, source: Drafter, context: Context, rooms: list[int], law: LawMaker, vocabulary: int
     ) -> TreeProposal | None:
         """See `asking.ask_for_tree`: a row grows a tree or none."""
-        nodes = _nodes(source)
+        nodes = source.tree_nodes
         self._places = context.places
         if not nodes or not source.grows_trees or not any(rooms):
             return self._ask_for_tree(source, context, rooms, law, vocabulary)
@@ -163,7 +161,8 @@ class Columns:
         """Tokens of every row's draft, before there is one; of trees, the room of rows that grow one."""
         timed = nodes or known.seconds is not None
         rooms_now = rooms if timed else [min(room, UNTIMED) for room in rooms]
-        chances = [known.rates.chances(p, _most(source, r)) for p, r in zip(self._places, rooms_now, strict=True)]
+        most = LONGEST if source.most_tokens is None else source.most_tokens
+        chances = [known.rates.chances(p, min(r, most)) for p, r in zip(self._places, rooms_now, strict=True)]
         if nodes:
             chances = [[sum(row) / nodes] * nodes if row else [] for row in chances]
         rows = sum(room > 0 for room in rooms)
@@ -202,10 +201,10 @@ class Columns:
 
     def _cut(self, source: Drafter, known: _Source, rooms: list[int], offered: Proposal) -> Proposal:
         """The columns of a draft that nobody drew which are worth their seconds."""
-        if offered.q is not None or not offered.chances:
+        if offered.q is not None or offered.chances is None:
             return offered
         rows = max(1, sum(room > 0 for room in rooms))
-        chances = [row[: len(own)] for row, own in zip(offered.chances, offered.tokens, strict=True)]
+        chances = [row[: len(own)] for row, own in zip(offered.chances(), offered.tokens, strict=True)]
         wanted = self._allotted(chances, rows, 0.0)
         plain = self.seconds.seconds(rows)
         expected = sum(sum(row[:count]) for row, count in zip(chances, wanted, strict=True))
@@ -235,21 +234,6 @@ class Columns:
             self._credit -= max(0.0, seconds - size * (known.seconds or 0.0))
         if size and not self._fresh:
             known.time(seconds / size)
-
-
-def _nodes(source: Drafter) -> int:
-    """Of a tree that a level offers; a drafter of several parts grows its head's."""
-    head = getattr(source, "head", source)
-    return head.tree_tokens if isinstance(head, EagleDrafter) else 0
-
-
-def _most(source: Drafter, room: int) -> int:
-    """Tokens of a row's draft that are thought about."""
-    if isinstance(source, Verifier):
-        return min(room, source.block_size)
-    if isinstance(source, EagleDrafter) and source.tree_tokens:
-        return min(room, max(source.tree_depth, source.draft_tokens))
-    return min(room, source.draft_tokens if isinstance(source, SequentialDrafter) else LONGEST)
 
 
 def _empty(context: Context) -> Proposal:

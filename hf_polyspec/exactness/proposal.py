@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,14 +18,14 @@ class Proposal:
         q: `[B, K, V]` with K the longest row, row i of it the distribution token i was drawn from, after all logits
             processors; entries beyond a row's length mean nothing. None says one-hot: the proposer did not draw.
         origins: like `tokens`, the index of the level that first proposed each token.
-        chances: like `tokens`, the chance that the row is accepted up to each, as far as a proposer that drew nothing
-            can tell; empty where it cannot.
+        chances: what gives, like `tokens`, the chance that the row is accepted up to each, as far as a proposer that
+            drew nothing can tell; to be asked before the next proposal. None where it cannot.
     """
 
     tokens: list[list[int]]
     q: torch.Tensor | None
     origins: list[list[int]]
-    chances: list[list[float]] = field(default_factory=list)
+    chances: Callable[[], list[list[float]]] | None = None
 
     @property
     def width(self) -> int:
@@ -36,7 +36,8 @@ class Proposal:
         """Of some rows, in this order."""
         tokens = [self.tokens[row] for row in rows]
         q = None if self.q is None else self.q[rows, : max(map(len, tokens))]
-        chances = [self.chances[row] for row in rows] if self.chances else []
+        told = self.chances
+        chances = None if told is None else lambda: [told()[row] for row in rows]
         return Proposal(tokens, q, [self.origins[row] for row in rows], chances)
 
 

@@ -65,6 +65,16 @@ class Drafter(ABC):
         """How messages call this level: its place in the caller's list, and its name."""
         return "the target" if self.index == 0 else f"assistant_models[{self.index - 1}] ({self.name})"
 
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens that a row is offered at most by this level's own sizes; None, as by default, where it sets no end."""
+        return None
+
+    @property
+    def tree_nodes(self) -> int:
+        """Nodes of the trees that it offers, 0 where it offers none."""
+        return 0
+
     def for_another(self) -> Drafter | None:
         """A drafter that knows what this one does, for a generation that runs while this one is in another; None, as by
         default, if there is none: the second generation is then refused."""

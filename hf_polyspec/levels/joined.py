@@ -64,6 +64,10 @@ class JoinedDrafter(Drafter):
         """The two drafters, which keep their own counters."""
         return [self.head, self.branch]
 
+    @property
+    def tree_nodes(self) -> int:
+        return self.head.tree_nodes
+
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
         super().begin(index, batch, vocabulary)
         self.head.begin(index, batch, vocabulary)

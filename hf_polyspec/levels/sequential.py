@@ -33,6 +33,7 @@ class SequentialDrafter(Drafter):
     """
 
     shares_noise = True
+    tree_tokens = tree_depth = 0  # of one that grows trees as well, where the level above can check them
 
     def __init__(
         self,
@@ -57,6 +58,14 @@ class SequentialDrafter(Drafter):
         self.restriction = restriction
         self.draft_temperature = draft_temperature
         self.vocabulary = 0
+
+    @property
+    def most_tokens(self) -> int:
+        return max(self.tree_depth, self.draft_tokens) if self.tree_tokens else self.draft_tokens
+
+    @property
+    def tree_nodes(self) -> int:
+        return self.tree_tokens
 
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
         super().begin(index, batch, vocabulary)

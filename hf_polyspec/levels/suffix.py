@@ -189,6 +189,10 @@ class SuffixDrafter(Drafter):
         if checked:
             self._corpus.add(checked)
 
+    @property
+    def most_tokens(self) -> int:
+        return self.max_tokens
+
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
         super().begin(index, batch, vocabulary)
         self.vocabulary = vocabulary
@@ -210,7 +214,11 @@ class SuffixDrafter(Drafter):
                     for b, row in enumerate(self._rows)
                 ]
         self.stats.drafted += sum(len(row) for row in tokens)
-        chances = [row.chances(len(own)) for row, own in zip(self._rows, tokens, strict=True)]
+        rows = self._rows
+
+        def chances() -> list[list[float]]:
+            return [row.chances(len(own)) for row, own in zip(rows, tokens, strict=True)]
+
         return Proposal(tokens, None, [[self.index] * len(row) for row in tokens], chances)
 
     def observe(self, drafted: list[int], accepted: list[int]) -> None:

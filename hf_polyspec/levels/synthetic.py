@@ -84,6 +84,10 @@ class SyntheticLevel(Drafter):
         """Add greedy texts of the target, prompt included."""
         self.texts += [list(text) for text in texts]
 
+    @property
+    def most_tokens(self) -> int:
+        return self.draft_tokens
+
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
         super().begin(index, batch, vocabulary)
         self.vocabulary = vocabulary

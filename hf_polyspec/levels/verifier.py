@@ -94,6 +94,10 @@ class Verifier(Drafter):
 
     shares_noise = True
 
+    @property
+    def most_tokens(self) -> int:
+        return self.block_size
+
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
         super().begin(index, batch, vocabulary)
         self.vocabulary = vocabulary
