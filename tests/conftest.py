@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,15 @@ import torch
 from transformers import PreTrainedModel
 
 import hf_polyspec
+
+with contextlib.suppress(ImportError):  # which an environment for tests/vllm alone may lack
+    from hypothesis import HealthCheck, settings
+
+    # The same examples every time, and as long as they take: a test that fails now and then tells nobody anything.
+    settings.register_profile(
+        "suite", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("suite")
 
 # Modules that several test files share lie beside this one.
 sys.path.insert(0, str(Path(__file__).parent))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -22,16 +23,30 @@ from typing import Any
 HERE = Path(__file__).parent
 
 
-def together(script: Path, folder: Path, task: str, ranks: int = 2, seconds: float = 150) -> list[dict[str, Any]]:
+def port_for_later() -> int:
+    """A port of this machine that nobody uses, for a process that takes it in a few seconds.
+
+    It is none of those (from 32768 on) that systems give to whoever asks for any: another test's connections would take
+    it meanwhile.
+    """
+    dice = random.SystemRandom()
+    while True:
+        port = dice.randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+
+
+def together(script: Path, folder: Path, task: str, ranks: int = 2, seconds: float = 240) -> list[dict[str, Any]]:
     """Run `task` of a script in several processes.
 
     Returns:
         What each of them noted, by name.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = []
+    port, running = port_for_later(), []
     for rank in range(ranks):
         where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
         path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])

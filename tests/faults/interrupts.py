@@ -7,6 +7,7 @@ call again and again and raises at its first line, its second, and so on, so tha
 
 from __future__ import annotations
 
+import gc
 import linecache
 import os
 import sys
@@ -109,12 +110,15 @@ def at_place(call: Callable[[], Any], place: int, act: Callable[[], Any], where:
             frame.f_trace_opcodes, frame.f_trace_lines = True, False
         return local
 
-    before = sys.gettrace()
+    before, collects = sys.gettrace(), gc.isenabled()
+    gc.disable()  # what other calls have left is not to end in the middle of this one
     sys.settrace(entered)
     try:
         call()
     finally:
         sys.settrace(before)
+        if collects:
+            gc.enable()
     return counted[0] > place
 
 

@@ -70,7 +70,7 @@ def texts(target: Any) -> list[torch.Tensor]:
 
 def written(engine: Engine, wanted: list[tuple[list[int], int, dict[str, Any]]]) -> list[torch.Tensor]:
     handles = [engine.submit(ids, seed=seed, **options) for ids, seed, options in wanted]
-    return [handle.result(60) for handle in handles]
+    return [handle.result(240) for handle in handles]
 
 
 NAMES = ["none", "a model", "a middle and a model", "a middle and suffixes", "a head"]
@@ -134,7 +134,7 @@ class Waits:
         self.told = threading.Event()
 
     def put(self, _: torch.Tensor) -> None:
-        assert self.told.wait(60)
+        assert self.told.wait(240)
 
     def end(self) -> None:
         pass
@@ -158,13 +158,13 @@ def test_a_greedy_row_is_drafted_for_as_alone(
     monkeypatch.setattr(drafter, method, noted)
     with Engine(target, chains[name], slots=2, **options, **STEERED["fixed"]) as engine:
         request: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
-        engine.submit([3, 4], **request).result(60)
+        engine.submit([3, 4], **request).result(240)
         alone, seen = seen.copy(), {}
         gate, sampled = Waits(), {"do_sample": True, "top_k": 0, "eos_token_id": None}
         beside = engine.submit([7, 8, 9], seed=1, max_new_tokens=90, streamer=gate, **sampled)
         handle = engine.submit([3, 4], **request)
         gate.told.set()
-        handle.result(60)
+        handle.result(240)
         beside.cancel()
     assert {rows for rows, *_ in alone.values()} == {1}
     assert 2 in {rows for rows, *_ in seen.values()}

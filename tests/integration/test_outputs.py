@@ -66,7 +66,7 @@ def test_a_text_streamer_prints_the_same_text(target, generate, tokenizer, capsy
 
 def test_a_text_iterator_streamer_in_a_thread(target, generate, tokenizer):
     options = {**prompts(1), "max_new_tokens": NEW, "do_sample": False}
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=240)
     thread = threading.Thread(target=lambda: generate(target, **options, streamer=streamer))
     thread.start()
     text = "".join(streamer)

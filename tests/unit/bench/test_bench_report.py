@@ -60,6 +60,7 @@ def show(browser: Any, page: Path, width: int, dark: bool = False) -> None:
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+    browser.get_log("browser")  # what was said of other pages before
     browser.get(page.as_uri())
     browser.execute_script("document.querySelectorAll('details').forEach(part => part.open = true)")
 
@@ -87,7 +88,8 @@ def test_the_report_is_readable_in_a_browser(browser: Any, bench_run: Path, widt
     )
     light = [sum(map(int, re.findall(r"\d+", colour)[:3])) / 765 for colour in (ink, paper)]
     assert (light[0] > 0.8 and light[1] < 0.2) if dark else (light[0] < 0.2 and light[1] > 0.8)
-    assert browser.get_log("browser") == []
+    # Of files: a browser's own pages say much of what they cannot fetch.
+    assert [said for said in browser.get_log("browser") if "file://" in said["message"]] == []
 
 
 def test_bars_histograms_and_texts_are_drawn(browser: Any, bench_run: Path) -> None:

@@ -32,6 +32,8 @@ from hf_polyspec.planning.candidates import options_of
 from hf_polyspec.planning.replay import Chain, replay
 from hf_polyspec.quantization import is_packed
 
+ALL = 1e6
+"""Seconds in which a drafter can draft from every place of a text, however busy the machine."""
 QUICK = ("--new-tokens", "12", "--repeats", "1", "--no-batches", "--draft-seconds", "0.2")
 
 
@@ -144,7 +146,7 @@ def test_a_replay_counts_the_rounds_that_really_happen(lends: bool) -> None:
     small = noisy(target, 0.05, 2)
     # A copy takes what the target has read of a long prompt, and is not asked before.
     texts = [prompts(1, WORTH + 4 if lends else 9, seed=seed)["input_ids"][0].tolist() for seed in range(4)]
-    wish = Wish(new_tokens=32, repeats=1, draft_seconds=5.0, batches=False)
+    wish = Wish(new_tokens=32, repeats=1, draft_seconds=ALL, batches=False)
     found = make_plan(target, [middle, small, SuffixDrafter()], texts, wish)
     members = [target, middle, small, SuffixDrafter()]
     for chain in (Chain((0, 2), 0, 4), Chain((0, 3), 0, 24), Chain((0, 1, 2), 6, 3), Chain((0, 1, 3), 4, 24)):
@@ -189,7 +191,7 @@ class PromptReader(Drafter):
 def test_what_is_made_of_a_prompt_is_not_made_of_the_answer() -> None:
     target = tiny("llama")
     texts = [prompts(1, seed=seed)["input_ids"][0].tolist() for seed in range(2)]
-    found = make_plan(target, [PromptReader()], texts, Wish(new_tokens=32, repeats=1, batches=False))
+    found = make_plan(target, [PromptReader()], texts, Wish(new_tokens=32, repeats=1, draft_seconds=ALL, batches=False))
     real = [
         hf_polyspec.generate(
             target, torch.tensor([ids]), assistant_models=[PromptReader()], generation_config=found.config,
@@ -206,7 +208,7 @@ def test_drafts_that_pass_a_middle_by_are_replayed(direct: int) -> None:
     target = tiny("llama")
     middle = noisy(target, 0.01, 1)
     texts = [prompts(1, seed=seed)["input_ids"][0].tolist() for seed in range(4)]
-    wish = Wish(new_tokens=48, repeats=1, draft_seconds=5.0, batches=False)
+    wish = Wish(new_tokens=48, repeats=1, draft_seconds=ALL, batches=False)
     found = make_plan(target, [middle, SuffixDrafter(min_probability=0.02)], texts, wish)
     rounds = {}
     for chain in (Chain((0, 1, 2), 4, 24, direct=direct), Chain((0, 1, 2), 4, 24)):
@@ -237,7 +239,7 @@ def test_trees_that_are_right_to_their_last_depth_are_recorded(monkeypatch: pyte
         return TreeProposal([nodes], [list(range(-1, len(nodes) - 1))], [[1] * len(nodes)]) if nodes else None
 
     monkeypatch.setattr(EagleDrafter, "propose_tree", know_all)
-    wish = Wish(new_tokens=10, repeats=1, draft_seconds=0.2, batches=False)
+    wish = Wish(new_tokens=10, repeats=1, draft_seconds=ALL, batches=False)
     found = make_plan(target, [init_for(target, "eagle3").eval()], [ids], wish, names=["target", "head"])
     for tree in TREES:
         ratios = found.measured.drafts[0, 1, tree].drafts[0].logs
@@ -252,7 +254,7 @@ def test_heads_are_recorded_as_chains_and_trees_and_sampling_is_planned(tmp_path
         torch.manual_seed(5)
         head = init_for(target, "eagle3").eval()
     texts = [prompts(1)["input_ids"][0].tolist()]
-    wish = Wish(temperature=0.8, new_tokens=10, repeats=1, draft_seconds=0.2, batches=False)
+    wish = Wish(temperature=0.8, new_tokens=10, repeats=1, draft_seconds=ALL, batches=False)
     found = make_plan(target, [noisy(target), head], texts, wish, names=["target", "middle", "head"])
     record = found.measured.drafts[0, 2, None]
     assert record.drawn

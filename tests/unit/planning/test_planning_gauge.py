@@ -113,7 +113,7 @@ def planned(day: Machine) -> Planned:
         middle = day.runs(noisy(target, 0.01, 1), 0.012)
         day.runs(target, 0.05)
         ids = [prompts(1, seed=seed)["input_ids"][0].tolist() for seed in range(2)]
-        wish = Wish(new_tokens=24, repeats=1, draft_seconds=5.0, batches=False)
+        wish = Wish(new_tokens=24, repeats=1, draft_seconds=1e6, batches=False)
         return make_plan(target, [middle, SuffixDrafter()], ids, wish, names=["target", "middle", "suffix"])
 
 

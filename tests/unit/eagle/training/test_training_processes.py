@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import csv
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from ranks import port_for_later
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_polyspec.eagle.training.dataset import load_corpus, plan_batches
@@ -69,9 +69,7 @@ def test_two_processes(chat_target: PreTrainedModel, chat_tokenizer: PreTrainedT
             },
         }  # fmt: skip
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = port_for_later()
     finish([start(script, tmp_path / "two.yaml", rank, 2, port) for rank in range(2)])
     # every prompt was answered by exactly one of them
     texts = tmp_path / "two" / "texts"
