@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import sys
@@ -236,6 +237,9 @@ def test_a_client_that_goes_away_ends_its_generation(model: Any, slow: ChainServ
     def asked() -> float:
         return seen.value("vllm:prompt_tokens_total")
 
+    def begun() -> float:
+        return seen.value("vllm:time_to_first_token_seconds_count")
+
     def tokens() -> float:
         return seen.value("vllm:generation_tokens_total")
 
@@ -249,32 +253,32 @@ def test_a_client_that_goes_away_ends_its_generation(model: Any, slow: ChainServ
         until(lambda: aborted() == 2)
         assert tokens() < 1600
         # One that still waits is never begun.
+        earlier = begun()
         stream = client.chat.completions.create(**FOR_ONE, max_tokens=800, stream=True)
-        next(iter(stream))
+        until(lambda: begun() == earlier + 1)
         before = asked()
         post_and_go(slow, lambda: asked() == before + 10, max_tokens=800)
         assert seen.value("vllm:num_requests_running") == 1
-        begun = seen.value("vllm:time_to_first_token_seconds_count")
         stream.close()
         until(lambda: aborted() == 4)
-        assert seen.value("vllm:time_to_first_token_seconds_count") == begun
+        assert begun() == earlier + 1
         answer = client.chat.completions.create(**FOR_ONE, max_tokens=8).choices[0].message.content
     assert answer == plain(model, "abcabcabc", 8)
     assert seen.value("vllm:num_requests_running") == seen.value("vllm:num_requests_waiting") == 0
 
 
 def test_stopping_ends_what_runs_and_what_waits(slow: ChainServer) -> None:
-    def one(_: int) -> str:
-        with pytest.raises(openai.APIError):
-            joined(ask(slow).chat.completions.create(**FOR_ONE, max_tokens=800, stream=True))
-        return "ended"
+    def one(_: int) -> None:
+        with ask(slow) as client, contextlib.suppress(openai.APIError):  # or the stream just ends
+            joined(client.chat.completions.create(**FOR_ONE, max_tokens=800, stream=True))
 
     with ThreadPoolExecutor(3) as threads:
         waiting = [threads.submit(one, i) for i in range(3)]
         until(lambda: slow.metrics.value("vllm:prompt_tokens_total") == 30)
         slow.stop()
         assert slow.metrics.value("vllm:generation_tokens_total") < 800  # not one of the three was written
-        assert [each.result(timeout=120) for each in waiting] == ["ended"] * 3
+        for each in waiting:
+            each.result(timeout=120)
 
 
 def test_two_hundred_requests_leave_nothing_behind(model: Any, small: Any) -> None:
