@@ -26,6 +26,61 @@ _WORD = ir.IntType(32)
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
 
 
+_NONE = ir.Constant(FLOATS, [0.0] * LANES)
+
+
+def _number(value: int) -> Any:
+    return ir.Constant(ir.IntType(64), value)
+
+
+def _at(builder: Any, base: Any, index: Any, size: int) -> Any:
+    return builder.add(base, builder.mul(index, _number(size)))
+
+
+def _loop(builder: Any, count: Any) -> Any:
+    return cgutils.for_range_slice(builder, _number(0), count, _number(1), intp=ir.IntType(64))
+
+
+def _add_words(builder: Any, codes: Any, begins: list[Any], step: Any, sums: list[list[Any]]) -> None:
+    """Add the products of one word of a block's codes, two codes a byte, with each row's digits to the exact sums."""
+    dot = cgutils.get_or_insert_function(builder.module, ir.FunctionType(WORDS, [WORDS] * 3), DOT)
+    base = _at(builder, codes, step, BLOCK * 4)
+    places = [place(builder, builder.add(base, _number(half * LANES * 4)), WORDS) for half in range(2)]
+    both = [builder.load(one, align=4) for one in places]
+    low = [builder.and_(half, words(0x0F0F0F0F)) for half in both]
+    high = [builder.and_(builder.lshr(half, words(4)), words(0x0F0F0F0F)) for half in both]
+    for begin, row in zip(begins, sums, strict=True):
+        for part, factors in enumerate((low, high)):
+            address = builder.add(_at(builder, begin, step, PAIR), _number(4 * part))
+            four = spread(builder, builder.load(place(builder, address, _WORD), align=1), WORDS)
+            for one, factor in zip(row, factors, strict=True):
+                builder.store(builder.call(dot, [builder.load(one), factor, four]), one)
+
+
+def _add_group(
+    builder: Any,
+    group: Any,
+    scales: Any,
+    zeros: Any,
+    shifts: list[Any],
+    sums: list[list[Any]],
+    totals: list[list[Any]],
+) -> None:
+    """Add a group's exact sums, less the zeros' share, times its scales to the totals; `shifts`: a number a row."""
+    for half in range(2):
+        lane = builder.add(builder.mul(group, _number(BLOCK)), _number(half * LANES))
+        scale = load(builder, types.int16, _at(builder, scales, lane, 2))
+        zero = builder.load(place(builder, builder.add(zeros, lane), _BYTES), align=1)
+        zero = builder.zext(zero, WORDS)
+        for r, (row, shift) in enumerate(zip(totals, shifts, strict=True)):
+            found = builder.shl(builder.load(sums[2 * r][half]), words(8))
+            found = builder.add(found, builder.load(sums[2 * r + 1][half]))
+            found = builder.sub(found, builder.mul(zero, spread(builder, shift, WORDS)))
+            # "contract" lets both become one instruction.
+            added = builder.fmul(builder.sitofp(found, FLOATS), scale, flags=("contract",))
+            builder.store(builder.fadd(builder.load(row[half]), added, flags=("contract",)), row[half])
+
+
 def _group_dots(rows: int) -> Any:
     @intrinsic
     def dots(
@@ -52,58 +107,23 @@ def _group_dots(rows: int) -> Any:
 
         def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
             codes, digits, pitch, shifts, scales, zeros, groups, steps, y = arguments
-            dot = cgutils.get_or_insert_function(builder.module, ir.FunctionType(WORDS, [WORDS] * 3), DOT)
-            long = ir.IntType(64)
-
-            def number(value: int) -> Any:
-                return context.get_constant(types.int64, value)
-
-            def at(base: Any, index: Any, size: int) -> Any:
-                return builder.add(base, builder.mul(index, number(size)))
-
-            def loop(count: Any) -> Any:
-                return cgutils.for_range_slice(builder, number(0), count, number(1), intp=long)
-
-            begins = [builder.add(digits, builder.mul(number(row), pitch)) for row in range(2 * rows)]
-            none = ir.Constant(FLOATS, [0.0] * LANES)
-            totals = [[cgutils.alloca_once_value(builder, none) for _ in range(2)] for _ in range(rows)]
+            begins = [builder.add(digits, builder.mul(_number(row), pitch)) for row in range(2 * rows)]
+            totals = [[cgutils.alloca_once_value(builder, _NONE) for _ in range(2)] for _ in range(rows)]
             sums = [[cgutils.alloca_once_value(builder, words(0)) for _ in range(2)] for _ in begins]
             for total in (total for row in totals for total in row):
-                builder.store(none, total)
-            with loop(groups) as (group, _):
+                builder.store(_NONE, total)
+            with _loop(builder, groups) as (group, _):
                 for one in (one for row in sums for one in row):
                     builder.store(words(0), one)
                 first = builder.mul(group, steps)
-                with loop(steps) as (inner, _):
-                    step = builder.add(first, inner)
-                    base = at(codes, step, BLOCK * 4)
-                    places = [place(builder, builder.add(base, number(half * LANES * 4)), WORDS) for half in range(2)]
-                    both = [builder.load(one, align=4) for one in places]
-                    low = [builder.and_(half, words(0x0F0F0F0F)) for half in both]
-                    high = [builder.and_(builder.lshr(half, words(4)), words(0x0F0F0F0F)) for half in both]
-                    for begin, row in zip(begins, sums, strict=True):
-                        for part, factors in enumerate((low, high)):
-                            address = builder.add(at(begin, step, PAIR), number(4 * part))
-                            four = spread(builder, builder.load(place(builder, address, _WORD), align=1), WORDS)
-                            for one, factor in zip(row, factors, strict=True):
-                                builder.store(builder.call(dot, [builder.load(one), factor, four]), one)
-                for half in range(2):
-                    lane = builder.add(builder.mul(group, number(BLOCK)), number(half * LANES))
-                    scale = load(builder, types.int16, at(scales, lane, 2))
-                    zero = builder.load(place(builder, builder.add(zeros, lane), _BYTES), align=1)
-                    zero = builder.zext(zero, WORDS)
-                    for r, row in enumerate(totals):
-                        index = builder.add(builder.mul(number(r), groups), group)
-                        shift = builder.load(place(builder, at(shifts, index, 4), _WORD), align=4)
-                        found = builder.shl(builder.load(sums[2 * r][half]), words(8))
-                        found = builder.add(found, builder.load(sums[2 * r + 1][half]))
-                        found = builder.sub(found, builder.mul(zero, spread(builder, shift, WORDS)))
-                        # "contract" lets both become one instruction.
-                        added = builder.fmul(builder.sitofp(found, FLOATS), scale, flags=("contract",))
-                        builder.store(builder.fadd(builder.load(row[half]), added, flags=("contract",)), row[half])
+                with _loop(builder, steps) as (inner, _):
+                    _add_words(builder, codes, begins, builder.add(first, inner), sums)
+                places = [builder.add(builder.mul(_number(r), groups), group) for r in range(rows)]
+                shared = [builder.load(place(builder, _at(builder, shifts, at, 4), _WORD), align=4) for at in places]
+                _add_group(builder, group, scales, zeros, shared, sums, totals)
             for r, row in enumerate(totals):
                 for half, total in enumerate(row):
-                    where = builder.add(y, number((r * BLOCK + half * LANES) * 4))
+                    where = builder.add(y, _number((r * BLOCK + half * LANES) * 4))
                     builder.store(builder.load(total), place(builder, where, FLOATS), align=4)
             return context.get_dummy_value()
 
