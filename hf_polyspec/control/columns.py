@@ -31,6 +31,8 @@ NEWEST = 0.25
 UNTIMED = 2
 """Most tokens of a draft before one was timed."""
 GUESS = 0.3
+SOON, LATER = 4, 16
+"""Rounds after which a drafter below a verifier is asked past that again: at first, and later."""
 _IDLE = 4.0
 """Passes after which a pause is no time of this chain."""
 
@@ -42,23 +44,28 @@ class _Source:
     Attributes:
         rates: acceptance by row.
         seconds: of a draft, by token of the longest (of a tree, by node; where chances are told, as a whole); None
-            before one was timed.
-        gain: seconds that a round of drafts wins, expected of late, where chances are told.
+            before one was timed. rows: that those drafts were of.
+        gain: seconds that a round of drafts wins, expected of late, where chances are told; looks: drafts it is of.
+        asked: the turn in which it was asked last.
         tried: by row, the turn of its last draft; known: rows that it has read.
     """
 
     rates: RowRates = field(default_factory=RowRates)
     seconds: float | None = None
+    rows: float = 1.0
     gain: float = 0.0
+    looks: int = 0
+    asked: int = 0
     tried: dict[int, int] = field(default_factory=dict)
     known: set[int] = field(default_factory=set)
 
-    def time(self, seconds: float) -> None:
-        """A draft took so long."""
+    def time(self, seconds: float, rows: int) -> None:
+        """A draft of so many rows took so long."""
         if self.seconds is None:
-            self.seconds = seconds
+            self.seconds, self.rows = seconds, rows
         else:
             self.seconds += NEWEST * (min(3 * self.seconds, seconds) - self.seconds)
+            self.rows += NEWEST * (rows - self.rows)
 
 
 class Columns:
@@ -67,11 +74,18 @@ class Columns:
     Args:
         level: asks through this from now on.
         seconds: of its passes; learns.
+        below: likewise of the level that it asks, where that is a verifier.
+        passes_by: whether that verifier may be passed by, where the drafter below it promises more (`_shortcut`).
     """
 
-    def __init__(self, level: Verifier, seconds: PassSeconds) -> None:
+    def __init__(
+        self, level: Verifier, seconds: PassSeconds, below: PassSeconds | None = None, *, passes_by: bool = False
+    ) -> None:
         self.level = level
         self.seconds = seconds
+        self.below = below
+        self.passes_by = passes_by
+        self._home: Drafter | None = None
         self._ask, self._ask_for_tree = level.ask, level.ask_for_tree
         level.ask, level.ask_for_tree = self.ask, self.ask_for_tree
         self._sources: dict[int, _Source] = {}
@@ -90,22 +104,26 @@ class Columns:
     ) -> Proposal:
         """See `asking.ask`; rows that are to draft nothing are offered nothing, and where none is, nobody is asked."""
         nothing, self._nothing = self._nothing, False
+        if self._home is not None:  # a round was given up
+            source = self._come_home()
         self._places = context.places
         if isinstance(source, NoDraft) or not any(rooms):
             return self._ask(source, context, rooms, law, vocabulary, eos)
         if nothing:
             return _empty(context)
-        known = self._begin(source, context, rooms)
-        tells, self._on_trial = source.tells_chances, False
-        wanted = rooms if tells else self._granted(source, known, rooms)
-        if not any(wanted) or (tells and not self._may_look(known)):
-            return _empty(context)
-        began = self.level.stats.clock()
-        offered = self._ask(source, context, wanted, law, vocabulary, eos)
-        if tells:
-            offered = self._cut(source, known, rooms, offered)
-        self._time(known, began, 1 if tells else offered.width)
-        return offered
+        self._begin(rooms)
+        shortcut = self._shortcut(source)
+        if shortcut is None:
+            offered = self._offered(source, context, rooms, law, vocabulary, eos)
+            return _empty(context) if offered is None else offered
+        known = self._sources.setdefault(shortcut.index, _Source())
+        offered, rival = None, known.gain - (known.seconds or 0.0)
+        if self._turn - known.asked < (SOON if known.looks < SOON else LATER):
+            offered = self._offered(source, context, rooms, law, vocabulary, eos, max(0.0, rival))
+        if offered is None:
+            self._home, self.level.source = source, shortcut  # until the check is over
+            offered = self._offered(shortcut, context, rooms, law, vocabulary, eos)
+        return _empty(context) if offered is None else offered
 
     def ask_for_tree(
         self, source: Drafter, context: Context, rooms: list[int], law: LawMaker, vocabulary: int
@@ -115,19 +133,22 @@ class Columns:
         self._places = context.places
         if not nodes or not source.grows_trees or not any(rooms):
             return self._ask_for_tree(source, context, rooms, law, vocabulary)
-        known = self._begin(source, context, rooms)
+        self._begin(rooms)
+        known = self._known(source, context, rooms)
         self._nothing = not any(wanted := self._granted(source, known, rooms, nodes))
         if self._nothing:
             return None
         began = self.level.stats.clock()
         tree = self._ask_for_tree(source, context, wanted, law, vocabulary)
-        self._time(known, began, nodes if tree else 0)
+        self._time(known, began, nodes if tree else 0, wanted)
         return tree
 
     def observe(self, check: Check) -> None:
         """A check of this verifier is over: learn what it cost, and how the rows' drafts have fared."""
         if check.level != self.level.index:
             return
+        if self._home is not None:
+            self._come_home()
         drafted = check.nodes or check.drafted
         if check.columns and check.columns <= sum(drafted) + len(check.asked):  # else a prompt was read as well
             self.seconds.add(check.columns, check.seconds)
@@ -140,14 +161,17 @@ class Columns:
 
     # How much each row drafts
 
-    def _begin(self, source: Drafter, context: Context, rooms: list[int]) -> _Source:
-        """A round begins; what is known of the level that is to draft."""
-        known = self._sources.setdefault(source.index, _Source())
+    def _begin(self, rooms: list[int]) -> None:
+        """A round begins."""
         now = self.level.stats.clock()
         elapsed = 0.0 if self._asked_at is None else now - self._asked_at
         one = self.seconds.seconds(len(rooms))
         self._credit = min(2 * one, self._credit + SHARE * min(elapsed, _IDLE * one))
         self._asked_at, self._turn = now, self._turn + 1
+
+    def _known(self, source: Drafter, context: Context, rooms: list[int]) -> _Source:
+        """What is known of the level that is to draft."""
+        known = self._sources.setdefault(source.index, _Source())
         going = {place for place, room in zip(context.places, rooms, strict=True) if room}
         self._fresh = not going <= known.known
         known.known = known.known.intersection(context.places) | going
@@ -157,7 +181,52 @@ class Columns:
         known.tried = {place: turn for place, turn in known.tried.items() if place in known.known}
         return known
 
-    def _granted(self, source: Drafter, known: _Source, rooms: list[int], nodes: int = 0) -> list[int]:
+    def _shortcut(self, source: Drafter) -> Drafter | None:
+        """The drafter below a verifier, where its drafts may go up unchecked by that: nobody draws them."""
+        if not self.passes_by or not isinstance(source, Verifier):
+            return None
+        found: Drafter = source
+        while isinstance(found, Verifier):
+            found = found.below
+        return found if found.tells_chances and not found.grows_trees else None
+
+    def _come_home(self) -> Drafter:
+        """The verifier is asked again, after its drafter was asked past it."""
+        assert self._home is not None
+        self.level.source, self._home = self._home, None
+        return self.level.source
+
+    def _offered(
+        self,
+        source: Drafter,
+        context: Context,
+        rooms: list[int],
+        law: LawMaker,
+        vocabulary: int,
+        eos: Collection[int],
+        rival: float = 0.0,
+    ) -> Proposal | None:
+        """What a level offers; None where nobody asks it.
+
+        Args:
+            rival: seconds that a round wins without it.
+        """
+        known = self._known(source, context, rooms)
+        tells, self._on_trial = source.tells_chances, False
+        wanted = rooms if tells else self._granted(source, known, rooms, 0, rival)
+        if not any(wanted) or (tells and not self._may_look(known)):
+            return None
+        known.asked = self._turn
+        began = self.level.stats.clock()
+        offered = self._ask(source, context, wanted, law, vocabulary, eos)
+        if tells:
+            offered = self._cut(source, known, rooms, offered)
+        self._time(known, began, 1 if tells else offered.width, wanted)
+        return offered
+
+    def _granted(
+        self, source: Drafter, known: _Source, rooms: list[int], nodes: int = 0, rival: float = 0.0
+    ) -> list[int]:
         """Tokens of every row's draft, before there is one; of trees, the room of rows that grow one."""
         timed = nodes or known.seconds is not None
         rooms_now = rooms if timed else [min(room, UNTIMED) for room in rooms]
@@ -166,14 +235,15 @@ class Columns:
         if nodes:
             chances = [[sum(row) / nodes] * nodes if row else [] for row in chances]
         rows = sum(room > 0 for room in rooms)
-        # Before a draft was timed a token of it is taken to cost a good part of a pass.
-        seconds = known.seconds if known.seconds is not None else GUESS * self.seconds.seconds(rows) / max(1, nodes)
+        seconds = self._draft_seconds(source, known, rows, nodes)
         wanted = self._allotted(chances, rows, seconds)
         if nodes:
             wanted = [room if 2 * count >= nodes else 0 for count, room in zip(wanted, rooms, strict=True)]
+        elif self._gain(chances, wanted, rows) - max(wanted) * seconds < rival:
+            wanted = [0] * len(wanted)
         column = self.seconds.seconds(rows + 1) - self.seconds.seconds(rows)
         cost = max(1, nodes) * column
-        costs = cost + (0.0 if any(wanted) else max(1, nodes) * seconds)
+        costs = cost + (0.0 if any(wanted) else max(1, nodes) * seconds + rival)
         due = [b for b, room in enumerate(rooms) if room and not wanted[b] and self._is_due(known, b)]
         self._on_trial = not any(wanted)
         for b in sorted(due, key=lambda b: known.tried[self._places[b]]):
@@ -185,6 +255,21 @@ class Columns:
             if count:
                 known.tried[place] = self._turn
         return wanted
+
+    def _draft_seconds(self, source: Drafter, known: _Source, rows: int, nodes: int) -> float:
+        """Of a token of a draft of so many rows."""
+        if known.seconds is None:
+            # Before a draft was timed a token of it is taken to cost a good part of a pass.
+            return GUESS * self.seconds.seconds(rows) / max(1, nodes)
+        if self.below is None or not isinstance(source, Verifier):
+            return known.seconds
+        return known.seconds * self.below.seconds(rows) / self.below.seconds(known.rows)
+
+    def _gain(self, chances: Sequence[Sequence[float]], wanted: Sequence[int], rows: int) -> float:
+        """Seconds that a pass over so much of the rows' drafts is expected to win."""
+        plain = self.seconds.seconds(rows)
+        expected = sum(sum(row[:count]) for row, count in zip(chances, wanted, strict=True))
+        return expected * plain / rows - (self._pass_seconds(rows, wanted) - plain)
 
     def _is_due(self, known: _Source, row: int) -> bool:
         return self._turn - known.tried[self._places[row]] >= PATIENCE
@@ -206,10 +291,8 @@ class Columns:
         rows = max(1, sum(room > 0 for room in rooms))
         chances = [row[: len(own)] for row, own in zip(offered.chances(), offered.tokens, strict=True)]
         wanted = self._allotted(chances, rows, 0.0)
-        plain = self.seconds.seconds(rows)
-        expected = sum(sum(row[:count]) for row, count in zip(chances, wanted, strict=True))
-        gain = expected * plain / rows - (self._pass_seconds(rows, wanted) - plain)
-        known.gain += NEWEST / 2 * (gain - known.gain)
+        known.looks += 1
+        known.gain += max(NEWEST / 2, 1 / known.looks) * (self._gain(chances, wanted, rows) - known.gain)
         left = sum(len(own) - count for own, count in zip(offered.tokens, wanted, strict=True))
         source.stats.drafted -= left
         if not left:
@@ -227,13 +310,13 @@ class Columns:
             return self.seconds.seconds(rows + sum(wanted))
         return self.seconds.seconds(rows * (1 + max(wanted)))
 
-    def _time(self, known: _Source, began: float, size: int) -> None:
+    def _time(self, known: _Source, began: float, size: int, wanted: Sequence[int]) -> None:
         """A draft is over; one for which a text was read is no measure of others."""
         seconds = self.level.stats.clock() - began
         if self._on_trial:  # what it had to read of what it had missed is lost as well
             self._credit -= max(0.0, seconds - size * (known.seconds or 0.0))
         if size and not self._fresh:
-            known.time(seconds / size)
+            known.time(seconds / size, sum(count > 0 for count in wanted))
 
 
 def _empty(context: Context) -> Proposal:

@@ -18,21 +18,33 @@ Gauges = Callable[[int], PassSeconds]
 """What is known of the passes of a level, by its index; learns."""
 
 
-def shared_out(top: Verifier, gauges: Gauges) -> list[Columns]:
-    """Have all verifiers of a chain share out their columns; those that read each row by itself have none to share."""
-    verifiers = [level for level in spine(top) if isinstance(level, Verifier)]
-    return [Columns(level, gauges(level.index)) for level in verifiers if not isinstance(level.runner, SeparateRunner)]
+def shared_out(top: Verifier, gauges: Gauges, *, passes_by: bool = False) -> list[Columns]:
+    """Have all verifiers of a chain share out their columns; those that read each row by itself have none to share.
+
+    Args:
+        top: the target, begun; gauges: see `Gauges`; passes_by: see `Columns`.
+    """
+    return [
+        Columns(
+            level,
+            gauges(level.index),
+            gauges(level.below.index) if isinstance(level.below, Verifier) else None,
+            passes_by=passes_by,
+        )
+        for level in spine(top)
+        if isinstance(level, Verifier) and not isinstance(level.runner, SeparateRunner)
+    ]
 
 
 class Shares:
-    """Shares out the columns of one loop, and decides nothing else.
+    """Shares out the columns of one loop, past a middle where its drafter alone promises more, and does nothing else.
 
     Args:
         top: the target, begun, with the levels below it; gauges: see `Gauges`.
     """
 
     def __init__(self, top: Verifier, gauges: Gauges) -> None:
-        self.columns = shared_out(top, gauges)
+        self.columns = shared_out(top, gauges, passes_by=True)
         self.decisions: list[Decision] = []
         for level in spine(top):
             if isinstance(level, Verifier):

@@ -13,12 +13,14 @@ import torch
 from enumeration import CPU, EXACT, TableModel, approximations, outcomes
 from joined_rows import Table, drawing, off_the_law, written
 
-from hf_polyspec.control import PassSeconds, Shares
+from hf_polyspec.control import PassSeconds, Shares, columns
 from hf_polyspec.control.columns import Columns
 from hf_polyspec.exactness.context import Context, Prompt
+from hf_polyspec.exactness.distributions import LawMaker
 from hf_polyspec.exactness.proposal import Proposal
 from hf_polyspec.exactness.row_laws import RowLaws
 from hf_polyspec.generation.loop import DecodingLoop
+from hf_polyspec.levels.base import Drafter
 from hf_polyspec.levels.causal_lm import CausalLMDrafter
 from hf_polyspec.levels.verifier import Verifier
 
@@ -40,15 +42,29 @@ class Still(PassSeconds):
         self.passes += 1
 
 
-def chain(tables: list[TableModel], rule: str) -> Verifier:
+class Sayer(Drafter):
+    """Draws nothing, and says how likely its tokens are: sometimes, and sometimes not at all."""
+
+    name = "sayer"
+    tells_chances = True
+
+    def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
+        texts = [sum(ids) for ids in context.ids]
+        tokens = [[(text + i) % 2 for i in range(min(2, limit))] for text, limit in zip(texts, limits, strict=True)]
+        chances = [[0.9 - 0.8 * (text % 2)] * len(row) for text, row in zip(texts, tokens, strict=True)]
+        return Proposal(tokens, None, [[self.index] * len(row) for row in tokens], lambda: chances)
+
+
+def chain(tables: list[TableModel], rule: str, *, says: bool = False) -> Verifier:
     level: Any = CausalLMDrafter(tables[-1], name="drafter", draft_tokens=2)  # type: ignore[arg-type]
+    level = Sayer() if says else level
     for table in reversed(tables[1:-1]):
         level = Verifier(table, level, name="middle", rule=rule, block_size=2)  # type: ignore[arg-type]
     return Verifier(tables[0], level, name="target", rule=rule, draft_limit=2)  # type: ignore[arg-type]
 
 
-def distance(tables: list[TableModel], rule: str) -> float:
-    target = chain(tables, rule)
+def distance(tables: list[TableModel], rule: str, *, says: bool = False) -> float:
+    target = chain(tables, rule, says=says)
     genuine = target.ask, target.ask_for_tree
 
     def begin() -> None:
@@ -88,6 +104,24 @@ def test_columns_that_are_shared_out_leave_the_law(rule: str, levels: int, monke
     assert {0, 1} <= {count for counts in granted for count in counts}, "some rows draft, and others do not"
 
 
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_a_middle_that_is_passed_by_leaves_the_law(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: set[tuple[int, str]] = set()
+    genuine = Columns._offered
+
+    def noted(self: Columns, source: Drafter, *given: Any) -> Proposal | None:
+        found = genuine(self, source, *given)
+        if found is not None and any(found.tokens):
+            asked.add((self.level.index, source.name))
+        return found
+
+    monkeypatch.setattr(Columns, "_offered", noted)
+    monkeypatch.setattr(columns, "SOON", 2)
+    monkeypatch.setattr(columns, "GUESS", 0.0)
+    assert distance(approximations(3, 2, 4, Ragged), rule, says=True) < EXACT
+    assert {(0, "middle"), (0, "sayer")} <= asked, "in some rounds the middle is asked, in others past it"
+
+
 def test_a_size_that_looks_at_what_was_drawn_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The wrong variant: a drawn draft is cut after a look at its tokens."""
     genuine = Columns.ask
@@ -112,7 +146,7 @@ def test_where_nothing_pays_nobody_drafts() -> None:
     target.begin(0, 1, 2)
     seconds = Still()
     seconds.pace, seconds.cost = 0.01, 1.0
-    columns = Columns(target, seconds)
+    shared = Columns(target, seconds)
     asked: list[int] = []
     drafter: Any = target.below
     genuine = drafter.propose
@@ -121,4 +155,4 @@ def test_where_nothing_pays_nobody_drafts() -> None:
     for _ in range(4):
         target.round(context, [3], RowLaws([drawing(1)], [0], CPU))
     assert not asked
-    assert columns.seconds is seconds
+    assert shared.seconds is seconds

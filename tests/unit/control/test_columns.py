@@ -6,17 +6,21 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from clockwork import Clock, ClockedDrafter, ClockedRunner, Run
+from clockwork import LAW, Clock, ClockedDrafter, ClockedRunner, Run, truth
 
 from hf_polyspec.control import Costs, PassSeconds, Shares, SteadyControl
 from hf_polyspec.control.allotment import LEAST, allotted
 from hf_polyspec.control.columns import Columns
 from hf_polyspec.control.row_rates import RowRates
-from hf_polyspec.exactness.context import Context, Prompt
+from hf_polyspec.exactness.context import Context, Prompt, common_prefix
 from hf_polyspec.exactness.distributions import LawMaker
+from hf_polyspec.exactness.passes import Pass
+from hf_polyspec.exactness.proposal import Proposal
 from hf_polyspec.levels.suffix import SuffixDrafter
 from hf_polyspec.levels.verifier import Verifier
 
@@ -229,6 +233,68 @@ def test_what_a_level_reads_before_a_trial_is_part_of_its_cost() -> None:
         context = context.extended(emission.tokens)
     assert 2 < len(drafter.asked) < 12, "a trial that takes two passes is for one round of a hundred"
     assert clock.now <= 1.03 * 400 * pass_seconds(8)
+
+
+class OwnRows(ClockedRunner):
+    """Feeds every row that is asked what it has not read, and no other columns."""
+
+    own_rows = True
+
+    def run(self, context: Context, drafts: list[list[int]], stats: Any, *, columns: int = 0) -> Pass:
+        before, began, asked = self.memo or [[] for _ in drafts], self.clock.now, self.asked or [True] * len(drafts)
+        passed = super().run(context, drafts, stats, columns=columns)
+        counts = []
+        for b, (have, ids, draft) in enumerate(zip(before, context.ids, drafts, strict=True)):
+            whole = ids + draft
+            counts.append(asked[b] * max(len(whole) - common_prefix(have, whole), 1 + len(draft)))
+            self.memo[b] = whole if asked[b] else have
+        self.clock.now = began + self.seconds(sum(counts))
+        return replace(passed, counts=counts)
+
+
+class Teller(ClockedDrafter):
+    """Says how likely its tokens are, and is right about it."""
+
+    tells_chances = True
+
+    def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
+        offered = super().propose(context, [min(limit, 4) for limit in limits], law)
+        chances = [[self.agreement() ** depth for depth in range(1, 1 + len(row))] for row in offered.tokens]
+        return replace(offered, chances=lambda: chances)
+
+
+def of_three(passes_by: bool, middle_seconds: float, right: float) -> tuple[float, int]:
+    """Seconds of 200 rounds' worth of eight rows in those of the target alone, and passes of the middle."""
+    clock = Clock()
+    drafter = Teller(clock, lambda: 0.001, lambda: right)
+    below = OwnRows(clock, lambda columns: middle_seconds * pass_seconds(columns), lambda: 0.9, 3)
+    middle = Verifier(below, drafter, name="middle", block_size=3)
+    above = OwnRows(clock, pass_seconds, lambda: 1.0, 4)
+    top = Verifier(above, middle, name="target")
+    gauges = {index: PassSeconds(pass_seconds) for index in range(2)}
+    top.begin(0, 8, 8)
+    for level in (top, middle, drafter):
+        level.stats.clock = clock
+    shares = Shares(top, gauges.__getitem__)
+    for columns in shares.columns:
+        columns.passes_by &= passes_by
+    ids = [truth(i) for i in range(4)]
+    context = Context([list(ids) for _ in range(8)], Prompt(4, None, torch.arange(4).expand(8, -1)))
+    while any(limits := [max(0, 204 - len(row)) for row in context.ids]):
+        context = context.extended(top.round(context, limits, LAW).tokens)
+        assert top.source is middle, "whoever was passed by is asked again"
+    assert context.ids == [[truth(i) for i in range(204)]] * 8
+    return clock.now / (200 * pass_seconds(8)), len(below.fed)
+
+
+def test_a_middle_that_does_not_pay_is_passed_by() -> None:
+    """What its drafter alone promises, the chain reaches; where that has nothing to offer, the middle drafts."""
+    alone, past = of_three(False, 0.8, 0.9), of_three(True, 0.8, 0.9)
+    assert past[0] < 0.8 * alone[0]
+    assert past[1] < 20
+    dear, cheap = of_three(True, 0.8, 0.0), of_three(True, 0.02, 0.0)
+    assert dear[0] <= 1.03, "neither pays: nothing is lost"
+    assert cheap[0] <= 1.05 * of_three(False, 0.02, 0.0)[0] < 0.8
 
 
 def test_a_batch_wins_where_drafts_are_right() -> None:
