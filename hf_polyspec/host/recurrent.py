@@ -2,15 +2,17 @@
 """A runner for models that carry a state on (Mamba, gated delta rules, short convolutions, hybrids with attention).
 
 A state cannot be cut, so it is put back: the runner keeps pictures of the state, each with the number of ids that every
-row of it has absorbed, and the memo of law 4 says which of them still begins the ids asked for. A pass starts, row by
-row, from the longest of those and feeds the rest: what was accepted since, and the new draft. Rows that need fewer
-columns than the neediest are filled up on the right, where nothing that counts comes after; columns that are masked
-somewhere in the middle would still move a state. Keys and values of hybrids are rolled back to the same ids.
+row of it has absorbed, and the memo of law 4 says which of them still begins the ids asked for. Where the scans of the
+pass that followed a picture are known, the state after the ids of it that stayed is made from those (see `replay`). A
+pass starts, row by row, from the longest of these and feeds the rest: what was accepted since, and the new draft. Rows
+that need fewer columns than the neediest are filled up on the right, where nothing that counts comes after; columns
+that are masked somewhere in the middle would still move a state. Keys and values of hybrids are rolled back to the same
+ids.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,24 +22,36 @@ from ..exactness.passes import Pass
 from ..telemetry.counters import LevelStats
 from .carried import standing
 from .forwarding import Forwarding
+from .replay import behind, can_replay, hearing
 from .runner import ModelRunner
+from .scans import Ears, Heard
 from .states import State, StateCache, bytes_of, copy_of, rows_of, set_rows, state_cache
 from .stepwise import Stepwise
 
 LAG = 12
-"""Accepted ids that are fed once more with every draft, before a pass of its own absorbs them: with few columns a pass
-costs about as much as a dozen columns do, on either side of which both ways cost the same."""
+"""Accepted ids that are fed once more with every draft where nothing can be replayed, before a pass of its own absorbs
+them: with few columns a pass costs about as much as a dozen do, on either side of which both ways cost the same."""
 KEPT = 6
 """Pictures that a level keeps whose context may be taken back by levels above it; their distances about double."""
+WIDEST = 64
+"""Columns of the widest pass that is kept in mind to be replayed: one over a draft, and no prompt."""
 _LIVE = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Picture:
-    """A state of all rows, and how many ids each row of it has absorbed; -1 for a row that has no use for it."""
+    """A state of all rows.
+
+    Attributes:
+        lengths: how many ids each row of it has absorbed; -1 for a row that has no use for it.
+        heard: what the pass from there did, None where that is not known.
+        reach: up to how many ids further that pass, as far as the memo goes, can be replayed.
+    """
 
     lengths: list[int]
     state: State
+    heard: Heard | None = None
+    reach: list[int] = field(default_factory=list)
 
 
 class RecurrentRunner(ModelRunner):
@@ -67,8 +81,11 @@ class RecurrentRunner(ModelRunner):
     ) -> None:
         super().__init__(model, name, device, **options)
         self.stepwise = Stepwise(model) if columns else None
+        self._ears = Ears(model)
         self.kept = kept
         self.cache: StateCache = state_cache(model)
+        self.replays = not steps and not columns and can_replay(model)
+        self._heard: Heard | None = None
         self._pictures: list[Picture] = []
         self._sources: list[tuple[int, Picture | None]] = []  # where the next pass starts, row by row
         self._needed: list[int] = []  # columns that each row wants fed
@@ -113,7 +130,12 @@ class RecurrentRunner(ModelRunner):
         ]
 
     def _fed(self, context: Context, drafts: list[list[int]], stats: LevelStats, columns: int = 0) -> Pass:
+        self._heard = None
         passed = super().run(context, drafts, stats, columns=columns)
+        if self._heard is not None and self._pictures:
+            last = self._pictures[-1]
+            last.heard, self._heard = self._heard, None
+            last.reach = [len(ids) - n for ids, n in zip(self.memo, last.lengths, strict=True)]
         self._thin(stats)
         return passed
 
@@ -153,23 +175,22 @@ class RecurrentRunner(ModelRunner):
         nothing: list[tuple[int, Picture | None]] = [(0, _LIVE) for _ in sequences]
         if not self.memo or not self.use_cache:
             return nothing
-        live: Picture | None = _LIVE
-        lengths = [(live, [len(held) for held in self.memo]), *((one, one.lengths) for one in self._pictures)]
+        held = [len(ids) for ids in self.memo]
+        lengths: list[tuple[Picture | None, list[int], list[int]]] = [(_LIVE, held, [0] * len(held))]
+        lengths += [(one, one.lengths, one.reach or [0] * len(held)) for one in self._pictures]
         most = [
-            min(common_prefix(held, ids), len(ids) - least)
-            for held, ids, least in zip(self.memo, sequences, needed, strict=True)
+            min(common_prefix(have, ids), len(ids) - least)
+            for have, ids, least in zip(self.memo, sequences, needed, strict=True)
         ]
         if self.cache.even:
             most = [min(most)] * len(most)
-            lengths = [(one, each) for one, each in lengths if len(set(each)) == 1]
-        found = [
-            max(
-                ((each[row], one) for one, each in lengths if each[row] <= most[row]),
-                key=lambda one: one[0],
-                default=(0, _LIVE),
-            )
-            for row in range(len(sequences))
-        ]
+            lengths = [one for one in lengths if len(set(one[1])) == 1]
+        found = []
+        for row, limit in enumerate(most):
+            # Of those that reach equally far, the one with the least to replay.
+            starts = [(min(n[row] + more[row], limit), n[row], one) for one, n, more in lengths if n[row] <= limit]
+            start, _, one = max(starts, key=lambda start: start[:2], default=(0, 0, _LIVE))
+            found.append((start, one))
         # A row that has nothing to start from reads its padding again, and others may be fed none.
         return nothing if any(start <= 0 for start, _ in found) else found
 
@@ -194,7 +215,7 @@ class RecurrentRunner(ModelRunner):
 
     def _put_back(self, keep: list[int]) -> None:
         """Make the cache's state what the sources say, and keep a picture of that."""
-        sources = [picture for _, picture in self._sources]
+        sources = self._replayed(keep)
         first = sources[0]
         if any(picture is not first for picture in sources):
             state = self.cache.state() if first is _LIVE else copy_of(first.state)
@@ -205,14 +226,26 @@ class RecurrentRunner(ModelRunner):
         elif first is not _LIVE:
             self.cache.put(copy_of(first.state))
         if first is not _LIVE and all(picture is first for picture in sources):
-            self._pictures.remove(first)
+            self._pictures = [one for one in self._pictures if one is not first]
             before = Picture(list(keep), first.state)
         else:
             before = Picture(list(keep), self.cache.state())
         # What is longer than where a row now starts is no longer what its ids begin with, or soon will not be.
         for one in self._pictures:
+            reached = zip(one.lengths, one.reach, keep, strict=False)
+            one.reach = [max(0, min(more, start - n)) for n, more, start in reached]
             one.lengths = [n if n < start else -1 for n, start in zip(one.lengths, keep, strict=True)]
         self._pictures = [one for one in self._pictures if max(one.lengths) > 0] + [before]
+
+    def _replayed(self, keep: list[int]) -> list[Picture | None]:
+        """Where each row's state comes from, with pictures of what passes were replayed to make."""
+        made: dict[int, Picture] = {}
+        for one in {id(picture): picture for _, picture in self._sources if picture is not _LIVE}.values():
+            pairs = zip(self._sources, one.lengths, strict=True)
+            counts = [start - n if picture is one else 0 for (start, picture), n in pairs]
+            if one.heard is not None and any(counts):
+                made[id(one)] = Picture(list(keep), behind(self.cache, one.state, one.heard, counts))
+        return [made.get(id(picture), picture) for _, picture in self._sources]
 
     def _thin(self, stats: LevelStats) -> None:
         """Let pictures go that stand close to others, and say what those that are kept take."""
@@ -223,10 +256,12 @@ class RecurrentRunner(ModelRunner):
             ]
             inner = range(1, len(distances) - 1) if self.kept > 1 else range(len(distances) - 1)
             self._pictures.pop(min(inner, key=lambda i: distances[i - 1] / max(1, distances[i + 1])))
-        taken = sum(bytes_of(one.state) for one in self._pictures)
+        taken = sum(bytes_of(one.state) + (one.heard.bytes if one.heard else 0) for one in self._pictures)
         if taken > self._peak:
             self._peak = taken
-            note = f"keeps up to {self.kept} earlier states of its recurrent layers, {taken:,} bytes at most so far"
+            kept = f"keeps up to {self.kept} earlier states of its recurrent layers"
+            more = " and what passes from there scanned" if self.replays else ""
+            note = f"{kept}{more}, {taken:,} bytes at most so far"
             stats.notes[:] = [one for one in stats.notes if one != self._note] + [note]
             self._note = note
 
@@ -255,7 +290,7 @@ class RecurrentRunner(ModelRunner):
     def _once(self, inputs: dict[str, Any], logits: int, past: int, stats: LevelStats, grown: list[int]) -> Any:
         """One pass, to which what the model carries on outside of cache layers is given, and from which it is taken."""
         if not self.use_cache or not self.cache.carried.any:
-            return super()._call(inputs, logits, past, stats, grown)
+            return self._scanned(inputs, logits, past, stats, grown)
         name = self.cache.carried.argument
         if name is not None:
             inputs[name] = self.cache.argument
@@ -263,6 +298,20 @@ class RecurrentRunner(ModelRunner):
             output = super()._call(inputs, logits, past, stats, grown)
         if name is not None:
             self.cache.argument = output[name]
+        return output
+
+    def _scanned(self, inputs: dict[str, Any], logits: int, past: int, stats: LevelStats, grown: list[int]) -> Any:
+        """One pass, whose scans are short and kept in mind; a prompt's stay what they are in plain generation."""
+        fed = inputs["inputs_embeds" if "inputs_embeds" in inputs else "input_ids"].shape[1]
+        if not past or fed == 1:
+            return super()._call(inputs, logits, past, stats, grown)
+        if not self.replays or fed > WIDEST:
+            with self._ears.hearing(None):
+                return super()._call(inputs, logits, past, stats, grown)
+        with hearing(self._ears, self.cache) as heard:
+            output = super()._call(inputs, logits, past, stats, grown)
+        if heard.covers(self.cache.layers):
+            self._heard = heard
         return output
 
     def _inputs(

@@ -20,6 +20,7 @@ from .cache import RollbackCache, RollbackLayer
 from .carried import carried_by, is_holder, tensors_in
 from .indexed import CROPPED_LAYERS, INDEXED_LAYERS, RollbackIndexedLayer
 from .release import inner_model
+from .scans import Heard
 
 State = list[dict[str, Any]]
 """What the state layers of a cache hold, one after another: tensors whose first dimension is the row, and flags."""
@@ -98,6 +99,7 @@ class StateCache(RollbackCache):
         width: columns that were fed, for a cache without keys and values, which cannot be measured.
         even: whether all rows must have been fed as many columns, because some layers count them once for all.
         carried: what the model carries on besides; argument, places: what that is now.
+        heard: where what passes do to states is written down, None for nowhere.
     """
 
     def __init__(self, model: Any) -> None:
@@ -112,6 +114,7 @@ class StateCache(RollbackCache):
         self.places: list[Any] = [None for _ in self.carried.places]
         self._nothing: State = self.state()
         self.width = 0
+        self.heard: Heard | None = None
 
     @property
     def rollable(self) -> list[RollbackLayer]:
@@ -139,6 +142,19 @@ class StateCache(RollbackCache):
     def keep_rows(self, rows: list[int]) -> None:
         super().keep_rows(rows)
         self.put(rows_of(self.state(copied=False), rows))
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **more: Any) -> Any:
+        if self.heard is not None:
+            self.heard.windows.append((layer_idx, state_idx, conv_states))
+        return super().update_conv_state(conv_states, layer_idx, state_idx, **more)
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **more: Any
+    ) -> Any:
+        if self.heard is not None:
+            before = self.layers[layer_idx].recurrent_states[state_idx]
+            self.heard.wrote(layer_idx, state_idx, before, recurrent_states)
+        return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **more)
 
     def state(self, copied: bool = True) -> State:
         """What the state layers hold, as a copy or as it is."""

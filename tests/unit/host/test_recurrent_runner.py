@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
+from random_turns import PROMPT, walk
 from states_in_modules import refused
 from tiny_models import tiny
 
@@ -24,44 +23,18 @@ SETTINGS = {
     "lfm2": {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3},
     "mamba": {"state_size": 8},
 }
-PROMPT = 4
-
-
-def _fresh(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-
-
-@torch.no_grad()
-def _walk(model: torch.nn.Module, runner: RecurrentRunner, steps: int, rows: int = 3) -> float:
-    """Largest difference of a logit from a fresh pass, over random turns of uneven rows."""
-    chance = random.Random(7)
-    stats = LevelStats("walk", 0)
-    texts = [[chance.randrange(3, 48) for _ in range(PROMPT)] for _ in range(rows)]
-    prompt = Prompt(PROMPT, None, torch.arange(PROMPT).expand(rows, -1))
-    worst = 0.0
-    for _ in range(steps):
-        drafts = [[chance.randrange(3, 48) for _ in range(chance.randrange(5))] for _ in texts]
-        logits = runner.run(Context([list(ids) for ids in texts], prompt), drafts, stats).logits
-        for row, (ids, draft) in enumerate(zip(texts, drafts, strict=True)):
-            wanted = _fresh(model, ids + draft)[len(ids) - 1 :]
-            worst = max(worst, float((logits[row, : len(draft) + 1] - wanted).abs().max()))
-        for ids, draft in zip(texts, drafts, strict=True):
-            ids += draft[: chance.randrange(len(draft) + 1)]
-            if chance.random() < 0.2:  # a level above took some of it back
-                del ids[max(PROMPT, len(ids) - chance.randrange(1, 9)) :]
-            ids.append(chance.randrange(3, 48))
-    return worst
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_logits_are_those_of_the_text(kind: str) -> None:
+@pytest.mark.parametrize("replays", [True, False], ids=["replayed", "lagging"])
+def test_logits_are_those_of_the_text(kind: str, replays: bool) -> None:
     model = tiny(kind, attention="eager", **SETTINGS[kind])
     runner = runner_for(model, "walked")
     assert isinstance(runner, RecurrentRunner)
+    runner.replays &= replays
     assert not runner.steps
     assert (runner.stepwise is not None) == (kind == "mamba")
-    assert _walk(model, runner, 24) < 1e-3
+    assert walk(model, runner, 24) < 1e-3
 
 
 @pytest.mark.parametrize("kind", ["minimax", "recurrent_gemma", "rwkv", "xlstm"])
@@ -74,7 +47,7 @@ def test_a_state_elsewhere_than_in_cache_layers_is_carried_on(kind: str) -> None
     assert isinstance(runner, RecurrentRunner)
     assert (runner.stepwise is not None) == (kind == "recurrent_gemma")
     # Of rows beside each other RWKV makes something else than of each alone, which is asked before a runner is used.
-    assert _walk(model, runner, 24, rows=1 if kind == "rwkv" else 3) < 1e-3
+    assert walk(model, runner, 24, rows=1 if kind == "rwkv" else 3) < 1e-3
 
 
 @pytest.mark.parametrize("what", ["nothing", "convolution"])
@@ -92,7 +65,7 @@ def test_a_state_that_is_not_put_back_shows(what: str, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(StateCache, "put", wrong)
     model = tiny("mamba2", attention="eager", **SETTINGS["mamba2"])
-    assert _walk(model, RecurrentRunner(model, "walked"), 8) > 0.1
+    assert walk(model, RecurrentRunner(model, "walked"), 8) > 0.1
     assert manner_of(model) is Manner.NONE
 
 
@@ -101,8 +74,9 @@ def test_what_lags_behind_is_absorbed_before_it_grows() -> None:
     """Drafts that are always rejected: no pass feeds more than the lag and its draft, and few passes are extra."""
     model = tiny("mamba2", attention="eager", **SETTINGS["mamba2"])
     fed: list[int] = []
-    model.register_forward_pre_hook(lambda _, __, given: fed.append(given["input_ids"].shape[1]), with_kwargs=True)
     runner, stats = RecurrentRunner(model, "lagging", kept=1), LevelStats("lagging", 0)
+    runner.replays = False
+    model.register_forward_pre_hook(lambda _, __, given: fed.append(given["input_ids"].shape[1]), with_kwargs=True)
     prompt = Prompt(30, None, torch.arange(30)[None])
     text = list(range(3, 33))
     for step in range(40):
