@@ -7,7 +7,7 @@ import datetime
 import threading
 import warnings
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,11 +26,11 @@ from ..models.changes import stamp
 from ..quantization.modules import sharing_copy
 from . import profile as profiles
 from .copying import copy_hindrance
-from .drafters import MTP, Tried, Tries, load_drafter, try_drafters
+from .drafters import MTP, Tried, Tries, joint, load_drafter, try_drafters
 from .measuring import FEW, SIZES, Progress, agreement, generators_kept, time_passes
 from .profile import Key, Profile
-from .source import identity_of, may_be_packed
-from .worth import ASSUMED, MIDDLE_GAIN, PACKED_GAIN, milliseconds, sizes_of, worth
+from .source import identity_of, layout_of, may_be_packed
+from .worth import ASSUMED, PACKED_GAIN, milliseconds, sizes_of, worth
 
 SUFFIX = "suffix"
 _BITS = {"int8": 8, "int4": 4}
@@ -114,7 +114,7 @@ def prepare(
         side = _sides.setdefault(model, _Side())
     with side.lock, generators_kept():
         changed = side.follow(model)
-        key = Key.here(identity_of(model), model.dtype, input_device(model), packs)
+        key = _key(model, packs)
         found = side.profiles.get(key) or profiles.load(key)
         if found is None:
             row = None if encoded is None else encoded.select([0])
@@ -126,7 +126,11 @@ def prepare(
 
 def known(model: Any, *, packs: bool = True) -> Profile | None:
     """The profile of a model on this machine, if there is one: of this process or from the cache folder."""
-    return profiles.load(Key.here(identity_of(model), model.dtype, input_device(model), packs))
+    return profiles.load(_key(model, packs))
+
+
+def _key(model: Any, packs: bool) -> Key:
+    return Key.here(identity_of(model), model.dtype, input_device(model), packs, layout_of(model))
 
 
 def _keep(found: Profile) -> None:
@@ -162,10 +166,8 @@ def _made(model: Any, found: Profile, side: _Side, changed: bool, mode: Hashable
     place = (found.key, tuple(members), mode)
     if place not in side.costs:
         tables = [found.passes["target"], *(found.passes[name] for name in members if name in _BITS)]
-        drafter = next((name for name in members if name not in (*_BITS, SUFFIX)), "")
-        known = Costs(tables, found.agreement.get(middle or "", ASSUMED))
-        known.leaf.expected = found.agreement.get(drafter, known.leaf.expected)
-        side.costs[place] = known
+        head = next((found.head_of(name) for name in members if name not in (*_BITS, SUFFIX)), None)
+        side.costs[place] = Costs(tables, found.agreement.get(middle or "", ASSUMED), head)
     return Ready(target, assistants, dict(found.options), side.costs[place], line)
 
 
@@ -195,50 +197,35 @@ def _measured(
     packed, passes, words, left = _target(model, key, side, progress, encoded)
     target = side.twin if packed else model
     bits, agreed, about = _copy(model, target, prompt, passes, side, progress, encoded)
+    (words if bits else left).append(about)
     drafter: Tried | None = None
     if tries is not None:
         drafter, why = try_drafters(model, target, prompt, passes["target"], tries, progress)
         left += why
-    if drafter is not None:
-        middle = worth(passes["target"], passes[bits], agreed.get(bits)) * MIDDLE_GAIN if bits else 0.0
-        if drafter.gain > middle:
-            left += [f"{about}; {drafter.name} promises more"] if bits else [about]
-            return _with_drafter(model, target, key, packed, drafter, passes, words, left, progress, side)
-        left.append(f"{drafter.about}; {bits} promises more")
-    (words if bits else left).append(about)
-    members = [*([bits] if bits else []), SUFFIX]
+    keeps_copy, keeps_drafter, why = joint(passes["target"], bits, passes.get(bits or ""), agreed, drafter)
+    left += why
+    if bits and not keeps_copy:
+        words.remove(about)
+        left.append(f"{about}, which promises less")
+        side.copies.clear()
+        passes.pop(bits)
+    members = [bits] if bits and keeps_copy else []
+    if drafter is not None and keeps_drafter:
+        if drafter.name != MTP:
+            side.copies[drafter.name] = drafter.member
+        words.append(drafter.about)
+        agreed[drafter.name], passes[drafter.name] = drafter.share, [[1, drafter.seconds]]
+        members.append(drafter.name)
+    if MTP not in members:
+        members.append(SUFFIX)
     return _profile(model, key, packed, members, passes, agreed, words, left, progress)
-
-
-def _with_drafter(
-    model: Any,
-    target: Any,
-    key: Key,
-    packed: bool,
-    drafter: Tried,
-    passes: dict[str, list[list[float]]],
-    words: list[str],
-    left: list[str],
-    progress: Progress,
-    side: _Side,
-) -> Profile:
-    """The profile of a chain that drafts with what lies here, suffixes beside it where both can be joined."""
-    for bits in _BITS:
-        side.copies.pop(bits, None)
-        passes.pop(bits, None)
-    if drafter.name != MTP:
-        side.copies[drafter.name] = drafter.member
-    members = [drafter.name] if drafter.name == MTP else [drafter.name, SUFFIX]
-    words = [*words, drafter.about]
-    found = _profile(model, key, packed, members, passes, {drafter.name: drafter.share}, words, left, progress)
-    return replace(found, options={"num_assistant_tokens": drafter.tokens})
 
 
 def _target(
     model: Any, key: Key, side: _Side, progress: Progress, encoded: Encoded | None
 ) -> tuple[bool, dict[str, list[list[float]]], list[str], list[str]]:
     """Whether to run the target packed, its passes, and why."""
-    if not (key.pack and may_be_packed(model)):
+    if not key.pack or key.layout != "may be packed":
         reason = "packing is for models on a CPU that are not trained, hooked, compiled or packed already"
         reason = reason if key.pack else "polyspec_pack=False"
         return False, time_passes({"target": model}, {"target": SIZES}, progress, encoded), [], [f"packing: {reason}"]
@@ -303,13 +290,15 @@ def _profile(
 ) -> Profile:
     chain = [*words, *([SUFFIX] if SUFFIX in members else [])]
     middle = next((name for name in members if name in _BITS), None)
+    drafter = next((name for name in members if name not in (*_BITS, SUFFIX)), None)
+    head = None if drafter is None else (agreed[drafter], passes[drafter][0][1])
     return Profile(
         key,
         name_of(model) or type(model).__name__,
         datetime.date.today().isoformat(),
         packed,
         tuple(members),
-        sizes_of(passes["target"], passes.get(middle or ""), agreed.get(middle or "")),
+        sizes_of(passes["target"], passes.get(middle or ""), agreed.get(middle or ""), head),
         passes,
         agreed,
         " + ".join(chain),

@@ -3,29 +3,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..control.costs import DRAFTS
+from ..control.costs import STEPS, Costs
 from ..eagle.configuration import EagleHeadConfig
 from ..eagle.features import check_fit, target_parts
 from ..host.hub_cache import cached_folders
 from ..host.release import inner_model, input_device
 from ..models.assistants import is_eagle_head, load_assistant
 from ..models.packaged import HEAD, head_folder
-from ..planning.theory.cost_model import SecondsTable
-from .worth import DRAFTER_GAIN, Points, milliseconds
+from .worth import ALONE_GAIN, DRAFTER_GAIN, JOINT_GAIN, Points, milliseconds, speed_over
 
 MTP = "mtp"
-LONGEST = 6
-"""Tokens of a head's draft at most."""
 _MOST = 3
 """Heads that are tried, the one that ships with this package among them."""
 
 Tries = Callable[[Any, Any, Sequence[int]], "tuple[float, float]"]
-"""Told the target, a drafter, and ids of a prompt: the share of drafted tokens that were right, and seconds of one."""
+"""Told the target, a drafter, and ids of a prompt: the share of its tokens expected to be right, and seconds of one."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +31,16 @@ class Tried:
 
     Attributes:
         name: as `assistant_models` takes it; member: the drafter itself.
-        gain: times the speed of the model alone; tokens: of its best draft; share: of its tokens that are right.
+        gain: times the speed of the model alone; share: of its tokens that are expected to be right.
+        seconds: of drafting one.
         about: in words.
     """
 
     name: str
     member: Any
     gain: float
-    tokens: int
     share: float
+    seconds: float
     about: str
 
 
@@ -97,9 +95,9 @@ def try_drafters(
             if name != MTP:  # most models have none
                 left.append(f"{name}: {' '.join(str(error).split()).rstrip('.')}")
             continue
-        gain, tokens = promise(passes, share, seconds)
-        about = f"{name} (its step takes {milliseconds(seconds)}, {share:.0%} of its tokens are right)"
-        found = Tried(name, member, gain, tokens, share, about)
+        about = f"{name} (its step takes {milliseconds(seconds)}, {share:.0%} of its tokens should be right)"
+        gain = promise(passes, share, seconds)
+        found = Tried(name, member, gain, share, seconds, about)
         if gain < DRAFTER_GAIN:
             left.append(f"{about}, which would not pay")
         elif best is None or gain > best.gain:
@@ -107,17 +105,35 @@ def try_drafters(
     return best, left
 
 
-def promise(passes: Points, share: float, seconds: float) -> tuple[float, int]:
-    """The most times the speed of the model alone that drafts bring, and of how many tokens.
+def promise(passes: Points, share: float, seconds: float) -> float:
+    """The most times the speed of the model alone that drafts bring.
 
     Args:
         passes: of the model, [columns, seconds]; share: of drafted tokens that are right; seconds: of drafting one.
     """
-    table = SecondsTable(tuple((int(columns), float(time)) for columns, time in passes))
+    costs = Costs([passes], 0.0, (share, seconds))
+    return max(costs.speed_of_steps(size, 0) for size in STEPS)
 
-    def speed(size: int) -> float:
-        emitted = sum(share**i for i in range(size + 1))
-        return emitted * table.seconds(1) / (table.seconds(size + 1) + size * seconds)
 
-    best = max((size for size in DRAFTS if size <= LONGEST), key=speed)
-    return speed(best), best
+def joint(
+    target: Points, bits: str | None, copy: Points | None, agreed: Mapping[str, float], drafter: Tried | None
+) -> tuple[bool, bool, list[str]]:
+    """Whether to keep a copy, whether to keep a drafter, and sentences on why not.
+
+    A drafter below a copy drafts for passes that are cheaper than the model's own, and while it is wrong the copy is
+    still there; so both are kept where both pay, unless the drafter alone promises clearly more.
+
+    Args:
+        target: passes of the model; bits, copy: a quantised copy that pays and its passes, None for none.
+        agreed: shares by member; drafter: one that pays alone, None for none.
+    """
+    if bits is None or copy is None or drafter is None:
+        return bits is not None, drafter is not None, []
+    share = agreed.get(bits)
+    alone = speed_over(target, copy, share)
+    both = 0.0 if drafter.name == MTP else speed_over(target, copy, share, (drafter.share, drafter.seconds))
+    if drafter.gain > ALONE_GAIN * max(alone, both):
+        return False, True, []
+    if both < JOINT_GAIN * alone:
+        return True, False, [f"{drafter.about}; {bits} promises as much without it"]
+    return True, True, []

@@ -22,7 +22,9 @@ SIZES = (1, 2, 4, 8, 16, 32)
 FEW = (1, 8)
 BUDGET = 4.0
 """Seconds for which passes of one model are repeated; each is run once in any case."""
-_REPEATS = 3
+_REPEATS, _MOST_REPEATS = 3, 24
+_SAME = 1.06
+"""A pass was timed as quick as it can be once its three quickest times are this near: else the machine was busy."""
 _CONTEXT = 48
 _PATIENCE = 2.0
 _READ = 128
@@ -118,10 +120,10 @@ def time_passes(
         budget: seconds for each model, see `BUDGET`.
 
     Returns:
-        By name, [columns, seconds], the quickest of up to three passes each.
+        By name, [columns, seconds], the quickest of three passes each or, where those differ as they do beside other
+        work, of as many as the budget allows until the three quickest agree. Fewer columns never take longer.
     """
     clocks = {name: Clock(model, name, max(sizes[name]), encoded) for name, model in models.items()}
-    found: dict[str, dict[int, float]] = {name: {} for name in models}
     for name, clock in clocks.items():  # what is set up once is no part of a pass
         for columns in _within(sizes[name], clock):
             progress(f"running {name} for the first time")
@@ -129,17 +131,33 @@ def time_passes(
             clock.seconds(columns)
             if time.perf_counter() - began > budget / 2:
                 break
+    found: dict[str, dict[int, list[float]]] = {
+        name: {columns: [] for columns in _within(sizes[name], clock)} for name, clock in clocks.items()
+    }
     spent = dict.fromkeys(models, 0.0)
-    for repeat in range(_REPEATS):
+    for repeat in range(_MOST_REPEATS):
         for name, clock in clocks.items():
-            for columns in _within(sizes[name], clock):
-                if repeat and spent[name] > budget:
-                    break
+            for columns, times in found[name].items():
+                if repeat and (spent[name] > budget or (repeat >= _REPEATS and _settled(times))):
+                    continue
                 progress(f"timing {name}")
-                seconds = clock.seconds(columns)
-                spent[name] += seconds
-                found[name][columns] = min(seconds, found[name].get(columns, seconds))
-    return {name: [[columns, seconds] for columns, seconds in sorted(of.items())] for name, of in found.items()}
+                times.append(clock.seconds(columns))
+                spent[name] += times[-1]
+    return {name: _rising(of) for name, of in found.items()}
+
+
+def _settled(times: Sequence[float]) -> bool:
+    quickest, _, third, *_ = sorted(times)
+    return third <= _SAME * quickest
+
+
+def _rising(found: dict[int, list[float]]) -> list[list[float]]:
+    """A pass over fewer columns could be filled up to one over more."""
+    points, least = [], float("inf")
+    for columns, times in sorted(found.items(), reverse=True):
+        least = min(least, *times)
+        points.append([columns, least])
+    return points[::-1]
 
 
 def _within(sizes: Sequence[int], clock: Clock) -> list[int]:

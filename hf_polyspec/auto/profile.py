@@ -23,7 +23,7 @@ from ..storage.atomic import write_json
 from ..storage.reading import read_json
 from ..version import __version__
 
-FORMAT = 1
+FORMAT = 2
 REMEDY = "forget it with `polyspec profile forget`; the next call measures anew"
 
 
@@ -33,6 +33,7 @@ class Key:
 
     Attributes:
         weights: see `source.identity_of`; dtype, device: of the model; pack: whether packing is allowed.
+        layout: see `source.layout_of`.
         machine: processor; threads: of torch; versions: of this package and of what computes.
     """
 
@@ -40,12 +41,13 @@ class Key:
     dtype: str
     device: str
     pack: bool
+    layout: str
     machine: str
     threads: int
     versions: str
 
     @classmethod
-    def here(cls, weights: str, dtype: torch.dtype, device: torch.device, pack: bool) -> Key:
+    def here(cls, weights: str, dtype: torch.dtype, device: torch.device, pack: bool, layout: str) -> Key:
         """The key on this machine, now."""
         name = processor() if device.type == "cpu" else _accelerator(device)
         numba = "numba" if compiles() else "no numba"
@@ -56,6 +58,7 @@ class Key:
             kind,
             device.type,
             pack,
+            layout,
             name,
             torch.get_num_threads(),
             f"{versions}, Python {platform.python_version()}",
@@ -79,7 +82,8 @@ class Profile:
         key: what it holds for; model: its name, for messages; date: of the measurement.
         packed: whether the target is run packed; members: names of the levels below, the slowest first.
         options: sizes, as `generate()` takes them.
-        passes: by level, [columns, seconds] of passes; "target" is the chosen one, "unpacked" the other.
+        passes: by level, [columns, seconds] of passes, of a drafter those of a token; "target" is the chosen one,
+            "unpacked" the other.
         agreement: by member, the share of tokens in which it said what the target said.
         line: what was chosen and why; left_out: sentences on what was not.
         seconds: that measuring took.
@@ -97,6 +101,10 @@ class Profile:
     left_out: tuple[str, ...] = ()
     seconds: float = 0.0
     format: int = FORMAT
+
+    def head_of(self, name: str) -> tuple[float, float]:
+        """Of a member that drafts token by token: the share of its tokens that are right, and seconds of one."""
+        return self.agreement[name], self.passes[name][0][1]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, JSON-serialisable."""

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ..cpu.packing import is_packed
+from ..host.hooks import is_hooked
 from ..host.release import inner_model, is_compiled
 
 _NUMBERS = 8
 """Numbers of every weight that its identity is made of."""
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation_autoset")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _identities: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
@@ -70,17 +70,24 @@ def _is_adapter(module: Any) -> bool:
     return callable(getattr(module, "get_base_layer", None)) and callable(getattr(module, "unmerge", None))
 
 
+def layout_of(model: Any) -> str:
+    """What packing has to do with a model as it is now: its passes take other times in each case."""
+    if is_packed(model):
+        return "packed"
+    return "may be packed" if may_be_packed(model) else "as it is"
+
+
 def may_be_packed(model: Any) -> bool:
     """Whether a packed copy of this model's modules computes the same, and nobody misses the original's being called.
 
-    Hooks, functions put in the place of a `forward` and compiled parts belong to the object they were put on; a model
-    that trains draws, and one that is packed has been.
+    Hooks but the host's own, functions put in the place of a `forward` and compiled parts belong to the object they
+    were put on; a model that trains draws, and one that is packed has been.
     """
     if is_compiled(model) or is_packed(model):
         return False
     for module in model.modules():
         state = module.__dict__
-        if state["training"] or "forward" in state or any(state.get(name) for name in _HOOKS):
+        if state["training"] or "forward" in state or is_hooked(module):
             return False
         if any(weight is not None and weight.device.type != "cpu" for weight in module._parameters.values()):
             return False

@@ -13,22 +13,39 @@ MIDDLE_GAIN = 1.1
 """A middle must promise this many times the speed of the model alone, where nothing else drafts."""
 DRAFTER_GAIN = 1.15
 """A head, or layers of the model's own, must promise this many times the speed of the model alone."""
+ALONE_GAIN = 1.1
+"""A head without the copy must promise this many times the speed of both: how often it is right depends on the text."""
+JOINT_GAIN = 1.1
+"""A head below a copy must promise this many times the speed of the copy alone, whose passes then have to show it their
+hidden states."""
 ASSUMED = 0.9
 """Agreement of a quantised copy where the prompt was too short to tell."""
 
+LONGEST_FIXED = 12
+"""Tokens of a draft at most where nobody follows how drafts fare."""
+
 Points = Sequence[Sequence[float]]
+Head = tuple[float, float]
+"""The share of a head's tokens that are right, and seconds of one."""
 
 
 def worth(target: Points, middle: Points, agreed: float | None) -> float:
     """How much a middle promises, above 1 if it is enough to have it."""
-    costs = Costs([target, middle], ASSUMED if agreed is None else agreed)
-    return max(costs.speed_of_block(block) for block in BLOCKS) / MIDDLE_GAIN
+    return speed_over(target, middle, agreed) / MIDDLE_GAIN
 
 
-def sizes_of(target: Points, middle: Points | None, agreed: float | None) -> dict[str, int]:
+def speed_over(target: Points, middle: Points, agreed: float | None, head: Head | None = None) -> float:
+    """Speed of a model over a middle, with a head below that or without, in that of the model alone."""
+    costs = Costs([target, middle], ASSUMED if agreed is None else agreed, head)
+    return max(costs.speed_of_block(block) for block in BLOCKS)
+
+
+def sizes_of(target: Points, middle: Points | None, agreed: float | None, head: Head | None = None) -> dict[str, int]:
     """Draft length and block size that promise most, as options of `generate()`."""
-    costs = Costs([target, middle or target], ASSUMED if agreed is None else agreed)
-    found = {"num_assistant_tokens": max(DRAFTS, key=lambda size: costs.speed_of_draft(size, SURE))}
+    costs = Costs([target, middle or target], ASSUMED if agreed is None else agreed, head)
+    drafts = costs.steps(1 if middle else 0, 1) if head else 0
+    sizes = [size for size in DRAFTS if size <= LONGEST_FIXED]
+    found = {"num_assistant_tokens": drafts or max(sizes, key=lambda size: costs.speed_of_draft(size, SURE))}
     if middle:
         found["polyspec_block_size"] = max(BLOCKS, key=costs.speed_of_block)
     return found

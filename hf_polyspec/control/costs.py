@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,11 +11,14 @@ from ..planning.theory.cost_model import SecondsTable
 from .pass_seconds import PassSeconds
 
 BLOCKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
-DRAFTS = (1, 2, 3, 4, 6, 8, 12)
+DRAFTS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+STEPS = (0, 1, 2, 3, 4, 6)
+"""Tokens of a draft that a head draws, which takes time for each."""
 FORGETS = 0.9
 """What a round leaves of the counts before it."""
 SURE = 0.8
 """Of what a suffix drafter offers, the share that is expected to be right."""
+HEAD = -1
 _NEWEST = 0.1
 _WIDEST = 64
 
@@ -27,12 +31,14 @@ class Share:
 
     Attributes:
         expected: 0 to 1; weight: tokens that the expectation stands for; kept, tried: since.
+        least: tokens that it stands for in the end, as many as at first unless given.
     """
 
     expected: float
     weight: float
     kept: float = 0.0
     tried: float = 0.0
+    least: float = float("inf")
 
     @property
     def value(self) -> float:
@@ -42,8 +48,13 @@ class Share:
     def add(self, drafted: int, accepted: int) -> None:
         """One draft: those behind the first that was refused say nothing."""
         self.kept, self.tried = FORGETS * self.kept, FORGETS * self.tried
+        self.weight = max(min(self.weight, self.least), FORGETS * self.weight)
         self.kept += accepted
         self.tried += accepted + (accepted < drafted)
+
+    def hope(self, least: float) -> None:
+        """The text may have changed: what was seen is forgotten, and at least so much is expected again."""
+        self.kept, self.tried, self.expected = 0.0, 0.0, max(self.expected, least)
 
 
 @dataclass
@@ -52,7 +63,8 @@ class Standing:
 
     Attributes:
         place: on the ladder of setups, 0 for the whole chain; tokens: emitted so far.
-        due: by place, the tokens from which on it may be tried again; waits: by place, how many it had to wait.
+        due: by place, the tokens from which on it may be tried again; waits: by place, how many it had to wait. `HEAD`
+            stands for drafts of a head.
     """
 
     place: int = 0
@@ -65,15 +77,23 @@ class Costs:
     """Seconds of passes by their columns, at the pace of the machine now, and acceptance.
 
     Args:
-        tables: [columns, seconds] of every level with a model, the target first.
+        tables: [columns, seconds] of every level with a model that checks, the target first.
         agreed: the share of a middle's tokens that the target is expected to keep.
+        head: the share of a head's tokens that the level above it is expected to keep, and seconds of one.
+
+    Attributes:
+        pace: of the machine now, in that of the tables.
+        middle, leaf, head: shares that were kept: of a middle, of what costs nothing to draft, of a head.
+        step: seconds of a token of a head, at the pace of the tables.
     """
 
-    def __init__(self, tables: Sequence[Points], agreed: float) -> None:
+    def __init__(self, tables: Sequence[Points], agreed: float, head: tuple[float, float] | None = None) -> None:
         self.tables = [SecondsTable(tuple((int(columns), float(seconds)) for columns, seconds in p)) for p in tables]
         self.pace = 1.0
         self.middle = Share(agreed, 16.0)
-        self.leaf = Share(SURE, 24.0)
+        self.leaf = Share(SURE, 24.0, least=6.0)
+        self.head = None if head is None else Share(head[0], 6.0, least=1.0)
+        self.step = 0.0 if head is None else head[1]
         self.standing = Standing()
         self._gauges: dict[int, PassSeconds] = {}
 
@@ -94,10 +114,31 @@ class Costs:
             ratio = seconds / max(1e-9, self.tables[level].seconds(columns))
             self.pace += _NEWEST * (min(2 * self.pace, max(self.pace / 2, ratio)) - self.pace)
 
+    def observe_draft(self, tokens: int, seconds: float) -> None:
+        """A head has drafted so many tokens in so many seconds."""
+        once = seconds / max(1, tokens) / self.pace
+        self.step += _NEWEST * (min(2 * self.step, max(self.step / 2, once)) - self.step)
+
     def speed_of_block(self, block: int, rows: int = 1) -> float:
-        """Speed of a target over a middle that draws its tokens itself, in that of the target alone."""
-        whole = self.tables[0].seconds(rows * (block + 1)) + block * self.tables[1].seconds(rows)
+        """Speed of a target over a middle that draws its tokens itself or checks a head's, in that of the target."""
+        whole = self.tables[0].seconds(rows * (block + 1)) + block * self._middle_token(rows)
         return _emitted(self.middle.value, block) * self.tables[0].seconds(rows) / whole
+
+    def _middle_token(self, rows: int) -> float:
+        """Seconds of a token of the middle, with a head below it where there is one."""
+        alone = self.tables[1].seconds(rows)
+        return alone if self.head is None else alone / self.speed_of_steps(self.steps(1, rows), 1, rows)
+
+    def speed_of_steps(self, size: int, level: int, rows: int = 1) -> float:
+        """Speed of a level over a head that drafts so many tokens, in that of the level alone."""
+        assert self.head is not None
+        table = self.tables[level]
+        whole = table.seconds(rows * (size + 1)) + size * self.step
+        return _emitted(self.head.value, size) * table.seconds(rows) / whole
+
+    def steps(self, level: int, rows: int) -> int:
+        """Tokens of a head's drafts that promise most under a level; 0 where none pays."""
+        return max(STEPS, key=lambda size: self.speed_of_steps(size, level, rows))
 
     def speed_of_draft(self, size: int, sure: float | None = None, *, level: int = 0, rows: int = 1) -> float:
         """Speed of a level over a drafter that costs nothing, in that of the level alone, when something is offered.
@@ -109,6 +150,23 @@ class Costs:
         kept = self.leaf.value if sure is None else sure
         return _emitted(kept, size) * table.seconds(rows) / table.seconds(rows * (size + 1))
 
+    def passing_by_pays(self, rows: int) -> bool:
+        """Whether what costs nothing to draft is better checked by the target at once than by a middle before it.
+
+        The middle's check costs a pass of its own and saves the target from drafts that are wrong.
+        """
+        target, middle, kept = self.tables[0], self.tables[1], self.leaf.value
+        size = self.draft(0, rows)
+        at_once = _emitted(kept, size) / target.seconds(rows * (size + 1))
+        size = self.draft(1, rows)
+        emitted, seconds = _emitted(kept, size), middle.seconds(rows * (size + 1))
+        for block in BLOCKS:
+            checks = math.ceil(block / emitted)
+            whole = checks * seconds + target.seconds(rows * (checks * emitted + 1))
+            if _emitted(self.middle.value, checks * emitted) / whole > at_once:
+                return False
+        return True
+
     def block(self, rows: int) -> int:
         """The block that promises most; 0 where none promises more than the target alone."""
         best = max(BLOCKS, key=lambda size: self.speed_of_block(size, rows))
@@ -119,6 +177,6 @@ class Costs:
         return max(DRAFTS, key=lambda size: self.speed_of_draft(size, level=level, rows=rows))
 
 
-def _emitted(kept: float, size: int) -> float:
+def _emitted(kept: float, size: float) -> float:
     """Tokens of a round over a proposal of this size, each of which is kept with the same chance."""
     return float(size + 1) if kept >= 1 else (1 - kept ** (size + 1)) / (1 - kept)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ..levels.base import Drafter
 from ..levels.eagle import EagleDrafter
+from ..levels.joined import JoinedDrafter
 from ..levels.sequential import SequentialDrafter
 from ..levels.verifier import NoDraft, Verifier
 from ..planning.theory.cost_model import Acceptance, Member, Prediction, SecondsTable, predict
@@ -32,11 +33,13 @@ class Setup:
         levels: indices of the levels that take part, the target first.
         sizes: tokens that each of them but the target hands up: block sizes, then the draft length.
         tree: tokens of the drafter's tree, 0 for a chain of `sizes[-1]`.
+        head: tokens that a head drafts where something else drafts beside it, up to `sizes[-1]`; None for as many.
     """
 
     levels: tuple[int, ...]
     sizes: tuple[int, ...] = ()
     tree: int = 0
+    head: int | None = None
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
@@ -48,7 +51,7 @@ class Setup:
         sizes = tuple(min(size, one) for one in self.sizes)
         if self.tree:
             return Setup(self.levels, (*sizes[:-1], self.sizes[-1]), min(self.tree, 8 * size))
-        return Setup(self.levels, sizes)
+        return Setup(self.levels, sizes, head=None if self.head is None else min(size, self.head))
 
     def size_of(self, level: int) -> int:
         """Tokens (of a tree: nodes) that a level hands up; 0 if it does not take part."""
@@ -141,6 +144,8 @@ class Chain:
                 source.resize_trees(size)
             elif isinstance(source, SequentialDrafter):
                 source.draft_tokens = size
+            elif isinstance(source, JoinedDrafter) and setup.head is not None:
+                source.share_out(setup.head, size)
             else:
                 verifier.draft_limit = size
 

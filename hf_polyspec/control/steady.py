@@ -15,25 +15,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..exactness.context import Context
+from ..host.lending import FEW, WORTH
+from ..host.release import input_device
 from ..levels.emission import Emission
+from ..levels.joined import JoinedDrafter
 from ..levels.verifier import Verifier
 from ..telemetry.counters import Check, Decision
 from .costs import Costs, Standing
+from .heads import Heads
 from .setups import PLAIN, Chain, Setup, spine
 from .shares import shared_out
 
-CREDIT = 0.6
+CREDIT = 0.5
 """Plain tokens that a setup may lose at first."""
 SHARE = 0.015
 """Of the time generated in, what may be lost besides."""
 SHORTEST_WAIT = 24.0
 LONGEST_WAIT = 1024.0
+UNSEEN_WAIT = 96.0
+"""The shortest where nothing was lost, since what was known promised nothing: a middle that is tried reads the text."""
 TRIAL = 2
 """Most tokens of blocks and drafts in a trial; they double with every round that does not lose."""
 ENOUGH = 6
 """Rounds after which what was tried again is no longer on trial."""
 LAST = 16
 """Nothing is tried in the last tokens of a text."""
+HOPED = 0.8
+"""Share of a middle's tokens that is expected to be right when it is tried again, at least."""
 
 
 @dataclass
@@ -43,16 +51,23 @@ class _Account:
     Attributes:
         balance: never more than one round may lose: what was won on one text is not for losing on another.
         credit: that it may lose; rounds: it ran; most: tokens it may hand up at once, None for as many as pay.
+        missed: whether its levels may have to read, in its first round, what they have missed.
+        total: won and lost in all.
     """
 
     credit: float
     balance: float = 0.0
     rounds: int = 0
     most: int | None = None
+    missed: bool = False
+    total: float = 0.0
 
     def book(self, gain: float, seconds: float) -> None:
         """A round that took so long has won or lost against the target alone."""
         self.rounds += 1
+        self.total += gain
+        if self.missed and self.rounds == 1:  # what is read once says nothing of the rounds to come
+            gain = max(gain, 0.0)
         self.balance = min(max(self.credit, seconds), self.balance + gain)
 
     @property
@@ -94,6 +109,8 @@ class SteadyControl:
         before = costs.standing
         self.standing = Standing(min(before.place, len(self.ladder) - 1), before.tokens, dict(before.due))
         self.standing.waits = dict(before.waits)
+        self.heads = Heads(self.chain.leaf, costs, self.standing)
+        self._passes_by = _passes_by(self.chain)
         self.setup = PLAIN
         self.emitted = 0.0
         self._account: _Account | None = None
@@ -109,7 +126,8 @@ class SteadyControl:
         """Choose how the next round is run."""
         self._rows = max(1, sum(limit > 0 for limit in limits))
         if self._account is None:
-            self._account = self._opened(None)
+            # What a profile promises has yet to be seen on a text.
+            self._account = self._opened(None if self.standing.tokens else TRIAL)
         self._step(max(limits, default=1))
         self._run(self._sized())
         self._began = self.clock()
@@ -138,11 +156,23 @@ class SteadyControl:
         for columns in self.columns:
             columns.observe(check)
         self.costs.observe(check.level, check.columns, check.seconds)
-        of_leaf = check.source == self.chain.last
-        share = self.costs.leaf if of_leaf else self.costs.middle
-        for drafted, accepted in zip(check.drafted, check.accepted, strict=True):
-            if drafted and check.source is not None:
-                share.add(drafted, accepted)
+        if check.source is None or not any(check.drafted):
+            return
+        source = self.chain.levels[check.source]
+        # Where a long draft has passed a middle by, only what came before it is the middle's own.
+        own = source.checked if isinstance(source, Verifier) else [0] * len(check.drafted)
+        for row, (drafted, accepted, first) in enumerate(zip(check.drafted, check.accepted, own, strict=True)):
+            first = min(first, drafted)
+            if first:
+                self.costs.middle.add(first, min(first, accepted))
+            if drafted == first or accepted < first:
+                continue
+            if check.source == self.chain.last and self.heads.drafted(row):
+                self.heads.observe(drafted, accepted)
+            else:
+                self.costs.leaf.add(drafted - first, accepted - first)
+        if check.offered and check.source == self.chain.last and all(map(self.heads.drafted, range(len(own)))):
+            self.costs.observe_draft(check.offered, check.draft_seconds)
 
     # The ladder
 
@@ -150,14 +180,18 @@ class SteadyControl:
         account, place = self._account, self.standing.place
         assert account is not None
         if place < len(self.ladder) - 1 and (account.overdrawn or self._hopeless(place)):
-            waited = self.standing.waits.get(place, SHORTEST_WAIT / 2)
-            self.standing.waits[place] = wait = min(LONGEST_WAIT, 2 * waited)
+            least = SHORTEST_WAIT if account.overdrawn else UNSEEN_WAIT
+            lost = 0.0 if account.most is None else -account.total / self._plain_seconds()
+            wait = max(least, lost / SHARE, min(LONGEST_WAIT, 2 * self.standing.waits.get(place, 0.0)))
+            self.standing.waits[place] = wait
             self.standing.due[place] = self.standing.tokens + wait
-            self._move(place + 1, "it loses" if account.overdrawn else "the middle does not pay", None)
+            self._move(place + 1, "it loses" if account.overdrawn else "the middle does not pay", TRIAL)
         elif account.most is not None and account.rounds >= ENOUGH and account.balance >= 0:
             self.standing.waits.pop(place, None)
             account.most, self._reason = None, "it pays again"
         elif place and room >= LAST and self.standing.tokens >= self.standing.due.get(place - 1, 0.0):
+            if self._hopeless(place - 1):
+                self.costs.middle.hope(HOPED)  # what is not asked is never seen to be right again
             if not self._hopeless(place - 1):
                 self._move(place - 1, "trial", TRIAL)
             else:
@@ -168,7 +202,7 @@ class SteadyControl:
         self._account = self._opened(most)
 
     def _opened(self, most: int | None) -> _Account:
-        return _Account(CREDIT * self._plain_seconds(), most=most)
+        return _Account(CREDIT * self._plain_seconds(), most=most, missed=self._reason == "trial")
 
     def _hopeless(self, place: int) -> bool:
         """Whether a setup has a middle that promises nothing, whatever the drafter wins."""
@@ -183,14 +217,22 @@ class SteadyControl:
         levels = self.ladder[place]
         if len(levels) == 1:
             return PLAIN
-        sizes = []
+        sizes, head = [], None
         rows = 1 if self.columns else self._rows  # else each row's share of the columns is decided round by round
+        if self._passes_by and len(levels) > 2:
+            middle, length = self.chain.verifiers[-1], self._passes_by
+            middle.direct_tokens = length if self.costs.passing_by_pays(rows) else 0
+            middle.runner.borrows_from = FEW if middle.direct_tokens else WORTH
         for above, level in itertools.pairwise(levels):
             if isinstance(self.chain.levels[level], Verifier):
                 sizes.append(max(1, self.costs.block(rows)))
+            elif self.heads.known and not self.heads.beside:
+                sizes.append(max(1, self.heads.tokens(above, rows)))
             else:
                 sizes.append(self.costs.draft(self._checks_long_drafts(above), rows))
-        setup = Setup(levels, tuple(sizes))
+                if self.heads.known:  # it can only guess under the level whose states it reads
+                    head = self.heads.tokens(above, rows) if above == level - 1 else 0
+        setup = Setup(levels, tuple(sizes), head=head)
         most = None if self._account is None else self._account.most
         return setup if most is None else setup.at_most(most)
 
@@ -227,6 +269,14 @@ class SteadyControl:
     def _longest(self) -> int:
         """Most tokens that a pass of the target can be offered in the setup that runs."""
         return 2 * sum(self.setup.sizes)
+
+
+def _passes_by(chain: Chain) -> int:
+    """From how many tokens on what the last level finds may pass the middle above it by; 0 for never."""
+    above = chain.verifiers[-1]
+    if isinstance(chain.leaf, JoinedDrafter) and len(chain.verifiers) > 1:
+        return chain.leaf.passes_by(input_device(above.runner.model))
+    return above.direct_tokens
 
 
 def _ladder(chain: Chain) -> Sequence[tuple[int, ...]]:

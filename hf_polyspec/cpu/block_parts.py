@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_polyspec.cpu.compiled import DTYPES
 from hf_polyspec.host.attention import attention_name
+from hf_polyspec.host.hooks import CAPTURING
 
 _PARTS = {
     "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
@@ -27,8 +28,6 @@ _HARMLESS = {
     "return_dict",
     "use_cache",
 }
-_CAPTURING = "transformers.utils.output_capturing"
-"""Where the hooks are from that transformers leaves on attention for good; with sdpa there is nothing they collect."""
 
 
 def looks_like_llama(module: nn.Module) -> bool:
@@ -146,10 +145,10 @@ def hooked(layer: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a module has hooks of somebody's, transformers' own apart."""
+    """Whether a module has hooks of somebody's. With sdpa there is nothing that the host's own collect of attention."""
     own = module.__dict__  # asked for in every pass: without the detour through `nn.Module.__getattr__`
     return any(
-        getattr(hook, "__module__", "") != _CAPTURING
+        getattr(hook, "__module__", "") != CAPTURING
         for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"])
         for hook in hooks.values()
     )

@@ -254,6 +254,7 @@ def _level(
             eos=setting.eos,
             branch_limit=setting.options.num_assistant_tokens,
             chain_tokens=head.draft_tokens,
+            direct_tokens=setting.options.polyspec_direct_tokens,
         )
     name = _display_name(assistant)
     runner = level_runner(assistant, place, setting, target)

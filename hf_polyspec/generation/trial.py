@@ -12,6 +12,8 @@ from ..exactness.context import EMBEDDED, Context, Prompt
 from ..exactness.distributions import LawMaker
 from ..host.manners import runner_for
 from ..host.release import input_device
+from ..levels.joined import SURE
+from ..levels.suffix import SuffixDrafter
 from .chain import build_chain, check_assistants, levels_of
 from .members import lent
 from .options import PolySpecOptions
@@ -21,6 +23,8 @@ ROUNDS = 12
 TOKENS = 3
 """Of each draft."""
 _READ = 128
+USUAL, USUAL_TOKENS = 0.5, 8.0
+"""Share that is expected of a head before it was tried, and the tokens of a trial that this counts for."""
 _WARM = 2
 """Rounds that pay for what is set up once."""
 
@@ -34,10 +38,12 @@ def tried(target: Any, member: Any, ids: Sequence[int]) -> tuple[float, float]:
         ids: of a prompt, its end is gone on from.
 
     Returns:
-        The share of tokens that were right among those whose predecessors were, and seconds of drafting one.
+        The share of tokens that is expected to be right among those whose predecessors are, and seconds of drafting one
+        in the quickest round: the quickest is what passes are timed by, too, whatever else a machine is doing. Where
+        the text repeats itself a suffix drafter is as right and costs nothing, so what is right there does not count.
 
     Raises:
-        ValueError: it does not fit.
+        ValueError: it does not fit, or drafts nothing.
     """
     ids = [token for token in ids if token != EMBEDDED][-_READ:] or [_first(target)]
     device = input_device(target)
@@ -48,22 +54,28 @@ def tried(target: Any, member: Any, ids: Sequence[int]) -> tuple[float, float]:
         chain = build_chain(target, own, setting, runner)
         drafter, law = levels_of(chain)[1], LawMaker([], False, device)
         context = Context([ids], Prompt(len(ids), None, torch.arange(len(ids))[None]))
-        right = judged = drafted = 0
-        seconds = 0.0
+        suffix = SuffixDrafter()
+        suffix.begin(2, 1, chain.vocabulary)
+        right = judged = 0
+        seconds = float("inf")
         try:
             for turn in range(_WARM + ROUNDS):
+                repeats = suffix.propose(context, [TOKENS], law).width >= SURE
                 before = drafter.stats.seconds
                 emission = chain.round(context, [TOKENS + 1], law)
                 context = context.extended(emission.tokens)
                 if turn < _WARM:
                     continue
-                seconds += drafter.stats.seconds - before
-                drafted += emission.drafted[0]
-                right += emission.accepted[0]
-                judged += min(emission.drafted[0], emission.accepted[0] + 1)
+                if emission.drafted[0]:
+                    seconds = min(seconds, (drafter.stats.seconds - before) / emission.drafted[0])
+                if not repeats:
+                    right += emission.accepted[0]
+                    judged += min(emission.drafted[0], emission.accepted[0] + 1)
         finally:
             chain.end()
-    return right / max(1, judged), seconds / max(1, drafted)
+    if seconds == float("inf"):
+        raise ValueError("It drafts nothing here.")
+    return (right + USUAL * USUAL_TOKENS) / (judged + USUAL_TOKENS), seconds
 
 
 def _first(target: Any) -> int:

@@ -90,6 +90,10 @@ class Drafter(ABC):
         """
         return False
 
+    def is_sure(self, row: int) -> bool:
+        """Whether a row's last proposal is of the kind that `long_is_sure` speaks of."""
+        return True
+
     @abstractmethod
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
         """Continue each row by at most `limits[b]` tokens; proposing fewer, or none, is always allowed.

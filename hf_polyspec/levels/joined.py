@@ -11,6 +11,7 @@ from ..exactness.passes import Pass
 from ..exactness.proposal import Proposal, TreeProposal
 from ..exactness.tree_geometry import graft
 from .base import Drafter
+from .sequential import SequentialDrafter
 
 SURE = 2
 
@@ -32,6 +33,10 @@ class JoinedDrafter(Drafter):
         branch_limit: most tokens of a branch, None for as many as the drafter gives.
         chain_tokens: length of a branch from which on it replaces the head's chain; `SURE` at most where a long
             branch is a sure one.
+        direct_tokens: see `passes_by`. What a head drafts is checked by the level whose states it reads.
+
+    Attributes:
+        rests: whether the head is not asked; it reads what it has missed when it is asked again.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class JoinedDrafter(Drafter):
         eos: frozenset[int] = frozenset(),
         branch_limit: int | None = None,
         chain_tokens: int = 1,
+        direct_tokens: int = 0,
     ) -> None:
         self.name = f"{head.name} + {branch.name}"
         super().__init__()
@@ -50,11 +56,13 @@ class JoinedDrafter(Drafter):
         self.eos = eos
         self.branch_limit = branch_limit
         self.chain_tokens = chain_tokens
+        self.direct_tokens = direct_tokens
         self.reads_layers = head.reads_layers
         self.grows_trees = head.grows_trees
         self.shares_noise = head.shares_noise and branch.shares_noise
         limits = [part.max_batch for part in (head, branch) if part.max_batch is not None]
         self.max_batch = min(limits, default=None)
+        self.rests = False
         self._grown: TreeProposal | None = None
         self._branches: list[list[int]] = []
         self._from_branch: list[bool] = []
@@ -68,8 +76,31 @@ class JoinedDrafter(Drafter):
     def tree_nodes(self) -> int:
         return self.head.tree_nodes
 
+    def share_out(self, head: int, branch: int) -> None:
+        """From now on the head's chains have so many tokens, 0 for none, and a branch as many at most.
+
+        Raises:
+            TypeError: the head does not draft in chains.
+        """
+        if not isinstance(self.head, SequentialDrafter):
+            raise TypeError(f"{self.head.name} drafts no chain of a given length.")
+        self.rests, self.branch_limit = head == 0, branch
+        self.head.draft_tokens = head or self.head.draft_tokens
+
+    def passes_by(self, device: torch.device) -> int:
+        """From how many tokens on a branch may pass the middle above by, where that pays; 0 for never.
+
+        Args:
+            device: where the laws of the chain are.
+        """
+        return self.direct_tokens if not self.grows_trees and self.branch.long_is_sure(device) else 0
+
+    def is_sure(self, row: int) -> bool:
+        return self._from_branch[row]
+
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
         super().begin(index, batch, vocabulary)
+        self._from_branch = [False] * batch
         self.head.begin(index, batch, vocabulary)
         self.branch.begin(index + 1, batch, vocabulary)
 
@@ -96,9 +127,12 @@ class JoinedDrafter(Drafter):
         if offered.q is not None and law.draws:
             # A length may follow from the values drawn, so what was drawn is always used once there is any (law 2).
             enough = 1
-        self._from_branch = [len(row) >= enough for row in offered.tokens]
+        rows = zip(offered.tokens, limits, self._from_branch, strict=True)
+        # Of a row that is not asked, what was offered last may not have been judged yet.
+        self._from_branch = [self.rests or len(row) >= enough if limit else was for row, limit, was in rows]
         rest = [0 if taken else limit for taken, limit in zip(self._from_branch, limits, strict=True)]
-        drafted = self.head.propose(context, rest, law)
+        nothing: list[list[int]] = [[] for _ in limits]
+        drafted = Proposal(nothing, None, nothing) if self.rests else self.head.propose(context, rest, law)
         self._grown = None
 
         def pick(first: list[list[int]], second: list[list[int]]) -> list[list[int]]:
@@ -111,6 +145,8 @@ class JoinedDrafter(Drafter):
     def observe(self, drafted: list[int], accepted: list[int]) -> None:
         for part, mine in ((self.branch, True), (self.head, False)):
             chosen = [taken is mine for taken in self._from_branch]
+            if not any(chosen) and self.rests:
+                continue  # it would look at every pass for what is to be learnt from it
             part.observe(
                 [count if own else 0 for count, own in zip(drafted, chosen, strict=True)],
                 [count if own else 0 for count, own in zip(accepted, chosen, strict=True)],
@@ -138,10 +174,12 @@ class JoinedDrafter(Drafter):
         self.branch.prefill(context, chunk)
 
     def keep_rows(self, rows: list[int]) -> None:
+        self._from_branch = [self._from_branch[row] for row in rows]
         self.head.keep_rows(rows)
         self.branch.keep_rows(rows)
 
     def add_rows(self, count: int) -> None:
+        self._from_branch += [False] * count
         self.head.add_rows(count)
         self.branch.add_rows(count)
 

@@ -278,19 +278,23 @@ class Verifier(Drafter):
         offered = self.ask(self.source, context, rooms, law, self.vocabulary, self.eos)
         tokens, origins, active = list(offered.tokens), list(offered.origins), [limit > 0 for limit in limits]
         for b, draft in enumerate(offered.tokens):
-            if offered.q is None and active[b] and len(draft) >= self.direct_tokens:
+            if offered.q is None and active[b] and len(draft) >= self.direct_tokens and self.source.is_sure(b):
                 block.close(b, draft, offered.origins[b])
                 tokens[b], origins[b], active[b], rooms[b] = [], [], False, 0
         if not any(active):
             return None  # nothing was fed: there is no pass to tell of
         return self._check(context, Proposal(tokens, offered.q, origins), active, law, rooms, began)
 
+    @property
+    def checked(self) -> list[int]:
+        """Per row, the tokens of its last block that this level emitted itself: those behind them went up unchecked."""
+        return [len(row) - last for row, last in zip(self._block.tokens, self._block.unchecked, strict=True)]
+
     def observe(self, drafted: list[int], accepted: list[int]) -> None:
         """What became of drafts that went up unchecked is told to the level that made them."""
-        passed_on = self._block.unchecked
+        passed_on, checked = self._block.unchecked, self.checked
         if not any(passed_on):
             return
-        checked = [len(row) - last for row, last in zip(self._block.tokens, passed_on, strict=True)]
         reached = [max(0, count - first) for count, first in zip(drafted, checked, strict=True)]
         judged = [last if kept >= first else 0 for last, kept, first in zip(reached, accepted, checked, strict=True)]
         self.source.observe(judged, [max(0, kept - first) for kept, first in zip(accepted, checked, strict=True)])

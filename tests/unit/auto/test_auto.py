@@ -107,7 +107,7 @@ def test_the_second_call_and_the_second_process_measure_nothing(model: PreTraine
 
 def test_threads_are_part_of_the_key(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def key(dtype: torch.dtype = torch.float32, pack: bool = True) -> profile.Key:
-        return profile.Key.here(choosing.identity_of(model), dtype, torch.device("cpu"), pack)
+        return profile.Key.here(choosing.identity_of(model), dtype, torch.device("cpu"), pack, "may be packed")
 
     found = {key().name, key(torch.bfloat16).name, key(pack=False).name}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
@@ -218,6 +218,27 @@ def test_adapters(timed: list[Any]) -> None:
         assert texts[-1] == plain(adapted)
     assert len({str(text) for text in texts}) == 3
     assert len(timed) == 2
+
+
+def test_a_packed_models_profile_is_not_that_of_the_model(model: PreTrainedModel, timed: list[Any]) -> None:
+    """Neither of the same weights before packing nor after: one would never be packed, the other be timed packed."""
+    first = run(hf_polyspec.pack(tiny("llama"))).polyspec.chosen
+    assert not first.startswith("packed (")
+    count = len(timed)
+    assert run(model).polyspec.chosen.startswith("packed (")
+    assert len(timed) > count
+    hf_polyspec.unpack(model)
+    assert run(model).polyspec.chosen.startswith("packed (")
+    assert len(list(profile.kept())) == 2
+
+
+def test_what_the_host_leaves_on_a_model_is_nobodys_hook(model: PreTrainedModel, timed: list[Any]) -> None:
+    """Once a model was asked for hidden states, as a chain with a head asks, transformers' hooks stay on it."""
+    model(**prompts(1), output_hidden_states=True)
+    assert any(module._forward_hooks for module in model.modules())
+    ours = run(model)
+    assert ours.polyspec.chosen.startswith("packed (")
+    assert ours.sequences.tolist() == plain(model)
 
 
 @pytest.mark.parametrize("kind", ["hook", "training", "packed", "option"])
