@@ -29,7 +29,7 @@ from .copying import copy_hindrance
 from .drafters import MTP, Tried, Tries, joint, load_drafter, try_drafters
 from .measuring import FEW, SIZES, Progress, agreement, generators_kept, time_passes
 from .profile import Key, Profile
-from .source import identity_of, layout_of, may_be_packed
+from .source import MAY, identity_of, layout_of
 from .worth import ASSUMED, PACKED_GAIN, milliseconds, sizes_of, worth
 
 SUFFIX = "suffix"
@@ -147,7 +147,7 @@ def _keep(found: Profile) -> None:
 def _made(model: Any, found: Profile, side: _Side, changed: bool, mode: Hashable) -> Ready:
     """The members of a profile, made where they are not there."""
     target = model
-    if found.packed and may_be_packed(model):
+    if found.packed and found.key.layout == MAY:
         target = side.twin = side.twin or _twin(model)
     line, members = found.line, [name for name in found.members if name not in _BITS or not changed]
     if len(members) < len(found.members):
@@ -214,7 +214,7 @@ def _measured(
         if drafter.name != MTP:
             side.copies[drafter.name] = drafter.member
         words.append(drafter.about)
-        agreed[drafter.name], passes[drafter.name] = drafter.share, [[1, drafter.seconds]]
+        agreed[drafter.name], passes[drafter.name] = drafter.head.share, profiles.drafts_of(drafter.head)
         members.append(drafter.name)
     if MTP not in members:
         members.append(SUFFIX)
@@ -225,7 +225,7 @@ def _target(
     model: Any, key: Key, side: _Side, progress: Progress, encoded: Encoded | None
 ) -> tuple[bool, dict[str, list[list[float]]], list[str], list[str]]:
     """Whether to run the target packed, its passes, and why."""
-    if not key.pack or key.layout != "may be packed":
+    if not key.pack or key.layout != MAY:
         reason = "packing is for models on a CPU that are not trained, hooked, compiled or packed already"
         reason = reason if key.pack else "polyspec_pack=False"
         return False, time_passes({"target": model}, {"target": SIZES}, progress, encoded), [], [f"packing: {reason}"]
@@ -291,7 +291,7 @@ def _profile(
     chain = [*words, *([SUFFIX] if SUFFIX in members else [])]
     middle = next((name for name in members if name in _BITS), None)
     drafter = next((name for name in members if name not in (*_BITS, SUFFIX)), None)
-    head = None if drafter is None else (agreed[drafter], passes[drafter][0][1])
+    head = None if drafter is None else profiles.head_of(agreed[drafter], passes[drafter])
     return Profile(
         key,
         name_of(model) or type(model).__name__,

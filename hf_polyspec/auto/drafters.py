@@ -8,21 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..control.costs import STEPS, Costs
+from ..control.costs import STEPS, Costs, Head, Trial
 from ..eagle.configuration import EagleHeadConfig
 from ..eagle.features import check_fit, target_parts
 from ..host.hub_cache import cached_folders
 from ..host.release import inner_model, input_device
 from ..models.assistants import is_eagle_head, load_assistant
 from ..models.packaged import HEAD, head_folder
+from ..planning.theory.cost_model import SecondsTable
 from .worth import ALONE_GAIN, DRAFTER_GAIN, JOINT_GAIN, Points, milliseconds, speed_over
 
 MTP = "mtp"
 _MOST = 3
 """Heads that are tried, the one that ships with this package among them."""
 
-Tries = Callable[[Any, Any, Sequence[int]], "tuple[float, float]"]
-"""Told the target, a drafter, and ids of a prompt: the share of its tokens expected to be right, and seconds of one."""
+Tries = Callable[[Any, Any, Sequence[int]], Trial]
+"""Told the target, a drafter, and ids of a prompt, it runs a few rounds."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,14 @@ class Tried:
 
     Attributes:
         name: as `assistant_models` takes it; member: the drafter itself.
-        gain: times the speed of the model alone; share: of its tokens that are expected to be right.
-        seconds: of drafting one.
+        gain: times the speed of the model alone; head: what is known of it.
         about: in words.
     """
 
     name: str
     member: Any
     gain: float
-    share: float
-    seconds: float
+    head: Head
     about: str
 
 
@@ -86,18 +85,19 @@ def try_drafters(
     """
     best: Tried | None = None
     left: list[str] = []
+    table = SecondsTable(tuple((int(columns), float(seconds)) for columns, seconds in passes))
     for name in drafters_here(model):
         progress(f"trying {name}")
         try:
             member = load_drafter(name, target)
-            share, seconds = tries(target, member, prompt)
+            head = tries(target, member, prompt).head(table)
         except (ValueError, OSError) as error:
             if name != MTP:  # most models have none
                 left.append(f"{name}: {' '.join(str(error).split()).rstrip('.')}")
             continue
-        about = f"{name} (its step takes {milliseconds(seconds)}, {share:.0%} of its tokens should be right)"
-        gain = promise(passes, share, seconds)
-        found = Tried(name, member, gain, share, seconds, about)
+        about = f"{name} (its step takes {milliseconds(head.step)}, {head.share:.0%} of its tokens should be right)"
+        gain = promise(passes, head)
+        found = Tried(name, member, gain, head, about)
         if gain < DRAFTER_GAIN:
             left.append(f"{about}, which would not pay")
         elif best is None or gain > best.gain:
@@ -105,13 +105,13 @@ def try_drafters(
     return best, left
 
 
-def promise(passes: Points, share: float, seconds: float) -> float:
-    """The most times the speed of the model alone that drafts bring.
+def promise(passes: Points, head: Head) -> float:
+    """The most times the speed of the model alone that a head's drafts bring.
 
     Args:
-        passes: of the model, [columns, seconds]; share: of drafted tokens that are right; seconds: of drafting one.
+        passes: of the model, [columns, seconds]; head: what is known of it.
     """
-    costs = Costs([passes], 0.0, (share, seconds))
+    costs = Costs([passes], 0.0, head)
     return max(costs.speed_of_steps(size, 0) for size in STEPS)
 
 
@@ -131,7 +131,7 @@ def joint(
         return bits is not None, drafter is not None, []
     share = agreed.get(bits)
     alone = speed_over(target, copy, share)
-    both = 0.0 if drafter.name == MTP else speed_over(target, copy, share, (drafter.share, drafter.seconds))
+    both = 0.0 if drafter.name == MTP else speed_over(target, copy, share, drafter.head)
     if drafter.gain > ALONE_GAIN * max(alone, both):
         return False, True, []
     if both < JOINT_GAIN * alone:

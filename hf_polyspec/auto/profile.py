@@ -7,13 +7,14 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..control.costs import Head
 from ..cpu.compiled import compiles
 from ..errors import DamagedFileError
 from ..host.release import installed
@@ -82,7 +83,7 @@ class Profile:
         key: what it holds for; model: its name, for messages; date: of the measurement.
         packed: whether the target is run packed; members: names of the levels below, the slowest first.
         options: sizes, as `generate()` takes them.
-        passes: by level, [columns, seconds] of passes, of a drafter those of a token; "target" is the chosen one,
+        passes: by level, [columns, seconds] of passes, of a drafter those of drafts; "target" is the chosen one,
             "unpacked" the other.
         agreement: by member, the share of tokens in which it said what the target said.
         line: what was chosen and why; left_out: sentences on what was not.
@@ -102,9 +103,9 @@ class Profile:
     seconds: float = 0.0
     format: int = FORMAT
 
-    def head_of(self, name: str) -> tuple[float, float]:
-        """Of a member that drafts token by token: the share of its tokens that are right, and seconds of one."""
-        return self.agreement[name], self.passes[name][0][1]
+    def head_of(self, name: str) -> Head:
+        """Of a member that drafts token by token."""
+        return head_of(self.agreement[name], self.passes[name])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, JSON-serialisable."""
@@ -133,6 +134,17 @@ class Profile:
         if not (good and named and sizes and shares and values["passes"].get("target")):
             raise ValueError("it holds values that no profile has")
         return cls(**given)
+
+
+def head_of(share: float, drafts: Sequence[Sequence[float]]) -> Head:
+    """What is known of a head, from seconds of drafts of one token and of two (`drafts_of`)."""
+    one, two = drafts[0][1], drafts[1][1]
+    return Head(share, two - one, max(0.0, 2 * one - two))
+
+
+def drafts_of(head: Head) -> list[list[float]]:
+    """[tokens, seconds] of drafts of one token and of two."""
+    return [[tokens, head.extra + tokens * head.step] for tokens in (1, 2)]
 
 
 def folder() -> Path:

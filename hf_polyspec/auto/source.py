@@ -12,12 +12,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..cpu.packing import is_packed
+from ..cpu.packing import is_packing
 from ..host.hooks import is_hooked
 from ..host.release import inner_model, is_compiled
 
 _NUMBERS = 8
 """Numbers of every weight that its identity is made of."""
+PACKED, MAY, AS_IT_IS = "packed", "may be packed", "as it is"
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation_autoset")
 
 _identities: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
@@ -71,24 +72,23 @@ def _is_adapter(module: Any) -> bool:
 
 
 def layout_of(model: Any) -> str:
-    """What packing has to do with a model as it is now: its passes take other times in each case."""
-    if is_packed(model):
-        return "packed"
-    return "may be packed" if may_be_packed(model) else "as it is"
+    """What packing has to do with a model as it is now, since its passes take other times in each case.
 
+    A packed copy of its modules computes the same, and nobody misses the original's being called, unless there are
+    hooks but the host's own, functions put in the place of a `forward` or compiled parts, which belong to the object
+    that they were put on; a model that trains draws.
 
-def may_be_packed(model: Any) -> bool:
-    """Whether a packed copy of this model's modules computes the same, and nobody misses the original's being called.
-
-    Hooks but the host's own, functions put in the place of a `forward` and compiled parts belong to the object they
-    were put on; a model that trains draws, and one that is packed has been.
+    Returns:
+        `PACKED`, `MAY` or `AS_IT_IS`.
     """
-    if is_compiled(model) or is_packed(model):
-        return False
+    if is_compiled(model):
+        return AS_IT_IS
+    found = MAY
     for module in model.modules():
         state = module.__dict__
-        if state["training"] or "forward" in state or is_hooked(module):
-            return False
-        if any(weight is not None and weight.device.type != "cpu" for weight in module._parameters.values()):
-            return False
-    return True
+        if "forward" in state and is_packing(state["forward"]):
+            return PACKED
+        off = any(weight is not None and weight.device.type != "cpu" for weight in state["_parameters"].values())
+        if state["training"] or "forward" in state or is_hooked(module) or off:
+            found = AS_IT_IS
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..control.costs import BLOCKS, DRAFTS, SURE, Costs
+from ..control.costs import BLOCKS, DRAFTS, SURE, Costs, Head
 
 PACKED_GAIN = 0.97
 """Packing is used where it takes at most this share of the time."""
@@ -25,8 +25,6 @@ LONGEST_FIXED = 12
 """Tokens of a draft at most where nobody follows how drafts fare."""
 
 Points = Sequence[Sequence[float]]
-Head = tuple[float, float]
-"""The share of a head's tokens that are right, and seconds of one."""
 
 
 def worth(target: Points, middle: Points, agreed: float | None) -> float:

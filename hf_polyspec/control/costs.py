@@ -57,6 +57,43 @@ class Share:
         self.kept, self.tried, self.expected = 0.0, 0.0, max(self.expected, least)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What a few rounds of a head under a model were like.
+
+    Attributes:
+        share: of its tokens that is expected to be right among those whose predecessors are.
+        step: seconds of drafting one token, in the quickest round: the quickest is what passes are timed by, too.
+        whole: tokens of a draft, and seconds of the quickest round with one as long, the model's pass and all that a
+            head makes it do included; None where there was none.
+    """
+
+    share: float
+    step: float
+    whole: tuple[int, float] | None = None
+
+    def head(self, passes: SecondsTable) -> Head:
+        """What drafts cost beside passes of the model over the same columns, and bring."""
+        if self.whole is None:
+            return Head(self.share, self.step)
+        tokens, seconds = self.whole
+        return Head(self.share, self.step, max(0.0, seconds - passes.seconds(tokens + 1) - tokens * self.step))
+
+
+@dataclass(frozen=True)
+class Head:
+    """What is known of a head beforehand.
+
+    Attributes:
+        share: of its tokens that is expected to be kept; step: seconds of one.
+        extra: seconds that a round with a draft takes besides: hidden states are shown, guesses are looked up.
+    """
+
+    share: float
+    step: float
+    extra: float = 0.0
+
+
 @dataclass
 class Standing:
     """How far up a chain stands, kept from one generation to the next.
@@ -79,21 +116,21 @@ class Costs:
     Args:
         tables: [columns, seconds] of every level with a model that checks, the target first.
         agreed: the share of a middle's tokens that the target is expected to keep.
-        head: the share of a head's tokens that the level above it is expected to keep, and seconds of one.
+        head: what is known of a head below, if there is one.
 
     Attributes:
         pace: of the machine now, in that of the tables.
         middle, leaf, head: shares that were kept: of a middle, of what costs nothing to draft, of a head.
-        step: seconds of a token of a head, at the pace of the tables.
+        step, extra: seconds of a token of a head, and of a round with some besides, at the pace of the tables.
     """
 
-    def __init__(self, tables: Sequence[Points], agreed: float, head: tuple[float, float] | None = None) -> None:
+    def __init__(self, tables: Sequence[Points], agreed: float, head: Head | None = None) -> None:
         self.tables = [SecondsTable(tuple((int(columns), float(seconds)) for columns, seconds in p)) for p in tables]
         self.pace = 1.0
         self.middle = Share(agreed, 16.0)
         self.leaf = Share(SURE, 24.0, least=6.0)
-        self.head = None if head is None else Share(head[0], 6.0, least=1.0)
-        self.step = 0.0 if head is None else head[1]
+        self.head = None if head is None else Share(head.share, 6.0, least=1.0)
+        self.step, self.extra = (0.0, 0.0) if head is None else (head.step, head.extra)
         self.standing = Standing()
         self._gauges: dict[int, PassSeconds] = {}
 
@@ -133,7 +170,7 @@ class Costs:
         """Speed of a level over a head that drafts so many tokens, in that of the level alone."""
         assert self.head is not None
         table = self.tables[level]
-        whole = table.seconds(rows * (size + 1)) + size * self.step
+        whole = table.seconds(rows * (size + 1)) + size * self.step + (self.extra if size else 0.0)
         return _emitted(self.head.value, size) * table.seconds(rows) / whole
 
     def steps(self, level: int, rows: int) -> int:

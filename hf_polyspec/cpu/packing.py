@@ -385,4 +385,9 @@ def unpack(model: Model) -> Model:
 
 def is_packed(model: nn.Module) -> bool:
     """Whether any layer of a model is packed."""
-    return any(isinstance(module.__dict__.get("forward"), PackedForward | FusedBlock) for module in model.modules())
+    return any(is_packing(module.__dict__.get("forward")) for module in model.modules())
+
+
+def is_packing(forward: object) -> bool:
+    """Whether what stands in the place of a layer's `forward` is the packed way."""
+    return isinstance(forward, PackedForward | FusedBlock)

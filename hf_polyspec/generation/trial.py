@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ..control.costs import Trial
 from ..exactness.context import EMBEDDED, Context, Prompt
 from ..exactness.distributions import LawMaker
 from ..host.manners import runner_for
@@ -30,7 +32,7 @@ _WARM = 2
 
 
 @torch.no_grad()
-def tried(target: Any, member: Any, ids: Sequence[int]) -> tuple[float, float]:
+def tried(target: Any, member: Any, ids: Sequence[int]) -> Trial:
     """Let a drafter draft for a greedy text.
 
     Args:
@@ -38,16 +40,15 @@ def tried(target: Any, member: Any, ids: Sequence[int]) -> tuple[float, float]:
         ids: of a prompt, its end is gone on from.
 
     Returns:
-        The share of tokens that is expected to be right among those whose predecessors are, and seconds of drafting one
-        in the quickest round: the quickest is what passes are timed by, too, whatever else a machine is doing. Where
-        the text repeats itself a suffix drafter is as right and costs nothing, so what is right there does not count.
+        What it was like. Where the text repeats itself a suffix drafter is as right and costs nothing, so what is right
+        there does not count.
 
     Raises:
         ValueError: it does not fit, or drafts nothing.
     """
     ids = [token for token in ids if token != EMBEDDED][-_READ:] or [_first(target)]
     device = input_device(target)
-    options = PolySpecOptions(num_assistant_tokens=TOKENS, polyspec_draft_copies=False)
+    options = PolySpecOptions(num_assistant_tokens=TOKENS)
     setting = Setting(options, device, frozenset(), 0, 1)
     with lent(check_assistants(target, [member])) as own:
         runner = runner_for(target, "the target", device, kept=1)
@@ -57,17 +58,19 @@ def tried(target: Any, member: Any, ids: Sequence[int]) -> tuple[float, float]:
         suffix = SuffixDrafter()
         suffix.begin(2, 1, chain.vocabulary)
         right = judged = 0
-        seconds = float("inf")
+        seconds = whole = float("inf")
         try:
             for turn in range(_WARM + ROUNDS):
                 repeats = suffix.propose(context, [TOKENS], law).width >= SURE
-                before = drafter.stats.seconds
+                before, began = drafter.stats.seconds, time.perf_counter()
                 emission = chain.round(context, [TOKENS + 1], law)
                 context = context.extended(emission.tokens)
                 if turn < _WARM:
                     continue
                 if emission.drafted[0]:
                     seconds = min(seconds, (drafter.stats.seconds - before) / emission.drafted[0])
+                if emission.drafted[0] == TOKENS:
+                    whole = min(whole, time.perf_counter() - began)
                 if not repeats:
                     right += emission.accepted[0]
                     judged += min(emission.drafted[0], emission.accepted[0] + 1)
@@ -75,7 +78,8 @@ def tried(target: Any, member: Any, ids: Sequence[int]) -> tuple[float, float]:
             chain.end()
     if seconds == float("inf"):
         raise ValueError("It drafts nothing here.")
-    return (right + USUAL * USUAL_TOKENS) / (judged + USUAL_TOKENS), seconds
+    share = (right + USUAL * USUAL_TOKENS) / (judged + USUAL_TOKENS)
+    return Trial(share, seconds, None if whole == float("inf") else (TOKENS, whole))
 
 
 def _first(target: Any) -> int:

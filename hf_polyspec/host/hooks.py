@@ -21,4 +21,4 @@ def is_hosts(hook: Any) -> bool:
 def is_hooked(module: Any) -> bool:
     """Whether anybody else has put hooks on this module."""
     state = module.__dict__
-    return any(not is_hosts(hook) for name in NAMES for hook in (state.get(name) or {}).values())
+    return any(not is_hosts(hook) for name in NAMES if state.get(name) for hook in state[name].values())

@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 import hf_polyspec
 from hf_polyspec.auto import choosing, drafters, profile
 from hf_polyspec.auto.drafters import drafters_here, promise
-from hf_polyspec.control.costs import STEPS
+from hf_polyspec.control.costs import STEPS, Head, Trial
 from hf_polyspec.exactness.proposal import Proposal
 from hf_polyspec.generation import automatic, trial
 from hf_polyspec.generation.trial import tried
 from hf_polyspec.host.hub_cache import cached_folders
 from hf_polyspec.levels.eagle import EagleDrafter
 from hf_polyspec.levels.suffix import SuffixDrafter
+from hf_polyspec.planning.theory.cost_model import SecondsTable
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
 
@@ -44,9 +45,9 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Instead of running drafters, what the test says of them; and how often it was asked."""
     told: dict[str, Any] = {"share": 0.95, "seconds": 1e-5, "asked": 0}
 
-    def says(*_: Any) -> tuple[float, float]:
+    def says(*_: Any) -> Trial:
         told["asked"] += 1
-        return told["share"], told["seconds"]
+        return Trial(told["share"], told["seconds"])
 
     monkeypatch.setattr(automatic, "tried", says)
     return told
@@ -74,7 +75,7 @@ def test_a_head_that_promises_most_is_taken(
     assert kept is not None
     assert kept.members == (folder, "suffix")
     assert kept.options == {"num_assistant_tokens": max(STEPS)}
-    assert kept.passes[folder] == [[1, 1e-5]]
+    assert kept.passes[folder] == [[1, 1e-5], [2, 2e-5]]
     assert any(sentence.endswith("which promises less") for sentence in kept.left_out)
     choosing._sides.clear()  # as another process
     assert levels(run(model, batch)) == levels(ours)
@@ -163,12 +164,12 @@ def test_a_trial_counts_what_is_right(model: PreTrainedModel, monkeypatch: pytes
     ids = prompts(1)["input_ids"][0].tolist()
     monkeypatch.setattr(trial, "USUAL_TOKENS", 1e-9)
     monkeypatch.setattr(trial, "SURE", 99)  # every round counts
-    share, seconds = tried(model, noisy(model, 0.0), ids)
-    assert share == pytest.approx(1.0)
-    assert 0 < seconds < 1
-    assert tried(model, noisy(model, 3.0), ())[0] < 0.7
-    share, _ = tried(model, head_for(model), ids)
-    assert 0 <= share < 1
+    found = tried(model, noisy(model, 0.0), ids)
+    assert found.share == pytest.approx(1.0)
+    assert found.whole is not None
+    assert 0 < trial.TOKENS * found.step < found.whole[1] < 1
+    assert tried(model, noisy(model, 3.0), ()).share < 0.7
+    assert 0 <= tried(model, head_for(model), ids).share < 1
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -177,18 +178,30 @@ def test_what_a_suffix_drafter_finds_is_no_merit_of_a_head(
 ) -> None:
     """Of a text that repeats itself nothing counts, and what is expected stays what is usual."""
     monkeypatch.setattr(SuffixDrafter, "propose", lambda self, context, *_: Proposal([[1, 2]], None, [[2, 2]]))
-    assert tried(model, noisy(model, 0.0), [3, 4, 5])[0] == pytest.approx(trial.USUAL)
+    assert tried(model, noisy(model, 0.0), [3, 4, 5]).share == pytest.approx(trial.USUAL)
     monkeypatch.undo()
-    few = tried(model, noisy(model, 0.0), [3, 4, 5])[0]
+    few = tried(model, noisy(model, 0.0), [3, 4, 5]).share
     assert trial.USUAL < few < 1
 
 
 def test_what_a_drafter_promises() -> None:
     flat = [[1, 1.0], [8, 1.0]]
-    assert promise(flat, 1.0, 0.0) == max(STEPS) + 1
-    assert promise(flat, 0.0, 0.5) == 1
-    assert promise(flat, 0.6, 0.2) == pytest.approx((1 + 0.6 + 0.36) / 1.4)
-    assert promise(flat, 0.6, 0.4) == pytest.approx(1.6 / 1.4)
+    assert promise(flat, Head(1.0, 0.0)) == max(STEPS) + 1
+    assert promise(flat, Head(0.0, 0.5)) == 1
+    assert promise(flat, Head(0.6, 0.2)) == pytest.approx((1 + 0.6 + 0.36) / 1.4)
+    assert promise(flat, Head(0.6, 0.4)) == pytest.approx(1.6 / 1.4)
+    assert promise(flat, Head(0.6, 0.2, 0.3)) == pytest.approx((1 + 0.6 + 0.36) / 1.7)
+    assert promise(flat, Head(0.6, 0.2, 2.0)) == 1
+
+
+def test_what_a_head_makes_a_model_do_counts() -> None:
+    """A round took longer than the pass and the steps: hidden states were shown, guesses looked up."""
+    table = SecondsTable(((1, 1.0), (8, 1.0)))
+    assert Trial(0.6, 0.1, (3, 1.7)).head(table) == Head(0.6, 0.1, pytest.approx(0.4))
+    assert Trial(0.6, 0.1, (3, 1.1)).head(table) == Head(0.6, 0.1, 0.0)
+    assert Trial(0.6, 0.1).head(table) == Head(0.6, 0.1)
+    again = profile.head_of(0.6, profile.drafts_of(Head(0.6, 0.1, 0.4)))
+    assert again == Head(0.6, pytest.approx(0.1), pytest.approx(0.4))
 
 
 def test_the_level_is_the_drafter_that_was_tried(

@@ -11,7 +11,7 @@ import torch
 from clockwork import VOCABULARY, Clock, ClockedRunner, Run, truth
 
 from hf_polyspec.control import Costs, Setup, SteadyControl
-from hf_polyspec.control.costs import HEAD, STEPS, Share
+from hf_polyspec.control.costs import HEAD, STEPS, Head, Share
 from hf_polyspec.exactness.context import Context
 from hf_polyspec.exactness.distributions import LawMaker
 from hf_polyspec.exactness.proposal import Proposal
@@ -74,7 +74,7 @@ class Stage:
         self.head = ClockedHead(self.clock, lambda: self.shares["head"])
         self.finder = Finder(lambda: self.shares["finds"], lambda: self.shares["found"])
         points = [[[k, seconds(one, k)] for k in (1, 2, 4, 8, 16, 32)] for one in (TARGET, MIDDLE)]
-        self.costs = Costs(points, 0.95, (expected, STEP))
+        self.costs = Costs(points, 0.95, Head(expected, STEP))
         runner = ClockedRunner(self.clock, lambda k: seconds(MIDDLE, k), lambda: self.shares["middle"], 3)
         leaf = JoinedDrafter(self.head, self.finder, direct_tokens=4)
         self.middle = Verifier(runner, leaf, name="middle")
