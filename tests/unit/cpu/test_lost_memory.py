@@ -20,6 +20,7 @@ if not compiles():
 from hf_polyspec.cpu.compiled import attention, blocks, digits, groups, product, tasks, whole_block
 from hf_polyspec.cpu.compiled.attention import attend
 from hf_polyspec.cpu.compiled.blocks import gated, rms_norm, rotate
+from hf_polyspec.cpu.compiled.dots import has_dots
 from hf_polyspec.cpu.compiled.places import address, held
 from hf_polyspec.cpu.compiled.product import WIDTH, CompiledProduct
 from hf_polyspec.cpu.compiled.tasks import HEADER
@@ -264,7 +265,11 @@ def _attention() -> None:
     tasks.run("", attention._function(torch.float32), 1, 1, 1, 1, ABSURD, 8, ABSURD, 0, 1, 0, *(0,) * 6)
 
 
-@pytest.mark.parametrize("task", [_float_product, _digit_product, _group_product, _norm, _attention])
+# Where the CPU has no dot products of bytes, the compiler ends the process that asks for them.
+TASKS = [_float_product, _norm, _attention, *((_digit_product, _group_product) if has_dots() else ())]
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_no_memory_to_work_in_is_an_error(task: Callable[[], None]) -> None:
     with pytest.raises(MemoryError, match="no memory"):
         task()
