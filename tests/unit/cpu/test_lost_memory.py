@@ -283,7 +283,7 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("bits", [None, 8, *((4,) if has_dots() else ())])
 @pytest.mark.parametrize("together", [True, False])
 def test_no_memory_in_the_middle_of_a_block_keeps_nobody_waiting(
     tiny: Tiny, bits: int | None, together: bool, two_threads: None, monkeypatch: pytest.MonkeyPatch
