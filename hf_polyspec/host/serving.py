@@ -239,6 +239,23 @@ class Gathered:
             call(*args)
 
 
+class Texts(asyncio.Queue[Any]):
+    """What a stream is to send, in which a text that still waits takes in the one that follows it.
+
+    A client gets what a round has given in one event. Each event is a model of its own, built, checked and written by
+    the web server and read by the client, which costs more than the tokens in it.
+    """
+
+    def _put(self, item: Any) -> None:
+        """asyncio's hook for queues of another kind."""
+        kept: deque[Any] = self._queue  # type: ignore[attr-defined]
+        # Of the same kind: what a model thinks goes where its answer does not.
+        if kept and isinstance(item, str) and type(kept[-1]) is type(item):
+            kept[-1] = type(item)(kept[-1] + item)
+        else:
+            super()._put(item)
+
+
 class _Loaded:
     """A model that stays, where transformers keeps those that it unloads after a while."""
 
@@ -309,7 +326,7 @@ def _manager(utils: Any, work: Work) -> Any:
         def generate_streaming(
             self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
         ) -> tuple[Any, Any]:
-            loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
+            loop, queue = asyncio.get_running_loop(), Texts()
             core = getattr(processor, "tokenizer", processor)._tokenizer
             calls = Gathered(loop)
             streamer = Streamer(core, calls, queue, response_parser=response_parser)

@@ -40,6 +40,7 @@ MEASUREMENTS = {
     "peers": Measurement(f"{_ROOM}.peers", "Another engine's speed beside this package's, on the same batches."),
     "planner-accuracy": Measurement(f"{_ROOM}.planner_accuracy", "How well the planner predicts."),
     "same-seed": Measurement(f"{_ROOM}.same_seed", "Whether sampled texts are plain generate()'s own under a seed."),
+    "server": Measurement(f"{_ROOM}.server", "Tokens a second through the server, beside the same chain in process."),
     "tensor-parallel": Measurement(f"{_ROOM}.tensor_parallel", "Chains on a target that processes split between them."),
     "vllm": Measurement(f"{_ROOM}.vllm_table", "vLLM's texts and acceptance with our levels, beside ours."),
     "worst-case": Measurement(f"{_ROOM}.worst_case", "What the online control costs where nothing can be gained."),

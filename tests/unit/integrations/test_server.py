@@ -11,8 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -23,6 +24,7 @@ import torch
 from live_tensors import live_tensors
 from starlette.concurrency import run_in_threadpool
 from tiny_checkpoints import byte_tokenizer
+from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 import hf_polyspec
@@ -502,3 +504,41 @@ def test_what_comes_at_once_wakes_the_loop_once() -> None:
     for _ in range(2):
         with pytest.raises(RuntimeError, match="closed"):
             calls.call_soon_threadsafe(seen.append, 4)
+
+
+def test_texts_that_wait_are_sent_as_one() -> None:
+    """In their order; what is no text, or of another kind, stands between."""
+
+    class Thought(str):
+        pass
+
+    waiting = serving.Texts()
+    ended = [None]
+    for item in ("a", "bc", "d", Thought("e"), Thought("f"), "g", ended, "h", None):
+        waiting.put_nowait(item)
+    found = [waiting.get_nowait() for _ in range(waiting.qsize())]
+    assert found == ["abcd", "ef", "g", ended, "h", None]
+    assert [type(item) for item in found[:3]] == [str, Thought, str]
+    waiting.put_nowait("i")
+    assert waiting.get_nowait() == "i"
+    assert waiting.empty()
+
+
+def test_a_round_is_one_event() -> None:
+    """What was generated before the loop looked goes to the client together."""
+
+    class Work:
+        def submit(self, inputs: Any, config: Any, seed: Any, tokenizer: Any, streamer: Any) -> Any:
+            streamer.put(inputs["input_ids"][0])
+            for number in TOKENIZER("hello")["input_ids"]:
+                streamer.put(torch.tensor([number]))
+            streamer.end()
+            return SimpleNamespace(future=Future())
+
+    manager = serving._manager(sys.modules["transformers.cli.serving.utils"], Work())  # type: ignore[arg-type]
+
+    async def one() -> list[Any]:
+        queue, _ = manager.generate_streaming(None, TOKENIZER, prompt("abc"), GenerationConfig(), "1")
+        return [await queue.get(), await queue.get()]
+
+    assert asyncio.run(one()) == ["hello", None]

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`polyspec measure server`: the same texts asked for in process and by a client in another one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_checkpoints import save_pair
+
+from hf_polyspec.bench.measurements.server import IN_PROCESS, STREAMED, WHOLE, Client, main, measure
+from hf_polyspec.models.by_name import load_model, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return save_pair(tmp_path_factory.mktemp("models"))
+
+
+def test_rates_are_of_the_texts_that_were_written(folders: tuple[Path, Path]) -> None:
+    target, small = map(str, folders)
+    model, tokenizer = load_model(target), load_tokenizer(target)
+    rates = measure(model, tokenizer, f"{small},suffix", ["abc", "hello hello"], new_tokens=9, rounds=1, slots=2)
+    assert [rate.way for rate in rates] == [IN_PROCESS, WHOLE, STREAMED]
+    for rate in rates:
+        assert (rate.tokens, rate.texts) == (18, 2)
+        assert rate.per_second * rate.seconds == pytest.approx(18)
+        assert rate.ratio == pytest.approx(rates[0].seconds / rate.seconds)
+    # A stream withholds bytes that are half a character; random models write such ones.
+    assert rates[1].alike == 2
+
+
+def test_a_client_that_has_gone_is_told() -> None:
+    with Client(1) as client, pytest.raises(RuntimeError, match="the client ended with 1"):
+        client.ask(["nobody listens there"], 4, False)
+
+
+def test_the_command_prints_each_way(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    target, small = map(str, folders)
+    main(["--model", target, "--dtype", "float32", "--unpacked", "--chain", small, "--new-tokens", "4",
+          "--prompts", "1", "--rounds", "1"])  # fmt: skip
+    said = capsys.readouterr().out
+    assert all(way in said for way in (IN_PROCESS, WHOLE, STREAMED))
+    assert "1 of 1" in said
