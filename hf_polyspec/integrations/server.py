@@ -76,17 +76,17 @@ class ChainServer:
             self._work.close()
             raise
         self.app.add_api_route("/metrics", self._metrics, methods=["GET"], include_in_schema=False)
-        self._server = _uvicorn(HangsUp(self.app), host, port)
+        self._server = _uvicorn(HangsUp(self.app), host, port, self._listens)
+        self._listening = threading.Event()
         self._thread: threading.Thread | None = None
 
     def run(self) -> None:
         """Serves until Ctrl-C or SIGTERM."""
-        self._say()
         try:
             self._serve()
         finally:
             self._work.close()
-        if not self._server.started:
+        if not self._listening.is_set():
             raise OSError(self._taken())
 
     def start(self) -> None:
@@ -97,13 +97,10 @@ class ChainServer:
         """
         self._thread = threading.Thread(target=self._serve, name="polyspec-serve", daemon=True)
         self._thread.start()
-        while not self._server.started:
+        while not self._listening.wait(0.02):
             if not self._thread.is_alive():
                 self._work.close()
                 raise OSError(self._taken())
-            self._thread.join(0.02)
-        self.port = self._server.servers[0].sockets[0].getsockname()[1]
-        self._say()
 
     def stop(self) -> None:
         """Ends what `start()` began; requests that are running are cut off."""
@@ -126,7 +123,10 @@ class ChainServer:
     def _taken(self) -> str:
         return f"nothing can listen at {self.host}:{self.port}: is the port taken?"
 
-    def _say(self) -> None:
+    def _listens(self) -> None:
+        """Requests are taken from now on."""
+        self.port = self._server.servers[0].sockets[0].getsockname()[1]
+        self._listening.set()
         _LOG.info("http://%s:%s/v1; requests run %s", self.host, self.port, self._how)
         if self.host not in LOOPBACK:
             _LOG.warning("%s can be reached from other machines, and whoever reaches it may ask it anything", self.host)
@@ -152,11 +152,16 @@ def _work(
         return Turns(model, alone, options, metrics), f"one after the other ({str(error).rstrip('.')})"
 
 
-def _uvicorn(app: Any, host: str, port: int) -> Any:
+def _uvicorn(app: Any, host: str, port: int, listens: Callable[[], None]) -> Any:
     import uvicorn
 
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)  # which raises where the port cannot be had
+            listens()
+
     settings = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
-    return uvicorn.Server(settings)
+    return Server(settings)
 
 
 class HangsUp:

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a server's door costs: `polyspec measure server`.
 
-One chain writes greedy texts one after the other, in process by `generate()` and for one client that asks the server,
-with and without a stream, taking turns. The client is OpenAI's, in a process of its own as clients are; the server
-runs in this one, where the chain is.
+One chain writes greedy texts one after the other: by `generate()` in this process, and by `polyspec serve` in another,
+which OpenAI's client in this one asks with and without a stream. They take turns; who has none only waits.
 """
 
 from __future__ import annotations
 
-import json
+import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,6 @@ from typing import Any
 from rich.console import Console
 
 from ...generation.doors import generate
-from ...integrations.server import ChainServer
 from ...models.assistants import by_name
 from ...models.conversation import encode_prompt
 from ...planning.texts import PROMPTS
@@ -56,74 +56,78 @@ class Rate:
     texts: int
 
 
-class Client:
-    """OpenAI's client in a process of its own.
+class Served:
+    """`polyspec serve` in a process of its own, until the end of a with.
 
     Args:
-        port: of the server on this machine.
+        words: behind the name of the command.
+
+    Attributes:
+        url: under which it answers.
 
     Raises:
-        RuntimeError: from `ask`, where it has gone.
+        RuntimeError: it ended before it listened; the sentence is its own.
     """
 
-    def __init__(self, port: int) -> None:
-        words = [sys.executable, "-m", "hf_polyspec.bench.measurements.server_client", str(port), _NAME]
-        self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, words: Sequence[str]) -> None:
+        command = [sys.executable, "-m", "hf_polyspec", "serve", *words, "--name", _NAME, "--port", "0"]
+        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        said: list[str] = []
+        for line in self._process.stderr or ():
+            said.append(line.strip())
+            if found := re.search(r"http://\S+/v1", line):
+                self.url = found[0]
+                break
+        else:
+            raise RuntimeError(f"the server ended with {self._process.wait()}: {' '.join(said[-3:])}")
+        # What it says of every request goes nowhere, but has to go.
+        self._reader = threading.Thread(target=deque, args=(self._process.stderr, 0), daemon=True)
+        self._reader.start()
 
-    def ask(self, prompts: Sequence[str], new_tokens: int, stream: bool) -> tuple[float, list[str]]:
-        """Seconds for all of them, one after the other, and the texts."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        request = {"prompts": list(prompts), "new_tokens": new_tokens, "stream": stream}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the client ended with {self._process.wait()}.")
-        answer = json.loads(line)
-        return float(answer["seconds"]), list(answer["texts"])
-
-    def __enter__(self) -> Client:
+    def __enter__(self) -> Served:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.communicate()
+        self._process.terminate()
+        self._process.wait()
+        self._reader.join()
 
 
 def measure(
-    target: Any, tokenizer: Any, chain: str, prompts: Sequence[str], *, new_tokens: int, rounds: int, slots: int
+    target: Any, tokenizer: Any, chain: str, prompts: Sequence[str], url: str, *, new_tokens: int, rounds: int
 ) -> list[Rate]:
     """Time one chain in process and through a server, in turns.
 
     Args:
         target: as it is to run; tokenizer: of it, with a chat template; chain: names with commas between.
-        prompts: what users ask; new_tokens: at most; rounds: of which the median counts; slots: of the server.
+        prompts: what users ask; url: of a server of the same chain.
+        new_tokens: at most; rounds: of which the median counts.
     """
+    import openai
+
     assistants = by_name(target, chain.split(","))
     encoded = [encode_prompt(tokenizer, text, target.device) for text in prompts]
     texts: dict[str, list[str]] = {}
     counts: list[int] = []
 
-    def here() -> float:
-        began = time.perf_counter()
+    def here() -> None:
         rows = [
             generate(target, **ids, assistant_models=assistants, max_new_tokens=new_tokens, do_sample=False)
             for ids in encoded
         ]
-        seconds = time.perf_counter() - began
         new = [row[0, ids["input_ids"].shape[1] :] for row, ids in zip(rows, encoded, strict=True)]
         counts[:] = map(len, new)
         texts[IN_PROCESS] = [tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
-        return seconds
 
     def timed(way: str, _: int) -> float:
+        began = time.perf_counter()
         if way == IN_PROCESS:
-            return here()
-        seconds, texts[way] = client.ask(prompts, new_tokens, way == STREAMED)
-        return seconds
+            here()
+        else:
+            texts[way] = [_asked(client, text, new_tokens, way == STREAMED) for text in prompts]
+        return time.perf_counter() - began
 
-    door = ChainServer(target, tokenizer, assistants, name=_NAME, port=0, slots=slots)
-    with door as server, Client(server.port) as client:
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
         found = in_turns(timed, (IN_PROCESS, WHOLE, STREAMED), rounds)
     tokens, base = sum(counts), statistics.median(found[IN_PROCESS])
     rates = []
@@ -132,6 +136,15 @@ def measure(
         alike = sum(one == other for one, other in zip(texts[way], texts[IN_PROCESS], strict=True))
         rates.append(Rate(chain, way, tokens, seconds, tokens / seconds, base / seconds, alike, len(prompts)))
     return rates
+
+
+def _asked(client: Any, text: str, new_tokens: int, stream: bool) -> str:
+    """A server's answer to a user's words."""
+    asked = {"model": _NAME, "messages": [{"role": "user", "content": text}], "temperature": 0}
+    answer = client.chat.completions.create(**asked, max_tokens=new_tokens, stream=stream)
+    if stream:
+        return "".join(part.choices[0].delta.content or "" for part in answer)
+    return answer.choices[0].message.content or ""
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -144,9 +157,13 @@ def main(words: Sequence[str] | None = None) -> None:
     prompts = (*PROMPTS, *MORE_PROMPTS)[: given.prompts]
     found: list[Rate] = []
     for chain in given.chain:
-        found += measure(
-            target, tokenizer, chain, prompts, new_tokens=given.new_tokens, rounds=given.rounds, slots=given.slots
-        )  # fmt: skip
+        settings = [given.model, "--dtype", given.dtype, "--slots", str(given.slots)]
+        settings += [] if given.unpacked else ["--pack"]
+        settings += [word for name in chain.split(",") for word in ("--assistant", name)]
+        with Served(settings) as served:
+            found += measure(
+                target, tokenizer, chain, prompts, served.url, new_tokens=given.new_tokens, rounds=given.rounds
+            )  # fmt: skip
     table = table_of(f"{len(prompts)} texts", ("asked", "tokens", "seconds", "tokens/s", "ratio", "alike"))
     for rate in found:
         table.add_row(

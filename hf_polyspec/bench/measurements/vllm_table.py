@@ -96,16 +96,25 @@ class Bench:
         # The pass that reads a prompt gives the first token; what the last pass accepts beyond the end is no text.
         theirs = sum(len(text) - 1 for text in answer["texts"]) / (answer["passes"] or answer["drafts"])
         seconds, plain = answer["seconds"], self.plain["seconds"]
-        return Line(name, len(self.prompts), equal, theirs, self._here(names), seconds, plain)
+        ours = self._here(names, alone=name.startswith("head:"))
+        return Line(name, len(self.prompts), equal, theirs, ours, seconds, plain)
 
-    def _here(self, names: list[str]) -> float:
+    def _here(self, names: list[str], alone: bool = False) -> float:
         """Tokens a pass, the prompt's pass and the token it gives left out as in vLLM.
 
         A head of the target drafts from what that pass has read. Other levels can draft before it, and would where
         vLLM does not, so that they start behind the token. Nor does vLLM say that a text is about to end: here it goes
         on, and what is beyond the end is left out. A quantised copy would take the keys and values of the prompt from
         the target, which it cannot in vLLM; nothing is lent to a caller who wants to see hidden states.
+
+        Args:
+            names: of the chain; alone: a head's own guesses over all ids, as vLLM's code draws them. Here they would be
+                mixed with copies, and chosen from the frequent ids that its file lists.
         """
+        whole = {
+            "polyspec_draft_copies": False,
+            "polyspec_draft_vocabulary": self.target.config.get_text_config().vocab_size,
+        }
         assistants = by_name(self.target, names)
         waits = isinstance(assistants[0], EagleHead)
         tokens = passes = 0
@@ -116,7 +125,7 @@ class Bench:
             out = generate(
                 self.target, input_ids=ids, attention_mask=torch.ones_like(ids), assistant_models=assistants,
                 max_new_tokens=self.new_tokens + 4 * self.draft_tokens, do_sample=False, return_dict_in_generate=True,
-                output_hidden_states=len(names) > 1, polyspec_draft_copies=False, **self._sizes(),
+                output_hidden_states=len(names) > 1, **self._sizes(), **(whole if alone else {}),
             )  # fmt: skip
             levels = out.polyspec.token_levels[0][waits : waits + len(text) - 1]
             tokens += len(levels)

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`polyspec measure server`: the same texts asked for in process and by a client in another one."""
+"""`polyspec measure server`: the same texts asked for in process and of a server in another one."""
 
 from __future__ import annotations
 
+import io
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_checkpoints import save_pair
 
-from hf_polyspec.bench.measurements.server import IN_PROCESS, STREAMED, WHOLE, Client, main, measure
+from hf_polyspec.bench.measurements.server import IN_PROCESS, STREAMED, WHOLE, Served, main, measure
+from hf_polyspec.integrations.server import ChainServer
 from hf_polyspec.models.by_name import load_model, load_tokenizer
 
 
@@ -20,7 +24,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_rates_are_of_the_texts_that_were_written(folders: tuple[Path, Path]) -> None:
     target, small = map(str, folders)
     model, tokenizer = load_model(target), load_tokenizer(target)
-    rates = measure(model, tokenizer, f"{small},suffix", ["abc", "hello hello"], new_tokens=9, rounds=1, slots=2)
+    with ChainServer(model, tokenizer, "suffix", name="measured", port=0) as door:
+        url = f"http://127.0.0.1:{door.port}/v1"
+        rates = measure(model, tokenizer, f"{small},suffix", ["abc", "hello"], url, new_tokens=9, rounds=1)
     assert [rate.way for rate in rates] == [IN_PROCESS, WHOLE, STREAMED]
     for rate in rates:
         assert (rate.tokens, rate.texts) == (18, 2)
@@ -30,12 +36,20 @@ def test_rates_are_of_the_texts_that_were_written(folders: tuple[Path, Path]) ->
     assert rates[1].alike == 2
 
 
-def test_a_client_that_has_gone_is_told() -> None:
-    with Client(1) as client, pytest.raises(RuntimeError, match="the client ended with 1"):
-        client.ask(["nobody listens there"], 4, False)
+def test_a_server_that_cannot_begin_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ended:
+        def __init__(self, words: list[str], **_: Any) -> None:
+            self.stderr = io.StringIO(f"loading\npolyspec: there is no folder {words[4]}.\n")
+
+        def wait(self) -> int:
+            return 2
+
+    monkeypatch.setattr(subprocess, "Popen", Ended)
+    with pytest.raises(RuntimeError, match=r"the server ended with 2: .*there is no folder nothing-here\."):
+        Served(["nothing-here"])
 
 
-def test_the_command_prints_each_way(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_serves_what_it_runs_itself(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     target, small = map(str, folders)
     main(["--model", target, "--dtype", "float32", "--unpacked", "--chain", small, "--new-tokens", "4",
           "--prompts", "1", "--rounds", "1"])  # fmt: skip

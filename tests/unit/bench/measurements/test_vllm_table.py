@@ -12,10 +12,12 @@ from tiny_models import head_for, noisy, prompts, tiny
 from hf_polyspec.bench.measurements import vllm_table
 from hf_polyspec.bench.measurements.vllm_table import Bench
 from hf_polyspec.generation.chain import build_below, check_assistants
+from hf_polyspec.generation.doors import generate
 from hf_polyspec.generation.options import PolySpecOptions
 from hf_polyspec.generation.setting import Setting
 from hf_polyspec.integrations.histories import Histories
 from hf_polyspec.integrations.vllm import _own
+from hf_polyspec.levels import draft_vocabulary
 from hf_polyspec.levels.suffix import SuffixDrafter
 
 NEW, OFFERED = 24, 3
@@ -76,3 +78,24 @@ def test_the_chain_starts_and_ends_where_the_proposer_does(
 def test_a_head_waits_for_what_the_prompts_pass_has_read(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_table, "by_name", lambda target, words: [head_for(bench.target)])
     assert 1.0 <= bench._here(["head"]) < 2.0  # an untrained head; a pass for each token, or a little better
+
+
+def test_a_head_chooses_from_all_ids(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose file ranks them too, which `generate()` would have choose from the most frequent."""
+    head = head_for(bench.target)
+    head.config.frequent_tokens = [3, 4]
+    monkeypatch.setattr(draft_vocabulary, "AUTO_ROWS", 2)
+    monkeypatch.setattr(vllm_table, "by_name", lambda target, words: [head])
+    scored = []
+
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        out = generate(*args, **kwargs)
+        scored.append(out.polyspec.levels[-1].draft_vocabulary)
+        return out
+
+    monkeypatch.setattr(vllm_table, "generate", seen)
+    bench._here(["head"], alone=True)
+    assert set(scored) == {None}
+    scored.clear()
+    bench._here(["head"])  # below our own proposer it chooses as it does here
+    assert None not in scored
