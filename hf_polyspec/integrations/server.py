@@ -126,10 +126,10 @@ class ChainServer:
     def _listens(self) -> None:
         """Requests are taken from now on."""
         self.port = self._server.servers[0].sockets[0].getsockname()[1]
-        self._listening.set()
         _LOG.info("http://%s:%s/v1; requests run %s", self.host, self.port, self._how)
         if self.host not in LOOPBACK:
             _LOG.warning("%s can be reached from other machines, and whoever reaches it may ask it anything", self.host)
+        self._listening.set()
 
     async def _metrics(self) -> Any:
         from fastapi import Response
