@@ -85,9 +85,10 @@ class PolySpecModel(TransformersModel):
         return PolySpecConfig(**{name: getattr(config, name) for name in shared} | cls.settings)
 
     def _put_below(self) -> None:
-        chain = members(self.model, named_assistants(self.config.assistants.split("+")))
+        target: Any = self.model
+        chain = check_assistants(target, members(target, named_assistants(self.config.assistants.split("+"))))
         self._count = _Count()  # stays when lighteval has its answers and lets the model go
-        self.model = _Chained(self.model, check_assistants(self.model, chain), self.config.options, self._count)
+        self.model: Any = _Chained(target, chain, self.config.options, self._count)
 
 
 @dataclass

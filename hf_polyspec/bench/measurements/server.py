@@ -7,6 +7,7 @@ which OpenAI's client in this one asks with and without a stream. They take turn
 
 from __future__ import annotations
 
+import argparse
 import re
 import statistics
 import subprocess
@@ -25,8 +26,9 @@ from ...models.assistants import by_name
 from ...models.conversation import encode_prompt
 from ...planning.texts import PROMPTS
 from . import arguments
+from .forms import parse_form
 from .same_seed import MORE_PROMPTS
-from .ways import finish, in_turns, parser_of, table_of, target_of
+from .ways import finish, in_turns, parser_of, quotient, table_of, targets_of
 
 IN_PROCESS = "generate()"
 WHOLE = "the server"
@@ -41,11 +43,12 @@ class Rate:
 
     Attributes:
         chain: the levels' names; way: how it was asked.
-        tokens: of all texts; seconds: for them, the median; per_second: tokens a second.
-        ratio: to `IN_PROCESS`.
+        form: of the target; tokens: of all texts; seconds: for them, the median; per_second: tokens a second.
+        ratio: to `IN_PROCESS`, the median of what the turns say.
         alike: texts that are those of `IN_PROCESS`; texts: how many there are.
     """
 
+    form: str
     chain: str
     way: str
     tokens: int
@@ -94,13 +97,21 @@ class Served:
 
 
 def measure(
-    target: Any, tokenizer: Any, chain: str, prompts: Sequence[str], url: str, *, new_tokens: int, rounds: int
+    target: Any,
+    tokenizer: Any,
+    chain: str,
+    prompts: Sequence[str],
+    url: str,
+    *,
+    form: str = "",
+    new_tokens: int,
+    rounds: int,
 ) -> list[Rate]:
     """Time one chain in process and through a server, in turns.
 
     Args:
         target: as it is to run; tokenizer: of it, with a chat template; chain: names with commas between.
-        prompts: what users ask; url: of a server of the same chain.
+        prompts: what users ask; url: of a server of the same chain; form: what to call the target's.
         new_tokens: at most; rounds: of which the median counts.
     """
     import openai
@@ -129,12 +140,12 @@ def measure(
 
     with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
         found = in_turns(timed, (IN_PROCESS, WHOLE, STREAMED), rounds)
-    tokens, base = sum(counts), statistics.median(found[IN_PROCESS])
-    rates = []
+    tokens, rates = sum(counts), []
     for way, each in found.items():
         seconds = statistics.median(each)
         alike = sum(one == other for one, other in zip(texts[way], texts[IN_PROCESS], strict=True))
-        rates.append(Rate(chain, way, tokens, seconds, tokens / seconds, base / seconds, alike, len(prompts)))
+        ratio = quotient(found, way, IN_PROCESS)
+        rates.append(Rate(form, chain, way, tokens, seconds, tokens / seconds, ratio, alike, len(prompts)))
     return rates
 
 
@@ -153,23 +164,32 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=arguments.count, default=4)
     parser.add_argument("--slots", type=arguments.count, default=8, help="requests that the server runs at a time")
     given = parser.parse_args(words)
-    target, tokenizer = target_of(given)
+    for _, change in given.form:
+        if change not in ("", "pack"):
+            parser.error(f"--form: a server's model is as it is or packed, not {change}.")
     prompts = (*PROMPTS, *MORE_PROMPTS)[: given.prompts]
     found: list[Rate] = []
-    for chain in given.chain:
-        settings = [given.model, "--dtype", given.dtype, "--slots", str(given.slots)]
-        settings += [] if given.unpacked else ["--pack"]
-        settings += [word for name in chain.split(",") for word in ("--assistant", name)]
-        with Served(settings) as served:
-            found += measure(
-                target, tokenizer, chain, prompts, served.url, new_tokens=given.new_tokens, rounds=given.rounds
-            )  # fmt: skip
-    table = table_of(f"{len(prompts)} texts", ("asked", "tokens", "seconds", "tokens/s", "ratio", "alike"))
+    for form, target, tokenizer in targets_of(given):
+        for chain in given.chain:
+            with Served(_words(given, form, chain)) as served:
+                found += measure(
+                    target, tokenizer, chain, prompts, served.url,
+                    form=form, new_tokens=given.new_tokens, rounds=given.rounds,
+                )  # fmt: skip
+    table = table_of(f"{len(prompts)} texts", ("chain", "asked", "tokens", "seconds", "tokens/s", "ratio", "alike"))
     for rate in found:
         table.add_row(
-            rate.chain, rate.way, str(rate.tokens), f"{rate.seconds:.2f}", f"{rate.per_second:.1f}",
+            rate.form, rate.chain, rate.way, str(rate.tokens), f"{rate.seconds:.2f}", f"{rate.per_second:.1f}",
             f"{rate.ratio:.3f}", f"{rate.alike} of {rate.texts}",
         )  # fmt: skip
     console = Console(width=110)
     console.print(table)
-    finish(console, given, found)
+    finish(console, given, rates=found)
+
+
+def _words(given: argparse.Namespace, form: str, chain: str) -> list[str]:
+    """What `polyspec serve` is called with."""
+    dtype, change = parse_form(form)
+    words = [given.model, "--dtype", dtype, "--slots", str(given.slots)]
+    words += ["--pack"] if change else []
+    return words + [word for name in chain.split(",") for word in ("--assistant", name)]

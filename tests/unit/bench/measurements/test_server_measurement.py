@@ -31,7 +31,7 @@ def test_rates_are_of_the_texts_that_were_written(folders: tuple[Path, Path]) ->
     for rate in rates:
         assert (rate.tokens, rate.texts) == (18, 2)
         assert rate.per_second * rate.seconds == pytest.approx(18)
-        assert rate.ratio == pytest.approx(rates[0].seconds / rate.seconds)
+        assert rate.ratio == pytest.approx(rates[0].seconds / rate.seconds)  # of one round
     # A stream withholds bytes that are half a character; random models write such ones.
     assert rates[1].alike == 2
 
@@ -51,8 +51,14 @@ def test_a_server_that_cannot_begin_says_why(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_command_serves_what_it_runs_itself(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     target, small = map(str, folders)
-    main(["--model", target, "--dtype", "float32", "--unpacked", "--chain", small, "--new-tokens", "4",
+    main(["--model", target, "--form", "float32", "--chain", small, "--new-tokens", "4",
           "--prompts", "1", "--rounds", "1"])  # fmt: skip
     said = capsys.readouterr().out
     assert all(way in said for way in (IN_PROCESS, WHOLE, STREAMED))
     assert "1 of 1" in said
+
+
+def test_a_form_that_is_not_served_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--form", "bfloat16+int8"])
+    assert "a server's model is as it is or packed, not int8" in capsys.readouterr().err
