@@ -40,7 +40,7 @@ def port_for_later() -> int:
             return port
 
 
-def together(script: Path, folder: Path, task: str, ranks: int = 2, seconds: float = 240) -> list[dict[str, Any]]:
+def together(script: Path, folder: Path, task: str, ranks: int = 2, seconds: float = 900) -> list[dict[str, Any]]:
     """Run `task` of a script in several processes.
 
     Returns:

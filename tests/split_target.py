@@ -6,11 +6,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from ranks import Notes
-from tiny_models import head_for, prompts
+from tiny_models import head_for, noisy, prompts
 from transformers import AutoModelForCausalLM, LogitsProcessor, StoppingCriteria
 
 import hf_polyspec
@@ -20,7 +21,16 @@ from hf_polyspec.levels.base import Drafter
 
 PROMPTS = prompts(12, 9)
 PLAIN: dict[str, Any] = {"max_new_tokens": 14, "pad_token_id": 0, "do_sample": False}
+SEED = 7
 SAMPLED: dict[str, Any] = {**PLAIN, "do_sample": True, "temperature": 0.7}
+
+
+@torch.no_grad()
+def change(target: Any) -> None:
+    """Other weights, and another text."""
+    for name, weight in target.named_parameters():
+        if "layernorm" in name:
+            weight.mul_(torch.linspace(0.2, 2.0, len(weight)))
 
 
 def split(folder: str, name: str = "target") -> Any:
@@ -49,11 +59,12 @@ class Failing(Drafter):
 
 
 class Asked(LogitsProcessor):
-    """Lets one process write something else from its third step on, or end itself."""
+    """Lets one process write something else from its third step on, have no law at all, or end itself."""
 
-    def __init__(self, at: int, ends: bool = False) -> None:
+    def __init__(self, at: int, ends: bool = False, lawless: bool = False) -> None:
         self.at = at
         self.ends = ends
+        self.lawless = lawless
         self.steps = 0
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -62,7 +73,20 @@ class Asked(LogitsProcessor):
             return scores
         if self.ends:
             os.kill(os.getpid(), signal.SIGKILL)
-        return -scores
+        return scores * float("nan") if self.lawless else -scores
+
+
+class Counting(LogitsProcessor):
+    """Keeps a state: makes another id unlikely at every step."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.steps += 1
+        scores = scores.clone()
+        scores[:, self.steps % scores.shape[1]] -= 5
+        return scores
 
 
 class After(StoppingCriteria):
@@ -73,6 +97,15 @@ class After(StoppingCriteria):
 
     def __call__(self, ids: torch.Tensor, scores: Any, **more: Any) -> torch.Tensor:
         return torch.full((len(ids),), ids.shape[1] >= self.length)
+
+
+def split_levels(folder: str) -> dict[str, list[Any]]:
+    """Chains below the target of which several levels are split, and one of which none is."""
+    return {
+        "int8 over a head": ["int8", head_for(whole(folder, "target"))],
+        "split over suffix": [split(folder, "alike"), SuffixDrafter()],
+        "split over split": [split(folder, "alike"), "early-exit:1"],
+    }
 
 
 class Texts:
@@ -100,7 +133,9 @@ def chains(folder: str, notes: Notes, rank: int) -> None:
     notes.put("an early exit, which is split", lambda: text("early-exit:1"))
     notes.put("a split middle over suffix", lambda: text(split(folder, "alike"), SuffixDrafter()))
     notes.put("online", lambda: text(small, SuffixDrafter(), polyspec_control="online"))
-    notes.put("online, another time", lambda: text("int8", head, polyspec_control="online"))
+    online: dict[str, Any] = {"polyspec_control": "online", "max_new_tokens": 60}
+    for name, levels in split_levels(folder).items():
+        notes.put(f"online, {name}", lambda levels=levels: text(*levels, **online))
     torch.manual_seed(7)
     notes.put("sampled, one seed", lambda: text("int8", small, **SAMPLED))
     torch.manual_seed(7 if rank == 0 else 8)
@@ -109,6 +144,67 @@ def chains(folder: str, notes: Notes, rank: int) -> None:
     notes.put("a seed of the call's own", lambda: text(small, polyspec_seed=7, **SAMPLED))
     told = text("int8", small, return_dict_in_generate=True).polyspec
     notes.put("statistics", lambda: [told.new_tokens, [(one.name, one.forward_passes) for one in told.levels]])
+
+
+def drawn_chains(folder: str, text: Texts, load: Callable[[str, str], Any]) -> dict[str, Callable[[], Any]]:
+    """Chains whose levels draw by themselves, under a target that is split or is not.
+
+    Args:
+        load: loads what is split where the target is.
+    """
+    small, alike, head = whole(folder, "small"), load(folder, "alike"), head_for(whole(folder, "target"))
+    token, block = {"polyspec_verification": "token"}, {"polyspec_verification": "block"}
+    tree = {"polyspec_tree_tokens": 6, "num_assistant_tokens": 3}
+    lossy = {"polyspec_bias_budget": 0.5}
+    return {
+        "token": lambda: text(small, **SAMPLED, **token),
+        "block": lambda: text(small, **SAMPLED, **block),
+        "a middle that draws": lambda: text(noisy(whole(folder, "target"), 0.05), small, **SAMPLED, **block),
+        "a split middle that draws": lambda: text(alike, small, **SAMPLED, **block),
+        "a split drafter": lambda: text("early-exit:1", **SAMPLED, **token),
+        "a drawn tree": lambda: text(head, **SAMPLED, **token, **tree),
+        "in order": lambda: text(small, logits_processor=[Counting()], **SAMPLED, **token),
+        "a bias budget": lambda: text(small, **SAMPLED, **lossy),
+        "a seed": lambda: text(small, polyspec_seed=11, **SAMPLED, **token),
+    }
+
+
+def draws(folder: str, notes: Notes, rank: int) -> None:
+    """Levels that draw by themselves, the generators of the processes standing apart."""
+    text = Texts(split(folder))
+    for name, call in drawn_chains(folder, text, split).items():
+        torch.manual_seed(SEED + rank)
+        notes.put(name, call)
+        notes.put(f"the next number after {name}", lambda: int(torch.randint(1 << 30, ())))
+    torch.manual_seed(SEED)
+    options = {**SAMPLED, "polyspec_verification": "token", "logits_processor": [Asked(0, lawless=True)]}
+    notes.put("nothing to draw from", lambda: text(whole(folder, "small"), **options))
+    notes.put("well again", lambda: text(whole(folder, "small")))
+
+
+def automatic(folder: str, notes: Notes, rank: int) -> None:
+    """What pays is measured together."""
+    os.environ["XDG_CACHE_HOME"] = cache = f"{folder}/cache-{rank}"
+    target = split(folder)
+
+    def chosen(**options: Any) -> Any:
+        found = hf_polyspec.generate(
+            target, **PROMPTS, **{**PLAIN, **options}, assistant_models="auto", return_dict_in_generate=True
+        )
+        lines.append(found.polyspec.chosen)
+        return found.sequences
+
+    lines: list[str] = []
+    notes.put("auto", chosen)
+    torch.manual_seed(SEED + rank)
+    notes.put("auto, sampled", lambda: chosen(**SAMPLED))
+    change(target)
+    notes.put("auto, changed", chosen)
+    notes.put("lines", lambda: lines)
+    other = prompts(12, 9, seed=3 + rank)
+    notes.put("auto, other prompts", lambda: hf_polyspec.generate(target, **other, **PLAIN, assistant_models="auto"))
+    notes.put("auto in one", lambda: Texts(target)() if rank else chosen())
+    notes.put("profiles", lambda: sum(name.endswith(".json") for _, _, found in os.walk(cache) for name in found))
 
 
 def decisions(folder: str, notes: Notes, rank: int) -> None:
@@ -121,9 +217,6 @@ def decisions(folder: str, notes: Notes, rank: int) -> None:
     notes.put("other prompts", lambda: text(small, inputs=other))
     notes.put("other lengths", lambda: text(small, max_new_tokens=14 + rank))
     notes.put("refused in one", lambda: text("no such thing" if rank else small))
-    notes.put("levels that draw", lambda: text(small, polyspec_verification="token", **SAMPLED))
-    online = {"polyspec_control": "online"}
-    notes.put("online over a split level", lambda: text(split(folder, "alike"), SuffixDrafter(), **online))
     notes.put("uneven", lambda: Texts(split(folder, "uneven"))(SuffixDrafter()))
     notes.put("a level that fails", lambda: text(Failing()))
     notes.put("parted ways", lambda: text(small, logits_processor=[Asked(1)]))
@@ -133,6 +226,8 @@ def decisions(folder: str, notes: Notes, rank: int) -> None:
 
 def everything(folder: str, notes: Notes, rank: int) -> None:
     chains(folder, notes, rank)
+    draws(folder, notes, rank)
+    automatic(folder, notes, rank)
     decisions(folder, notes, rank)
 
 

@@ -18,6 +18,7 @@ from ..cpu.packing import pack, packed_assistants
 from ..host.compatibility import check_model
 from ..host.encoded import Encoded
 from ..host.manners import Manner, manner_of
+from ..host.ranks import Ranks, ranks_of
 from ..host.release import input_device
 from ..levels.names import name_of
 from ..levels.suffix import SuffixDrafter
@@ -69,10 +70,10 @@ class _Side:
     profiles: dict[Key, Profile] = field(default_factory=dict)
     costs: dict[Hashable, Costs] = field(default_factory=dict)
 
-    def follow(self, model: Any) -> bool:
-        """Drop what was made of weights that have changed since; whether they had."""
-        mark = stamp(model)
-        changed = self.mark is not None and self.mark != mark
+    def follow(self, model: Any, ranks: Ranks) -> bool:
+        """Drop what was made of weights that have changed since; whether they had, as the first process sees it."""
+        mark = stamp(model) if ranks.leads else None
+        changed: bool = ranks.told(self.mark is not None and self.mark != mark)
         if changed:
             self.twin = None
             self.copies.clear()
@@ -99,6 +100,9 @@ def prepare(
     models of their own. Both are dropped before the next call when the model has changed, and made anew: the packed
     one at once, quantised ones as soon as two calls find the same weights.
 
+    Processes that share the model's passes measure them together; the first, whose levels run below them, measures the
+    rest, decides, and keeps the profile.
+
     Args:
         model: the target; prompt: ids of a row, on which copies are compared with it.
         packs: whether the target may be run packed.
@@ -112,16 +116,18 @@ def prepare(
     check_model(model, "the target", encodes=encoded is not None)
     with _making:
         side = _sides.setdefault(model, _Side())
+    ranks = ranks_of(model)
     with side.lock, generators_kept():
-        changed = side.follow(model)
-        key = _key(model, packs)
-        found = side.profiles.get(key) or profiles.load(key)
+        changed = side.follow(model, ranks)
+        key = ranks.told(_key(model, packs))
+        found = ranks.told(side.profiles.get(key) or profiles.load(key))
         if found is None:
             row = None if encoded is None else encoded.select([0])
-            found = _measured(model, key, prompt, side, row, tries if encoded is None else None)
-            _keep(found)
+            found = _measured(model, key, prompt, side, row, tries if encoded is None else None, ranks)
+            if ranks.leads:
+                _keep(found)
         side.profiles[key] = found
-        return _made(model, found, side, changed, mode)
+        return _made(model, found, side, changed, mode, ranks)
 
 
 def known(model: Any, *, packs: bool = True) -> Profile | None:
@@ -144,7 +150,7 @@ def _keep(found: Profile) -> None:
         )
 
 
-def _made(model: Any, found: Profile, side: _Side, changed: bool, mode: Hashable) -> Ready:
+def _made(model: Any, found: Profile, side: _Side, changed: bool, mode: Hashable, ranks: Ranks) -> Ready:
     """The members of a profile, made where they are not there."""
     target = model
     if found.packed and found.key.layout == MAY:
@@ -156,7 +162,7 @@ def _made(model: Any, found: Profile, side: _Side, changed: bool, mode: Hashable
     assistants = []
     for name in list(members):
         try:
-            assistants.append(_member(model, target, name, side))
+            assistants.append(_member(model, target, name, side, ranks))
         except (ValueError, OSError) as error:
             if name in _BITS:
                 raise
@@ -175,32 +181,40 @@ def _twin(model: Any) -> Any:
     return pack(sharing_copy(model))
 
 
-def _member(model: Any, target: Any, name: str, side: _Side) -> Any:
+def _member(model: Any, target: Any, name: str, side: _Side, ranks: Ranks) -> Any:
     if name == SUFFIX:  # it keeps the text of its generation
         return SuffixDrafter(eos=end_ids(model))
     if name == MTP:  # so does this
         return load_drafter(name, model)
     if name not in side.copies:
-        side.copies[name] = quantized_copy(model, _BITS[name]) if name in _BITS else load_drafter(name, target)
+        bits = _BITS.get(name)
+        side.copies[name] = load_drafter(name, target, ranks) if bits is None else quantized_copy(model, bits)
     return side.copies[name]
 
 
 def _measured(
-    model: Any, key: Key, prompt: Sequence[int], side: _Side, encoded: Encoded | None, tries: Tries | None
+    model: Any,
+    key: Key,
+    prompt: Sequence[int],
+    side: _Side,
+    encoded: Encoded | None,
+    tries: Tries | None,
+    ranks: Ranks,
 ) -> Profile:
     """A profile of what there is for this model."""
-    progress = Progress(f"{name_of(model) or type(model).__name__} in {key.dtype} on {key.device}")
+    place = f"{key.device} in {ranks.size} processes" if ranks.in_step else key.device
+    progress = Progress(f"{name_of(model) or type(model).__name__} in {key.dtype} on {place}", told=not ranks.leads)
     if manner_of(model) in (Manner.STEPS, Manner.NONE):
-        passes = time_passes({"target": model}, {"target": FEW}, progress, encoded)
+        passes = time_passes({"target": model}, {"target": FEW}, progress, encoded, ranks=ranks)
         line = "the model alone: it goes on exactly only one token a pass"
         return _profile(model, key, False, [], passes, {}, [line], [], progress)
-    packed, passes, words, left = _target(model, key, side, progress, encoded)
+    packed, passes, words, left = _target(model, key, side, progress, encoded, ranks)
     target = side.twin if packed else model
-    bits, agreed, about = _copy(model, target, prompt, passes, side, progress, encoded)
+    bits, agreed, about = _copy(model, target, prompt, passes, side, progress, encoded, ranks)
     (words if bits else left).append(about)
     drafter: Tried | None = None
     if tries is not None:
-        drafter, why = try_drafters(model, target, prompt, passes["target"], tries, progress)
+        drafter, why = try_drafters(model, target, prompt, passes["target"], tries, progress, ranks)
         left += why
     keeps_copy, keeps_drafter, why = joint(passes["target"], bits, passes.get(bits or ""), agreed, drafter)
     left += why
@@ -222,13 +236,14 @@ def _measured(
 
 
 def _target(
-    model: Any, key: Key, side: _Side, progress: Progress, encoded: Encoded | None
+    model: Any, key: Key, side: _Side, progress: Progress, encoded: Encoded | None, ranks: Ranks
 ) -> tuple[bool, dict[str, list[list[float]]], list[str], list[str]]:
     """Whether to run the target packed, its passes, and why."""
     if not key.pack or key.layout != MAY:
-        reason = "packing is for models on a CPU that are not trained, hooked, compiled or packed already"
+        reason = "packing is for models on a CPU that are not trained, hooked, compiled, shared or packed already"
         reason = reason if key.pack else "polyspec_pack=False"
-        return False, time_passes({"target": model}, {"target": SIZES}, progress, encoded), [], [f"packing: {reason}"]
+        passes = time_passes({"target": model}, {"target": SIZES}, progress, encoded, ranks=ranks)
+        return False, passes, [], [f"packing: {reason}"]
     side.twin = _twin(model)
     both = {"target": side.twin, "unpacked": model}
     found = time_passes(both, {"target": SIZES, "unpacked": FEW}, progress, encoded)
@@ -250,22 +265,27 @@ def _copy(
     side: _Side,
     progress: Progress,
     encoded: Encoded | None,
+    ranks: Ranks,
 ) -> tuple[str | None, dict[str, float], str]:
     """The quantised copy that pays, if one does; its passes are added to those of the target."""
     reason = "int8: it does not pay"
     for name, bits in _BITS.items():
-        hindrance = copy_hindrance(model, bits)
+        hindrance = ranks.told(copy_hindrance(model, bits) if ranks.leads else None)
         if hindrance is not None:
             reason = f"{name}: {hindrance}"
             continue
         progress(f"making the {name} copy")
+        copy, failure = None, None
         try:
             copy = quantized_copy(model, bits)
         except ValueError as error:
-            return None, {}, f"{name}: {' '.join(str(error).split()).rstrip('.')}"
+            failure = " ".join(str(error).split()).rstrip(".")
+        failure = ranks.told(failure)
+        if failure is not None:
+            return None, {}, f"{name}: {failure}"
         with packed_assistants([copy], target):  # as it runs in a chain
-            found = time_passes({name: copy}, {name: SIZES[:4]}, progress, encoded)
-            share = agreement(copy, target, prompt, encoded)
+            found = _times_of(name, copy, progress, encoded, ranks)
+            share = agreement(copy, target, prompt, encoded, ranks)
         gain = worth(passes["target"], found[name], share)
         told = f"its pass takes {milliseconds(found[name][0][1])}"
         told += "" if share is None else f", it agrees in {share:.0%}"
@@ -275,6 +295,18 @@ def _copy(
             return name, {} if share is None else {name: share}, f"{name} ({told})"
         return None, {}, f"{name}: {told}, which would not pay"
     return None, {}, reason
+
+
+def _times_of(
+    name: str, copy: Any, progress: Progress, encoded: Encoded | None, ranks: Ranks
+) -> dict[str, list[list[float]]]:
+    """Of a copy's passes, which the first process makes alone."""
+
+    def timed() -> dict[str, list[list[float]]]:
+        return time_passes({name: copy}, {name: SIZES[:4]}, progress, encoded)
+
+    nothing: dict[str, list[list[float]]] = {}
+    return ranks.told(ranks.attempted(timed, nothing))  # type: ignore[no-any-return]
 
 
 def _profile(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..cpu.memory import memory, spare
+from ..host.ranks import own_part
 from ..host.release import is_compiled
 from ..integers.weights import round_to_nearest
 from ..quantization.model import linear_layers
@@ -48,7 +49,7 @@ def _free(device: torch.device) -> int:
 
 def _rounding_seconds(weights: list[Any], bits: int) -> float:
     """How long all take, from a piece of the largest."""
-    piece = max(weights, key=lambda weight: weight.numel()).detach()[:_ROWS]
+    piece = own_part(max(weights, key=lambda weight: weight.numel()).detach())[:_ROWS]
     began = time.perf_counter()
     round_to_nearest(piece, bits, -1 if bits == 8 else 32, True)
     whole = sum(int(weight.numel()) for weight in weights)

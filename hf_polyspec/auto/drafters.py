@@ -10,9 +10,11 @@ from typing import Any
 
 from ..control.costs import STEPS, Costs, Head, Trial
 from ..eagle.configuration import EagleHeadConfig
-from ..eagle.features import check_fit, target_parts
+from ..eagle.features import check_fit, lend_parts, target_parts
 from ..host.hub_cache import cached_folders
+from ..host.ranks import ALONE, Ranks
 from ..host.release import inner_model, input_device
+from ..levels.elsewhere import Elsewhere
 from ..models.assistants import is_eagle_head, load_assistant
 from ..models.packaged import HEAD, head_folder
 from ..planning.theory.cost_model import SecondsTable
@@ -43,13 +45,17 @@ class Tried:
     about: str
 
 
-def load_drafter(name: str, target: Any) -> Any:
-    """A drafter by its name, from this disk.
+def load_drafter(name: str, target: Any, ranks: Ranks = ALONE) -> Any:
+    """A drafter by its name, from this disk; of processes that share the target, the first loads it.
 
     Raises:
         ValueError, OSError: it is not there, or cannot be loaded.
     """
-    return load_assistant(name, target, target.dtype, input_device(target), remote_code=False)
+
+    def load() -> Any:
+        return load_assistant(name, target, target.dtype, input_device(target), remote_code=False)
+
+    return ranks.attempted(load, Elsewhere(name, reads_states=True))
 
 
 def drafters_here(model: Any) -> Iterator[str]:
@@ -74,7 +80,13 @@ def _fits(folder: str, model: Any) -> bool:
 
 
 def try_drafters(
-    model: Any, target: Any, prompt: Sequence[int], passes: Points, tries: Tries, progress: Callable[[str], None]
+    model: Any,
+    target: Any,
+    prompt: Sequence[int],
+    passes: Points,
+    tries: Tries,
+    progress: Callable[[str], None],
+    ranks: Ranks = ALONE,
 ) -> tuple[Tried | None, list[str]]:
     """The drafter that promises most, and sentences on those that promise too little.
 
@@ -82,14 +94,18 @@ def try_drafters(
         model: the caller's; target: as it runs.
         prompt: ids to go on from; passes: of the target.
         tries: runs one; progress: told of what is tried.
+        ranks: the processes that take part in passes of the target; what is read beside it on its own is left out.
     """
     best: Tried | None = None
     left: list[str] = []
     table = SecondsTable(tuple((int(columns), float(seconds)) for columns, seconds in passes))
-    for name in drafters_here(model):
+    if ranks.in_step:
+        lend_parts(inner_model(model), keeps=ranks.leads)
+    here = list(drafters_here(model)) if ranks.leads else []
+    for name in ranks.told([name for name in here if name != MTP or not ranks.in_step]):
         progress(f"trying {name}")
         try:
-            member = load_drafter(name, target)
+            member = load_drafter(name, target, ranks)
             head = tries(target, member, prompt).head(table)
         except (ValueError, OSError) as error:
             if name != MTP:  # most models have none

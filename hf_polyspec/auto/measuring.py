@@ -15,6 +15,7 @@ from ..exactness.context import EMBEDDED, Context, Prompt
 from ..host.encoded import Encoded
 from ..host.manners import runner_for
 from ..host.positions import positions_told
+from ..host.ranks import ALONE, Ranks
 from ..host.release import input_device
 from ..telemetry.counters import LevelStats
 
@@ -35,13 +36,13 @@ class Progress:
     """Says on stderr what is going on, once it has taken longer than two seconds.
 
     Args:
-        subject: what is being measured.
+        subject: what is being measured; told: whether it has been said, or another process says it.
     """
 
-    def __init__(self, subject: str) -> None:
+    def __init__(self, subject: str, told: bool = False) -> None:
         self.subject = subject
         self.started = time.perf_counter()
-        self.told = False
+        self.told = told
 
     @property
     def seconds(self) -> float:
@@ -111,6 +112,7 @@ def time_passes(
     progress: Progress,
     encoded: Encoded | None = None,
     budget: float = BUDGET,
+    ranks: Ranks = ALONE,
 ) -> dict[str, list[list[float]]]:
     """Passes of models by name, in turns, so that a slow moment of the machine falls on all of them.
 
@@ -118,6 +120,7 @@ def time_passes(
         models: by name; sizes: columns of the passes of each, rising.
         progress: told of what is timed; encoded: see `Clock`.
         budget: seconds for each model, see `BUDGET`.
+        ranks: the processes that take part in the passes; it is the first's clock that counts.
 
     Returns:
         By name, [columns, seconds], the quickest of three passes each or, where those differ as they do beside other
@@ -129,7 +132,7 @@ def time_passes(
             progress(f"running {name} for the first time")
             began = time.perf_counter()
             clock.seconds(columns)
-            if time.perf_counter() - began > budget / 2:
+            if ranks.first([time.perf_counter() - began > budget / 2])[0]:
                 break
     found: dict[str, dict[int, list[float]]] = {
         name: {columns: [] for columns in _within(sizes[name], clock)} for name, clock in clocks.items()
@@ -138,12 +141,13 @@ def time_passes(
     for repeat in range(_MOST_REPEATS):
         for name, clock in clocks.items():
             for columns, times in found[name].items():
-                if repeat and (spent[name] > budget or (repeat >= _REPEATS and _settled(times))):
+                done = spent[name] > budget or (repeat >= _REPEATS and _settled(times))
+                if repeat and ranks.first([done])[0]:
                     continue
                 progress(f"timing {name}")
                 times.append(clock.seconds(columns))
                 spent[name] += times[-1]
-    return {name: _rising(of) for name, of in found.items()}
+    return ranks.told({name: _rising(of) for name, of in found.items()})  # type: ignore[no-any-return]
 
 
 def _settled(times: Sequence[float]) -> bool:
@@ -165,11 +169,14 @@ def _within(sizes: Sequence[int], clock: Clock) -> list[int]:
 
 
 @torch.no_grad()
-def agreement(model: Any, target: Any, ids: Sequence[int], encoded: Encoded | None = None) -> float | None:
+def agreement(
+    model: Any, target: Any, ids: Sequence[int], encoded: Encoded | None = None, ranks: Ranks = ALONE
+) -> float | None:
     """The share of a prompt's places at which a copy's likeliest token is the target's.
 
     Args:
         model: the copy; target: the model; ids: of a prompt; encoded: see `Clock`.
+        ranks: the processes that take part in passes of the target; the copy is in the first of them.
 
     Returns:
         0 to 1; None where there is too little of a prompt to tell.
@@ -177,9 +184,11 @@ def agreement(model: Any, target: Any, ids: Sequence[int], encoded: Encoded | No
     some = [token for token in ids if token != EMBEDDED][-_READ:]
     if len(some) < 8:
         return None
-    said = []
-    for one in (target, model):
+
+    def said(one: Any) -> torch.Tensor:
         runner = runner_for(one, "a copy", input_device(one), encoded=encoded)
-        passed = runner.run(_context(some[:1]), [some[1:]], LevelStats("reading", 0))
-        said.append(passed.logits[0].argmax(-1))
-    return float((said[0] == said[1]).float().mean())
+        return runner.run(_context(some[:1]), [some[1:]], LevelStats("reading", 0)).logits[0].argmax(-1)
+
+    by_target = said(target)
+    share: float = ranks.told(ranks.attempted(lambda: float((by_target == said(model)).float().mean()), 0.0))
+    return share

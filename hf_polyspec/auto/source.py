@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..cpu.packing import is_packing
 from ..host.hooks import is_hooked
+from ..host.ranks import is_split, own_part, ranks_of
 from ..host.release import inner_model, is_compiled
 
 _NUMBERS = 8
@@ -28,7 +29,8 @@ def identity_of(model: Any) -> str:
     """Which weights these are: of the configuration, the shapes and some numbers of every weight but adapters'.
 
     It is found once for as long as the model lives, so that training or merging an adapter does not change it, and is
-    the same for a checkpoint loaded in another type.
+    the same for a checkpoint loaded in another type. Of a model that processes share it is of the part that is here,
+    and of how many they are: passes take another time than in one process.
 
     Returns:
         16 hexadecimal digits.
@@ -37,7 +39,9 @@ def identity_of(model: Any) -> str:
     if inner not in _identities:
         config = inner.config.to_dict() if hasattr(inner.config, "to_dict") else {}
         told = {name: value for name, value in config.items() if name not in _VOLATILE}
-        found = hashlib.sha256(json.dumps([type(inner).__name__, told], sort_keys=True, default=str).encode())
+        shared = [ranks_of(inner).size] if is_split(inner) else []
+        facts = [type(inner).__name__, told, *shared]
+        found = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
         for name, weight in _base_weights(inner):
             found.update(f"{name} {tuple(weight.shape)}".encode())
             found.update(_numbers(weight))
@@ -49,7 +53,7 @@ def _numbers(weight: Tensor) -> bytes:
     """A few numbers, rounded to 16 bits: a checkpoint is the same in any type that it is loaded in."""
     if weight.device.type == "meta" or not weight.is_floating_point():
         return b""
-    flat = weight.detach().reshape(-1)
+    flat = own_part(weight.detach()).reshape(-1)
     some = flat[:: max(1, flat.numel() // _NUMBERS)][:_NUMBERS]
     return bytes(some.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
 
@@ -81,7 +85,7 @@ def layout_of(model: Any) -> str:
     Returns:
         `PACKED`, `MAY` or `AS_IT_IS`.
     """
-    if is_compiled(model):
+    if is_compiled(model) or is_split(model):
         return AS_IT_IS
     found = MAY
     for module in model.modules():

@@ -8,6 +8,7 @@ round emits follows the target's law whatever was decided before it, so the law 
 from __future__ import annotations
 
 from .costs import Costs
+from .led import LedControl, online_control
 from .memory import forget
 from .online import OnlineControl
 from .pass_seconds import PassSeconds
@@ -15,4 +16,14 @@ from .setups import Setup
 from .shares import Shares
 from .steady import SteadyControl
 
-__all__ = ["Costs", "OnlineControl", "PassSeconds", "Setup", "Shares", "SteadyControl", "forget"]
+__all__ = [
+    "Costs",
+    "LedControl",
+    "OnlineControl",
+    "PassSeconds",
+    "Setup",
+    "Shares",
+    "SteadyControl",
+    "forget",
+    "online_control",
+]

@@ -69,6 +69,7 @@ class OnlineControl:
         self.decisions: list[Decision] = []
         self.setup = PLAIN
         self.emitted = 0.0
+        self.scout = scout
         self._settled_on: tuple[int, ...] = (0,)
         self._needed = 0.0
         self._subsets = self.chain.subsets()
@@ -264,7 +265,7 @@ class OnlineControl:
             if cost > self.budget.left:
                 self._needed = min(self._needed, cost)
                 return
-            seconds = scout(level, context, self.knowledge.times(index), self.clock)
+            seconds = self.scout(level, context, self.knowledge.times(index), self.clock)
             self.budget.charge(seconds)
             self._planning -= seconds
 

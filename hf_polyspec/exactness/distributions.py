@@ -25,7 +25,7 @@ from .forks import AllowedTokens, Lent, duplicate
 from .id_rows import IdRows
 from .noise import Noise
 from .processors import DraftVocabularyProcessor
-from .randomness import Randomness, TorchRandomness
+from .randomness import Deciding, Randomness, TorchRandomness, decided_here
 
 
 def _types(*names: str) -> frozenset[type]:
@@ -79,6 +79,7 @@ class LawMaker:
         noise: what plain generation draws with, step by step. With it every level picks what wins the race under its
             own law, and nothing that is proposed has to carry a law. None for draws of each level's own.
         ends: ids that end a text: nothing is asked about what stands behind one that was proposed.
+        decided: who takes the decisions that levels draw for; this process, unless several run these rows in step.
 
     Attributes:
         left_out: names of processors that levels below go without, and why; shared with all of them.
@@ -92,6 +93,7 @@ class LawMaker:
         randomness: Randomness | None = None,
         noise: Noise | None = None,
         ends: Collection[int] = (),
+        decided: Deciding = decided_here,
     ) -> None:
         self.processors = list(processors)
         self.do_sample = do_sample
@@ -99,6 +101,7 @@ class LawMaker:
         self.noise = noise if do_sample else None
         self.randomness = randomness or TorchRandomness()
         self.ends = ends
+        self.decided = decided
         self.left_out: dict[str, str] = {}
         self._parent: LawMaker | None = None
         self._lent: list[Lent] = []
@@ -267,7 +270,7 @@ class LawMaker:
 
     def draw(self, weights: torch.Tensor, active: Sequence[bool] | None = None) -> torch.Tensor:
         """One token a row from `[B, V]` weights, with chances of this level's own; only some rows may matter."""
-        return self.randomness.categorical(weights)
+        return self.decided(lambda: self.randomness.categorical(weights), (len(weights),)).to(weights.device)
 
     def draw_distinct(
         self, weights: torch.Tensor, ids: torch.Tensor, counts: torch.Tensor, nodes: torch.Tensor
@@ -304,7 +307,7 @@ class LawMaker:
         if not self.in_order:
             return self
         if batch == 1:
-            found = LawMaker(self.processors, self.do_sample, self.device, self.randomness, self.noise, self.ends)
+            found = self._with(self.processors)
             found._parent = self
         else:
             kept = [AllowedTokens(p) if type(p) in FUNCTIONS else p for p in self.processors]
@@ -312,9 +315,14 @@ class LawMaker:
                 if type(processor) not in STATELESS:
                     self.left_out[_name(processor)] = "rows of a batch run apart"
             kept = [p for p in kept if type(p) in STATELESS]
-            found = LawMaker(kept, self.do_sample, self.device, self.randomness, self.noise, self.ends)
+            found = self._with(kept)
         found.left_out = self.left_out
         return found
+
+    def _with(self, processors: Sequence[LogitsProcessor]) -> LawMaker:
+        """One with other processors."""
+        chances = self.randomness, self.noise
+        return LawMaker(processors, self.do_sample, self.device, *chances, self.ends, self.decided)
 
     def tell_left_out(self) -> list[str]:
         """Which processors levels below went without, in a sentence each."""

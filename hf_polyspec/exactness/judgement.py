@@ -180,15 +180,24 @@ def _sampled(
     law: LawMaker, proposal: Proposal, scores: torch.Tensor, active: list[bool], rule: str, bias_budget: float
 ) -> Judgement:
     p = law.probabilities(scores)  # [B, K + 1, V]
-    verdict = _verdict(law, proposal, p, rule, bias_budget)
-    drawn = law.draw(verdict.following)  # [B]
-    decided = torch.stack([verdict.accepted, drawn], dim=1).tolist()
+    decided = _decided(law, proposal, p, rule, bias_budget)
     accepted, tokens = [], []
     for drafted, (kept, token), alive in zip(proposal.tokens, decided, active, strict=True):
         accepted.append(kept if alive else 0)
         tokens.append([*drafted[:kept], token] if alive else [])
     reached = [min(len(emitted), len(drafted)) for emitted, drafted in zip(tokens, proposal.tokens, strict=True)]
     return Judgement(accepted, tokens, scores, p, _introduced(proposal, p, reached, bias_budget))
+
+
+def _decided(law: LawMaker, proposal: Proposal, p: torch.Tensor, rule: str, bias_budget: float) -> list[list[int]]:
+    """Per row, how many proposed tokens are kept and the one drawn after them."""
+
+    def made() -> torch.Tensor:
+        verdict = _verdict(law, proposal, p, rule, bias_budget)
+        return torch.stack([verdict.accepted, law.draw(verdict.following)], dim=1)
+
+    found: list[list[int]] = law.decided(made, (len(p), 2)).tolist()
+    return found
 
 
 def _introduced(proposal: Proposal, p: torch.Tensor, reached: list[int], bias_budget: float) -> list[float]:
@@ -280,9 +289,7 @@ def _judge_column(
         return kept, chosen, None
     p = law.probabilities(scores)  # [B, V]
     # The law after an accepted token is never asked for here, so the second row may repeat the first.
-    verdict = _verdict(law, column, p[:, None].expand(-1, column.width + 1, -1), "token", bias_budget)
-    drawn = law.draw(verdict.following)
-    decided = torch.stack([verdict.accepted, drawn], dim=1).tolist()
+    decided = _decided(law, column, p[:, None].expand(-1, column.width + 1, -1), "token", bias_budget)
     kept = [k for k, _ in decided]
     chosen = [d[0] if k else t for d, (k, t) in zip(column.tokens, decided, strict=True)]
     return kept, chosen, p

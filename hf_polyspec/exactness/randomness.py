@@ -7,6 +7,7 @@ that walks through every outcome (exact enumeration) and so that a seed set with
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -36,6 +37,24 @@ class Randomness(Protocol):
             `[B]` int64.
         """
         ...
+
+
+class Deciding(Protocol):
+    """Takes the decisions that are drawn for: what a verifier keeps, and what it draws."""
+
+    def __call__(self, make: Callable[[], torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+        """Let it be decided.
+
+        Args:
+            make: decides by what is known in this process, with draws of its own; int64.
+            shape: of what it makes, for those who are told instead.
+        """
+        ...
+
+
+def decided_here(make: Callable[[], torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+    """By this process."""
+    return make()
 
 
 class TorchRandomness:

@@ -106,9 +106,9 @@ def judge_tree(
     p = law.probabilities(scores) if law.draws else None
     if p is None:
         chosen = law.choose(scores, context, _depths_of_columns(tree, scores.shape[1]), active)
+        paths, lasts, chances = _walk(law, tree, p, chosen.tolist(), active)
     else:
-        chosen = law.draw(p.flatten(0, 1)).reshape(p.shape[:2])
-    paths, lasts, chances = _walk(law, tree, p, chosen.tolist(), active)
+        paths, lasts, chances = _drawn_walk(law, tree, p, active)
     tokens = [
         [*(of_row[node] for node in path), last] if alive else []
         for of_row, path, last, alive in zip(tree.tokens, paths, lasts, active, strict=True)
@@ -122,6 +122,23 @@ def judge_tree(
         return values.gather(1, places[:, :, None].expand(-1, -1, values.shape[2]))
 
     return TreeJudgement(paths, tokens, pick(logits), pick(scores), None if p is None else pick(p), chances)
+
+
+def _drawn_walk(
+    law: LawMaker, tree: TreeProposal, p: torch.Tensor, active: list[bool]
+) -> tuple[list[list[int]], list[int], list[dict[int, float]]]:
+    """`_walk` with draws, by whoever decides; who is only told has no chances to tell of."""
+    chances: list[dict[int, float]] = [{} for _ in active]
+    longest = p.shape[1] - 1
+
+    def made() -> torch.Tensor:
+        first = law.draw(p.flatten(0, 1)).reshape(p.shape[:2])
+        paths, lasts, chances[:] = _walk(law, tree, p, first.tolist(), active)
+        rows = zip(paths, lasts, strict=True)
+        return torch.tensor([[last, len(path), *path, *[0] * (longest - len(path))] for path, last in rows])
+
+    rows = law.decided(made, (len(active), 2 + longest)).tolist()
+    return [row[2 : 2 + row[1]] for row in rows], [row[0] for row in rows], chances
 
 
 def _walk(

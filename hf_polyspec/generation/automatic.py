@@ -12,7 +12,9 @@ from ..control import Costs
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
 from ..host.encoded import Encoded
+from ..host.ranks import Ranks
 from .chain import check_assistants
+from .meeting import here
 from .options import PolySpecOptions
 from .trial import tried
 
@@ -35,11 +37,12 @@ class Job(Protocol):
     chosen: str | None
 
 
-def choose(job: Job, named: Mapping[str, Any]) -> list[Any]:
+def choose(job: Job, named: Mapping[str, Any], ranks: Ranks) -> list[Any]:
     """The assistants that "auto" takes; the job runs on its target, with its sizes and control, from now on.
 
     Args:
         job: the call, checked; named: options that the caller passed, which come before those of the profile.
+        ranks: the processes that share the target.
 
     Raises:
         ValueError: the model cannot be the target of a chain.
@@ -54,4 +57,4 @@ def choose(job: Job, named: Mapping[str, Any]) -> list[Any]:
     if said.get("polyspec_control", getattr(job.config, "polyspec_control", None)) is None:
         job.costs = ready.costs
     job.model, job.chosen = ready.target, ready.line
-    return check_assistants(job.model, ready.assistants)
+    return check_assistants(job.model, here(job.model, ready.assistants, ranks))

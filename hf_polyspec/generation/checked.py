@@ -10,10 +10,10 @@ from transformers import GenerationConfig
 
 from ..host.compatibility import check_options
 from ..host.peculiar import check_window
-from ..host.ranks import Ranks
+from ..host.ranks import Ranks, Spread
 from ..host.vocabularies import Vocabularies
 from .chain import check_assistants
-from .meeting import check_shared, here
+from .meeting import here
 from .members import leaves_choice, members
 from .options import PolySpecOptions
 from .plan import resolve_plan
@@ -63,10 +63,11 @@ def checked(
     assistants = getattr(config, "assistant_models", None) if assistants is None else assistants
     plan = getattr(config, "polyspec_plan", None) if plan is None else plan
     chosen_here = leaves_choice(assistants, plan)
-    if chosen_here and ranks.in_step:
+    if chosen_here and isinstance(ranks, Spread):
         raise ValueError(
-            'assistant_models="auto" measures what pays in one process, and the target is sharded over '
-            f"{ranks.size}; name the assistants."
+            'assistant_models="auto" runs as many passes as pay, and the weights of the target '
+            f"({type(model).__name__}) are spread over processes (FSDP2), which all have to take part; name the "
+            "assistants."
         )
     assistants = [] if chosen_here else members(model, assistants)
     if plan is not None:
@@ -85,5 +86,4 @@ def checked(
         pairs = [None if i >= len(assistants) or one is not assistants[i] else pairs[i] for i, one in enumerate(found)]
     found = check_assistants(model, found, pairs)
     check_window(model, config.max_length)
-    check_shared(options, bool(config.do_sample), found, ranks)
     return Checked(found, options, pairs, named, chosen_here)

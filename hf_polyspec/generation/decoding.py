@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from ..control import Costs, OnlineControl, SteadyControl
+from ..control import Costs, LedControl, OnlineControl, SteadyControl, online_control
 from ..exactness.callers_generator import BESIDE
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
+from ..exactness.randomness import Deciding, decided_here
 from ..host.callers_cache import check_cache, read_cache, tokens_held
 from ..host.encoded import decoder_part, take_encoded
 from ..host.forwarding import Extras
@@ -31,6 +32,7 @@ from ..host.ranks import Ranks
 from ..host.release import GENERATION_CACHE, cache_names, cache_of
 from ..host.rope import gate
 from ..host.vocabularies import Vocabularies
+from ..levels.base import Drafter
 from ..levels.verifier import Verifier
 from ..telemetry.stats import PolySpecStats
 from .automatic import choose
@@ -41,7 +43,7 @@ from .course import Course, Stopping
 from .handing_back import hand_back
 from .kernels import note_kernels, packed
 from .loop import DecodingLoop
-from .meeting import Meeting, facts_of, share
+from .meeting import Meeting, check_spread, facts_of, share, shared_levels
 from .members import lent
 from .options import PolySpecOptions
 from .outputs import Recorder, Wanted
@@ -116,7 +118,7 @@ def decode(
         tokenizer: the target's, needed beside `assistant_tokenizer`.
         assistant_tokenizer: of an assistant with another vocabulary than the target's, or a list with one for each
             member of the chain, None for those with the target's.
-        synced_gpus: must be False.
+        synced_gpus: True is for a target under FSDP2 only, whose processes run as many passes in any case.
         inputs_tensor: what an encoder-decoder target's encoder has read.
         model_kwargs: mask, positions, cache and other forward arguments prepared by generate().
 
@@ -137,12 +139,16 @@ def decode(
         options, members = found.options, found.assistants
         job = _Job(model, input_ids, logits_processor, stopping_criteria, generation_config, options, model_kwargs)
         if found.chosen_here:
-            members = choose(job, found.named)
+            facts = facts_of(input_ids, job.context.prompt.mask, generation_config, options, ())
+            meeting.agree({**facts, "assistant_models": "auto"})
+            members = choose(job, found.named, meeting.ranks)
             model = job.model
+        check_spread(model, job.extras, meeting.ranks)
         job.vocabularies = found.vocabularies
         with lent(members) as own:
             chain = job.chain(own)
-            share(chain, own, meeting.ranks)
+            job.decided = share(chain, own, meeting.ranks)
+            job.shared = shared_levels(chain, own)
             meeting.begin(facts_of(input_ids, job.context.prompt.mask, generation_config, options, own))
             try:
                 with packed(own if options.polyspec_pack else [], model):
@@ -201,10 +207,12 @@ class _Job:
         self.pad = pad_id(config)
         self.wanted = Wanted.of(config)
         self.cached = 0
-        self.control: OnlineControl | SteadyControl | None = None
+        self.control: OnlineControl | LedControl | SteadyControl | None = None
+        self.shared: Sequence[Drafter] = ()
         self.costs: Costs | None = None
         self.chosen: str | None = None
         self.chances: Chances | None = None
+        self.decided: Deciding = decided_here
         self.bias: list[float] = []
         self.vocabularies: Sequence[Vocabularies | None] = ()
 
@@ -260,14 +268,13 @@ class _Job:
             meeting.take_generator(self.device)
             self.chances = Chances(self.options, self.device, self.context.batch, chain.vocabulary)
             drawn = self.chances.randomness, self.chances.noise
-            self.law = LawMaker(self.law.processors, True, self.device, *drawn, self.stopping.eos)
-        if self.costs is not None and len(levels_of(chain)) > 1:
+            self.law = LawMaker(self.law.processors, True, self.device, *drawn, self.stopping.eos, self.decided)
+        if self.costs is not None and meeting.ranks.leads and len(levels_of(chain)) > 1:
             shares = self.context.batch > 1 and not meeting.ranks.in_step
             self.control = SteadyControl(chain, self.costs, shares=shares)
-        elif self.options.polyspec_control == "online" and meeting.ranks.leads and len(levels_of(chain)) > 1:
-            self.control = OnlineControl(
-                chain, mode=(self.law.do_sample, self.config.temperature, self.options.couples)
-            )
+        elif self.options.polyspec_control == "online" and len(levels_of(chain)) > 1:
+            mode = self.law.do_sample, self.config.temperature, self.options.couples
+            self.control = online_control(chain, self.shared, meeting.ranks, mode)
         course = Course(
             [self.context.visible(b) for b in range(self.context.batch)],
             self.law,
@@ -297,6 +304,8 @@ class _Job:
         finally:
             if self.chances is not None:
                 self.chances.finish()
+        if self.law.draws:
+            meeting.take_generator(self.device)  # process 0 alone has drawn
         self.bias = [row.bias for row in course.rows]
         return [row.committed for row in course.rows], [row.origins for row in course.rows]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -15,28 +16,32 @@ from ..eagle.features import lend_parts
 from ..eagle.modeling import EagleHead
 from ..errors import LevelError
 from ..exactness.callers_generator import read_state, write_state
-from ..host.ranks import Ranks, is_split, ranks_of
+from ..exactness.randomness import Deciding, decided_here
+from ..host.encoded import is_encoder_decoder
+from ..host.forwarding import Extras
+from ..host.ranks import Ranks, Spread, is_split, ranks_of
 from ..host.release import inner_model
 from ..host.trees import hindrance
+from ..host.turns import Turns
 from ..levels.base import Drafter
 from ..levels.elsewhere import Elsewhere, Relay
 from ..levels.names import name_of
+from ..levels.shown import ShownDrafter
 from ..levels.verifier import Verifier
 from .options import PolySpecOptions
 
-ONLINE = (
-    'polyspec_control="online" and assistant_models[{place}] ({name}), whose passes several processes share, do not go '
-    'together: the control runs in one process; leave it at "fixed", or pass a model that is not sharded.'
-)
-DRAWS = (
-    "polyspec_verification={rule!r} has every level draw by itself, and the target's passes are shared by processes, "
-    'which sample alike by shared noise only; leave it at "auto".'
-)
-
-
 SYNCED_GPUS = (
-    "synced_gpus (DeepSpeed ZeRO-3, FSDP) needs all processes to run the same number of forward passes, "
-    "which a chain cannot promise; gather the weights or use plain generation."
+    "synced_gpus is for processes that must run the same number of forward passes (DeepSpeed ZeRO-3, FSDP1), which a "
+    "chain promises for a target under FSDP2 only, by itself; leave it out, gather the weights, or generate without "
+    "assistant_models."
+)
+PARTS = (
+    "the target ({kind}) reads more than ids, by parts that not all processes would run at once, and its weights are "
+    "spread over them (FSDP2); gather them, or leave assistant_models out."
+)
+ALL_SPREAD = (
+    "{role} cannot be used while processes hold the target's weights in parts (FSDP2), where {reason}; put a "
+    'model that each process holds whole there, "int8" or a drafter without a model.'
 )
 
 
@@ -51,18 +56,24 @@ class Meeting:
     """
 
     def __init__(self, model: Any, synced_gpus: bool = False) -> None:
-        if synced_gpus:
-            raise ValueError(SYNCED_GPUS)
         self.ranks: Ranks = ranks_of(model)
+        if synced_gpus and not isinstance(self.ranks, Spread):
+            raise ValueError(SYNCED_GPUS)
+        self.turns = Turns(model, self.ranks)
         self._begun = False
+        self._apart = False
 
     def __enter__(self) -> Meeting:
+        self.turns.open()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._begun or not isinstance(error, Exception):
+        if self.turns.taken:
+            self._leave(error)
+            return
+        if self._begun or self._apart or not isinstance(error, Exception):
             return
         try:
             self.ranks.gathered((" ".join(str(error).split()), None))
@@ -78,8 +89,26 @@ class Meeting:
         Raises:
             ValueError: another process refused, or was called with something else.
         """
-        said = self.ranks.gathered((None, facts))
+        if self.turns.taken:
+            self.turns.begin()
+        else:
+            self.agree(facts)
         self._begun = True
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Processes that generate each by itself wait for the last; what becomes of it then is its own affair."""
+        with suppress(LevelError):
+            if error is None:
+                self.turns.end()
+            elif self._begun:
+                self.turns.fail()
+            else:
+                self.turns.refuse(" ".join(str(error).split()))
+
+    def agree(self, facts: dict[str, Any]) -> None:
+        """The same, for what comes before that and takes all processes."""
+        said = self.ranks.gathered((None, facts))
+        self._apart = True  # everybody knows of what is raised here
         for rank, (refusal, _) in enumerate(said):
             if refusal is not None:
                 raise ValueError(f"process {rank} of {self.ranks.size} refused this call: {refusal}")
@@ -92,6 +121,7 @@ class Meeting:
                     f"the target's passes are shared by {self.ranks.size} processes, which must all be called alike: "
                     f"{name} of process {', '.join(others)} differs from that of process 0."
                 )
+        self._apart = False
 
     def take_generator(self, device: torch.device) -> None:
         """Torch's default generator of every process stands where rank 0's does."""
@@ -136,6 +166,9 @@ def here(target: Any, assistants: Any, ranks: Ranks) -> Any:
     if not isinstance(assistants, (list, tuple)):
         return assistants
     shared = shared_places(assistants)
+    if isinstance(ranks, Spread):
+        _check_below(assistants, shared)
+        return list(assistants)
     for i in shared:
         if not ranks.in_step:
             raise ValueError(
@@ -143,7 +176,8 @@ def here(target: Any, assistants: Any, ranks: Ranks) -> Any:
                 "load it whole in every process."
             )
     for above, one in zip([target, *assistants], assistants, strict=False):
-        if isinstance(one, EagleHead) and isinstance(above, nn.Module) and is_split(above):
+        reads = isinstance(one, EagleHead) or (isinstance(one, Elsewhere) and one.reads_states)
+        if reads and isinstance(above, nn.Module) and is_split(above):
             lend_parts(inner_model(above), keeps=ranks.leads)
             hindrance(inner_model(above))  # found out by passes, once a model, which all have to take part in
     if ranks.leads:
@@ -159,33 +193,56 @@ def here(target: Any, assistants: Any, ranks: Ranks) -> Any:
     return kept if len(kept) == len(assistants) else [*kept, Elsewhere()]
 
 
-def check_shared(options: PolySpecOptions, do_sample: bool, assistants: Sequence[Any], ranks: Ranks) -> None:
-    """Refuse what processes cannot do in step.
+def check_spread(model: Any, extras: Extras, ranks: Ranks) -> None:
+    """Refuse what only some processes would run, where all have to.
+
+    Args:
+        model: the target; extras: what it is given besides a prompt; ranks: the processes that hold its weights.
 
     Raises:
         ValueError: in one sentence.
     """
-    if not ranks.in_step:
-        return
-    if do_sample and not options.couples:
-        raise ValueError(DRAWS.format(rule=options.polyspec_verification))
-    for place in shared_places(assistants):
-        if options.polyspec_control == "online":
-            raise ValueError(ONLINE.format(place=place, name=_name(assistants[place])))
+    if isinstance(ranks, Spread) and (is_encoder_decoder(model) or extras.marks_prompt):
+        raise ValueError(PARTS.format(kind=type(model).__name__))
 
 
-def share(chain: Verifier, assistants: Sequence[Any], ranks: Ranks) -> None:
-    """Have the levels that run in all processes ask the others as `Relay` does."""
+def _check_below(assistants: Sequence[Any], shared: Sequence[int]) -> None:
+    """Refuse levels that need more of a target under FSDP2 than its passes.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    for i, one in enumerate(assistants):
+        reason = "it would need passes of its own that all processes take part in" if i in shared else None
+        if i == 0 and isinstance(one, (EagleHead, ShownDrafter)):
+            reason = "it computes with the target's own embedding and lm_head"
+        if reason is not None:
+            raise ValueError(ALL_SPREAD.format(role=f"assistant_models[{i}] ({_name(one)})", reason=reason))
+
+
+def share(chain: Verifier, assistants: Sequence[Any], ranks: Ranks) -> Deciding:
+    """Have the levels that run in all processes ask the others as `Relay` does.
+
+    Returns:
+        Who takes the decisions that levels draw for.
+    """
     if not ranks.in_step:
-        return
-    last, levels = max(shared_places(assistants), default=-1) + 1, list[Drafter]([chain])
-    while isinstance(levels[-1], Verifier) and len(levels) <= last:
-        levels.append(levels[-1].below)
+        return decided_here
+    levels = shared_levels(chain, assistants)
     asking = Relay(ranks, levels)
     for level in levels:
         if isinstance(level, Verifier):
             level.ask, level.ask_for_tree = asking.ask, asking.ask_for_tree
             level.trees = level.trees or not ranks.leads  # which the levels in process 0 know
+    return asking.decided
+
+
+def shared_levels(chain: Verifier, assistants: Sequence[Any]) -> list[Drafter]:
+    """Levels whose passes need other processes, the target first."""
+    last, levels = max(shared_places(assistants), default=-1) + 1, list[Drafter]([chain])
+    while isinstance(levels[-1], Verifier) and len(levels) <= last:
+        levels.append(levels[-1].below)
+    return levels
 
 
 def _name(model: Any) -> str:

@@ -13,10 +13,12 @@ from ..control.costs import Trial
 from ..exactness.context import EMBEDDED, Context, Prompt
 from ..exactness.distributions import LawMaker
 from ..host.manners import runner_for
+from ..host.ranks import ranks_of
 from ..host.release import input_device
 from ..levels.joined import SURE
 from ..levels.suffix import SuffixDrafter
 from .chain import build_chain, check_assistants, levels_of
+from .meeting import here, share
 from .members import lent
 from .options import PolySpecOptions
 from .setting import Setting
@@ -33,10 +35,10 @@ _WARM = 2
 
 @torch.no_grad()
 def tried(target: Any, member: Any, ids: Sequence[int]) -> Trial:
-    """Let a drafter draft for a greedy text.
+    """Let a drafter draft for a greedy text; collective where processes share the target.
 
     Args:
-        target: as it is to run; member: a head or drafter.
+        target: as it is to run; member: a head or drafter, or what stands for it.
         ids: of a prompt, its end is gone on from.
 
     Returns:
@@ -50,9 +52,12 @@ def tried(target: Any, member: Any, ids: Sequence[int]) -> Trial:
     device = input_device(target)
     options = PolySpecOptions(num_assistant_tokens=TOKENS)
     setting = Setting(options, device, frozenset(), 0, 1)
-    with lent(check_assistants(target, [member])) as own:
+    ranks = ranks_of(target)
+    members = here(target, [member], ranks)
+    with lent(ranks.attempted(lambda: check_assistants(target, members), members)) as own:
         runner = runner_for(target, "the target", device, kept=1)
         chain = build_chain(target, own, setting, runner)
+        share(chain, own, ranks)
         drafter, law = levels_of(chain)[1], LawMaker([], False, device)
         context = Context([ids], Prompt(len(ids), None, torch.arange(len(ids))[None]))
         suffix = SuffixDrafter()
@@ -76,10 +81,14 @@ def tried(target: Any, member: Any, ids: Sequence[int]) -> Trial:
                     judged += min(emission.drafted[0], emission.accepted[0] + 1)
         finally:
             chain.end()
-    if seconds == float("inf"):
-        raise ValueError("It drafts nothing here.")
-    share = (right + USUAL * USUAL_TOKENS) / (judged + USUAL_TOKENS)
-    return Trial(share, seconds, None if whole == float("inf") else (TOKENS, whole))
+
+    def found() -> Trial:
+        if seconds == float("inf"):
+            raise ValueError("It drafts nothing here.")
+        share = (right + USUAL * USUAL_TOKENS) / (judged + USUAL_TOKENS)
+        return Trial(share, seconds, None if whole == float("inf") else (TOKENS, whole))
+
+    return ranks.told(ranks.attempted(found, None))  # type: ignore[no-any-return]
 
 
 def _first(target: Any) -> int:

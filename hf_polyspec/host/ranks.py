@@ -2,16 +2,16 @@
 """The processes that hold parts of one model, found from its parameters, and what they tell each other.
 
 A model that is split for tensor parallel passes (`tp_plan="auto"`) computes every pass with all of its processes, which
-must feed it the same ids: they run one generation in step. One whose weights are spread (FSDP, ZeRO-3) computes passes
-over rows of each process's own, and needs all processes to take part in as many passes, which a chain cannot promise.
+must feed it the same ids: they run one generation in step. One whose weights are spread (FSDP2) computes passes over
+rows of each process's own, and needs all processes to take part in as many passes (see `turns`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from ..errors import LevelError
 from .release import inner_model
 
+T = TypeVar("T")
 CAPACITY = 256
 """Integers of a message that travel with the check of a round; what is longer goes after it."""
 _LEAST = torch.iinfo(torch.int64).min
@@ -27,9 +28,10 @@ PARTITIONED = (
     "them for the generation (deepspeed.zero.GatheredParameters, as TRL's unwrap_model_for_generation does), or leave "
     "assistant_models out."
 )
-SPREAD = (
-    "{role} ({kind}) is sharded by FSDP, whose processes must run the same number of forward passes, which a chain "
-    "cannot promise; gather the weights into a model of each process's own, or leave assistant_models out."
+FLAT = (
+    "{role} ({kind}) is sharded by FSDP1, whose processes must run the same number of forward passes, which a chain "
+    "cannot promise; shard it by FSDP2 (fully_shard), gather the weights (summon_full_params) and generate with the "
+    "model inside, or leave assistant_models out."
 )
 SQUARE = (
     "{role} ({kind}) is sharded over a mesh of {dims} dimensions, and chains run on models that are sharded over one; "
@@ -71,6 +73,14 @@ class Ranks:
         """Rank 0's value; anything that can be pickled."""
         return value
 
+    def attempted(self, make: Callable[[], T], stand_in: T) -> T:
+        """What rank 0 makes, which stays there; the others get a stand-in, or the same failure.
+
+        Raises:
+            ValueError: rank 0 refused to (also where it found no file); LevelError: in the others, it failed.
+        """
+        return make()
+
     def exchange(self, state: int, message: Sequence[int] = ()) -> list[int]:
         """Once a round: whether all are where rank 0 is, and what it has to say.
 
@@ -84,15 +94,13 @@ class Ranks:
         return list(message)
 
 
-class Team(Ranks):
+class _Group(Ranks):
     """The processes of a group.
 
     Args:
         group: the process group.
         device: where its collectives want their tensors.
     """
-
-    in_step = True
 
     def __init__(self, group: Any, device: torch.device) -> None:
         self.group = group
@@ -101,6 +109,33 @@ class Team(Ranks):
         self.size = dist.get_world_size(group)
         self._source = dist.get_global_rank(group, 0)
 
+    def gathered(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.size
+        with _talking():
+            dist.all_gather_object(found, value, group=self.group)
+        return found
+
+
+class Spread(_Group):
+    """Processes that hold a part of all weights each, and generate by themselves; each decides for itself."""
+
+    @property
+    def leads(self) -> bool:
+        return True
+
+    def greatest(self, value: int) -> int:
+        """Of what all processes say at once."""
+        tensor = torch.tensor([value], dtype=torch.int64, device=self.device)
+        with _talking():
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return int(tensor)
+
+
+class Team(_Group):
+    """Processes that run one generation in step."""
+
+    in_step = True
+
     def first(self, values: Sequence[int]) -> list[int]:
         tensor = torch.tensor(list(values), dtype=torch.int64, device=self.device)
         with _talking():
@@ -108,17 +143,26 @@ class Team(Ranks):
         found: list[int] = tensor.tolist()
         return found
 
-    def gathered(self, value: Any) -> list[Any]:
-        found: list[Any] = [None] * self.size
-        with _talking():
-            dist.all_gather_object(found, value, group=self.group)
-        return found
-
     def told(self, value: Any) -> Any:
         found = [value if self.rank == 0 else None]
         with _talking():
             dist.broadcast_object_list(found, self._source, group=self.group)
         return found[0]
+
+    def attempted(self, make: Callable[[], T], stand_in: T) -> T:
+        if self.rank != 0:
+            failure = self.told(None)
+            if failure is None:
+                return stand_in
+            refused, reason = failure
+            raise ValueError(reason) if refused else LevelError(f"the target: in process 0, {reason}")
+        try:
+            found = make()
+        except Exception as error:
+            self.told((isinstance(error, (ValueError, OSError)), " ".join(str(error).split())))
+            raise
+        self.told(None)
+        return found
 
     def exchange(self, state: int, message: Sequence[int] = ()) -> list[int]:
         said = list(message) if self.rank == 0 else []
@@ -163,11 +207,20 @@ def ranks_of(model: Any, role: str = "the target") -> Ranks:
         raise ValueError(PARTITIONED.format(**named))
     if not (dist.is_available() and dist.is_initialized()):
         return ALONE
-    if any(_is_spread(module) for module in model.modules()):
-        raise ValueError(SPREAD.format(**named))
-    mesh = next((p.device_mesh for p in inner.parameters() if is_part(p)), None)
-    if mesh is None or mesh.size() == 1:
+    if any(_is_of("flat", module) for module in model.modules()):
+        raise ValueError(FLAT.format(**named))
+    spread: list[Any] = [module for module in model.modules() if _is_of("spread", module)]
+    for module in spread:
+        module.reshard()  # some are left whole after a pass
+    part: Any = next((p for p in inner.parameters() if is_part(p)), None)
+    if part is None or part.device_mesh.size() == 1:
         return ALONE
+    mesh = part.device_mesh
+    if spread:
+        parted = [dim for dim, placement in enumerate(part.placements) if placement.is_shard()]
+        if len(parted) != 1:
+            raise ValueError(SQUARE.format(**named, dims=mesh.ndim))
+        return Spread(mesh.get_group(parted[0]), _device_of(mesh))
     if mesh.ndim != 1:
         raise ValueError(SQUARE.format(**named, dims=mesh.ndim))
     _check_heads(inner, mesh.size(), named)
@@ -193,6 +246,11 @@ def is_part(tensor: Any) -> bool:
     return kind is not None and isinstance(tensor, kind)
 
 
+def own_part(tensor: Any) -> Any:
+    """The numbers of a tensor that are in this process."""
+    return tensor.to_local() if is_part(tensor) else tensor
+
+
 def is_split(model: Any) -> bool:
     """Whether a model's passes, or its weights, need other processes."""
     if not _kinds():
@@ -200,10 +258,15 @@ def is_split(model: Any) -> bool:
     return any(is_part(parameter) and parameter.device_mesh.size() > 1 for parameter in model.parameters())
 
 
-def _is_spread(module: Any) -> bool:
-    """Whether FSDP has been at a module, of either kind."""
-    kinds = [_kinds().get(name) for name in ("spread", "flat")]
-    return any(kind is not None and isinstance(module, kind) for kind in kinds)
+def is_spread(model: Any) -> bool:
+    """Whether FSDP2 has been at a model or modules inside."""
+    return any(_is_of("spread", module) for module in model.modules())
+
+
+def _is_of(name: str, module: Any) -> bool:
+    """Whether FSDP2 ("spread") or FSDP1 ("flat") has been at a module."""
+    kind = _kinds().get(name)
+    return kind is not None and isinstance(module, kind)
 
 
 def _is_partitioned(parameter: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..host.ranks import is_split
+from ..host.ranks import is_split, is_spread
 from ..host.release import inner_model
 from ..host.whole import shell_of
 from ..quantization.modules import sharing_copy
@@ -47,6 +47,11 @@ def early_exit(model: Any, layers: int) -> Any:
     depth = len(base.get_submodule(place))
     if not 1 <= layers < depth:
         raise ValueError(f"An early exit of {kind} keeps 1 to {depth - 1} of its {depth} layers, got {layers}.")
+    if is_spread(base):
+        raise ValueError(
+            f"An early exit of {kind} would need passes of its own, in which all processes that hold its weights in "
+            "parts (FSDP2) take part; gather them first."
+        )
     parent, _, leaf = place.rpartition(".")
     copy = shell_of(base, parent) if is_split(base) else sharing_copy(base).eval()
     kept = list(copy.get_submodule(place))[:layers]

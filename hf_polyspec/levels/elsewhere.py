@@ -8,10 +8,13 @@ processes apart, and no process holds weights that it does not need. What is sha
 
 from __future__ import annotations
 
+import math
 import zlib
 from array import array
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+
+import torch
 
 from ..errors import LevelError
 from ..exactness.context import Context
@@ -27,12 +30,17 @@ _CHAIN, _TREE, _FAILED = 1, 2, 3
 
 
 class Elsewhere(Drafter):
-    """Stands for the levels that run in another process."""
+    """Stands for the levels that run in another process.
+
+    Args:
+        name: of them; reads_states: whether they borrow from the level above and read its hidden states, as heads do.
+    """
 
     shares_noise = True
 
-    def __init__(self, name: str = "process 0") -> None:
+    def __init__(self, name: str = "process 0", reads_states: bool = False) -> None:
         self.name = name
+        self.reads_states = reads_states
         super().__init__()
 
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
@@ -40,7 +48,7 @@ class Elsewhere(Drafter):
 
 
 class Relay:
-    """Asks in place of `asking.ask` and `asking.ask_for_tree`.
+    """Asks in place of `asking.ask` and `asking.ask_for_tree`, and says what levels that draw have decided.
 
     Args:
         ranks: the processes.
@@ -51,6 +59,7 @@ class Relay:
         self.ranks = ranks
         self._shared = {id(level) for level in shared}
         self._kept: Proposal | None = None
+        self._alone = False  # process 0 is busy with what the others do not do
 
     def ask(
         self, source: Drafter, context: Context, rooms: list[int], law: LawMaker, vocabulary: int, eos: Collection[int]
@@ -87,11 +96,45 @@ class Relay:
         self._kept = heard
         return None
 
+    def decided(self, make: Callable[[], torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+        """In place of `randomness.decided_here`: process 0 draws and decides, and the others are told.
+
+        Laws that proposals were drawn from are in process 0 only, and so are the draws; nothing large has to travel.
+
+        Raises:
+            LevelError: in the others, what failed in process 0.
+        """
+        if self._alone:
+            return make()
+        if not self.ranks.leads:
+            well, *found = self.ranks.first([0] * (1 + math.prod(shape)))
+            if not well:
+                raise LevelError(f"the target: in process 0, {self.ranks.told('')}")
+            return torch.tensor(found, dtype=torch.int64).reshape(shape)
+        try:
+            with self._by_itself():
+                made = make()
+        except Exception as error:
+            self.ranks.first([0] * (1 + math.prod(shape)))
+            self.ranks.told(" ".join(str(error).split()))
+            raise
+        self.ranks.first([1, *made.flatten().tolist()])
+        return made
+
+    @contextmanager
+    def _by_itself(self) -> Iterator[None]:
+        before, self._alone = self._alone, True
+        try:
+            yield
+        finally:
+            self._alone = before
+
     @contextmanager
     def _told(self, context: Context) -> Iterator[None]:
         """What fails here is told to the others, who wait for a proposal."""
         try:
-            yield
+            with self._by_itself():
+                yield
         except Exception as error:
             self.ranks.exchange(_state(context), [_FAILED, *str(error).encode()])
             raise

@@ -28,7 +28,19 @@ GREEDY = (
     "an early exit, which is split",
     "a split middle over suffix",
     "online",
-    "online, another time",
+    "auto",
+)
+LONGER = ("online, int8 over a head", "online, split over suffix", "online, split over split")
+DRAWN = (
+    "token",
+    "block",
+    "a middle that draws",
+    "a split middle that draws",
+    "a split drafter",
+    "a drawn tree",
+    "in order",
+    "a bias budget",
+    "a seed",
 )
 
 
@@ -55,6 +67,25 @@ def text(unsplit: PreTrainedModel) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
+def longer_text(unsplit: PreTrainedModel) -> list[list[int]]:
+    rows: list[list[int]] = unsplit.generate(
+        **split_target.PROMPTS, **{**split_target.PLAIN, "max_new_tokens": 60}
+    ).tolist()
+    return rows
+
+
+@pytest.fixture(scope="module")
+def drawn(unsplit: PreTrainedModel, folder: Path) -> dict[str, Any]:
+    """What one process writes with each chain whose levels draw, and the number it draws then."""
+    calls = split_target.drawn_chains(str(folder), split_target.Texts(unsplit), split_target.whole)
+    found: dict[str, Any] = {}
+    for name, call in calls.items():
+        torch.manual_seed(split_target.SEED)
+        found[name] = call().tolist(), int(torch.randint(1 << 30, ()))
+    return found
+
+
+@pytest.fixture(scope="module")
 def seen_by_each(folder: Path) -> list[dict[str, Any]]:
     """What each process saw."""
     return together(SCRIPT, folder, "everything")
@@ -64,6 +95,46 @@ def seen_by_each(folder: Path) -> list[dict[str, Any]]:
 def test_every_chain_writes_the_unsplit_models_text(seen_by_each: list[dict[str, Any]], text: Any, name: str) -> None:
     assert seen_by_each[0][name] == text
     assert seen_by_each[1][name] == text
+
+
+@pytest.mark.parametrize("name", LONGER)
+def test_one_control_steers_levels_that_processes_share(
+    seen_by_each: list[dict[str, Any]], longer_text: Any, name: str
+) -> None:
+    assert [seen[name] for seen in seen_by_each] == [longer_text, longer_text]
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_where_levels_draw_the_first_process_draws_for_all(
+    seen_by_each: list[dict[str, Any]], drawn: dict[str, Any], name: str
+) -> None:
+    text, following = drawn[name]
+    for seen in seen_by_each:  # of which each began with a seed of its own
+        assert seen[name] == text
+        assert seen[f"the next number after {name}"] == following
+
+
+def test_no_law_in_one_process_is_an_error_in_all(seen_by_each: list[dict[str, Any]], text: Any) -> None:
+    left, right = (seen["nothing to draw from"] for seen in seen_by_each)
+    assert left.startswith("RuntimeError: probability tensor")  # as plain generation says it
+    assert right.startswith("LevelError: the target: in process 0, probability tensor")
+    assert [seen["well again"] for seen in seen_by_each] == [text, text]
+
+
+def test_what_pays_is_measured_together_and_decided_by_the_first(
+    seen_by_each: list[dict[str, Any]], unsplit: PreTrainedModel
+) -> None:
+    torch.manual_seed(split_target.SEED)
+    wanted = unsplit.generate(**split_target.PROMPTS, **split_target.SAMPLED).tolist()
+    changed = noisy(unsplit, 0.0)
+    split_target.change(changed)
+    first, second = seen_by_each
+    assert first["auto, sampled"] == second["auto, sampled"] == wanted
+    text = changed.generate(**split_target.PROMPTS, **split_target.PLAIN).tolist()
+    assert first["auto, changed"] == second["auto, changed"] == text != first["auto"]
+    assert first["lines"] == second["lines"]
+    assert "suffix" in first["lines"][0]
+    assert (first["profiles"], second["profiles"]) == (1, 0)
 
 
 def test_sampling_goes_by_the_first_process_generator(
@@ -99,9 +170,9 @@ def test_clocks_and_criteria_are_the_first_process_s(seen_by_each: list[dict[str
         "other prompts": "input_ids of process 1 differs from that of process 0",
         "other lengths": "max_length of process 1 differs",
         "refused in one": "assistant_models[0] is 'no such thing'",
-        "levels that draw": "polyspec_verification='token'",
         "uneven": "9 attention heads and 3 key-value heads, which 2 processes cannot share evenly",
-        "online over a split level": "assistant_models[0] (alike), whose passes several processes share",
+        "auto, other prompts": "input_ids of process 1 differs from that of process 0",
+        "auto in one": "assistant_models of process 1 differs from that of process 0",
     }.items(),
 )
 def test_what_cannot_be_is_refused_in_all(seen_by_each: list[dict[str, Any]], name: str, words: str) -> None:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chains on a target that processes split (gloo, on the CPU), beside one process: `polyspec measure tensor-parallel`.
 
-Twelve prompts in one batch are continued by plain `generate()` of the whole model in one process, and by chains in
-several that hold a part of it each, in float32. A text counts as equal if all processes have it as the one has. Where
-they differ, float64 says whether the two ids are as good as equally likely there, so that the last bits decide, in
-which parts of a product are added in another order. At the end one process is killed in the middle of a call, and
-another time stands still.
+Twelve prompts in one batch are continued by plain `generate()` of the whole model in one process (where levels draw by
+themselves, by the same chain in one process), and by chains in several that hold a part of it each, in float32. A text
+counts as equal if all processes have it as the one has. Where they differ, float64 says whether the two ids are as good
+as equally likely there, so that the last bits decide, in which parts of a product are added in another order. At the
+end one process is killed in the middle of a call, and another time stands still.
 """
 
 from __future__ import annotations
@@ -39,9 +39,15 @@ CALLS: tuple[dict[str, Any], ...] = (
     {"name": "int8, suffix", "levels": ["int8", "suffix"]},
     {"name": "head", "levels": ["head"]},
     {"name": "int8, suffix, online", "levels": ["int8", "suffix"], "options": {"polyspec_control": "online"}},
+    {"name": "auto", "levels": ["auto"]},
     {"name": "sampled, one seed", "levels": ["int8", "suffix"], "sampled": True},
     {"name": "sampled, other seeds", "levels": ["int8", "suffix"], "sampled": True, "apart": True},
+    {"name": "sampled, auto", "levels": ["auto"], "sampled": True, "apart": True},
+    {"name": "token, head", "levels": ["head"], "sampled": True, "apart": True, "rule": "token"},
+    {"name": "block, head", "levels": ["head"], "sampled": True, "apart": True, "rule": "block"},
+    {"name": "token, suffix", "levels": ["suffix"], "sampled": True, "apart": True, "rule": "token"},
 )
+"""Those with a `rule`, whose levels draw by themselves, are compared with the same chain in one process."""
 _RUN = "hf_polyspec.bench.measurements.tensor_parallel_run"
 _PATIENCE = 900
 """Seconds until processes that do not end are ended."""
@@ -111,6 +117,7 @@ class Together:
         self.new_tokens = new_tokens
         self._reference: Any = None
         self._plain: dict[bool, list[list[int]]] = {}
+        self._drawn: dict[str, list[list[int]]] = {}
 
     def lines(self, size: int, calls: Sequence[dict[str, Any]] = CALLS) -> list[Line]:
         """What so many processes write, call by call."""
@@ -139,6 +146,8 @@ class Together:
         levels = [self.head if level == "head" else level for level in call["levels"]]
         asked: dict[str, Any] = {"name": call["name"], "levels": levels}
         asked["options"] = {"do_sample": sampled, **rules, **call.get("options", {})}
+        if "rule" in call:
+            asked["options"]["polyspec_verification"] = call["rule"]
         if sampled:
             asked["seeds"] = [SEED + (rank if call.get("apart") else 0) for rank in range(size)]
         return asked
@@ -183,17 +192,29 @@ class Together:
             self._plain[sampled] = text[:, self.prompts["input_ids"].shape[1] :].tolist()
         return self._plain[sampled]
 
+    def drawn(self, call: dict[str, Any]) -> list[list[int]]:
+        """What a chain whose levels draw by themselves writes in this process, with the seed of process 0."""
+        from ...generation.doors import generate
+
+        if call["name"] not in self._drawn:
+            asked = self._asked(call, 1)
+            torch.manual_seed(SEED)
+            length = {"max_new_tokens": self.new_tokens, "eos_token_id": -1, "pad_token_id": 0}
+            text = generate(self.target, **self.prompts, **length, **asked["options"], assistant_models=asked["levels"])
+            self._drawn[call["name"]] = text[:, self.prompts["input_ids"].shape[1] :].tolist()
+        return self._drawn[call["name"]]
+
     def _line(self, call: dict[str, Any], answers: Sequence[dict[str, Any]]) -> Line:
         sampled, count = bool(call.get("sampled")), len(self.prompts["input_ids"])
         errors = tuple(one.get("error", "no answer") for one in answers if "rows" not in one)
         if errors:
             return Line(call["name"], count, 0, 0, 0, 0, errors)
         equal = ties = 0
-        for row, wanted in enumerate(self.plain(sampled)):
+        for row, wanted in enumerate(self.drawn(call) if "rule" in call else self.plain(sampled)):
             own = [one["rows"][row] for one in answers]
             if all(text == wanted for text in own):
                 equal += 1
-            elif all(text == own[0] for text in own):
+            elif "rule" not in call and all(text == own[0] for text in own):
                 ties += self._apart(row, wanted, own[0], sampled) <= TIE
         return Line(call["name"], count, equal, ties, answers[0]["passes"], self.new_tokens)
 
