@@ -35,7 +35,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     asked: list[list[str]] = []
     seconds = {"unpacked": 4.0, "target": 2.0, "int8": 0.5, "int4": 0.5}
 
-    def told(models: dict[str, Any], sizes: dict[str, Any], *_: Any) -> dict[str, list[list[float]]]:
+    def told(models: dict[str, Any], sizes: dict[str, Any], *_: Any, **more: Any) -> dict[str, list[list[float]]]:
         asked.append(list(models))
         return {name: [[k, 1e-3 * seconds[name] * (1 + k / 50)] for k in sizes[name]] for name in models}
 
