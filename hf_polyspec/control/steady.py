@@ -13,15 +13,18 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ..exactness.context import Context
 from ..host.lending import FEW, WORTH
 from ..host.release import input_device
+from ..levels.base import Drafter
 from ..levels.emission import Emission
 from ..levels.joined import JoinedDrafter
 from ..levels.verifier import Verifier
 from ..telemetry.counters import Check, Decision
-from .costs import Costs, Standing
+from .costs import DRAFTS, Costs, Standing
+from .cutting import Cut
 from .heads import Heads
 from .setups import PLAIN, Chain, Setup, spine
 from .shares import shared_out
@@ -111,6 +114,10 @@ class SteadyControl:
         self.standing.waits = dict(before.waits)
         self.heads = Heads(self.chain.leaf, costs, self.standing)
         self._passes_by = _passes_by(self.chain)
+        self._cuts = not self.columns and _tells(self.chain.leaf)
+        if self._cuts:
+            for verifier in self.chain.verifiers:  # whoever asks it
+                Cut(verifier, partial(self._checked, verifier.index))
         self.setup = PLAIN
         self.emitted = 0.0
         self._account: _Account | None = None
@@ -229,7 +236,9 @@ class SteadyControl:
             elif self.heads.known and not self.heads.beside:
                 sizes.append(max(1, self.heads.tokens(above, rows)))
             else:
-                sizes.append(self.costs.draft(self._checks_long_drafts(above), rows))
+                # Where each draft is cut by its own chances, those before it need not say how long it may be.
+                longest = max(DRAFTS) if self._cuts else self.costs.draft(self._checks_long_drafts(above), rows)
+                sizes.append(longest)
                 if self.heads.known:  # it can only guess under the level whose states it reads
                     head = self.heads.tokens(above, rows) if above == level - 1 else 0
         setup = Setup(levels, tuple(sizes), head=head)
@@ -240,6 +249,10 @@ class SteadyControl:
         """The level that checks a drafter's long drafts: they pass a middle by."""
         level = self.chain.levels[above]
         return 0 if isinstance(level, Verifier) and level.direct_tokens else min(above, len(self.costs.tables) - 1)
+
+    def _checked(self, above: int, columns: float) -> float:
+        """Seconds of the pass over a draft that a level has asked for."""
+        return self.costs.seconds(self._checks_long_drafts(above), columns)
 
     def _run(self, setup: Setup) -> None:
         if self.decisions and setup == self.setup:
@@ -269,6 +282,11 @@ class SteadyControl:
     def _longest(self) -> int:
         """Most tokens that a pass of the target can be offered in the setup that runs."""
         return 2 * sum(self.setup.sizes)
+
+
+def _tells(leaf: Drafter | None) -> bool:
+    """Whether a level, or what joins a head in it, says how likely its drafts are."""
+    return leaf is not None and getattr(leaf, "branch", leaf).tells_chances
 
 
 def _passes_by(chain: Chain) -> int:

@@ -140,7 +140,14 @@ class JoinedDrafter(Drafter):
 
         tokens = pick(offered.tokens, drafted.tokens)
         q = self._laws(offered, drafted, tokens) if law.draws else None
-        return Proposal(tokens, q, pick(offered.origins, drafted.origins))
+        told, taken = offered.chances, list(self._from_branch)
+
+        def chances() -> list[list[float]]:
+            """Of a branch; nothing is said of what the head has guessed."""
+            of_rows = [] if told is None else told()
+            return [row if mine else [] for row, mine in zip(of_rows, taken, strict=True)]
+
+        return Proposal(tokens, q, pick(offered.origins, drafted.origins), None if told is None else chances)
 
     def observe(self, drafted: list[int], accepted: list[int]) -> None:
         for part, mine in ((self.branch, True), (self.head, False)):

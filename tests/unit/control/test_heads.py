@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
-from clockwork import VOCABULARY, Clock, ClockedRunner, Run, truth
+from clockwork import LAW, VOCABULARY, Clock, ClockedRunner, Run, truth
 
 from hf_polyspec.control import Costs, Setup, SteadyControl
 from hf_polyspec.control.costs import HEAD, STEPS, Head, Share
-from hf_polyspec.exactness.context import Context
+from hf_polyspec.control.cutting import Cut
+from hf_polyspec.exactness.context import Context, Prompt
 from hf_polyspec.exactness.distributions import LawMaker
 from hf_polyspec.exactness.proposal import Proposal
 from hf_polyspec.levels.base import Drafter
@@ -190,3 +192,38 @@ def test_an_expectation_fades_where_it_is_to() -> None:
     assert fading.value < 0.25
     fading.hope(0.75)
     assert fading.value == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(("column", "wanted"), [(0.0, 6), (0.5, 2), (30.0, 0)])
+def test_a_draft_is_cut_where_its_own_chances_no_longer_pay(column: float, wanted: int) -> None:
+    """Of a draft that was found; what a head has guessed in another row, of which nothing is said, stays."""
+    stage = Stage()
+    found = Proposal([[1] * 6, [2, 2, 2]], None, [[2] * 6, [1] * 3], lambda: [[0.9, 0.8, 0.3, 0.2, 0.1, 0.1], []])
+    stage.top.ask = lambda *given: found
+    cut = Cut(stage.top, lambda columns: 1.0 + column * columns)
+    context = Context([[1], [1]], Prompt.apart([1, 1], [0, 1]))
+    offered = stage.top.ask(stage.finder, context, [8, 0], LAW, VOCABULARY, ())
+    assert offered.tokens == [[1] * wanted, [2, 2, 2]]
+    assert offered.origins == [[2] * wanted, [1] * 3]
+    assert stage.finder.stats.drafted == wanted - 6
+    drawn = Proposal([[1] * 6], torch.ones(1, 6, VOCABULARY), [[2] * 6], lambda: [[0.0] * 6])
+    cut._ask = lambda *given: drawn
+    assert stage.top.ask(stage.finder, context, [8, 0], LAW, VOCABULARY, ()) is drawn, "it must not be looked at"
+
+
+def test_a_copy_is_offered_whole_as_soon_as_it_has_begun() -> None:
+    """Whatever became of drafts before: a control that only counted those would need many rounds."""
+    stage = Stage()
+    stage.costs.leaf.kept, stage.costs.leaf.tried = 0.0, 10.0
+    stage.finder.tells_chances = True
+    genuine = stage.finder.propose
+
+    def telling(context: Context, limits: list[int], law: LawMaker) -> Proposal:
+        return replace(genuine(context, limits, law), chances=lambda: [[0.97**i for i in range(1, 25)]])
+
+    stage.finder.propose = telling  # type: ignore[method-assign]
+    stage.shares["finds"] = 1.0
+    stage.costs.standing.tokens = 1.0
+    stage.run(100)
+    assert stage.finder.limits[0] == 24
+    assert len(stage.finder.limits) < 10

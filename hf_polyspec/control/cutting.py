@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts that nobody drew, each cut where its own tokens no longer pay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+
+from ..exactness.context import Context
+from ..exactness.distributions import LawMaker
+from ..exactness.proposal import Proposal
+from ..levels.base import Drafter
+from ..levels.verifier import Verifier
+from .allotment import allotted
+
+
+class Cut:
+    """Stands between a verifier and a level below it that says how likely its tokens are.
+
+    A draft that nobody drew may be looked at: it follows from the text, and so its length may follow from its chances.
+    They say at once that a copy has begun, which the fate of drafts before it would say many rounds later.
+
+    Args:
+        level: asks through this from now on; seconds: of the pass that checks, over so many columns.
+    """
+
+    def __init__(self, level: Verifier, seconds: Callable[[float], float]) -> None:
+        self.level = level
+        self.seconds = seconds
+        self._ask = level.ask
+        level.ask = self.ask
+
+    def ask(
+        self, source: Drafter, context: Context, rooms: list[int], law: LawMaker, vocabulary: int, eos: Collection[int]
+    ) -> Proposal:
+        """See `asking.ask`."""
+        offered = self._ask(source, context, rooms, law, vocabulary, eos)
+        if offered.q is not None or offered.chances is None or not offered.width:
+            return offered
+        rows = max(1, sum(room > 0 for room in rooms))
+        chances = [row[: len(own)] for row, own in zip(offered.chances(), offered.tokens, strict=True)]
+        # Rows of which nothing is said have something of another kind to offer, which stays as it is.
+        wanted = [
+            count if told else len(own)
+            for count, told, own in zip(
+                allotted(chances, self.seconds, rows, rectangular=rows > 1), chances, offered.tokens, strict=True
+            )
+        ]
+        left = sum(len(own) - count for own, count in zip(offered.tokens, wanted, strict=True))
+        if not left:
+            return offered
+        getattr(source, "branch", source).stats.drafted -= left
+        return replace(
+            offered,
+            tokens=[row[:count] for row, count in zip(offered.tokens, wanted, strict=True)],
+            origins=[row[:count] for row, count in zip(offered.origins, wanted, strict=True)],
+        )
