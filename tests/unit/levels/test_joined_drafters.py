@@ -98,6 +98,37 @@ def test_both_are_told_what_became_of_their_part() -> None:
     assert branch.told[-1] == ([4], [0])
 
 
+def test_of_a_row_that_is_not_asked_again_the_last_draft_is_still_its_own() -> None:
+    """A draft that went past a middle is judged after other rows were asked once more."""
+    head, branch = Fixed([6, 6, 6]), Fixed([3, 3])
+    level = JoinedDrafter(head, branch, chain_tokens=2)
+    level.begin(1, 2, 8)
+    both = Context([[1, 2], [1, 2]], Prompt(2, None, torch.arange(2).expand(2, -1)))
+    level.propose(both, [5, 1], law(False))
+    assert [level.is_sure(row) for row in (0, 1)] == [True, False]
+    level.propose(both, [0, 5], law(False))
+    assert [level.is_sure(row) for row in (0, 1)] == [True, True]
+    level.propose(both, [1, 0], law(False))
+    level.observe([2, 1], [1, 1])
+    assert (branch.told[-1], head.told[-1]) == (([0, 1], [0, 1]), ([2, 0], [1, 0]))
+    level.keep_rows([1])
+    level.add_rows(1)
+    assert [level.is_sure(row) for row in (0, 1)] == [True, False]
+
+
+def test_a_head_that_rests_is_not_asked() -> None:
+    head, branch = Fixed([6, 6, 6]), Fixed([3])
+    level = joined(head, branch, chain_tokens=2)
+    level.rests = True
+    assert level.propose(CONTEXT, [5], law(False)).tokens == [[3]]
+    level.observe([1], [1])
+    assert not head.limits
+    assert not head.told
+    assert branch.told == [([1], [1])]
+    level.rests = False
+    assert level.propose(CONTEXT, [5], law(False)).tokens == [[6, 6, 6]]
+
+
 @pytest.mark.parametrize(("length", "from_branch"), [(1, False), (2, False), (3, True)])
 def test_a_chain_comes_from_the_branch_where_that_is_long(length: int, from_branch: bool) -> None:
     head, branch = Fixed([6, 6, 6], q=torch.full((1, 3, 8), 0.125)), Fixed([3] * length)
