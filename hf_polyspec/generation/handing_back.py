@@ -47,7 +47,7 @@ def hand_back(runner: ModelRunner, stats: LevelStats, final: Context, cache: Any
         runner.settle(final, stats)
         write_back(runner, cache, start)
         return cache
-    before = stamp(runner.model) if len(final.ids) > 1 else None  # a row alone lacks nothing
+    before = stamp(runner.model, unsaved=False) if len(final.ids) > 1 else None  # a row alone lacks nothing
     fill_late(cache, partial(_fill, runner, final, start, before))
     return cache
 
@@ -61,7 +61,7 @@ def _may_wait(runner: ModelRunner, cache: Any) -> bool:
 
 def _fill(runner: ModelRunner, final: Context, start: int, before: Hashable, cache: Any) -> None:
     stats = LevelStats(runner.name, 0)  # those of the call are final
-    changed = before is not None and stamp(runner.model) != before
+    changed = before is not None and stamp(runner.model, unsaved=False) != before
     runner.settle(final, stats)
     write_back(runner, cache, start)
     if changed and stats.forward_passes:
