@@ -120,8 +120,8 @@ def test_a_model_that_has_changed_meanwhile_is_told_of(model: Any) -> None:
         target.model.norm.weight.mul_(2)
     with pytest.warns(UserWarning, match="the model has changed between generate"):
         assert len(cache_of(output).layers) == 2
-    # One row lacks nothing, so that nobody asks what the model is by then.
-    call = {**prompts(1, WIDTH), "max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
+    # Rows that end together lack nothing, so that nothing is read by the model as it is by then.
+    call = {**prompts(3, WIDTH), "max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
     output = hf_polyspec.generate(target, assistant_models=[], **call)
     with torch.no_grad():
         target.model.norm.weight.mul_(0.5)
