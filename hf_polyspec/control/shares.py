@@ -18,18 +18,18 @@ Gauges = Callable[[int], PassSeconds]
 """What is known of the passes of a level, by its index; learns."""
 
 
-def shared_out(top: Verifier, gauges: Gauges, *, passes_by: bool = False) -> list[Columns]:
+def shared_out(top: Verifier, gauges: Gauges) -> list[Columns]:
     """Have all verifiers of a chain share out their columns; those that read each row by itself have none to share.
 
     Args:
-        top: the target, begun; gauges: see `Gauges`; passes_by: see `Columns`.
+        top: the target, begun; gauges: see `Gauges`.
     """
     return [
         Columns(
             level,
             gauges(level.index),
             gauges(level.below.index) if isinstance(level.below, Verifier) else None,
-            passes_by=passes_by,
+            passes_by=True,
         )
         for level in spine(top)
         if isinstance(level, Verifier) and not isinstance(level.runner, SeparateRunner)
@@ -44,7 +44,7 @@ class Shares:
     """
 
     def __init__(self, top: Verifier, gauges: Gauges) -> None:
-        self.columns = shared_out(top, gauges, passes_by=True)
+        self.columns = shared_out(top, gauges)
         self.decisions: list[Decision] = []
         for level in spine(top):
             if isinstance(level, Verifier):
