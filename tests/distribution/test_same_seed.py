@@ -328,9 +328,9 @@ def test_drafters_of_the_users_own(target: PreTrainedModel, how: str) -> None:
 
 def test_the_online_control_leaves_the_text_alone(target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Levels and sizes chosen by a coin each round: which clock ran changes nothing."""
-    from hf_polyspec.generation import decoding
+    from hf_polyspec.control import led
 
-    monkeypatch.setattr(decoding, "OnlineControl", CoinFlips)
+    monkeypatch.setattr(led, "OnlineControl", CoinFlips)
     for levels in ([noisy(target, 0.03), noisy(target, 0.05)], [noisy(target, 0.03), SuffixDrafter()]):
         for batch in (1, 3):
             found = check(target, levels, 20, {"polyspec_control": "online"}, **prompts(batch), max_new_tokens=40)

@@ -12,10 +12,9 @@ from coin_flips import CoinFlips
 from tiny_models import head_for, noisy, prompts, tiny
 from watched_passes import watched_caches
 
-from hf_polyspec.control import forget
+from hf_polyspec.control import forget, led
 from hf_polyspec.exactness.context import Context, Prompt
 from hf_polyspec.exactness.distributions import LawMaker
-from hf_polyspec.generation import decoding
 from hf_polyspec.generation.chain import build_chain
 from hf_polyspec.generation.options import PolySpecOptions
 from hf_polyspec.generation.setting import Setting
@@ -37,7 +36,7 @@ def _nothing_learnt(enabled: None) -> None:
 
 
 def flipped(monkeypatch: pytest.MonkeyPatch, target: Any, levels: list[Any], request: dict[str, Any]) -> Any:
-    monkeypatch.setattr(decoding, "OnlineControl", CoinFlips)
+    monkeypatch.setattr(led, "OnlineControl", CoinFlips)
     with watched_caches():
         return target.generate(
             **request, assistant_models=levels, polyspec_control="online", return_dict_in_generate=True
