@@ -51,10 +51,9 @@ def layer_tensors(
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def eagle1(*, bias: bool = False, qkv_bias: bool = False, seed: int = 0) -> tuple[dict[str, Any], Tensors]:
-    """An EAGLE-1/2 official checkpoint."""
-    generator = torch.Generator().manual_seed(seed)
-    config = {
+def official_config(**more: Any) -> dict[str, Any]:
+    """What an official checkpoint of any EAGLE says of its one layer."""
+    return {
         "architectures": ["LlamaForCausalLM"],
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -70,7 +69,14 @@ def eagle1(*, bias: bool = False, qkv_bias: bool = False, seed: int = 0) -> tupl
         "rms_norm_eps": 1e-5,
         "torch_dtype": "float16",
         "vocab_size": V,
+        **more,
     }
+
+
+def eagle1(*, bias: bool = False, qkv_bias: bool = False, seed: int = 0) -> tuple[dict[str, Any], Tensors]:
+    """An EAGLE-1/2 official checkpoint."""
+    generator = torch.Generator().manual_seed(seed)
+    config = official_config()
     if not bias:
         config["bias"] = False
     if qkv_bias:
@@ -104,24 +110,7 @@ def eagle3(
 ) -> tuple[dict[str, Any], Tensors]:
     """An EAGLE-3 official checkpoint."""
     generator = torch.Generator().manual_seed(seed)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "bos_token_id": 1,
-        "draft_vocab_size": DRAFT if draft else V,
-        "eos_token_id": 2,
-        "hidden_act": "silu",
-        "hidden_size": H,
-        "intermediate_size": INNER,
-        "max_position_embeddings": 2048,
-        "model_type": "llama",
-        "num_attention_heads": HEADS,
-        "num_hidden_layers": 1,
-        "num_key_value_heads": KV,
-        "pad_token_id": 0,
-        "rms_norm_eps": 1e-5,
-        "torch_dtype": "float16",
-        "vocab_size": V,
-    }
+    config = official_config(draft_vocab_size=DRAFT if draft else V)
     if target_size != H:
         config["target_hidden_size"] = target_size
     rows = DRAFT if draft else V
