@@ -217,6 +217,7 @@ def decisions(folder: str, notes: Notes, rank: int) -> None:
     notes.put("other prompts", lambda: text(small, inputs=other))
     notes.put("other lengths", lambda: text(small, max_new_tokens=14 + rank))
     notes.put("refused in one", lambda: text("no such thing" if rank else small))
+    notes.put("an engine", lambda: hf_polyspec.Engine(target, assistant_models=[small]))
     notes.put("uneven", lambda: Texts(split(folder, "uneven"))(SuffixDrafter()))
     notes.put("a level that fails", lambda: text(Failing()))
     notes.put("parted ways", lambda: text(small, logits_processor=[Asked(1)]))

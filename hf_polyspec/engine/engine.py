@@ -15,6 +15,7 @@ from ..defaults import require_count, require_model
 from ..generation.options import PolySpecOptions
 from ..generation.setting import Setting
 from ..host.encoded import is_encoder_decoder
+from ..host.ranks import ALONE, ranks_of
 from ..host.release import inner_model, input_device
 from .crew import Crew
 from .desk import Desk
@@ -90,6 +91,11 @@ class Engine:
         self._desk = Desk(queue)
         if is_encoder_decoder(self.model):
             raise ValueError("the target has an encoder, which an Engine does not serve; use generate().")
+        if ranks_of(self.model) is not ALONE:
+            raise ValueError(
+                "the target's weights are shared by processes, in which an Engine does not keep its rows in step; use "
+                "generate()."
+            )
         held = Held(self.model, assistant_models, options)
         self.options = held.options
         device = input_device(self.model)

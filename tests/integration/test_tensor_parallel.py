@@ -170,6 +170,7 @@ def test_clocks_and_criteria_are_the_first_process_s(seen_by_each: list[dict[str
         "other prompts": "input_ids of process 1 differs from that of process 0",
         "other lengths": "max_length of process 1 differs",
         "refused in one": "assistant_models[0] is 'no such thing'",
+        "an engine": "the target's weights are shared by processes, in which an Engine does not keep its rows in step",
         "uneven": "9 attention heads and 3 key-value heads, which 2 processes cannot share evenly",
         "auto, other prompts": "input_ids of process 1 differs from that of process 0",
         "auto in one": "assistant_models of process 1 differs from that of process 0",
