@@ -199,8 +199,10 @@ class Together:
         if call["name"] not in self._drawn:
             asked = self._asked(call, 1)
             torch.manual_seed(SEED)
-            length = {"max_new_tokens": self.new_tokens, "eos_token_id": -1, "pad_token_id": 0}
-            text = generate(self.target, **self.prompts, **length, **asked["options"], assistant_models=asked["levels"])
+            # As the processes are asked: what is drawn goes by the rows that are there, those that have ended too.
+            how: dict[str, Any] = {"max_new_tokens": self.new_tokens, "eos_token_id": -1, "pad_token_id": 0}
+            how |= {"return_dict_in_generate": True, **asked["options"], "assistant_models": asked["levels"]}
+            text = generate(self.target, **self.prompts, **how).sequences
             self._drawn[call["name"]] = text[:, self.prompts["input_ids"].shape[1] :].tolist()
         return self._drawn[call["name"]]
 

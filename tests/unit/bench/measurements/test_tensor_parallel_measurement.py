@@ -13,6 +13,7 @@ from hf_polyspec.bench.measurements.tensor_parallel import CALLS, Together, rand
 
 CALL = CALLS[0]
 SAMPLED = {"name": "sampled", "levels": ["suffix"], "sampled": True, "apart": True}
+DRAWN = {**SAMPLED, "name": "drawn", "rule": "token"}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def answers(*texts: list[list[int]]) -> list[dict[str, Any]]:
 
 
 def test_two_processes_write_what_one_does(both: Together) -> None:
-    for line in both.lines(2, [CALL, SAMPLED]):
+    for line in both.lines(2, [CALL, SAMPLED, DRAWN]):
         assert line.errors == ()
         assert (line.texts, line.equal, line.ties) == (2, 2, 0)
         assert 0 < line.passes <= line.tokens == 6
