@@ -24,7 +24,7 @@ from .carried import CarriedSizes
 from .draft_memory import DraftMemory
 from .draft_vocabulary import WorkingVocabulary
 from .drawn_tree import grow_drawn
-from .eagle_memory import FeatureMemo, PairMemo, Pairs, left_mask, padding_of
+from .eagle_memory import FeatureMemo, PairMemo, Pairs, left_mask, own_columns, padding_of
 from .eagle_tree import Grown, Limits, first_in_race, grow
 from .foreseen import PromptStates
 from .late_rows import aligned_laws, column_of
@@ -165,12 +165,13 @@ class EagleDrafter(SequentialDrafter):
         if not unread:
             return
         with self.stats.timed():
-            fused = self.head.fuse(torch.cat([states for _, states in unread], dim=1))  # [B, F_1 + F_2 + ..., H]
-            pieces = torch.split(fused, [states.shape[1] for _, states in unread], dim=1)
-            for (passed, _), piece in zip(unread, pieces, strict=True):
-                for b, (memo, ids, row) in enumerate(zip(self.features, passed.read, piece, strict=True)):
-                    count = min(passed.fed_of(b), len(ids))
-                    memo.store(ids, row[len(row) - count :] if passed.kept is None else row[passed.kept[b]])
+            # Of every row what it was fed: one that has joined reads its prompt beside others' single columns.
+            pieces = [piece for passed, states in unread for piece in own_columns(passed, states)]
+            fused = self.head.fuse(torch.cat(pieces)[None])[0]  # [N, H]
+            rows = iter(torch.split(fused, [len(piece) for piece in pieces]))
+            for passed, _ in unread:
+                for memo, ids in zip(self.features, passed.read, strict=True):
+                    memo.store(ids, next(rows))
 
     def resize_trees(self, nodes: int) -> None:
         """Most nodes of the trees from the next round on."""

@@ -13,6 +13,7 @@ import torch
 from ..eagle.head_cache import HeadCache
 from ..eagle.modeling import EagleHead
 from ..exactness.context import Context, common_prefix
+from ..exactness.passes import Pass
 
 _ROOM = 256
 
@@ -54,6 +55,14 @@ class FeatureMemo:
         """Features of positions `first` to `end`, exclusive: `[end - first, H]`."""
         assert self._states is not None
         return self._states[first - self.begin : end - self.begin]
+
+
+def own_columns(passed: Pass, states: torch.Tensor) -> list[torch.Tensor]:
+    """Of states `[B, F, H]` of a pass those that its rows were fed, and of trees what stays: `[N, H]` a row."""
+    if passed.kept is not None:
+        return [row[kept] for row, kept in zip(states, passed.kept, strict=True)]
+    counts = [min(passed.fed_of(b), len(ids)) for b, ids in enumerate(passed.read)]
+    return [row[len(row) - count :] for row, count in zip(states, counts, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,22 @@ def test_layers_with_a_window_hold_little_more_than_it(
     assert rooms[6] <= 48 < 93 <= rooms[None]
 
 
+def test_a_head_reads_no_more_than_its_target_was_fed(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tiny("llama")
+    head = head_for(target)
+    fused: list[int] = []
+    genuine = type(head).fuse
+
+    def fuse(self: Any, states: torch.Tensor) -> torch.Tensor:
+        fused.append(states.shape[0] * states.shape[1])
+        return genuine(self, states)
+
+    monkeypatch.setattr(type(head), "fuse", fuse)
+    with columns_of(target) as fed:
+        run(target, [head], **prompts(6, 40), polyspec_tree_tokens=0)
+    assert 0.8 * sum(fed) < sum(fused) <= sum(fed)
+
+
 def test_equal_prompts_are_read_once() -> None:
     target = tiny("llama")
     inputs = prompts(1, 30)
