@@ -29,6 +29,8 @@ _HANDLERS = {
 """Arguments of `build_server` that are served, and the classes for them; other handlers refuse."""
 _ROUND = 0.002
 """Seconds in which the tokens of one round come, of which there are two to ten."""
+_PACE = 0.05
+"""Seconds between two events of a stream that is quicker than that."""
 _OF_THE_REQUEST = (ValueError, TypeError, KeyError, AttributeError, IndexError)
 """What reading a request raises where something in it is missing or of another kind."""
 
@@ -195,7 +197,8 @@ class Gathered:
     """Calls of an event loop from another thread, of which those that come at once wake it once.
 
     A round of a chain gives several tokens. Waking the loop for each of them has its thread ask for the interpreter as
-    often, while the next round wants it, and has each of them travel to the client by itself.
+    often, while the next round wants it, and has each of them travel to the client by itself. For the same reason a
+    stream that is quick sends what several rounds gave, every `_PACE`; its first text and its end wait for nothing.
 
     Args:
         loop: the event loop.
@@ -206,35 +209,38 @@ class Gathered:
         self._waiting: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
         self._lock = threading.Lock()
         self._woken = False
+        self._called = -_PACE  # when calls were made last
 
     def is_closed(self) -> bool:
         """Whether nobody will be called any more."""
         return self._loop.is_closed()
 
     def call_soon_threadsafe(self, call: Callable[..., Any], *args: Any) -> None:
-        """The loop calls it, after what was asked before.
+        """The loop calls it, after what was asked before; at once where it is given None, which ends a stream.
 
         Raises:
             RuntimeError: the loop is closed.
         """
+        last = args == (None,)
         with self._lock:
             self._waiting.append((call, args))
-            if self._woken:
+            if self._woken and not last:
                 return
             self._woken = True
         try:
-            self._loop.call_soon_threadsafe(self._gather)
+            self._loop.call_soon_threadsafe(self._call if last else self._gather)
         except RuntimeError:
             self._woken = False
             raise
 
     def _gather(self) -> None:
-        self._loop.call_later(_ROUND, self._call)
+        self._loop.call_later(max(_ROUND, self._called + _PACE - self._loop.time()), self._call)
 
     def _call(self) -> None:
         with self._lock:
             calls, self._woken = list(self._waiting), False
             self._waiting.clear()
+        self._called = self._loop.time()
         for call, args in calls:
             call(*args)
 

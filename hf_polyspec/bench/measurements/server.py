@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console
@@ -164,6 +165,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=arguments.count, default=4)
     parser.add_argument("--slots", type=arguments.count, default=8, help="requests that the server runs at a time")
     given = parser.parse_args(words)
+    if find_spec("openai") is None:
+        raise ImportError('polyspec measure server asks with OpenAI\'s client: pip install "hf_polyspec[serve]".')
     for _, change in given.form:
         if change not in ("", "pack"):
             parser.error(f"--form: a server's model is as it is or packed, not {change}.")

@@ -470,40 +470,70 @@ def test_drafts_of_a_tree_count_as_its_depth() -> None:
     assert metrics.value("vllm:spec_decode_num_drafts_total") == 0
 
 
+class Loop:
+    """An event loop whose time passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.closed, self.now = False, 100.0
+        self.woken: list[Callable[[], None]] = []
+        self.later: list[tuple[float, Callable[[], None]]] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_soon_threadsafe(self, call: Callable[[], None]) -> None:
+        if self.closed:
+            raise RuntimeError("Event loop is closed")
+        self.woken.append(call)
+
+    def call_later(self, seconds: float, call: Callable[[], None]) -> None:
+        self.later.append((seconds, call))
+
+    def look(self) -> float:
+        """Does what it was woken for, and what that puts off; returns for how long."""
+        self.woken.pop()()
+        seconds, call = self.later.pop()
+        self.now += seconds
+        call()
+        return seconds
+
+
 def test_what_comes_at_once_wakes_the_loop_once() -> None:
     """Tokens of one round; their order stays, and what comes after a loop has looked wakes it again."""
-    woken: list[Callable[[], None]] = []
-
-    class Loop:
-        closed = False
-
-        def call_soon_threadsafe(self, call: Callable[[], None]) -> None:
-            if self.closed:
-                raise RuntimeError("Event loop is closed")
-            woken.append(call)
-
-        def call_later(self, seconds: float, call: Callable[[], None]) -> None:
-            assert 0 < seconds < 0.01
-            later.append(call)
-
-    later: list[Callable[[], None]] = []
     loop, seen = Loop(), list[int]()
     calls = serving.Gathered(loop)  # type: ignore[arg-type]
     for number in range(3):
         calls.call_soon_threadsafe(seen.append, number)
-    woken.pop()()
+    loop.woken.pop()()
     calls.call_soon_threadsafe(seen.append, 3)  # of the same round
-    assert (woken, seen) == ([], [])
-    later.pop()()
+    assert (loop.woken, seen) == ([], [])
+    loop.later.pop()[1]()
     assert seen == [0, 1, 2, 3]
     calls.call_soon_threadsafe(seen.append, 4)
-    woken.pop()()
-    later.pop()()
+    loop.look()
     assert seen == [0, 1, 2, 3, 4]
     loop.closed = True
     for _ in range(2):
         with pytest.raises(RuntimeError, match="closed"):
             calls.call_soon_threadsafe(seen.append, 4)
+
+
+def test_a_quick_stream_is_sent_at_a_pace() -> None:
+    """Its first text and its end wait for nothing but their round; a slow one never waits for longer."""
+    loop, seen = Loop(), list[Any]()
+    calls = serving.Gathered(loop)  # type: ignore[arg-type]
+    calls.call_soon_threadsafe(seen.append, "first")
+    assert loop.look() == serving._ROUND
+    loop.now += 0.01
+    calls.call_soon_threadsafe(seen.append, "next")
+    assert loop.look() == pytest.approx(serving._PACE - 0.01)
+    loop.now += 1.0
+    calls.call_soon_threadsafe(seen.append, "late")
+    assert loop.look() == serving._ROUND
+    calls.call_soon_threadsafe(seen.append, "last")
+    calls.call_soon_threadsafe(seen.append, None)
+    loop.woken.pop()()
+    assert seen == ["first", "next", "late", "last", None]
 
 
 def test_texts_that_wait_are_sent_as_one() -> None:
