@@ -119,3 +119,14 @@ def test_nothing_is_tried_at_the_end_of_a_text() -> None:
     stage.costs.standing.place, stage.costs.standing.due = 2, {1: 0.0}
     assert {levels for *_, levels in stage.run(15).log} == {(0,)}
     assert {levels for *_, levels in stage.run(40).log} > {(0,)}
+
+
+def test_a_middle_that_promises_next_to_nothing_is_left_alone() -> None:
+    """What is done between two passes is in no table."""
+    costs = Costs([[[1, 1.0], [16, 1.0]], [[1, 1.0], [16, 1.0]]], 0.0)
+    costs.middle.expected, costs.middle.weight = 1.0, 1e9
+    costs.tables[1] = costs.tables[1].scaled(0.95)  # a block of 16 promises 1.048 times the speed
+    assert costs.block(1) == 16
+    costs.tables[1] = costs.tables[1].scaled(1.03)
+    assert 1 < costs.speed_of_block(16) < 1.03
+    assert costs.block(1) == 0
