@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class Spread:
             for first, count in zip(firsts, counts, strict=True)
         ]
 
-    @property
+    @cached_property
     def hidden_states(self) -> Sequence[torch.Tensor | None]:
         """As the model's, rows ending at the right edge; what stands before a row's own columns means nothing."""
         layers = zip(*(output.hidden_states for output in self.outputs), strict=True)
