@@ -67,6 +67,7 @@ class RecurrentRunner(ModelRunner):
     """
 
     cuts = False
+    shortens = True  # scans are asked for chunks no longer than a draft
 
     def __init__(
         self,
@@ -303,7 +304,7 @@ class RecurrentRunner(ModelRunner):
     def _scanned(self, inputs: dict[str, Any], logits: int, past: int, stats: LevelStats, grown: list[int]) -> Any:
         """One pass, whose scans are short and kept in mind; a prompt's stay what they are in plain generation."""
         fed = inputs["inputs_embeds" if "inputs_embeds" in inputs else "input_ids"].shape[1]
-        if not past or fed == 1:
+        if not past or fed == 1 or not (self.replays or self.shortens):
             return super()._call(inputs, logits, past, stats, grown)
         if not self.replays or fed > WIDEST:
             with self._ears.hearing(None):

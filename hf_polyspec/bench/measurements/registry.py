@@ -39,6 +39,7 @@ MEASUREMENTS = {
     "pass-times": Measurement(f"{_ROOM}.pass_times", "What a pass over several tokens costs."),
     "peers": Measurement(f"{_ROOM}.peers", "Another engine's speed beside this package's, on the same batches."),
     "planner-accuracy": Measurement(f"{_ROOM}.planner_accuracy", "How well the planner predicts."),
+    "replay": Measurement(f"{_ROOM}.replay", "What replaying the scans of a recurrent target's passes saves."),
     "same-seed": Measurement(f"{_ROOM}.same_seed", "Whether sampled texts are plain generate()'s own under a seed."),
     "server": Measurement(f"{_ROOM}.server", "Tokens a second through the server, beside the same chain in process."),
     "tensor-parallel": Measurement(f"{_ROOM}.tensor_parallel", "Chains on a target that processes split between them."),
