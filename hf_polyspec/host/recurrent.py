@@ -127,7 +127,13 @@ class RecurrentRunner(ModelRunner):
     def keep_rows(self, rows: list[int]) -> None:
         super().keep_rows(rows)
         self._pictures = [
-            Picture([one.lengths[row] for row in rows], rows_of(one.state, rows)) for one in self._pictures
+            Picture(
+                [one.lengths[row] for row in rows],
+                rows_of(one.state, rows),
+                one.heard.of_rows(rows) if one.heard else None,
+                [one.reach[row] for row in rows] if one.heard else [],
+            )
+            for one in self._pictures
         ]
 
     def _fed(self, context: Context, drafts: list[list[int]], stats: LevelStats, columns: int = 0) -> Pass:

@@ -4,7 +4,7 @@
 Of a draft only the first tokens stay. The state after those is what the scans of the pass make of its first columns
 alone, from the state before it. Rows of a batch keep different numbers of columns: the others of a row are turned into
 ones that leave a state as it is, with neither decay nor anything to write. A window of a convolution is the last of
-what it moved over. Layers whose scans are alike in all but the rows they are given are scanned beside each other.
+what it moved over. Layers whose scans are alike are scanned at once, as if their heads were those of one layer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from .release import cache_argument, forward_arguments, inner_model, input_device
-from .scans import Ears, Heard, Scan, fit
+from .scans import Ears, Heard, Scan, by_row, fit
 from .states import State, StateCache, state_cache, tensors_of
 
 _READ, _MORE, _KEPT = 5, 4, 2
@@ -39,10 +39,10 @@ def behind(cache: StateCache, before: State, heard: Heard, counts: list[int]) ->
         key = id(cache.layers[layer])
         made[key]["conv_states"][index] = _window(of_layer[key]["conv_states"][index], columns, counts)
     for alike in _alike(cache, of_layer, heard.scans, counts):
-        returned = alike[0].function(**_beside_each_other([scan.given for scan in alike]))
-        for scan, state in zip(alike, returned[alike[0].place].chunk(len(alike)), strict=True):
+        returned = alike[0].function(**_beside_each_other(alike))
+        for scan, state in zip(alike, returned[alike[0].place].chunk(len(alike), dim=1), strict=True):
             states = made[id(cache.layers[scan.layer])]["recurrent_states"]
-            states[scan.index] = state.to(states[scan.index].dtype, copy=True)
+            states[scan.index] = state.to(states[scan.index].dtype, copy=True, memory_format=torch.contiguous_format)
     return [made[id(layer)] for layer in cache.stateful]
 
 
@@ -58,7 +58,7 @@ def _window(window: torch.Tensor, columns: torch.Tensor, counts: list[int]) -> t
 
 
 def _alike(cache: StateCache, of_layer: dict[int, Any], scans: list[Scan], counts: list[int]) -> list[list[Scan]]:
-    """The scans over columns that stay, those together that differ in nothing but tensors with an entry a row."""
+    """The scans over columns that stay, those together that are over as many heads of the same sizes."""
     groups: list[list[Scan]] = []
     for heard in scans:
         given = _kept(heard, counts)
@@ -66,7 +66,7 @@ def _alike(cache: StateCache, of_layer: dict[int, Any], scans: list[Scan], count
         scan = Scan(heard.function, given, heard.initial, (), heard.layer, heard.index, heard.place)
         fit(scan)
         for group in groups:
-            if _differ_in_rows_only(group[0], scan):
+            if _fit_together(group[0], scan):
                 group.append(scan)
                 break
         else:
@@ -78,7 +78,7 @@ def _kept(scan: Scan, counts: list[int]) -> dict[str, Any]:
     """A scan's arguments for the columns that some row keeps, the others of each row made such that nothing happens."""
     wide, most = scan.columns, max(counts)
     given = {
-        name: one[:, :most] if _by_row(one) and one.shape[1] == wide and name != scan.initial else one
+        name: one[:, :most] if by_row(one) and one.shape[1] == wide and name != scan.initial else one
         for name, one in scan.given.items()
     }
     if min(counts) < most:
@@ -89,26 +89,36 @@ def _kept(scan: Scan, counts: list[int]) -> dict[str, Any]:
     return given
 
 
-def _by_row(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 2
-
-
-def _differ_in_rows_only(one: Scan, other: Scan) -> bool:
+def _fit_together(one: Scan, other: Scan) -> bool:
     if one.function is not other.function or one.place != other.place or one.given.keys() != other.given.keys():
         return False
-    pairs = [(value, other.given[name]) for name, value in one.given.items()]
+    pairs = [(name, value, other.given[name]) for name, value in one.given.items()]
     return all(
         (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-        if _by_row(a) and _by_row(b)
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and _heads(one, name) is not None
         else a is b or (not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor) and a == b)
-        for a, b in pairs
+        for name, a, b in pairs
     )
 
 
-def _beside_each_other(given: list[dict[str, Any]]) -> dict[str, Any]:
-    if len(given) == 1:
-        return given[0]
-    return {name: torch.cat([one[name] for one in given]) if _by_row(v) else v for name, v in given[0].items()}
+def _heads(scan: Scan, name: str) -> int | None:
+    """The dimension of an argument along which heads lie: states `[B, H, ...]`, columns `[B, F, H, ...]`, `[H]`."""
+    value = scan.given[name]
+    if name == scan.initial:
+        return 1
+    return 2 if by_row(value) else 0 if isinstance(value, torch.Tensor) and value.dim() == 1 else None
+
+
+def _beside_each_other(scans: list[Scan]) -> dict[str, Any]:
+    """Arguments of one scan that does all of these: their heads beside each other."""
+    first = scans[0]
+    if len(scans) == 1:
+        return first.given
+    axes = {name: _heads(first, name) for name in first.given}
+    return {
+        name: first.given[name] if axis is None else torch.cat([scan.given[name] for scan in scans], dim=axis)
+        for name, axis in axes.items()
+    }
 
 
 def _idle(function: Any, given: dict[str, Any]) -> dict[str, float]:

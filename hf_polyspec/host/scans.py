@@ -13,9 +13,9 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class Scan:
     @property
     def columns(self) -> int:
         """How many the scan ran over."""
-        return next(one.shape[1] for one in self.given.values() if isinstance(one, torch.Tensor) and one.dim() > 2)
+        return next(int(one.shape[1]) for one in self.given.values() if by_row(one))
 
 
 @dataclass
@@ -84,6 +84,14 @@ class Heard:
         moved = [(layer, index) for layer, index, _ in self.windows]
         return sorted(scanned) == _held(layers, "recurrent_states") and sorted(moved) == _held(layers, "conv_states")
 
+    def of_rows(self, rows: Sequence[int]) -> Heard:
+        """The same of some rows, in tensors of their own."""
+        picked = [
+            replace(scan, given={name: _picked(one, rows) if by_row(one) else one for name, one in scan.given.items()})
+            for scan in self.scans
+        ]
+        return Heard(picked, [(layer, index, _picked(columns, rows)) for layer, index, columns in self.windows])
+
     @functools.cached_property
     def bytes(self) -> int:
         """Memory that would be free without this."""
@@ -91,6 +99,15 @@ class Heard:
         tensors = [one for one in [*given, *(one for _, _, one in self.windows)] if isinstance(one, torch.Tensor)]
         found = {one.untyped_storage().data_ptr(): one for one in tensors if not isinstance(one, torch.nn.Parameter)}
         return sum(one.untyped_storage().nbytes() for one in found.values())
+
+
+def by_row(value: Any) -> bool:
+    """Whether an argument of a scan has an entry a row; those of all rows have a dimension or two."""
+    return isinstance(value, torch.Tensor) and value.dim() > 2
+
+
+def _picked(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    return tensor[torch.tensor(rows, device=tensor.device)]
 
 
 def _is(one: Any, other: Any) -> bool:

@@ -16,6 +16,7 @@ from broken_states import break_rollback, nothing, windows
 from tiny_models import noisy, prompts, tiny
 from transformers import PreTrainedModel
 
+from hf_polyspec.host import recurrent, replay
 from hf_polyspec.host.manners import Manner, manner_of
 
 VOCABULARY = 6
@@ -96,6 +97,16 @@ def test_a_state_that_is_not_put_back_is_caught(enabled: None, monkeypatch: pyte
     model, chain = _chain("sa")
     assert manner_of(model) is Manner.BLOCKS
     break_rollback(monkeypatch, nothing)
+    assert _chance(model, chain, "token") < 1e-8
+
+
+def test_a_replay_that_goes_too_far_is_caught(enabled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the trial would not have kept it from being used: windows behind what the best row accepted."""
+    right = replay._window
+    monkeypatch.setattr(replay, "_window", lambda old, new, counts: right(old, new, [max(counts)] * len(counts)))
+    model, chain = _chain("sa")
+    assert not replay.can_replay(model)
+    monkeypatch.setattr(recurrent, "can_replay", lambda _: True)
     assert _chance(model, chain, "token") < 1e-8
 
 

@@ -13,7 +13,7 @@ from tiny_models import noisy, prompts, tiny
 from transformers import PreTrainedModel
 
 from hf_polyspec import SuffixDrafter
-from hf_polyspec.host import manners
+from hf_polyspec.host import manners, recurrent
 from hf_polyspec.host.manners import Manner
 from hf_polyspec.host.release import GENERATION_CACHE, cache_argument
 
@@ -100,6 +100,29 @@ def test_drafting_takes_part(enabled: None, kind: str, batch: int) -> None:
     assert got.sequences.tolist() == model.generate(**call).sequences.tolist()
     assert got.polyspec.levels[0].forward_passes <= 0.4 * NEW
     assert any("earlier states" in note and "bytes" in note for note in got.polyspec.levels[0].notes)
+
+
+@pytest.mark.parametrize(("kind", "sampled"), [("qwen3_next", False), ("bamba", True)])
+def test_what_is_replayed_is_what_would_be_fed_again(
+    enabled: None, kind: str, sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Target and middle, uneven rows behind padding: the same text as from pictures alone, with fewer columns."""
+    model, fed = made(kind), list[int]()
+    chain = [noisy(model, 0.05), noisy(model, 0.15)]
+    for level in (model, chain[0]):
+        level.register_forward_pre_hook(lambda *call: fed.append(call[2]["input_ids"].shape[1]), with_kwargs=True)
+
+    def text(**more: Any) -> Any:
+        torch.manual_seed(3)
+        fed.clear()
+        return model.generate(**prompts(3), max_new_tokens=24, do_sample=sampled, **more).tolist()
+
+    plain = text()
+    assert text(assistant_models=chain) == plain
+    columns, passes = sum(fed), len(fed)
+    monkeypatch.setattr(recurrent, "can_replay", lambda _: False)
+    assert text(assistant_models=chain) == plain
+    assert (columns, passes) < (0.75 * sum(fed), len(fed))
 
 
 @pytest.mark.parametrize("batch", [1, 3])
