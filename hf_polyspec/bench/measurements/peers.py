@@ -154,6 +154,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--peer", choices=PEERS, default="vllm")
     parser.add_argument("--python", default=sys.executable, help="interpreter of the peer's environment")
     parser.add_argument("--batch", nargs="+", type=arguments.count, default=[1, 8])
+    parser.add_argument("--memory", type=float, default=0.4, help="share of the memory that the peer may take")
     parser.add_argument("--eager", action="store_true", help="the peer does not compile its model")
     given = parser.parse_args(words)
     console = Console(width=110)
@@ -164,6 +165,7 @@ def main(words: Sequence[str] | None = None) -> None:
         engine = {
             "model": resolve(given.model)[0], "dtype": form.partition("+")[0], "max_model_len": longest,
             "max_num_seqs": max(given.batch), "enforce_eager": given.eager, "enable_prefix_caching": False,
+            "gpu_memory_utilization": given.memory,
         }  # fmt: skip
         with running(given.peer, given.python, engine) as peer:
             for job in batches:
