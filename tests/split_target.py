@@ -10,18 +10,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from companion_models import dflash
 from ranks import Notes
 from tiny_models import head_for, noisy, prompts
-from transformers import AutoModelForCausalLM, LogitsProcessor, StoppingCriteria
+from transformers import AutoModelForCausalLM, LogitsProcessor, StoppingCriteria, modeling_layers
 
 import hf_polyspec
 from hf_polyspec import SuffixDrafter
 from hf_polyspec.exactness.proposal import Proposal
+from hf_polyspec.host.mtp import MtpLayers
 from hf_polyspec.levels.base import Drafter
+from hf_polyspec.levels.mtp import MtpDrafter
 
 PROMPTS = prompts(12, 9)
 PLAIN: dict[str, Any] = {"max_new_tokens": 14, "pad_token_id": 0, "do_sample": False}
 SEED = 7
+BESIDE = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
 SAMPLED: dict[str, Any] = {**PLAIN, "do_sample": True, "temperature": 0.7}
 
 
@@ -146,6 +150,21 @@ def chains(folder: str, notes: Notes, rank: int) -> None:
     notes.put("statistics", lambda: [told.new_tokens, [(one.name, one.forward_passes) for one in told.levels]])
 
 
+def beside(folder: str, notes: Notes, rank: int) -> None:
+    """Drafters that compute with the split target's own embedding and lm_head."""
+    target = split(folder)
+    text, vocabulary = Texts(target), target.config.vocab_size
+    notes.put("a block-diffusion drafter", lambda: text(dflash(vocabulary, **BESIDE)))
+    notes.put("and under a split middle", lambda: text(split(folder, "alike"), dflash(vocabulary, **BESIDE)))
+    target.config.num_mtp_layers = 2
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        layers = MtpLayers(modeling_layers.MtpModel(target, 2).eval())
+    notes.put("mtp", lambda: text(MtpDrafter(layers)))
+    change(target)
+    notes.put("mtp, changed", lambda: text(MtpDrafter(layers)))
+
+
 def drawn_chains(folder: str, text: Texts, load: Callable[[str, str], Any]) -> dict[str, Callable[[], Any]]:
     """Chains whose levels draw by themselves, under a target that is split or is not.
 
@@ -227,6 +246,7 @@ def decisions(folder: str, notes: Notes, rank: int) -> None:
 
 def everything(folder: str, notes: Notes, rank: int) -> None:
     chains(folder, notes, rank)
+    beside(folder, notes, rank)
     draws(folder, notes, rank)
     automatic(folder, notes, rank)
     decisions(folder, notes, rank)

@@ -25,9 +25,11 @@ from ..host.trees import hindrance
 from ..host.turns import Turns
 from ..levels.base import Drafter
 from ..levels.elsewhere import Elsewhere, Relay
+from ..levels.mtp import MtpDrafter
 from ..levels.names import name_of
 from ..levels.shown import ShownDrafter
 from ..levels.verifier import Verifier
+from ..models.companions import is_companion
 from .options import PolySpecOptions
 
 SYNCED_GPUS = (
@@ -176,9 +178,11 @@ def here(target: Any, assistants: Any, ranks: Ranks) -> Any:
                 "load it whole in every process."
             )
     for above, one in zip([target, *assistants], assistants, strict=False):
-        reads = isinstance(one, EagleHead) or (isinstance(one, Elsewhere) and one.reads_states)
-        if reads and isinstance(above, nn.Module) and is_split(above):
+        reads = isinstance(one, (EagleHead, MtpDrafter)) or (isinstance(one, Elsewhere) and one.reads_states)
+        if (reads or is_companion(one)) and isinstance(above, nn.Module) and is_split(above):
             lend_parts(inner_model(above), keeps=ranks.leads)
+            if isinstance(one, MtpDrafter):
+                one.layers.take_whole_parts(keeps=ranks.leads)
             hindrance(inner_model(above))  # found out by passes, once a model, which all have to take part in
     if ranks.leads:
         return list(assistants)

@@ -14,9 +14,12 @@ from transformers import cache_utils, modeling_layers
 from .compatibility import ATTENTION_LAYERS
 from .mtp_tensors import load_named
 from .release import CACHE_NAMES, inner_model
+from .whole import whole_part
 
 _MODEL: Any = getattr(modeling_layers, "MtpModel", None)
 _CACHE = getattr(cache_utils, "MtpCache", None)
+_LENT = ("embed_tokens", "shared_head")
+"""The model's own, as `MtpModel` calls them."""
 _loaded: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
@@ -48,6 +51,16 @@ class MtpLayers:
     def device(self) -> torch.device:
         """Where the layers are."""
         return next(torch.device(parameter.device) for parameter in self.model.layers.parameters())
+
+    def take_whole_parts(self, keeps: bool) -> None:
+        """Compute with an embedding and an lm_head of this process's own, where processes share the model's.
+
+        Args:
+            keeps: as for `whole_part`, which is collective.
+        """
+        owned = self.model.__dict__.setdefault("_shared_parts", {n: getattr(self.model, n) for n in _LENT})
+        for name, part in owned.items():
+            setattr(self.model, name, whole_part(part, keeps=keeps))
 
     def new_cache(self) -> Any:
         """An empty cache for one row; without a config its layers keep everything and can be cut anywhere."""

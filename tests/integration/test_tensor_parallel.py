@@ -29,6 +29,9 @@ GREEDY = (
     "a split middle over suffix",
     "online",
     "auto",
+    "a block-diffusion drafter",
+    "and under a split middle",
+    "mtp",
 )
 LONGER = ("online, int8 over a head", "online, split over suffix", "online, split over split")
 DRAWN = (
@@ -63,6 +66,15 @@ def folder(unsplit: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -
 def text(unsplit: PreTrainedModel) -> list[list[int]]:
     """Plain generation's, by one process."""
     rows: list[list[int]] = unsplit.generate(**split_target.PROMPTS, **split_target.PLAIN).tolist()
+    return rows
+
+
+@pytest.fixture(scope="module")
+def changed_text(unsplit: PreTrainedModel) -> list[list[int]]:
+    """The same, with other weights."""
+    changed = noisy(unsplit, 0.0)
+    split_target.change(changed)
+    rows: list[list[int]] = changed.generate(**split_target.PROMPTS, **split_target.PLAIN).tolist()
     return rows
 
 
@@ -122,19 +134,20 @@ def test_no_law_in_one_process_is_an_error_in_all(seen_by_each: list[dict[str, A
 
 
 def test_what_pays_is_measured_together_and_decided_by_the_first(
-    seen_by_each: list[dict[str, Any]], unsplit: PreTrainedModel
+    seen_by_each: list[dict[str, Any]], unsplit: PreTrainedModel, changed_text: Any
 ) -> None:
     torch.manual_seed(split_target.SEED)
     wanted = unsplit.generate(**split_target.PROMPTS, **split_target.SAMPLED).tolist()
-    changed = noisy(unsplit, 0.0)
-    split_target.change(changed)
     first, second = seen_by_each
     assert first["auto, sampled"] == second["auto, sampled"] == wanted
-    text = changed.generate(**split_target.PROMPTS, **split_target.PLAIN).tolist()
-    assert first["auto, changed"] == second["auto, changed"] == text != first["auto"]
+    assert first["auto, changed"] == second["auto, changed"] == changed_text != first["auto"]
     assert first["lines"] == second["lines"]
     assert "suffix" in first["lines"][0]
     assert (first["profiles"], second["profiles"]) == (1, 0)
+
+
+def test_layers_borrow_the_weights_of_now(seen_by_each: list[dict[str, Any]], changed_text: Any) -> None:
+    assert [seen["mtp, changed"] for seen in seen_by_each] == [changed_text, changed_text]
 
 
 def test_sampling_goes_by_the_first_process_generator(
