@@ -85,6 +85,8 @@ class SteadyControl:
         top: the target, begun, with the levels below it.
         costs: what is known of the chain; learns.
         shares: whether the columns of the rows are shared out (`Columns`), which then decides how much each drafts.
+        cuts: whether a draft may be cut by its own chances once it is offered; not where other processes have been told
+            of it by then.
         clock: seconds from some moment on.
 
     Attributes:
@@ -98,6 +100,7 @@ class SteadyControl:
         costs: Costs,
         *,
         shares: bool = False,
+        cuts: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.chain = Chain(spine(top))
@@ -114,7 +117,7 @@ class SteadyControl:
         self.standing.waits = dict(before.waits)
         self.heads = Heads(self.chain.leaf, costs, self.standing)
         self._passes_by = _passes_by(self.chain)
-        self._cuts = not self.columns and _tells(self.chain.leaf)
+        self._cuts = cuts and not self.columns and _tells(self.chain.leaf)
         if self._cuts:
             for verifier in self.chain.verifiers:  # whoever asks it
                 Cut(verifier, partial(self._checked, verifier.index))

@@ -141,6 +141,7 @@ def test_what_pays_is_measured_together_and_decided_by_the_first(
     first, second = seen_by_each
     assert first["auto, sampled"] == second["auto, sampled"] == wanted
     assert first["auto, changed"] == second["auto, changed"] == changed_text != first["auto"]
+    assert first["auto, where no token pays"] == second["auto, where no token pays"] == changed_text
     assert first["lines"] == second["lines"]
     assert "suffix" in first["lines"][0]
     assert (first["profiles"], second["profiles"]) == (1, 0)
