@@ -9,7 +9,7 @@ looked at: it follows from the text, and so its length may follow from how likel
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
@@ -295,11 +295,7 @@ class Columns:
         known.gain += max(NEWEST / 2, 1 / known.looks) * (self._gain(chances, wanted, rows) - known.gain)
         left = sum(len(own) - count for own, count in zip(offered.tokens, wanted, strict=True))
         source.stats.drafted -= left
-        if not left:
-            return offered
-        tokens = [row[:count] for row, count in zip(offered.tokens, wanted, strict=True)]
-        origins = [row[:count] for row, count in zip(offered.origins, wanted, strict=True)]
-        return replace(offered, tokens=tokens, origins=origins)
+        return offered.cut(wanted) if left else offered
 
     def _allotted(self, chances: Sequence[Sequence[float]], rows: int, depth_seconds: float) -> list[int]:
         wide = rows > 1 and not self.level.runner.own_rows

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import replace
 
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
@@ -50,8 +49,4 @@ class Cut:
         if not left:
             return offered
         getattr(source, "branch", source).stats.drafted -= left
-        return replace(
-            offered,
-            tokens=[row[:count] for row, count in zip(offered.tokens, wanted, strict=True)],
-            origins=[row[:count] for row, count in zip(offered.origins, wanted, strict=True)],
-        )
+        return offered.cut(wanted)

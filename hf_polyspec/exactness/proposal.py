@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -31,6 +31,14 @@ class Proposal:
     def width(self) -> int:
         """Longest row."""
         return max((len(row) for row in self.tokens), default=0)
+
+    def cut(self, lengths: Sequence[int]) -> Proposal:
+        """The first tokens of each row."""
+        tokens, origins = (
+            [row[:length] for row, length in zip(rows, lengths, strict=True)] for rows in (self.tokens, self.origins)
+        )
+        q = None if self.q is None or not any(lengths) else self.q[:, : max(lengths)]
+        return replace(self, tokens=tokens, q=q, origins=origins)
 
     def select(self, rows: list[int]) -> Proposal:
         """Of some rows, in this order."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 
 from ..errors import LevelError, RollbackError, level_failures
 from ..exactness.context import Context
@@ -38,11 +37,7 @@ def ask(
     ends = [_end(row, eos) for row in proposal.tokens]
     if ends == [len(row) for row in proposal.tokens]:
         return proposal
-    tokens, origins = (
-        [row[:end] for row, end in zip(rows, ends, strict=True)] for rows in (proposal.tokens, proposal.origins)
-    )
-    q = None if proposal.q is None or not any(ends) else proposal.q[:, : max(ends)]
-    return replace(proposal, tokens=tokens, q=q, origins=origins)
+    return proposal.cut(ends)
 
 
 def ask_for_tree(
