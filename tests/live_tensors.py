@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,3 +26,18 @@ def live_tensors() -> tuple[int, int]:
     kinds = (torch.Tensor, torch.nn.Parameter)
     found: list[Any] = [each for each in alive if type(each) in kinds and id(each) not in buffers]
     return len(found), sum(each.numel() for each in found)
+
+
+def grows_every_time(ask: Callable[[], object], times: int = 6) -> list[tuple[int, int]]:
+    """What was alive after each call of ``ask``, which asks a hundred requests; empty if one call left nothing behind.
+
+    A tensor a request would be a hundred more every time. What is kept once, for whatever a process has done before,
+    comes once; how wide the caches were in which requests met differs from call to call, up and down.
+    """
+    found: list[tuple[int, int]] = []
+    for _ in range(times):
+        ask()
+        found.append(live_tensors())
+        if len(found) > 1 and found[-1][0] <= found[-2][0] + 20 and found[-1][1] <= 1.2 * found[-2][1]:
+            return []
+    return found
