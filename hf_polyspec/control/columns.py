@@ -3,7 +3,8 @@
 
 A `Columns` stands between a verifier and the level below it. What it grants a row follows from rounds that are over:
 the seconds of passes by their columns, and how the rows' drafts have fared (law 2). A draft that nobody drew may be
-looked at: it follows from the text, and so its length may follow from how likely it is.
+looked at: it follows from the text, and so its length may follow from how likely it is. A row without others shares its
+columns with nobody: it drafts what it would in a call of its own, and what is seen of that is known once others join.
 """
 
 from __future__ import annotations
@@ -112,6 +113,8 @@ class Columns:
         if nothing:
             return _empty(context)
         self._begin(rooms)
+        if context.batch == 1:
+            return self._unshared(source, context, rooms, law, vocabulary, eos)
         shortcut = self._shortcut(source)
         if shortcut is None:
             offered = self._offered(source, context, rooms, law, vocabulary, eos)
@@ -135,7 +138,9 @@ class Columns:
             return self._ask_for_tree(source, context, rooms, law, vocabulary)
         self._begin(rooms)
         known = self._known(source, context, rooms)
-        self._nothing = not any(wanted := self._granted(source, known, rooms, nodes))
+        self._on_trial = False
+        wanted = rooms if context.batch == 1 else self._granted(source, known, rooms, nodes)
+        self._nothing = not any(wanted)
         if self._nothing:
             return None
         began = self.level.stats.clock()
@@ -160,6 +165,18 @@ class Columns:
                 known.rates.add(place, count, accepted)
 
     # How much each row drafts
+
+    def _unshared(
+        self, source: Drafter, context: Context, rooms: list[int], law: LawMaker, vocabulary: int, eos: Collection[int]
+    ) -> Proposal:
+        """What a level offers a row that is alone, as much as it likes to."""
+        known = self._known(source, context, rooms)
+        self._on_trial, known.asked = False, self._turn
+        known.tried[context.places[0]] = self._turn
+        began = self.level.stats.clock()
+        offered = self._ask(source, context, rooms, law, vocabulary, eos)
+        self._time(known, began, 1 if source.tells_chances else offered.width, rooms)
+        return offered
 
     def _begin(self, rooms: list[int]) -> None:
         """A round begins."""

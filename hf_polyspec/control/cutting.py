@@ -21,11 +21,15 @@ class Cut:
 
     Args:
         level: asks through this from now on; seconds: of the pass that checks, over so many columns.
+
+    Attributes:
+        idle: whether drafts stay as they are.
     """
 
     def __init__(self, level: Verifier, seconds: Callable[[float], float]) -> None:
         self.level = level
         self.seconds = seconds
+        self.idle = False
         self._ask = level.ask
         level.ask = self.ask
 
@@ -34,7 +38,7 @@ class Cut:
     ) -> Proposal:
         """See `asking.ask`."""
         offered = self._ask(source, context, rooms, law, vocabulary, eos)
-        if offered.q is not None or offered.chances is None or not offered.width:
+        if self.idle or offered.q is not None or offered.chances is None or not offered.width:
             return offered
         rows = max(1, sum(room > 0 for room in rooms))
         chances = [row[: len(own)] for row, own in zip(offered.chances(), offered.tokens, strict=True)]

@@ -84,7 +84,8 @@ class SteadyControl:
     Args:
         top: the target, begun, with the levels below it.
         costs: what is known of the chain; learns.
-        shares: whether the columns of the rows are shared out (`Columns`), which then decides how much each drafts.
+        shares: whether the columns of rows that come and go are shared out (`Columns`) while there are several, which
+            then decides how much each drafts; a row that is alone is run as without.
         cuts: whether a draft may be cut by its own chances once it is offered; not where other processes have been told
             of it by then.
         clock: seconds from some moment on.
@@ -108,19 +109,16 @@ class SteadyControl:
         self.costs = costs
         self.clock = clock
         self.decisions: list[Decision] = []
-        self.ladder = _ladder(self.chain)
-        if self.columns and self.chain.leaf is not None and self.chain.leaf.tells_chances:
-            # What does not pay is cut from its drafts, token by token: the target need not be left alone for that.
-            self.ladder = self.ladder[:-1]
+        self._several = False
+        self._steps = _ladder(self.chain)
         before = costs.standing
         self.standing = Standing(min(before.place, len(self.ladder) - 1), before.tokens, dict(before.due))
         self.standing.waits = dict(before.waits)
         self.heads = Heads(self.chain.leaf, costs, self.standing)
         self._passes_by = _passes_by(self.chain)
-        self._cuts = cuts and not self.columns and _tells(self.chain.leaf)
-        if self._cuts:
-            for verifier in self.chain.verifiers:  # whoever asks it
-                Cut(verifier, partial(self._checked, verifier.index))
+        self._cuts: list[Cut] = []
+        if cuts and _tells(self.chain.leaf):  # whoever asks it
+            self._cuts = [Cut(verifier, partial(self._checked, verifier.index)) for verifier in self.chain.verifiers]
         self.setup = PLAIN
         self.emitted = 0.0
         self._account: _Account | None = None
@@ -135,6 +133,7 @@ class SteadyControl:
     def before(self, context: Context, limits: list[int]) -> None:
         """Choose how the next round is run."""
         self._rows = max(1, sum(limit > 0 for limit in limits))
+        self._meet(len(limits) > 1)
         if self._account is None:
             # What a profile promises has yet to be seen on a text.
             self._account = self._opened(None if self.standing.tokens else TRIAL)
@@ -186,6 +185,21 @@ class SteadyControl:
 
     # The ladder
 
+    @property
+    def ladder(self) -> Sequence[tuple[int, ...]]:
+        """Setups, from the whole chain down."""
+        leaf = self.chain.leaf
+        # Where what does not pay is left out token by token, the target need not be left alone for that.
+        return self._steps[:-1] if self._several and leaf is not None and leaf.tells_chances else self._steps
+
+    def _meet(self, several: bool) -> None:
+        """Rows share out their columns where there are several."""
+        self._several = several and bool(self.columns)
+        for cut in self._cuts:
+            cut.idle = self._several
+        if self.standing.place >= len(self.ladder):
+            self.standing.place, self._account = len(self.ladder) - 1, None
+
     def _step(self, room: int) -> None:
         account, place = self._account, self.standing.place
         assert account is not None
@@ -228,7 +242,7 @@ class SteadyControl:
         if len(levels) == 1:
             return PLAIN
         sizes, head = [], None
-        rows = 1 if self.columns else self._rows  # else each row's share of the columns is decided round by round
+        rows = 1 if self._several else self._rows  # else each row's share of the columns is decided round by round
         if self._passes_by and len(levels) > 2:
             middle, length = self.chain.verifiers[-1], self._passes_by
             middle.direct_tokens = length if self.costs.passing_by_pays(rows) else 0
@@ -240,7 +254,8 @@ class SteadyControl:
                 sizes.append(max(1, self.heads.tokens(above, rows)))
             else:
                 # Where each draft is cut by its own chances, those before it need not say how long it may be.
-                longest = max(DRAFTS) if self._cuts else self.costs.draft(self._checks_long_drafts(above), rows)
+                cuts = self._cuts and not self._several
+                longest = max(DRAFTS) if cuts else self.costs.draft(self._checks_long_drafts(above), rows)
                 sizes.append(longest)
                 if self.heads.known:  # it can only guess under the level whose states it reads
                     head = self.heads.tokens(above, rows) if above == level - 1 else 0
@@ -278,7 +293,7 @@ class SteadyControl:
             part.stats.sizes.append((self.emitted, size))
 
     def _plain_seconds(self) -> float:
-        if self.columns and (gauge := self.costs.gauge(0)).passes:
+        if self._several and (gauge := self.costs.gauge(0)).passes:
             return gauge.seconds(self._rows)
         return self.costs.seconds(0, self._rows)
 

@@ -143,7 +143,7 @@ def test_where_nothing_pays_nobody_drafts() -> None:
     """A drafter that is never right and passes that cost a token a column: its own passes are not run either."""
     tables = approximations(2, 2, 4, Ragged)
     target = chain(tables, "token")
-    target.begin(0, 1, 2)
+    target.begin(0, 2, 2)
     seconds = Still()
     seconds.pace, seconds.cost = 0.01, 1.0
     shared = Columns(target, seconds)
@@ -151,8 +151,8 @@ def test_where_nothing_pays_nobody_drafts() -> None:
     drafter: Any = target.below
     genuine = drafter.propose
     drafter.propose = lambda context, limits, law: (asked.append(1), genuine(context, limits, law))[1]
-    context = Context([[0]], Prompt.apart([1], [0]))
+    context = Context([[0], [0]], Prompt.apart([1, 1], [0, 1]))
     for _ in range(4):
-        target.round(context, [3], RowLaws([drawing(1)], [0], CPU))
+        target.round(context, [3, 3], RowLaws([drawing(1), drawing(2)], [0, 1], CPU))
     assert not asked
     assert shared.seconds is seconds

@@ -2,8 +2,7 @@
 """What a server's door costs: `polyspec measure server`.
 
 One chain writes greedy texts one after the other: by `generate()` in this process, and by `polyspec serve` in another,
-which OpenAI's client in this one asks with and without a stream. They take turns; who has none only waits. Sizes are
-fixed in both.
+which OpenAI's client in this one asks with and without a stream. They take turns; who has none only waits.
 """
 
 from __future__ import annotations
@@ -195,6 +194,5 @@ def _words(given: argparse.Namespace, form: str, chain: str) -> list[str]:
     """What `polyspec serve` is called with."""
     dtype, change = parse_form(form)
     words = [given.model, "--dtype", dtype, "--slots", str(given.slots)]
-    words += ["--control", "fixed"]  # the sizes that generate() has, where an engine would gauge what pays for its rows
     words += ["--pack"] if change else []
     return words + [word for name in chain.split(",") for word in ("--assistant", name)]
