@@ -13,7 +13,7 @@ from .memory import forget
 from .online import OnlineControl
 from .pass_seconds import PassSeconds
 from .setups import Setup
-from .shares import Shares
+from .shares import Shares, shares_of
 from .steady import SteadyControl
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "SteadyControl",
     "forget",
     "online_control",
+    "shares_of",
 ]

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 LEAST = 0.02
 """Chances below this are no columns that anybody would pay for."""
 _SAME = 1 + 1e-9
+REACH = 0.125
+"""Of the tokens that the longest row may emit yet: rows as far ahead of it as that will not end last."""
 
 
 def allotted(
@@ -17,6 +19,7 @@ def allotted(
     *,
     depth_seconds: float = 0.0,
     rectangular: bool = False,
+    worth: Sequence[float] | None = None,
 ) -> list[int]:
     """How many tokens each row is to draft, so that a pass emits the most tokens a second.
 
@@ -31,11 +34,14 @@ def allotted(
         rows: that the pass reads in any case, those without chances included, 1 or more.
         depth_seconds: for every token of the longest draft, where a drafter draws one after another.
         rectangular: whether all rows are computed as wide as the widest.
+        worth: of a token of each row, see `worths`; None where every row's is 1.
 
     Returns:
         Tokens for every row, 0 or more and at most as many as it has chances.
     """
     falling = [_falling(row) for row in chances]
+    if worth is not None:
+        falling = [[chance * value for chance in row] for row, value in zip(falling, worth, strict=True)]
     deepest = max(map(len, falling), default=0)
     best, found = rows / seconds(rows), [0] * len(falling)
     if rectangular:
@@ -58,6 +64,28 @@ def allotted(
             for _, depth, row in [column for column in columns if column[1] <= most][:number]:
                 found[row] = depth
     return found
+
+
+def worths(left: Sequence[int], seconds: Callable[[float], float]) -> list[float]:
+    """What a token of each row is worth where no row takes the place of one that ends, 1 on average.
+
+    A pass takes a part of its seconds whatever it reads, and the rest for its columns. A token saves a later pass its
+    row's column in any case, and the former only if its row ends last. Which row will is told by how much each may
+    still emit, the less surely the more that is, since texts end by themselves.
+
+    Args:
+        left: tokens that each row may emit yet, 0 for rows that have ended; seconds: see `allotted`.
+
+    Returns:
+        For every row, 0 or more.
+    """
+    rows, longest = sum(count > 0 for count in left), max(left, default=0)
+    if rows < 2:
+        return [1.0] * len(left)
+    last = [max(0.0, 1 - (longest - count) / (REACH * longest)) if count else 0.0 for count in left]
+    total, whole = sum(last), seconds(rows)
+    fixed = min(1.0, seconds(1) / whole) if whole > 0 else 1.0
+    return [1 - fixed + fixed * rows * value / total for value in last]
 
 
 def _best_number(

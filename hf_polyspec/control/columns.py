@@ -18,7 +18,7 @@ from ..exactness.proposal import Proposal, TreeProposal
 from ..levels.base import Drafter
 from ..levels.verifier import NoDraft, Verifier
 from ..telemetry.counters import Check
-from .allotment import allotted
+from .allotment import allotted, worths
 from .pass_seconds import PassSeconds
 from .row_rates import RowRates
 
@@ -77,6 +77,10 @@ class Columns:
         seconds: of its passes; learns.
         below: likewise of the level that it asks, where that is a verifier.
         passes_by: whether that verifier may be passed by, where the drafter below it promises more (`_shortcut`).
+
+    Attributes:
+        left: tokens that each row may emit yet, set anew every round, where none takes the place of one that ends; None
+            where rows join, and all tokens are worth the same.
     """
 
     def __init__(
@@ -97,6 +101,8 @@ class Columns:
         self._nothing = False
         self._fresh = False
         self._on_trial = False
+        self.left: Sequence[int] | None = None
+        self._worth: list[float] | None = None
 
     # What the verifier calls
 
@@ -185,6 +191,7 @@ class Columns:
         one = self.seconds.seconds(len(rooms))
         self._credit = min(2 * one, self._credit + SHARE * min(elapsed, _IDLE * one))
         self._asked_at, self._turn = now, self._turn + 1
+        self._worth = None if self.left is None else worths(self.left, self.seconds.seconds)
 
     def _known(self, source: Drafter, context: Context, rooms: list[int]) -> _Source:
         """What is known of the level that is to draft."""
@@ -285,7 +292,10 @@ class Columns:
     def _gain(self, chances: Sequence[Sequence[float]], wanted: Sequence[int], rows: int) -> float:
         """Seconds that a pass over so much of the rows' drafts is expected to win."""
         plain = self.seconds.seconds(rows)
-        expected = sum(sum(row[:count]) for row, count in zip(chances, wanted, strict=True))
+        worth = self._worth or [1.0] * len(wanted)
+        expected = sum(
+            value * sum(row[:count]) for value, row, count in zip(worth, chances, wanted, strict=True) if count
+        )
         return expected * plain / rows - (self._pass_seconds(rows, wanted) - plain)
 
     def _is_due(self, known: _Source, row: int) -> bool:
@@ -316,7 +326,8 @@ class Columns:
 
     def _allotted(self, chances: Sequence[Sequence[float]], rows: int, depth_seconds: float) -> list[int]:
         wide = rows > 1 and not self.level.runner.own_rows
-        return allotted(chances, self.seconds.seconds, rows, depth_seconds=depth_seconds, rectangular=wide)
+        seconds, worth = self.seconds.seconds, self._worth
+        return allotted(chances, seconds, rows, depth_seconds=depth_seconds, rectangular=wide, worth=worth)
 
     def _pass_seconds(self, rows: int, wanted: Sequence[int]) -> float:
         if self.level.runner.own_rows:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import torch
 
 from ..exactness.context import Context
 from ..host.separate import SeparateRunner
@@ -13,6 +15,10 @@ from ..telemetry.counters import Check, Decision
 from .columns import Columns
 from .pass_seconds import PassSeconds
 from .setups import spine
+
+MANY = 8
+"""Rows of one call from which on columns are shared out though nobody asked for it: a pass over fewer has some to spare
+on every machine that was measured."""
 
 Gauges = Callable[[int], PassSeconds]
 """What is known of the passes of a level, by its index; learns."""
@@ -36,14 +42,23 @@ def shared_out(top: Verifier, gauges: Gauges) -> list[Columns]:
     ]
 
 
+def tell_left(columns: Sequence[Columns], left: Sequence[int]) -> None:
+    """Tell the target's columns how many tokens each row may emit yet; levels below draft for rows that it asks for."""
+    for own in columns:
+        if own.level.index == 0:
+            own.left = left
+
+
 class Shares:
     """Shares out the columns of one loop, past a middle where its drafter alone promises more, and does nothing else.
 
     Args:
         top: the target, begun, with the levels below it; gauges: see `Gauges`.
+        joining: whether other rows take the place of those that end, so that a token is worth the same in all of them.
     """
 
-    def __init__(self, top: Verifier, gauges: Gauges) -> None:
+    def __init__(self, top: Verifier, gauges: Gauges, *, joining: bool = False) -> None:
+        self.joining = joining
         self.columns = shared_out(top, gauges)
         self.decisions: list[Decision] = []
         for level in spine(top):
@@ -51,7 +66,9 @@ class Shares:
                 level.observer = self.observe
 
     def before(self, context: Context, limits: list[int]) -> None:
-        """Nothing is chosen between rounds."""
+        """Of what is chosen in a round, what there is left to emit is known before it."""
+        if not self.joining:
+            tell_left(self.columns, limits)
 
     def after(self, emission: Emission) -> None:
         """Likewise."""
@@ -63,3 +80,18 @@ class Shares:
 
     def finish(self) -> None:
         """The loop is over."""
+
+
+def shares_of(top: Verifier, rows: int, device: torch.device) -> Shares | None:
+    """The control of a chain whose sizes nobody has ordered, in one call of many rows: those that lose draft less.
+
+    Args:
+        top: the target, begun, with the levels below it; rows: of the call; device: of the target.
+
+    Returns:
+        None where there is nothing to share.
+    """
+    if rows < MANY or len(spine(top)) < 2:
+        return None
+    gauges: dict[int, PassSeconds] = {}
+    return Shares(top, lambda level: gauges.setdefault(level, PassSeconds(device=device)))

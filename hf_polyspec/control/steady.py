@@ -27,7 +27,7 @@ from .costs import DRAFTS, Costs, Standing
 from .cutting import Cut
 from .heads import Heads
 from .setups import PLAIN, Chain, Setup, spine
-from .shares import shared_out
+from .shares import shared_out, tell_left
 
 CREDIT = 0.5
 """Plain tokens that a setup may lose at first."""
@@ -88,6 +88,7 @@ class SteadyControl:
             then decides how much each drafts; a row that is alone is run as without.
         cuts: whether a draft may be cut by its own chances once it is offered; not where other processes have been told
             of it by then.
+        joining: whether other rows take the place of those that end, so that a token is worth the same in all of them.
         clock: seconds from some moment on.
 
     Attributes:
@@ -102,11 +103,13 @@ class SteadyControl:
         *,
         shares: bool = False,
         cuts: bool = True,
+        joining: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.chain = Chain(spine(top))
         self.columns = shared_out(top, costs.gauge) if shares else []
         self.costs = costs
+        self._joining = joining
         self.clock = clock
         self.decisions: list[Decision] = []
         self._several = False
@@ -134,6 +137,8 @@ class SteadyControl:
         """Choose how the next round is run."""
         self._rows = max(1, sum(limit > 0 for limit in limits))
         self._meet(len(limits) > 1)
+        if not self._joining:
+            tell_left(self.columns, limits)
         if self._account is None:
             # What a profile promises has yet to be seen on a text.
             self._account = self._opened(None if self.standing.tokens else TRIAL)

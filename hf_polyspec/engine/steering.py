@@ -63,9 +63,9 @@ class Steering:
         if self.options.polyspec_control == "online":
             control = OnlineControl(target, mode="engine")
         elif self.costs is not None and not self.fixed:
-            control = SteadyControl(target, self.costs, shares=True)
+            control = SteadyControl(target, self.costs, shares=True, joining=True)
         elif not self.fixed:
-            control = Shares(target, self._gauge)
+            control = Shares(target, self._gauge, joining=True)
         level: object = target
         while isinstance(level, Verifier):
             level.observer = _both(level.observer, observer)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from ..control import Costs, LedControl, OnlineControl, SteadyControl, online_control
+from ..control import Costs, LedControl, OnlineControl, Shares, SteadyControl, online_control, shares_of
 from ..exactness.callers_generator import BESIDE
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
@@ -145,6 +145,7 @@ def decode(
             model = job.model
         check_spread(model, job.extras, meeting.ranks)
         job.vocabularies = found.vocabularies
+        job.steered = polyspec_control is None and getattr(generation_config, "polyspec_control", None) is None
         with lent(members) as own:
             chain = job.chain(own)
             job.decided = share(chain, own, meeting.ranks)
@@ -207,7 +208,8 @@ class _Job:
         self.pad = pad_id(config)
         self.wanted = Wanted.of(config)
         self.cached = 0
-        self.control: OnlineControl | LedControl | SteadyControl | None = None
+        self.control: OnlineControl | LedControl | SteadyControl | Shares | None = None
+        self.steered = False
         self.shared: Sequence[Drafter] = ()
         self.costs: Costs | None = None
         self.chosen: str | None = None
@@ -275,6 +277,8 @@ class _Job:
         elif self.options.polyspec_control == "online" and len(levels_of(chain)) > 1:
             mode = self.law.do_sample, self.config.temperature, self.options.couples
             self.control = online_control(chain, self.shared, meeting.ranks, mode)
+        elif self.steered and self.options.keeps_text(self.law.do_sample) and not meeting.ranks.in_step:
+            self.control = shares_of(chain, self.context.batch, self.device)
         course = Course(
             [self.context.visible(b) for b in range(self.context.batch)],
             self.law,

@@ -121,6 +121,10 @@ class PolySpecOptions:
         """Whether sampled text is plain generate()'s own under a seed."""
         return self.polyspec_verification in ("auto", "coupled") and not self.polyspec_bias_budget
 
+    def keeps_text(self, draws: bool) -> bool:
+        """Whether a text stays what it is, whatever sizes it is written with; draws: whether its tokens are drawn."""
+        return self.couples or not (draws or self.polyspec_bias_budget)
+
     def _check_seed(self) -> None:
         seed = self.polyspec_seed
         alone = seed is None or _is_seed(seed)

@@ -68,6 +68,19 @@ class _Corpus:
             self.learnt += 1
 
 
+@dataclass(frozen=True)
+class _Mask:
+    """Which ids of a row's prompt are real: those from `first` on, or those that `inside` says, if it is not None."""
+
+    first: int
+    inside: list[int] | None = None
+
+    @classmethod
+    def of(cls, mask: list[int]) -> _Mask:
+        first = mask.index(1) if 1 in mask else len(mask)
+        return cls(first, None if all(mask[first:]) else mask)
+
+
 @dataclass
 class _Row(FollowedText):
     """One row: its text, the automaton over it, and where it stands in the corpus after each id."""
@@ -163,7 +176,7 @@ class SuffixDrafter(Drafter):
         self._corpus = _Corpus()
         self._rows: list[_Row] = []
         self._prompt: Prompt | None = None
-        self._masks: list[list[int]] = []
+        self._masks: list[_Mask] = []
         self.learn(corpus)
 
     @property
@@ -284,19 +297,18 @@ class SuffixDrafter(Drafter):
         """Fetch the mask once a prompt: it may live on a device."""
         if prompt is not self._prompt:
             self._prompt = prompt
-            self._masks = [] if prompt.mask is None else prompt.mask.to(torch.long).tolist()
+            masks = [] if prompt.mask is None else prompt.mask[:, prompt.hidden :].to(torch.long).tolist()
+            self._masks = [_Mask.of(mask) for mask in masks]
 
     def _text(self, context: Context, b: int) -> list[int]:
         """The row's real ids: no padding, nothing that was given as an embedding."""
         ids = context.visible(b)
         if not self._masks:
             return list(ids)
-        hidden = len(context.ids[b]) - len(ids)
-        mask = self._masks[b][hidden:]
-        first = mask.index(1) if 1 in mask else len(mask)
-        if all(mask[first:]):
-            return ids[first:]
-        return [token for token, real in zip(ids, mask, strict=False) if real] + ids[len(mask) :]
+        mask = self._masks[b]
+        if mask.inside is None:
+            return ids[mask.first :]
+        return [token for token, real in zip(ids, mask.inside, strict=False) if real] + ids[len(mask.inside) :]
 
 
 def _require_count(name: str, value: int) -> None:

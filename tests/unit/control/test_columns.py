@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,9 +15,10 @@ import torch
 from clockwork import LAW, Clock, ClockedDrafter, ClockedRunner, Run, truth
 
 from hf_polyspec.control import Costs, PassSeconds, Shares, SteadyControl
-from hf_polyspec.control.allotment import LEAST, allotted
+from hf_polyspec.control.allotment import LEAST, allotted, worths
 from hf_polyspec.control.columns import Columns
 from hf_polyspec.control.row_rates import RowRates
+from hf_polyspec.control.shares import MANY, shares_of
 from hf_polyspec.exactness.context import Context, Prompt, common_prefix
 from hf_polyspec.exactness.distributions import LawMaker
 from hf_polyspec.exactness.passes import Pass
@@ -94,6 +96,52 @@ def test_dearer_columns_are_never_more() -> None:
         chances = some_chances(dice, 4)
         counts = [sum(allotted(chances, straight(10, cost), 4)) for cost in (0.01, 0.1, 0.5, 1, 3, 10)]
         assert counts == sorted(counts, reverse=True)
+
+
+def whole_batch(right: list[float], seconds: Seconds, weighed: bool) -> float:
+    """Expected seconds of a batch of 64 tokens a row, whose rows' drafts are right so often, in plain ones."""
+    left, passed, rows = [64.0] * len(right), 0.0, len(right)
+    while any(going := [count > 1e-6 for count in left]):
+        chances = [
+            [share**depth for depth in range(1, 1 + min(12, int(count)))] if one else []
+            for share, count, one in zip(right, left, going, strict=True)
+        ]
+        worth = worths([math.ceil(max(0.0, count)) for count in left], seconds) if weighed else None
+        counts = allotted(chances, seconds, sum(going), worth=worth)
+        passed += seconds(sum(going) + sum(counts))
+        left = [
+            count - one * (1 + sum(row[:number]))
+            for count, one, row, number in zip(left, going, chances, counts, strict=True)
+        ]
+    return passed / (64 * seconds(rows))
+
+
+@pytest.mark.parametrize("seconds", [straight(5.2, 0.66), straight(9.0, 0.22)])
+@pytest.mark.parametrize("right", [[0.9] * 4 + [0.0] * 4, [0.0] + [0.8] * 7, [0.9] * 8 + [0.0] * 8])
+def test_a_batch_lasts_as_long_as_its_slowest_row(seconds: Seconds, right: list[float]) -> None:
+    """Where a row has nothing to draft, drafts of the others only buy that they wait for it."""
+    assert whole_batch(right, seconds, weighed=True) <= 1.025 < whole_batch(right, seconds, weighed=False)
+
+
+def test_rows_that_are_alike_draft_as_where_rows_join() -> None:
+    for right in (0.5, 0.7, 0.9):
+        equal = whole_batch([right] * 8, straight(9.0, 0.22), weighed=False)
+        assert whole_batch([right] * 8, straight(9.0, 0.22), weighed=True) == pytest.approx(equal)
+    # Those that have more to draft are ahead soon, and leave the columns to those that have not.
+    mixed, seconds = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2], straight(9.0, 0.22)
+    assert whole_batch(mixed, seconds, weighed=True) < 0.94 * whole_batch(mixed, seconds, weighed=False)
+
+
+def test_a_token_is_worth_a_pass_in_the_row_that_ends_last() -> None:
+    assert worths([50, 50, 50, 50], straight(9, 0.25)) == pytest.approx([1.0] * 4)
+    assert worths([1 << 62, (1 << 62) - 900], straight(9, 0.25)) == pytest.approx([1.0, 1.0])
+    assert worths([30], straight(9, 0.25)) == [1.0]
+    assert worths([0, 0], straight(9, 0.25)) == [1.0, 1.0]
+    # A pass over four takes 10, of which 9.25 whatever it reads; over an ended row nothing is won.
+    found = worths([64, 32, 60, 0, 32], straight(9, 0.25))
+    assert found[1] == found[4] == pytest.approx(0.075)
+    assert found[0] == pytest.approx(0.075 + 4 * 0.925 / 1.5)
+    assert found[2] == pytest.approx(0.075 + 4 * 0.925 * 0.5 / 1.5)
 
 
 def noised(dice: random.Random, seconds: float) -> float:
@@ -270,6 +318,39 @@ class Teller(ClockedDrafter):
         offered = super().propose(context, [min(limit, 4) for limit in limits], law)
         chances = [[self.agreement() ** depth for depth in range(1, 1 + len(row))] for row in offered.tokens]
         return replace(offered, chances=lambda: chances)
+
+
+class OfRows(Teller):
+    """Rows of even number repeat themselves, the others never do."""
+
+    def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
+        return super().propose(context, [limit * (row % 2 == 0) for row, limit in enumerate(limits)], law)
+
+
+@pytest.mark.parametrize("joining", [False, True])
+def test_columns_know_whether_rows_join(joining: bool) -> None:
+    clock = Clock()
+    drafter = OfRows(clock, lambda: 0.0, lambda: 0.9)
+    runner = OwnRows(clock, lambda columns: 0.52 + 0.066 * columns, lambda: 1.0, 4)
+    top = Verifier(runner, drafter, name="target")
+    top.begin(0, 8, 8)
+    for level in (top, drafter):
+        level.stats.clock = clock
+    gauge = PassSeconds(lambda columns: 0.52 + 0.066 * columns)
+    shares = Shares(top, lambda index: gauge, joining=joining)
+    context = Context([[truth(i) for i in range(4)] for _ in range(8)], Prompt(4, None, torch.arange(4).expand(8, -1)))
+    while any(limits := [max(0, 68 - len(row)) for row in context.ids]):
+        shares.before(context, limits)
+        context = context.extended(top.round(context, limits, LAW).tokens)
+    assert (clock.now <= 1.03 * 64 * (0.52 + 0.066 * 8)) is not joining
+
+
+def test_few_rows_draft_what_was_ordered() -> None:
+    clock = Clock()
+    top = Verifier(OwnRows(clock, pass_seconds, lambda: 1.0, 4), Teller(clock, lambda: 0.0, lambda: 0.9), name="target")
+    top.begin(0, 8, 8)
+    assert shares_of(top, MANY - 1, torch.device("cpu")) is None
+    assert isinstance(shares_of(top, MANY, torch.device("cpu")), Shares)
 
 
 def of_three(passes_by: bool, middle_seconds: float, right: float) -> tuple[float, int]:
