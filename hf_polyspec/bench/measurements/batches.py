@@ -18,7 +18,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,41 +67,50 @@ class Rate:
 
 
 class _Watch(BaseStreamer):
-    """Notices when every row has its first token."""
+    """Notices when every row has its first token, on this clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
         self.seen = 0
         self.first = 0.0
 
     def put(self, value: torch.Tensor) -> None:
         self.seen += 1
         if self.seen == 2:  # the prompt comes first
-            self.first = time.perf_counter()
+            self.first = self.clock()
 
     def end(self) -> None:
         """Nothing is left to do."""
 
 
 def measure(
-    target: Any, job: Job, chains: Sequence[str] = CHAINS, *, form: str = "", new_tokens: int = 64, rounds: int = 3
+    target: Any,
+    job: Job,
+    chains: Sequence[str] = CHAINS,
+    *,
+    form: str = "",
+    new_tokens: int = 64,
+    rounds: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Rate]:
     """Time all ways of generating one batch, in turns.
 
     Args:
         target: as it is to run; job: the batch; form: name of the target's.
         chains: levels, their names with commas between; new_tokens: at most; rounds: of which the median counts.
+        clock: seconds from some moment on.
     """
     ways = {PADDED: None, ALONE: [], **{chain: chain.split(",") for chain in chains}}
     texts: dict[str, torch.Tensor] = {}
     first: dict[str, list[float]] = {way: [] for way in ways}
 
     def timed(way: str, turn: int) -> float:
-        watch = _Watch()
-        started = time.perf_counter()
+        watch = _Watch(clock)
+        started = clock()
         texts[way] = generated(target, job.inputs, ways[way], new_tokens, streamer=watch, **job.options)
         if turn >= 0:
             first[way].append(watch.first - started)
-        return time.perf_counter() - started
+        return clock() - started
 
     whole = in_turns(timed, list(ways), rounds)
     behind = {way: [max(1e-9, a - b) for a, b in zip(whole[way], first[way], strict=True)] for way in ways}
@@ -195,14 +204,22 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--slots", nargs="*", type=arguments.count, default=[8, 16], help="of engines; none for none")
     parser.add_argument("--joining", type=arguments.count, default=24, help="prompts that join")
     parser.add_argument("--with", nargs="+", type=_earlier, default=[], dest="earlier", help="files of earlier pieces")
+    parser.add_argument(
+        "--one-thread", action="store_true",
+        help="compute with one thread and count its own seconds, which other work on the machine disturbs little",
+    )  # fmt: skip
     given = parser.parse_args(words)
+    clock = time.thread_time if given.one_thread else time.perf_counter
+    if given.one_thread:
+        torch.set_num_threads(1)
     found: list[Rate] = [rate for rates, _ in given.earlier for rate in rates]
     joined: list[joining.Rate] = [rate for _, rates in given.earlier for rate in rates]
     console = Console(width=120)
     for form, target, tokenizer in targets_of(given):
         for kind in given.prompts:
             for job in jobs(tokenizer, kind, given.batch, given.questions):
-                rates = measure(target, job, given.chain, form=form, new_tokens=given.new_tokens, rounds=given.rounds)
+                options = {"new_tokens": given.new_tokens, "rounds": given.rounds, "clock": clock}
+                rates = measure(target, job, given.chain, form=form, **options)
                 _show(console, f"{form}, {job.title}", rates)
                 found += rates
         if given.slots:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +54,22 @@ def test_pieces_of_a_run_are_put_together(
     told = capsys.readouterr().out
     assert "bounds" in told
     assert "not measured" in told
+
+
+def test_one_thread_counts_its_own_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = []
+    monkeypatch.setattr(batches, "targets_of", lambda given: [("float32", None, Words())])
+    monkeypatch.setattr(batches, "jobs", lambda *given: [Job("unequal", "unequal", 2, RAGGED)])
+    monkeypatch.setattr(batches, "measure", lambda *given, clock, **options: clocks.append(clock) or [])
+    before = torch.get_num_threads()
+    try:
+        batches.main(["--prompts", "unequal", "--slots"])
+        assert torch.get_num_threads() == before
+        batches.main(["--prompts", "unequal", "--slots", "--one-thread"])
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert clocks == [time.perf_counter, time.thread_time]
 
 
 def test_what_is_no_earlier_piece_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
