@@ -237,7 +237,7 @@ class Columns:
         """
         known = self._known(source, context, rooms)
         tells, self._on_trial = source.tells_chances, False
-        wanted = rooms if tells else self._granted(source, known, rooms, 0, rival)
+        wanted = self._worthwhile(rooms) if tells else self._granted(source, known, rooms, 0, rival)
         if not any(wanted) or (tells and not self._may_look(known)):
             return None
         known.asked = self._turn
@@ -279,6 +279,16 @@ class Columns:
             if count:
                 known.tried[place] = self._turn
         return wanted
+
+    def _worthwhile(self, rooms: list[int]) -> list[int]:
+        """The room of rows in which a token that is surely right would be worth its column, 0 of others."""
+        if self._worth is None or not self.level.runner.own_rows:
+            return rooms
+        rows = sum(room > 0 for room in rooms)
+        one, more = self.seconds.seconds(rows), self.seconds.seconds(rows + 1)
+        return [
+            room if worth * one > rows * (more - one) else 0 for room, worth in zip(rooms, self._worth, strict=True)
+        ]
 
     def _draft_seconds(self, source: Drafter, known: _Source, rows: int, nodes: int) -> float:
         """Of a token of a draft of so many rows."""
