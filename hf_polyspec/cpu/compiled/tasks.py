@@ -13,6 +13,7 @@ slow core does less.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import struct
 from array import array
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.core.caching import FunctionCache
+from numba.core.registry import cpu_target
+from numba.core.serialize import dumps
 from numba.extending import intrinsic
 from torch.profiler import record_function
 
@@ -218,12 +221,26 @@ def compiled(function: Callable[[Any], None]) -> int:
     # Whatever numba's cache raises is about what is kept and not about the function: a file that a kill or a full disk
     # has cut short is unpickled into any exception there is.
     with suppress(Exception):
+        _name_apart(function)
         return int(make(function).address)
     with suppress(Exception):
         FunctionCache(function).flush()  # the index is begun anew, and what it named is written over
         return int(make(function).address)
     # Nowhere to keep it: a read-only installation without a home folder, a full disk.
     return int(cfunc(types.void(types.intp), error_model="numpy")(function).address)
+
+
+def _name_apart(function: Callable[[Any], None]) -> None:
+    """Give what a function encloses, on this CPU, files of its own.
+
+    numba numbers what it keeps of one function in one index. Of two processes that keep one variant each at the same
+    time, both take the next number, and the index may come to name the one's machine code for the other's.
+    """
+    enclosed = dumps(tuple(cell.cell_contents for cell in function.__closure__ or ()))
+    machine = repr(cpu_target.target_context.codegen().magic_tuple())
+    name = hashlib.sha256(enclosed + machine.encode()).hexdigest()[:16]
+    if not function.__qualname__.endswith(name):
+        function.__qualname__ += f".{name}"
 
 
 def number_bits(value: float) -> int:

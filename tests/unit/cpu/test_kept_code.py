@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import os
+from array import array
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,3 +62,38 @@ def test_code_is_made_where_nothing_can_be_kept(kept: list[object], monkeypatch:
     monkeypatch.setattr(FunctionCache, "__init__", refuse)
     assert ask() > 0
     assert not kept
+
+
+def test_two_processes_that_keep_a_variant_each_keep_both(kept: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However what they write falls, neither is given the other's machine code, now or later."""
+    import numpy as np
+    from numba import carray
+    from numba.core.caching import IndexDataCacheFile
+
+    from hf_polyspec.cpu.compiled.tasks import alone, compiled, pointer
+
+    def writes(number: int) -> Callable[[Any], None]:
+        def task(place: Any) -> None:
+            carray(pointer(place, np.int64(0)), 1)[0] = number
+
+        return task
+
+    def found(number: int) -> int:
+        task = array("q", (0,))
+        alone(compiled(writes(number)))(task.buffer_info()[0])
+        return task[0]
+
+    save = IndexDataCacheFile._save_data
+
+    def while_another_does(self: Any, name: str, data: Any) -> None:
+        monkeypatch.setattr(IndexDataCacheFile, "_save_data", save)
+        with monkeypatch.context() as other:  # which looked before this one had written anything
+            other.setattr(IndexDataCacheFile, "_load_index", lambda self: {})
+            assert found(2) == 2
+        save(self, name, data)
+
+    monkeypatch.setattr(IndexDataCacheFile, "_save_data", while_another_does)
+    assert found(1) == 1
+    assert len(kept) == 2
+    assert [found(number) for number in (1, 2)] == [1, 2]
+    assert len(kept) == 2, "both were kept"
