@@ -4,10 +4,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+# What transformers and evaluate load from a folder of code they copy first, in place, and they look once where to: a
+# process that runs beside this one might load what is half there.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
 
 import pytest
 import torch
@@ -27,6 +34,11 @@ with contextlib.suppress(ImportError):  # which an environment for tests/vllm al
 # Modules that several test files share lie beside this one.
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_models
+
+
+def pytest_unconfigure() -> None:
+    """The folder of this process goes with it."""
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -29,8 +28,7 @@ def _leave_no_door_open() -> Iterator[None]:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
-def test_every_door(door: Callable[..., Any], batch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
+def test_every_door(door: Callable[..., Any], batch: int) -> None:
     model = tiny("llama")
     plain, left = sampled(model, 1, **prompts(batch), **ENDS)
     for seed in ({}, {"polyspec_seed": 1}):

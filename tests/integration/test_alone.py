@@ -53,10 +53,7 @@ class Steps(LogitsProcessor):
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
-def test_every_door(
-    model: PreTrainedModel, door: Callable[..., Any], batch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
+def test_every_door(model: PreTrainedModel, door: Callable[..., Any], batch: int) -> None:
     plain = model.generate(**prompts(batch), **GREEDY)
     try:
         ours = door(model, **prompts(batch), **GREEDY, assistant_models=[])

@@ -53,8 +53,7 @@ def chain(model: PreTrainedModel) -> list[PreTrainedModel]:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
-def test_every_door_leads_to_the_same_tokens(model, chain, door, batch, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
+def test_every_door_leads_to_the_same_tokens(model, chain, door, batch):
     plain = model.generate(**prompts(batch), **OPTIONS)
     ours = door(model, **prompts(batch), **OPTIONS, **CHAIN, assistant_models=chain)
     assert ours.sequences.tolist() == plain.sequences.tolist()
@@ -65,7 +64,7 @@ def test_every_door_leads_to_the_same_tokens(model, chain, door, batch, monkeypa
 
 
 @pytest.mark.parametrize("door", [door for door in DOORS if door is not callable_given], ids=lambda door: door.__name__)
-def test_every_door_but_the_bare_callable_streams(model, chain, door, tmp_path, monkeypatch):
+def test_every_door_but_the_bare_callable_streams(model, chain, door):
     from transformers.generation.streamers import BaseStreamer
 
     class Recording(BaseStreamer):
@@ -266,9 +265,8 @@ def test_a_model_folder_that_brings_its_own_generate(model, chain, tmp_path, mon
 
 @pytest.mark.parametrize("door", ["enable", "attach", "mixin", "function", "callable", "recipe"])
 @pytest.mark.parametrize("where", ["generation_config", "the model's"])
-def test_assistants_in_a_generation_config_are_used(model, chain, door, where, monkeypatch, tmp_path):
+def test_assistants_in_a_generation_config_are_used(model, chain, door, where, monkeypatch):
     """Whoever keeps all settings in one place; names survive saving, models are handed on as they are."""
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
     plain = model.generate(**prompts(2), **OPTIONS).sequences.tolist()
     if door == "mixin":
         other = WithMixin(model.config).eval()

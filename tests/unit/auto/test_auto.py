@@ -45,10 +45,7 @@ def as_another_process() -> None:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
-def test_every_door(
-    model: PreTrainedModel, timed: list[Any], door: Callable[..., Any], batch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_MODULES_CACHE", str(profile.folder()))
+def test_every_door(model: PreTrainedModel, timed: list[Any], door: Callable[..., Any], batch: int) -> None:
     wanted = plain(model, batch)
     for said in ("auto", ["auto"]):
         ours = door(model, **prompts(batch), **GREEDY, assistant_models=said)
