@@ -194,9 +194,14 @@ def test_noise_in_the_order_of_the_batch_is_caught(
 
     monkeypatch.setattr(RowNoise, "at", by_place)
     sampled = [(i, one) for i, one in enumerate(requests(20)) if i % 3 == 1]
+    gate = Waits()  # until all have come, so that they meet
     with Engine(target, chains["a model"], slots=3) as engine:
+        first = engine.submit([3, 4], max_new_tokens=2, do_sample=False, streamer=gate)
+        handles = [engine.submit(ids, seed=seed, **options) for _, (ids, seed, options) in sampled]
+        gate.told.set()
         try:
-            found = written(engine, [one for _, one in sampled])
+            first.result(240)
+            found = [handle.result(240) for handle in handles]
         except (LevelError, IndexError):
             return  # it asked for noise that its row has passed
     assert not all(torch.equal(text, texts[i]) for (i, _), text in zip(sampled, found, strict=True))

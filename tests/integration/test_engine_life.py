@@ -107,15 +107,18 @@ class Chokes:
 
 
 @pytest.mark.parametrize(
-    ("what", "tokens"),
+    ("given", "tokens"),
     [
-        ({"logits_processor": [Fails(len(PROMPT))]}, 3),
-        ({"stopping_criteria": [Stops()]}, 1),
-        ({"streamer": Chokes()}, 3),
+        (lambda: {"logits_processor": [Fails(len(PROMPT))]}, 3),
+        (lambda: {"stopping_criteria": [Stops()]}, 1),
+        (lambda: {"streamer": Chokes()}, 3),
     ],
+    ids=["a processor", "a criterion", "a streamer"],
 )
-def test_what_fails_by_itself_ends_alone(target: Any, drafter: Any, what: dict[str, Any], tokens: int) -> None:
-    ids = [[8, 9, 10, 11], [4, 5]]
+def test_what_fails_by_itself_ends_alone(
+    target: Any, drafter: Any, given: Callable[[], dict[str, Any]], tokens: int
+) -> None:
+    ids, what = [[8, 9, 10, 11], [4, 5]], given()
     with Engine(target, [drafter], slots=3) as engine:
         beside = [engine.submit(one, **LONG) for one in ids]
         failing = engine.submit(PROMPT, **LONG, **what)
@@ -206,11 +209,12 @@ def test_the_queue_is_bounded(target: Any) -> None:
 
 
 def test_no_more_tokens_than_memory_was_promised_for(target: Any, drafter: Any) -> None:
-    most = 0
+    most, asked = 0, threading.Event()
 
     class Counts:
         def put(self, values: torch.Tensor) -> None:
             nonlocal most
+            assert asked.wait(PATIENCE)  # by then all wait who come
             most = max(most, sum(request.prepared.tokens for request in engine._crew.running))
 
         def end(self) -> None:
@@ -220,6 +224,7 @@ def test_no_more_tokens_than_memory_was_promised_for(target: Any, drafter: Any) 
         with pytest.raises(ValueError, match="may come to hold 103 tokens, and all together may hold"):
             engine.submit(PROMPT, **LONG)
         handles = [engine.submit(PROMPT, streamer=Counts(), **SHORT) for _ in range(7)]
+        asked.set()
         assert all(torch.equal(one.result(PATIENCE), plain(target, PROMPT, **SHORT)) for one in handles)
     assert most == 27
 
