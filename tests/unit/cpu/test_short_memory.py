@@ -86,7 +86,7 @@ def test_matrices_are_packed_as_far_as_memory_goes(
 ) -> None:
     """Half of the memory is no more needed than all of it, and what has been granted is gone."""
     model = pack(copy.deepcopy(tiny("llama")))
-    monkeypatch.setattr(memory, "_KEEPS", float("inf"))
+    monkeypatch.setattr(memory, "_KEEPS", 1e9)
     products = _products(model)
     needs = [sum(packing_size(layer.weight, len(one.layers) > 1) for layer in one.layers) for one in products]
     free(max(needs))
@@ -226,7 +226,7 @@ def test_without_limits_the_machine_counts(groups: Path, content: str) -> None:
 
 
 def test_one_look_serves_all_who_ask_at_once(free: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_KEEPS", float("inf"))
+    monkeypatch.setattr(memory, "_KEEPS", 1e9)
     free(100)
     assert memory.grant(60)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: 1 / 0)
