@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, StoppingCriteria
 import hf_polyspec
 from hf_polyspec import SuffixDrafter
 from hf_polyspec.control import steady
+from hf_polyspec.control.pass_seconds import PassSeconds
 from hf_polyspec.exactness.proposal import Proposal
 from hf_polyspec.host.mtp import MtpLayers
 from hf_polyspec.levels.base import Drafter
@@ -222,7 +223,21 @@ def automatic(folder: str, notes: Notes, rank: int) -> None:
     notes.put("auto, changed", chosen)
     notes.put("lines", lambda: lines)
     other = prompts(12, 9, seed=3 + rank)
-    steady.SteadyControl._checked = lambda *_: 1e9  # type: ignore[method-assign]
+    alone: dict[str, Any] = {name: rows[:1] for name, rows in PROMPTS.items()}
+    alone["input_ids"] = torch.tensor([[5, 6, 7, 8] * 3])  # a suffix drafter finds something
+    alone["attention_mask"] = torch.ones_like(alone["input_ids"])
+
+    def drafted() -> tuple[Any, int]:
+        found = hf_polyspec.generate(
+            target, **alone, **PLAIN, assistant_models="auto", return_dict_in_generate=True
+        )  # fmt: skip
+        return found.sequences.tolist(), found.polyspec.levels[-1].drafted
+
+    notes.put("auto in one row", drafted)
+    # Beside a pass of one column, any other is too dear.
+    steady.SteadyControl._checked = lambda self, above, columns: columns**4  # type: ignore[method-assign]
+    notes.put("auto in one row, where no token pays", drafted)
+    PassSeconds.seconds = lambda self, columns: columns**4  # type: ignore[method-assign]
     notes.put("auto, where no token pays", chosen)
     notes.put("auto, other prompts", lambda: hf_polyspec.generate(target, **other, **PLAIN, assistant_models="auto"))
     notes.put("auto in one", lambda: Texts(target)() if rank else chosen())

@@ -16,6 +16,7 @@ from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
 from ..exactness.proposal import Proposal, TreeProposal
 from ..levels.base import Drafter
+from ..levels.elsewhere import asking_here
 from ..levels.verifier import NoDraft, Verifier
 from ..telemetry.counters import Check
 from .allotment import allotted, worths
@@ -91,8 +92,9 @@ class Columns:
         self.below = below
         self.passes_by = passes_by
         self._home: Drafter | None = None
-        self._ask, self._ask_for_tree = level.ask, level.ask_for_tree
-        level.ask, level.ask_for_tree = self.ask, self.ask_for_tree
+        asking = asking_here(level)
+        self._ask, self._ask_for_tree = asking.ask, asking.ask_for_tree
+        asking.ask, asking.ask_for_tree = self.ask, self.ask_for_tree
         self._sources: dict[int, _Source] = {}
         self._places: Sequence[int] = ()
         self._turn = 0

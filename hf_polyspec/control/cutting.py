@@ -9,6 +9,7 @@ from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
 from ..exactness.proposal import Proposal
 from ..levels.base import Drafter
+from ..levels.elsewhere import asking_here
 from ..levels.verifier import Verifier
 from .allotment import allotted
 
@@ -30,8 +31,9 @@ class Cut:
         self.level = level
         self.seconds = seconds
         self.idle = False
-        self._ask = level.ask
-        level.ask = self.ask
+        asking = asking_here(level)
+        self._ask = asking.ask
+        asking.ask = self.ask
 
     def ask(
         self, source: Drafter, context: Context, rooms: list[int], law: LawMaker, vocabulary: int, eos: Collection[int]

@@ -86,8 +86,6 @@ class SteadyControl:
         costs: what is known of the chain; learns.
         shares: whether the columns of rows that come and go are shared out (`Columns`) while there are several, which
             then decides how much each drafts; a row that is alone is run as without.
-        cuts: whether a draft may be cut by its own chances once it is offered; not where other processes have been told
-            of it by then.
         joining: whether other rows take the place of those that end, so that a token is worth the same in all of them.
         clock: seconds from some moment on.
 
@@ -102,7 +100,6 @@ class SteadyControl:
         costs: Costs,
         *,
         shares: bool = False,
-        cuts: bool = True,
         joining: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -120,7 +117,7 @@ class SteadyControl:
         self.heads = Heads(self.chain.leaf, costs, self.standing)
         self._passes_by = _passes_by(self.chain)
         self._cuts: list[Cut] = []
-        if cuts and _tells(self.chain.leaf):  # whoever asks it
+        if _tells(self.chain.leaf):  # whoever asks it
             self._cuts = [Cut(verifier, partial(self._checked, verifier.index)) for verifier in self.chain.verifiers]
         self.setup = PLAIN
         self.emitted = 0.0

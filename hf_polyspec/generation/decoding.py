@@ -272,8 +272,7 @@ class _Job:
             drawn = self.chances.randomness, self.chances.noise
             self.law = LawMaker(self.law.processors, True, self.device, *drawn, self.stopping.eos, self.decided)
         if self.costs is not None and meeting.ranks.leads and len(levels_of(chain)) > 1:
-            alone = not meeting.ranks.in_step
-            self.control = SteadyControl(chain, self.costs, shares=self.context.batch > 1 and alone, cuts=alone)
+            self.control = SteadyControl(chain, self.costs, shares=self.context.batch > 1)
         elif self.options.polyspec_control == "online" and len(levels_of(chain)) > 1:
             mode = self.law.do_sample, self.config.temperature, self.options.couples
             self.control = online_control(chain, self.shared, meeting.ranks, mode)

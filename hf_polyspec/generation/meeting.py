@@ -24,7 +24,7 @@ from ..host.release import inner_model
 from ..host.trees import hindrance
 from ..host.turns import Turns
 from ..levels.base import Drafter
-from ..levels.elsewhere import Elsewhere, Relay
+from ..levels.elsewhere import Elsewhere, Relay, Relayed
 from ..levels.mtp import MtpDrafter
 from ..levels.names import name_of
 from ..levels.shown import ShownDrafter
@@ -225,7 +225,7 @@ def _check_below(assistants: Sequence[Any], shared: Sequence[int]) -> None:
 
 
 def share(chain: Verifier, assistants: Sequence[Any], ranks: Ranks) -> Deciding:
-    """Have the levels that run in all processes ask the others as `Relay` does.
+    """Have the levels that run in all processes ask the others as `Relayed` does.
 
     Returns:
         Who takes the decisions that levels draw for.
@@ -233,12 +233,13 @@ def share(chain: Verifier, assistants: Sequence[Any], ranks: Ranks) -> Deciding:
     if not ranks.in_step:
         return decided_here
     levels = shared_levels(chain, assistants)
-    asking = Relay(ranks, levels)
+    relay = Relay(ranks, levels)
     for level in levels:
         if isinstance(level, Verifier):
+            asking = Relayed(relay)
             level.ask, level.ask_for_tree = asking.ask, asking.ask_for_tree
             level.trees = level.trees or not ranks.leads  # which the levels in process 0 know
-    return asking.decided
+    return relay.decided
 
 
 def shared_levels(chain: Verifier, assistants: Sequence[Any]) -> list[Drafter]:

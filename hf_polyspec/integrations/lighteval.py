@@ -18,22 +18,25 @@ from lighteval.models.custom.custom_model import CustomModelConfig
 from lighteval.models.transformers.transformers_model import TransformersModel, TransformersModelConfig
 from pydantic import Field
 
-from hf_polyspec.generation.chain import check_assistants
 from hf_polyspec.generation.doors import generate
-from hf_polyspec.generation.members import members
 from hf_polyspec.generation.options import PolySpecOptions
-from hf_polyspec.models.assistants import named_assistants
+from hf_polyspec.integrations.standing import standing
+from hf_polyspec.quantization import pack as packed
+from hf_polyspec.quantization.modules import sharing_copy
 
 
 class PolySpecConfig(TransformersModelConfig):
     """lighteval's config of a transformers model, and a chain: answers that it kept of another are not taken for its.
 
     Attributes:
-        assistants: names with `+` between them, the slowest level first.
+        assistants: names with `+` between them, the slowest level first, or `auto`.
+        pack: whether the model multiplies in a faster layout on a CPU (`hf_polyspec.pack`; the same within rounding);
+            one that is given stays as it is.
         options: of `generate()` for the chain, such as `{"polyspec_block_size": 12}`.
     """
 
     assistants: str = "suffix"
+    pack: bool = False
     options: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -85,8 +88,8 @@ class PolySpecModel(TransformersModel):
         return PolySpecConfig(**{name: getattr(config, name) for name in shared} | cls.settings)
 
     def _put_below(self) -> None:
-        target: Any = self.model
-        chain = check_assistants(target, members(target, named_assistants(self.config.assistants.split("+"))))
+        target: Any = packed(sharing_copy(self.model)) if self.config.pack else self.model
+        chain = standing(target, self.config.assistants)
         self._count = _Count()  # stays when lighteval has its answers and lets the model go
         self.model: Any = _Chained(target, chain, self.config.options, self._count)
 
@@ -100,7 +103,7 @@ class _Count:
 class _Chained:
     """A model whose generate() has a chain."""
 
-    def __init__(self, model: Any, chain: list[Any], options: dict[str, Any], count: _Count) -> None:
+    def __init__(self, model: Any, chain: Any, options: dict[str, Any], count: _Count) -> None:
         self.model, self.chain, self.options, self.count = model, chain, options, count
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

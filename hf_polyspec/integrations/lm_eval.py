@@ -17,11 +17,11 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from hf_polyspec.generation.chain import check_assistants
 from hf_polyspec.generation.doors import attach
-from hf_polyspec.generation.members import members
 from hf_polyspec.generation.options import PolySpecOptions
-from hf_polyspec.models.assistants import named_assistants
+from hf_polyspec.integrations.standing import standing
+from hf_polyspec.quantization import pack as packed
+from hf_polyspec.quantization.modules import sharing_copy
 
 
 @register_model("polyspec")
@@ -30,8 +30,10 @@ class PolySpecLM(HFLM):
 
     Args:
         *args: as for `hf`.
-        assistants: names with `+` between them, the slowest level first, or a list as `generate(assistant_models=...)`
-            takes it.
+        assistants: names with `+` between them, the slowest level first, `auto`, or a list as
+            `generate(assistant_models=...)` takes it.
+        pack: whether the model multiplies in a faster layout on a CPU (`hf_polyspec.pack`; the same within rounding);
+            one that is given stays as it is.
         **kwargs: as for `hf`; options of `generate()` for the chain, such as `polyspec_block_size`, are taken out.
 
     Attributes:
@@ -41,15 +43,13 @@ class PolySpecLM(HFLM):
         ValueError, TypeError: the chain cannot work; nothing has been evaluated.
     """
 
-    def __init__(self, *args: Any, assistants: Any = "suffix", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, assistants: Any = "suffix", pack: bool = False, **kwargs: Any) -> None:
         self.options = {name: kwargs.pop(name) for name in PolySpecOptions.names() if name in kwargs}
         PolySpecOptions(**self.options)
-        if isinstance(assistants, str):
-            assistants = named_assistants(assistants.split("+"))
         super().__init__(*args, **kwargs)
-        target = attach(self.model)
-        self.chain = members(target, assistants)
-        check_assistants(target, self.chain)
+        if pack:
+            self._model = packed(sharing_copy(self.model))
+        self.chain = standing(attach(self.model), assistants)
         self.passes = self.tokens = 0
 
     def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -13,6 +13,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,6 +24,9 @@ from ..exactness.proposal import Proposal, TreeProposal
 from ..host.ranks import Ranks
 from .asking import ask, ask_for_tree
 from .base import Drafter
+
+if TYPE_CHECKING:
+    from .verifier import Verifier
 
 _LATEST = 256
 """Ids at the end of each row that a check looks at, besides its length."""
@@ -47,8 +51,49 @@ class Elsewhere(Drafter):
         raise LevelError("the levels below the target run in process 0, and were asked in another one.")
 
 
+class Asking:
+    """How a level asks in this process.
+
+    Attributes:
+        ask, ask_for_tree: see `asking`; controls put their own there.
+    """
+
+    def __init__(self) -> None:
+        self.ask, self.ask_for_tree = ask, ask_for_tree
+
+
+class Relayed:
+    """How a level asks whose passes several processes share, in place of `asking.ask` and `asking.ask_for_tree`.
+
+    Attributes:
+        here: how process 0 asks before it tells the others.
+    """
+
+    def __init__(self, relay: Relay) -> None:
+        self.relay = relay
+        self.here = Asking()
+
+    def ask(
+        self, source: Drafter, context: Context, rooms: list[int], law: LawMaker, vocabulary: int, eos: Collection[int]
+    ) -> Proposal:
+        """See `asking.ask`."""
+        return self.relay.ask(self.here, source, context, rooms, law, vocabulary, eos)
+
+    def ask_for_tree(
+        self, source: Drafter, context: Context, rooms: list[int], law: LawMaker, vocabulary: int
+    ) -> TreeProposal | None:
+        """See `asking.ask_for_tree`."""
+        return self.relay.ask_for_tree(self.here, source, context, rooms, law, vocabulary)
+
+
+def asking_here(level: Verifier) -> Asking | Verifier:
+    """Where a control that changes what a level is offered puts itself: other processes are told of what it leaves."""
+    own = getattr(level.ask, "__self__", None)
+    return own.here if isinstance(own, Relayed) else level
+
+
 class Relay:
-    """Asks in place of `asking.ask` and `asking.ask_for_tree`, and says what levels that draw have decided.
+    """Has a level below asked in the process that runs it, and says what levels that draw have decided.
 
     Args:
         ranks: the processes.
@@ -62,15 +107,22 @@ class Relay:
         self._alone = False  # process 0 is busy with what the others do not do
 
     def ask(
-        self, source: Drafter, context: Context, rooms: list[int], law: LawMaker, vocabulary: int, eos: Collection[int]
+        self,
+        here: Asking,
+        source: Drafter,
+        context: Context,
+        rooms: list[int],
+        law: LawMaker,
+        vocabulary: int,
+        eos: Collection[int],
     ) -> Proposal:
-        """See `asking.ask`."""
+        """See `asking.ask`; `here` is how process 0 asks."""
         if id(source) in self._shared:
             self.ranks.exchange(_state(context))
             return ask(source, context, rooms, law, vocabulary, eos)
         if self.ranks.leads:
             with self._told(context):
-                proposal = ask(source, context, rooms, law, vocabulary, eos)
+                proposal = here.ask(source, context, rooms, law, vocabulary, eos)
             self.ranks.exchange(_state(context), _chain(proposal))
             return proposal
         heard, self._kept = self._kept or self._heard(context), None
@@ -79,14 +131,14 @@ class Relay:
         return heard
 
     def ask_for_tree(
-        self, source: Drafter, context: Context, rooms: list[int], law: LawMaker, vocabulary: int
+        self, here: Asking, source: Drafter, context: Context, rooms: list[int], law: LawMaker, vocabulary: int
     ) -> TreeProposal | None:
-        """See `asking.ask_for_tree`."""
+        """See `asking.ask_for_tree`; likewise."""
         if id(source) in self._shared:
             return ask_for_tree(source, context, rooms, law, vocabulary)
         if self.ranks.leads:
             with self._told(context):
-                tree = ask_for_tree(source, context, rooms, law, vocabulary)
+                tree = here.ask_for_tree(source, context, rooms, law, vocabulary)
             if tree is not None:
                 self.ranks.exchange(_state(context), _tree(tree))
             return tree

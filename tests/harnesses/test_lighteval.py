@@ -92,6 +92,30 @@ def test_a_loaded_model_stays_as_it_is(folders: tuple[str, str], tmp_path: Path)
     assert vars(loaded).keys() == before.keys()
 
 
+def test_auto_chooses_in_each_call(folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from hf_polyspec.integrations.lighteval import PolySpecConfig, PolySpecModel
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "profiles"))
+    how: dict[str, Any] = {"model_name": folders[0], "dtype": "float32", "batch_size": 1, "cache_dir": str(tmp_path)}
+    model = PolySpecModel(PolySpecConfig(**how, assistants="auto"))
+    _, answers = evaluate(model, tmp_path)
+    assert len(answers) == 4
+    assert 0 < model.passes <= model.tokens
+    assert list((tmp_path / "profiles").rglob("*.json"))  # it was measured
+
+
+def test_the_same_task_is_measured_with_and_without_a_chain(folders: tuple[str, str], tmp_path: Path) -> None:
+    from hf_polyspec.bench.measurements.evaluation import PLAIN, measure, questions_of
+    from hf_polyspec.bench.measurements.evaluation_harnesses import LightEval
+    from hf_polyspec.models.by_name import load_model, load_tokenizer
+
+    target, small = folders
+    harness = LightEval(questions_of(3), 24, tmp_path)
+    rates = measure(load_model(target), load_tokenizer(target), [f"{small},suffix"], harness, rounds=1, batch=2)
+    assert [rate.alike for rate in rates] == [3] * 4
+    assert all(0 < rate.passes < 0.6 * rate.tokens for rate in rates if rate.chain != PLAIN)
+
+
 def test_what_cannot_work_is_refused_before_anything_is_evaluated(folders: tuple[str, str], tmp_path: Path) -> None:
     from hf_polyspec.integrations.lighteval import PolySpecConfig, PolySpecModel
 

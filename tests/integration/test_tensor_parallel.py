@@ -142,6 +142,11 @@ def test_what_pays_is_measured_together_and_decided_by_the_first(
     assert first["auto, sampled"] == second["auto, sampled"] == wanted
     assert first["auto, changed"] == second["auto, changed"] == changed_text != first["auto"]
     assert first["auto, where no token pays"] == second["auto, where no token pays"] == changed_text
+    assert first["auto in one row"] == second["auto in one row"]
+    text, drafted = first["auto in one row"]
+    # What process 0 cuts from a draft is cut before the others are told of it.
+    assert first["auto in one row, where no token pays"] == second["auto in one row, where no token pays"] == [text, 0]
+    assert drafted > 0
     assert first["lines"] == second["lines"]
     assert "suffix" in first["lines"][0]
     assert (first["profiles"], second["profiles"]) == (1, 0)

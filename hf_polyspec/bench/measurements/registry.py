@@ -31,6 +31,7 @@ MEASUREMENTS = {
     ),
     "checks": Measurement(f"{_ROOM}.checks", "What a sampled check costs beside a greedy one and its draw."),
     "draft-vocabulary": Measurement(f"{_ROOM}.draft_vocabulary", "How many lm_head rows an EAGLE head should score."),
+    "evaluation": Measurement(f"{_ROOM}.evaluation", "A task in an evaluation harness, with and without a chain."),
     "head-acceptance": Measurement(f"{_ROOM}.head_acceptance", "What a head's guesses are worth under its target."),
     "head-cost": Measurement(f"{_ROOM}.head_cost", "What a draft step of a head costs beside a target step."),
     "joining": Measurement(f"{_ROOM}.joining", "Prompts that join while others run, with and without drafts."),

@@ -70,9 +70,13 @@ class Bench:
         model: as `load_model` takes it; prompts: how many; new_tokens: of each text.
         draft_tokens: what is offered a pass; rows: requests at once in vLLM.
         scratch: a folder for an exported head and answers.
+        memory: the share of the machine's that vLLM may take; it refuses to begin where less is free.
     """
 
-    def __init__(self, model: str, prompts: int, new_tokens: int, draft_tokens: int, rows: int, scratch: Path) -> None:
+    def __init__(
+        self, model: str, prompts: int, new_tokens: int, draft_tokens: int, rows: int, scratch: Path, memory: float
+    ) -> None:
+        self.memory = memory
         self.folder, self.scratch = resolve(model)[0], scratch
         self.new_tokens, self.draft_tokens, self.rows = new_tokens, draft_tokens, rows
         self.target = load_model(model)
@@ -145,7 +149,7 @@ class Bench:
         longest = max(prompt["input_ids"].shape[1] for prompt in self.prompts) + self.new_tokens + 16
         engine: dict[str, Any] = {
             "model": self.folder, "dtype": "float32", "max_model_len": longest, "enforce_eager": True,
-            "max_num_seqs": self.rows,
+            "max_num_seqs": self.rows, "gpu_memory_utilization": self.memory,
         }  # fmt: skip
         if drafts is not None:
             # A block may run over by the last round; what is beyond vLLM's number would be cut.
@@ -175,6 +179,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=arguments.count, default=128)
     parser.add_argument("--draft-tokens", type=arguments.count, default=5)
     parser.add_argument("--rows", type=arguments.count, default=4, help="requests at once in vLLM")
+    parser.add_argument("--memory", type=float, default=0.4, help="share of the memory that vLLM may take")
     given = parser.parse_args(words)
     from importlib.util import find_spec
 
@@ -186,7 +191,7 @@ def main(words: Sequence[str] | None = None) -> None:
     print(HEADER)
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(
-            given.model, given.prompts, given.new_tokens, given.draft_tokens, given.rows, Path(scratch)
+            given.model, given.prompts, given.new_tokens, given.draft_tokens, given.rows, Path(scratch), given.memory
         )  # fmt: skip
         for name in given.chain or ("suffix", "int8+suffix", "head:smollm2-eagle3"):
             print(bench.line(name), flush=True)

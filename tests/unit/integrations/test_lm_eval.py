@@ -13,7 +13,9 @@ import tiny_models
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tiny_checkpoints import byte_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_polyspec.cpu.packing import is_packed
 from hf_polyspec.integrations.lm_eval import PolySpecLM
 
 # Its registries and datasets' caches speak of their own future.
@@ -55,6 +57,31 @@ def test_the_same_answers_in_fewer_passes(
     assert len({json.dumps(each) for each in answers[0]}) == 4  # four different texts
     assert chain.tokens >= 4 * 40
     assert chain.passes < 0.6 * chain.tokens
+
+
+def test_a_packed_copy_of_a_model_that_is_given(
+    folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given = AutoModelForCausalLM.from_pretrained(folders[0])
+    forwards = [vars(layer).get("forward") for layer in given.modules()]
+    how: dict[str, Any] = {"pretrained": given, "tokenizer": AutoTokenizer.from_pretrained(folders[0])}
+    model = PolySpecLM(**how, assistants="suffix", pack=True)
+    assert is_packed(model.model)
+    found = evaluate(model, monkeypatch, tmp_path)
+    plain = evaluate(HFLM(**how), monkeypatch, tmp_path)
+    assert found["results"] == plain["results"]
+    assert [vars(layer).get("forward") for layer in given.modules()] == forwards
+
+
+def test_auto_chooses_in_each_call(folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "profiles"))
+    how: dict[str, Any] = {"pretrained": folders[0], "device": "cpu", "dtype": "float32"}
+    plain = evaluate(HFLM(**how), monkeypatch, tmp_path)
+    model = PolySpecLM(**how, assistants="auto")
+    found = evaluate(model, monkeypatch, tmp_path)
+    assert found["results"] == plain["results"]
+    assert 0 < model.passes <= model.tokens
+    assert list((tmp_path / "profiles").rglob("*.json"))  # it was measured
 
 
 def test_what_cannot_work_is_refused_before_anything_is_evaluated(folders: tuple[str, str]) -> None:
