@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes that run one script: what tests of sharded models are made with.
 
-A test file gives a folder and the name of a function of the module that is run as a script; each process calls it with
-the folder and its rank, and writes what it saw into a file, line by line, so that what a process saw before it was
-killed is known too.
+A test file gives a folder and the name of a function of the module that is run as a script; each process meets the
+others and calls it with the folder and its rank, and writes what it saw into a file, line by line, so that what a
+process saw before it was killed is known too.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,24 +18,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 HERE = Path(__file__).parent
 
 
-def port_for_later() -> int:
-    """A port of this machine that nobody uses, for a process that takes it in a few seconds.
+def meet(folder: str | Path, name: str) -> None:
+    """Join the processes of one name and as many as `WORLD_SIZE` says.
 
-    It is none of those (from 32768 on) that systems give to whoever asks for any: another test's connections would take
-    it meanwhile.
+    They find each other by a file. A port that is free when they are started may be another process's by the time that
+    they have imported what they need.
     """
-    dice = random.SystemRandom()
-    while True:
-        port = dice.randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-{name}", rank=rank, world_size=size)
 
 
 def together(script: Path, folder: Path, task: str, ranks: int = 2, seconds: float = 900) -> list[dict[str, Any]]:
@@ -46,11 +39,12 @@ def together(script: Path, folder: Path, task: str, ranks: int = 2, seconds: flo
     Returns:
         What each of them noted, by name.
     """
-    port, running = port_for_later(), []
+    running: list[subprocess.Popen[bytes]] = []
+    (folder / f"meeting-{task}").unlink(missing_ok=True)
     for rank in range(ranks):
-        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
-        fixed = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+        fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
         with open(folder / f"log-{task}-{rank}", "w") as log:
             running.append(
                 subprocess.Popen(

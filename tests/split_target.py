@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from companion_models import dflash
-from ranks import Notes
+from ranks import Notes, meet
 from tiny_models import head_for, noisy, prompts
 from transformers import AutoModelForCausalLM, LogitsProcessor, StoppingCriteria, modeling_layers
 
@@ -272,4 +272,5 @@ def everything(folder: str, notes: Notes, rank: int) -> None:
 
 if __name__ == "__main__":
     place, task, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    meet(place, task)
     globals()[task](place, Notes(place, task, number), number)

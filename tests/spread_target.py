@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import extract_model_from_parallel
-from ranks import Notes
+from ranks import Notes, meet
 from tiny_models import head_for, noisy, prompts, tiny
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -152,5 +152,5 @@ def everything(notes: Notes, rank: int) -> None:
 
 if __name__ == "__main__":
     place, task, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    dist.init_process_group("gloo")
+    meet(place, task)
     globals()[task](Notes(place, task, number), number)

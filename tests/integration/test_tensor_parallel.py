@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 import hf_polyspec
 
+# Whichever test comes first waits for all that the processes do (`ranks.together` has a limit of its own).
+pytestmark = pytest.mark.timeout(960)
 SCRIPT = Path(split_target.__file__)
 GREEDY = (
     "plain",

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -165,7 +164,7 @@ class Together:
             "timeout": timeout,
         }
         (folder / "request.json").write_text(json.dumps(request))
-        running = [_start(folder, rank, size, port) for port in [_free_port()] for rank in range(size)]
+        running = [_start(folder, rank, size) for rank in range(size)]
         until = time.monotonic() + _PATIENCE
         try:
             for process in running[:-1]:
@@ -239,15 +238,9 @@ class Together:
         return float((pair[0] - pair[1]).abs() / pair.max())
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def _start(folder: Path, rank: int, size: int, port: int) -> subprocess.Popen[bytes]:
-    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-    fixed = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+def _start(folder: Path, rank: int, size: int) -> subprocess.Popen[bytes]:
+    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    fixed = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     told = {**os.environ, **fixed, **{name: str(value) for name, value in where.items()}}
     with open(folder / f"log-{rank}", "w") as log:
         command = [sys.executable, "-m", _RUN, str(folder)]

@@ -54,7 +54,10 @@ def run(folder: Path, rank: int) -> None:
 
     quiet(errors_only=True)
     request = json.loads((folder / "request.json").read_text())
-    dist.init_process_group("gloo", timeout=timedelta(seconds=request["timeout"]))
+    # By a file: a port that was free when the processes were started may not be by the time that they are here.
+    where, patience = f"file://{folder.absolute()}/meeting", timedelta(seconds=request["timeout"])
+    size = int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size, timeout=patience)
     target: Any = AutoModelForCausalLM.from_pretrained(request["model"], tp_plan="auto", dtype=torch.float32).eval()
     inputs = {name: torch.tensor(rows) for name, rows in request["prompts"].items()}
     width, last = inputs["input_ids"].shape[1], rank == dist.get_world_size() - 1

@@ -11,23 +11,24 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ranks import port_for_later
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_polyspec.eagle.training.dataset import load_corpus, plan_batches
 from hf_polyspec.eagle.training.shards import read_samples
 
 SCRIPT = """
-import torch, typer
+import pathlib, sys, torch, typer
+from ranks import meet
 from hf_polyspec.eagle.training.command import train_eagle
 torch.set_num_threads(1)
+meet(pathlib.Path.cwd(), pathlib.Path(sys.argv[2]).stem)
 typer.run(train_eagle)
 """
 
 
-def start(script: Path, config: Path, rank: int, world: int, port: int) -> subprocess.Popen[str]:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in names.items()}}
+def start(script: Path, config: Path, rank: int, world: int) -> subprocess.Popen[str]:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    environment = {**os.environ, **{key: str(value) for key, value in names.items()}}
     root = str(Path(__file__).parents[3])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     command = [sys.executable, str(script), "--config", str(config), "--cpu"]
@@ -69,13 +70,12 @@ def test_two_processes(chat_target: PreTrainedModel, chat_tokenizer: PreTrainedT
             },
         }  # fmt: skip
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
-    port = port_for_later()
-    finish([start(script, tmp_path / "two.yaml", rank, 2, port) for rank in range(2)])
+    finish([start(script, tmp_path / "two.yaml", rank, 2) for rank in range(2)])
     # every prompt was answered by exactly one of them
     texts = tmp_path / "two" / "texts"
     assert len(list(texts.glob("shard-000-*"))) == len(list(texts.glob("shard-001-*"))) == 1
     assert [sample.number for sample in read_samples(texts)] == list(range(31))
-    finish([start(script, tmp_path / "one.yaml", 0, 1, port)])
+    finish([start(script, tmp_path / "one.yaml", 0, 1)])
     corpus = load_corpus([texts], 2048, 0.2, seed=0)
     assert len(plan_batches(corpus.train, 40, seed=0, epoch=0)) % 2 == 1
     both, single = curve(tmp_path / "two" / "curve.csv"), curve(tmp_path / "one" / "curve.csv")
