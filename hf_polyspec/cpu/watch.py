@@ -7,7 +7,9 @@ what was found when the blocks were last looked through is written down here in 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from operator import attrgetter, is_, itemgetter, methodcaller
 from typing import Any
 
 import torch
@@ -19,13 +21,19 @@ from hf_polyspec.cpu.compiled.samples import Samples
 from hf_polyspec.cpu.joint_product import JointProduct, change_count, sampled
 from hf_polyspec.host.attention import attention_name
 
-Place = tuple[int, torch.Size, torch.dtype, int, bool]
-Marks = tuple[int, torch.Size, torch.dtype, int, bool, int]
 _SETTINGS = ("is_causal", "head_dim", "scaling", "num_key_value_groups", "layer_idx", "config")
+_FORWARD, _WEIGHT, _PRODUCT = itertools.repeat("forward"), itertools.repeat("weight"), itertools.repeat("product")
+_NONE = itertools.repeat(None)
+_hooks, _hooks_before = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
+_product, _dissolved, _kernel = attrgetter("product"), attrgetter("dissolved"), methodcaller("kernel")
+_shape, _dtype = attrgetter("shape"), attrgetter("dtype")
 
 
 class Watch:
     """What the numbers of blocks depend on, as it is now.
+
+    Lists are compared as wholes, by functions of the interpreter's own: asked of thirty layers in every pass, a line of
+    Python for each of a thousand things took a tenth of a small model's pass.
 
     Args:
         blocks: The parts of layers that are ready, with matrices that compiled products multiply.
@@ -35,12 +43,13 @@ class Watch:
     def __init__(self, blocks: Sequence[BlockParts], dtype: torch.dtype) -> None:
         self._dtype = dtype
         places: list[tuple[dict[str, Any], str, Any]] = [place for parts in blocks for place in parts.places]
-        self._modules: list[tuple[dict[str, Any], str, Any, dict[str, Any], Any]] = [
-            (siblings, name, module, module.__dict__, module.__dict__.get("forward"))
-            for siblings, name, module in places
-        ]
-        self._settings = [
-            (owner, name, getattr(owner, name))
+        self._siblings = [siblings for siblings, _, _ in places]
+        self._names = [name for _, name, _ in places]
+        self._modules: list[Any] = [module for _, _, module in places]
+        self._own: list[dict[str, Any]] = [module.__dict__ for module in self._modules]
+        self._forwards = [own.get("forward") for own in self._own]
+        settings = [
+            (owner, name)
             for parts in blocks
             for owner, names in (
                 (parts.layer, ("training",)),
@@ -50,24 +59,26 @@ class Watch:
             )
             for name in names
         ]
+        self._owners, self._settings = [owner for owner, _ in settings], [name for _, name in settings]
+        self._values = list(map(getattr, self._owners, self._settings))
         self._configs = list({id(parts.attention.config): parts.attention.config for parts in blocks}.values())
-        self._norms = [
-            (norm._parameters, norm.weight, *_place(norm.weight)) for parts in blocks for norm in parts.norms
-        ]
+        norms = [norm for parts in blocks for norm in parts.norms]
+        self._norms = [norm._parameters for norm in norms]
+        self._norm_weights: list[Tensor] = [norm.weight for norm in norms]
+        self._norm_places = _places(self._norm_weights)
         groups = [group for parts in blocks for group in (parts.joint, parts.output, parts.gates, parts.down)]
         self._watch_weights(groups)
         # Last, so that what changes while the lists are written is seen in the next pass.
-        self._kernels: list[tuple[Sequence[Any], Any, Any]] = [
-            (group, product_of(group[0]), joint_kernel(group, dtype))
-            for group in groups
-            if not _is_watched(product_of(group[0]))
-        ]
+        self._watch_kernels([group for group in groups if not _is_watched(product_of(group[0]))], dtype)
 
     def _watch_weights(self, groups: Sequence[Sequence[Any]]) -> None:
         """Write down the weights from which products were made that would not notice a change by themselves."""
-        self._products: list[JointProduct] = []
-        self._members: list[tuple[Any, JointProduct]] = []
-        self._tensors: list[tuple[dict[str, Any], str, Tensor | None, Marks | None]] = []
+        self._products: list[Any] = []
+        self._member_forwards: list[Any] = []
+        self._member_products: list[Any] = []
+        self._holders: list[dict[str, Any]] = []
+        self._tensor_names: list[str] = []
+        self._tensors: list[Tensor | None] = []
         samples: list[tuple[int, int]] = []
         for group in groups:
             product: Any = product_of(group[0])
@@ -75,12 +86,28 @@ class Watch:
                 continue
             self._products.append(product)
             for layer in group:
-                self._members.append((layer.__dict__.get("forward"), product))
+                self._member_forwards.append(layer.__dict__.get("forward"))
+                self._member_products.append(product)
                 for name, whole in (("weight", True), ("bias", False)):
                     tensor = layer._parameters.get(name)
-                    self._tensors.append((layer._parameters, name, tensor, _marks(tensor)))
+                    self._holders.append(layer._parameters)
+                    self._tensor_names.append(name)
+                    self._tensors.append(tensor)
                     samples += [] if tensor is None else sampled(tensor, whole)
+        self._weights = [tensor for tensor in self._tensors if tensor is not None]
+        self._weight_places, self._changes = _places(self._weights), list(map(change_count, self._weights))
         self._samples = Samples(samples)
+
+    def _watch_kernels(self, groups: Sequence[Sequence[Any]], dtype: torch.dtype) -> None:
+        """Write down products that notice by themselves when their weights change: those of quantised layers."""
+        of_groups: list[Any] = [product_of(group[0]) for group in groups]
+        self._joined: list[Any] = [layer for group in groups for layer in group]
+        self._joints = [product for group, product in zip(groups, of_groups, strict=True) for _ in group]
+        self._kernel_holders: list[Any] = [
+            group[0] if product is None else product for group, product in zip(groups, of_groups, strict=True)
+        ]
+        self._shared = [product for product in of_groups if product is not None]
+        self._kernels = [joint_kernel(group, dtype) for group in groups]
 
     def same(self, x: Tensor) -> bool:
         """Whether nothing has changed that a block would look at, for inputs like `x`."""
@@ -96,58 +123,54 @@ class Watch:
         )
 
     def _same_modules(self) -> bool:
-        for siblings, name, module, own, forward in self._modules:
-            if siblings.get(name, self) is not module or own.get("forward") is not forward:
-                return False
-            if (own["_forward_hooks"] or own["_forward_pre_hooks"]) and has_hooks(module):
-                return False
-        return True
+        return (
+            all(map(is_, map(dict.get, self._siblings, self._names), self._modules))
+            and all(map(is_, map(dict.get, self._own, _FORWARD), self._forwards))
+            and not (
+                (any(map(_hooks, self._own)) or any(map(_hooks_before, self._own)))
+                and any(map(has_hooks, self._modules))
+            )
+        )
 
     def _same_settings(self) -> bool:
-        for owner, name, value in self._settings:
-            if getattr(owner, name) is not value:
-                return False
-        return all(attention_name(config) == "sdpa" for config in self._configs)
+        return all(map(is_, map(getattr, self._owners, self._settings), self._values)) and all(
+            attention_name(config) == "sdpa" for config in self._configs
+        )
 
     def _same_norms(self) -> bool:
-        for parameters, weight, *place in self._norms:
-            if parameters.get("weight") is not weight or _place(weight) != (*place,):
-                return False
-        return True
+        return (
+            all(map(is_, map(dict.get, self._norms, _WEIGHT), self._norm_weights))
+            and _places(self._norm_weights) == self._norm_places
+        )
 
     def _same_products(self) -> bool:
-        for product in self._products:
-            if product.dissolved:
-                return False
-        for forward, product in self._members:
-            if getattr(forward, "product", None) is not product:  # taken away by another thread, perhaps
-                return False
-        for parameters, name, tensor, marks in self._tensors:
-            if parameters.get(name) is not tensor or (tensor is not None and _marks(tensor) != marks):
-                return False
-        return True
+        return (
+            not any(map(_dissolved, self._products))
+            # taken away by another thread, perhaps
+            and all(map(is_, map(getattr, self._member_forwards, _PRODUCT, _NONE), self._member_products))
+            and all(map(is_, map(dict.get, self._holders, self._tensor_names), self._tensors))
+            and _places(self._weights) == self._weight_places
+            and list(map(change_count, self._weights)) == self._changes
+        )
 
     def _same_kernels(self) -> bool:
-        """Of layers whose products notice by themselves when their weights change: quantised ones."""
-        for group, product, kernel in self._kernels:
-            for layer in group:
-                if layer.product is not product:
-                    return False
-            if (group[0] if product is None else product).kernel() is not kernel:
-                return False
-            if product is not None and product.dissolved:
-                return False
-        return True
+        return (
+            all(map(is_, map(_product, self._joined), self._joints))
+            and all(map(is_, map(_kernel, self._kernel_holders), self._kernels))
+            and not any(map(_dissolved, self._shared))
+        )
 
 
 def _is_watched(product: object) -> bool:
     return isinstance(product, JointProduct) and product.looks_at_weights
 
 
-def _place(tensor: Tensor) -> Place:
-    """What says that a tensor's numbers still lie where they lay; less memory behind them than there was does not."""
-    return (tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.untyped_storage().nbytes(), tensor.is_contiguous())
-
-
-def _marks(tensor: Tensor | None) -> Marks | None:
-    return None if tensor is None else (*_place(tensor), change_count(tensor))
+def _places(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
+    """What says that tensors' numbers still lie where they lay; less memory behind them than there was does not."""
+    return (
+        list(map(Tensor.data_ptr, tensors)),
+        list(map(_shape, tensors)),
+        list(map(_dtype, tensors)),
+        [tensor.untyped_storage().nbytes() for tensor in tensors],
+        list(map(Tensor.is_contiguous, tensors)),
+    )
