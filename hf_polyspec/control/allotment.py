@@ -9,7 +9,9 @@ LEAST = 0.02
 """Chances below this are no columns that anybody would pay for."""
 _SAME = 1 + 1e-9
 REACH = 0.125
-"""Of the tokens that the longest row may emit yet: rows as far ahead of it as that will not end last."""
+"""Of the tokens that the longest row may emit yet: rows as far ahead of it as that will hardly end last."""
+SOME = 0.005
+"""They may all the same, beside one with a chance of 1: what costs next to nothing is drafted for them."""
 
 
 def allotted(
@@ -82,7 +84,7 @@ def worths(left: Sequence[int], seconds: Callable[[float], float]) -> list[float
     rows, longest = sum(count > 0 for count in left), max(left, default=0)
     if rows < 2:
         return [1.0] * len(left)
-    last = [max(0.0, 1 - (longest - count) / (REACH * longest)) if count else 0.0 for count in left]
+    last = [max(SOME, 1 - (longest - count) / (REACH * longest)) if count else 0.0 for count in left]
     total, whole = sum(last), seconds(rows)
     fixed = min(1.0, seconds(1) / whole) if whole > 0 else 1.0
     return [1 - fixed + fixed * rows * value / total for value in last]

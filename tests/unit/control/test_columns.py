@@ -139,9 +139,12 @@ def test_a_token_is_worth_a_pass_in_the_row_that_ends_last() -> None:
     assert worths([0, 0], straight(9, 0.25)) == [1.0, 1.0]
     # A pass over four takes 10, of which 9.25 whatever it reads; over an ended row nothing is won.
     found = worths([64, 32, 60, 0, 32], straight(9, 0.25))
-    assert found[1] == found[4] == pytest.approx(0.075)
-    assert found[0] == pytest.approx(0.075 + 4 * 0.925 / 1.5)
-    assert found[2] == pytest.approx(0.075 + 4 * 0.925 * 0.5 / 1.5)
+    assert found[1] == found[4] == pytest.approx(0.075 + 4 * 0.925 * 0.005 / 1.51)
+    assert found[0] == pytest.approx(0.075 + 4 * 0.925 / 1.51)
+    assert found[2] == pytest.approx(0.075 + 4 * 0.925 * 0.5 / 1.51)
+    # Where a column costs next to nothing, rows that will hardly be the last draft as well.
+    free = straight(10, 0.001)
+    assert allotted([[0.9], [0.9]], free, 2, worth=worths([64, 32], free)) == [1, 1]
 
 
 def noised(dice: random.Random, seconds: float) -> float:
