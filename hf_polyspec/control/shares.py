@@ -10,7 +10,7 @@ import torch
 from ..exactness.context import Context
 from ..host.separate import SeparateRunner
 from ..levels.emission import Emission
-from ..levels.verifier import Verifier
+from ..levels.verifier import NoDraft, Verifier
 from ..telemetry.counters import Check, Decision
 from .columns import Columns
 from .pass_seconds import PassSeconds
@@ -91,7 +91,7 @@ def shares_of(top: Verifier, rows: int, device: torch.device) -> Shares | None:
     Returns:
         None where there is nothing to share.
     """
-    if rows < MANY or len(spine(top)) < 2:
+    if rows < MANY or isinstance(top.below, NoDraft):
         return None
     gauges: dict[int, PassSeconds] = {}
     return Shares(top, lambda level: gauges.setdefault(level, PassSeconds(device=device)))
