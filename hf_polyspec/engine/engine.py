@@ -21,7 +21,7 @@ from .crew import Crew
 from .desk import Desk
 from .held import Held
 from .prepared import prepare
-from .request import Handle, Request
+from .request import Handle, Listener, Request
 from .steering import Steering
 
 DEFAULT_SLOTS = 8
@@ -121,6 +121,7 @@ class Engine:
         seed: int | None = None,
         timeout: float | None = None,
         tokenizer: Any = None,
+        listener: Listener | None = None,
         **kwargs: Any,
     ) -> Handle:
         """Ask for a text.
@@ -134,6 +135,7 @@ class Engine:
                 it (`polyspec_seed` is another name for it). None: one is drawn now, from torch's default generator.
             timeout: seconds to wait where the queue is full; None for as long as it takes, 0 for not at all.
             tokenizer: the engine's by default.
+            listener: is told when it begins, and then of the new tokens of a round at once, in the engine's thread.
             kwargs: options of `generate()`: max_new_tokens, do_sample, temperature, logits_processor,
                 stopping_criteria, stop_strings, return_dict_in_generate ... `max_time` counts from now.
 
@@ -165,7 +167,8 @@ class Engine:
         crew, place = self._crew, next(self._serial)
 
         def make() -> Request:
-            return Request(place, prepared, handle, streamer, crew.setting.device, crew.vocabulary, crew.noise)
+            device, vocabulary, noise = crew.setting.device, crew.vocabulary, crew.noise
+            return Request(place, prepared, handle, streamer, device, vocabulary, noise, listener)
 
         request = self._desk.put(make, timeout)
         desk = self._desk

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -137,6 +137,16 @@ def _told(handle: Future[Any]) -> None:
     handle._publish([])
 
 
+class Listener(Protocol):
+    """Is told of one request, in the engine's thread and a round at a time; what it raises ends the request."""
+
+    def began(self) -> None:
+        """It has a slot now."""
+
+    def came(self, tokens: list[int]) -> None:
+        """These new ids are final."""
+
+
 class Request(Course):
     """The one row of a request.
 
@@ -144,7 +154,7 @@ class Request(Course):
         place: the row's name among all rows, see `Context.places`.
         prepared: what was asked for.
         handle: what the caller holds.
-        streamer: gets the prompt and every token, or None.
+        streamer: gets the prompt and every token, or None; listener: see `Listener`, or None.
         device: of the laws; vocabulary: V of the chain.
         noise: of all rows; this one's stands there while it runs.
     """
@@ -158,8 +168,10 @@ class Request(Course):
         device: torch.device,
         vocabulary: int,
         noise: RowNoise,
+        listener: Listener | None = None,
     ) -> None:
         self.place = place
+        self.listener = listener
         self.prepared = prepared
         self.handle = handle
         self.failed = False
@@ -205,11 +217,13 @@ class Request(Course):
         self.started_at = time.perf_counter()
         self.levels = levels
         self.chosen = chosen
-        if self.streamer is not None:
-            try:
+        try:
+            if self.streamer is not None:
                 self.streamer.put(torch.tensor([self.prepared.ids]))
-            except Exception as error:
-                self.fail(error)
+            if self.listener is not None:
+                self.listener.began()
+        except Exception as error:
+            self.fail(error)
 
     def take(self, indices: Any, emission: Emission, lengths: list[int]) -> None:
         if self.over:
@@ -223,7 +237,9 @@ class Request(Course):
         try:
             super().take(indices, emission, lengths)
         finally:
-            self.handle._publish(self.rows[0].committed[before:])
+            self.handle._publish(new := self.rows[0].committed[before:])
+        if self.listener is not None:
+            self.listener.came(new)
         if self.finished:
             self.close(self.levels[0])
             self.handle._end_with(self._output())

@@ -12,13 +12,13 @@ import asyncio
 import importlib
 import inspect
 import json
-import threading
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
 from transformers.utils.import_utils import is_serve_available
+
+from .streaming import Gathered, Texts, ThisThread
 
 _SERVING = "transformers.cli.serving"
 _HANDLERS = {
@@ -27,10 +27,6 @@ _HANDLERS = {
     "response_handler": ("response", "ResponseHandler"),
 }
 """Arguments of `build_server` that are served, and the classes for them; other handlers refuse."""
-_ROUND = 0.002
-"""Seconds in which the tokens of one round come, of which there are two to ten."""
-_PACE = 0.05
-"""Seconds between two events of a stream that is quicker than that."""
 _OF_THE_REQUEST = (ValueError, TypeError, KeyError, AttributeError, IndexError)
 """What reading a request raises where something in it is missing or of another kind."""
 
@@ -68,7 +64,8 @@ class Work(Protocol):
             config: its generation config.
             seed: of its sampling, or None.
             tokenizer: for stop strings.
-            streamer: gets the prompt's ids first, then new ones, then its `end()` is called; or None.
+            streamer: gets the prompt's ids first, then new ones, one or several at a time, then its `end()` is called;
+                or None.
         """
 
 
@@ -193,75 +190,6 @@ def _sentence(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-class Gathered:
-    """Calls of an event loop from another thread, of which those that come at once wake it once.
-
-    A round of a chain gives several tokens. Waking the loop for each of them has its thread ask for the interpreter as
-    often, while the next round wants it, and has each of them travel to the client by itself. For the same reason a
-    stream that is quick sends what several rounds gave, every `_PACE`; its first text and its end wait for nothing.
-
-    Args:
-        loop: the event loop.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._waiting: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
-        self._lock = threading.Lock()
-        self._woken = False
-        self._called = -_PACE  # when calls were made last
-
-    def is_closed(self) -> bool:
-        """Whether nobody will be called any more."""
-        return self._loop.is_closed()
-
-    def call_soon_threadsafe(self, call: Callable[..., Any], *args: Any) -> None:
-        """The loop calls it, after what was asked before; at once where it is given None, which ends a stream.
-
-        Raises:
-            RuntimeError: the loop is closed.
-        """
-        last = args == (None,)
-        with self._lock:
-            self._waiting.append((call, args))
-            if self._woken and not last:
-                return
-            self._woken = True
-        try:
-            self._loop.call_soon_threadsafe(self._call if last else self._gather)
-        except RuntimeError:
-            self._woken = False
-            raise
-
-    def _gather(self) -> None:
-        self._loop.call_later(max(_ROUND, self._called + _PACE - self._loop.time()), self._call)
-
-    def _call(self) -> None:
-        with self._lock:
-            calls, self._woken = list(self._waiting), False
-            self._waiting.clear()
-        self._called = self._loop.time()
-        for call, args in calls:
-            call(*args)
-
-
-class Texts(asyncio.Queue[Any]):
-    """What a stream is to send, in which a text that still waits takes in the one that follows it.
-
-    A client gets what a round has given in one event. Each event is a model of its own, built, checked and written by
-    the web server and read by the client, which costs more than the tokens in it.
-    """
-
-    def _put(self, item: Any) -> None:
-        """asyncio's hook for queues of another kind."""
-        kept: deque[Any] = self._queue  # type: ignore[attr-defined]
-        # Of the same kind: what a model thinks goes where its answer does not.
-        if kept and isinstance(item, str) and type(kept[-1]) is type(item):
-            kept[-1] = type(item)(kept[-1] + item)
-        else:
-            super()._put(item)
-
-
 class _Loaded:
     """A model that stays, where transformers keeps those that it unloads after a while."""
 
@@ -317,11 +245,39 @@ def _state(utils: Any, manager: Any) -> Any:
 
 def _manager(utils: Any, work: Work) -> Any:
     class Streamer(utils.DirectStreamer):
-        """Text for one client; that it has gone reaches the work."""
+        """Text for one client; that it has gone reaches the work.
+
+        Ids become text in the loop's thread. The one that runs the models hands over those of a round, and goes on.
+        """
 
         job: Job | None = None
 
+        def __init__(self, core: Any, calls: Gathered, queue: Any, response_parser: Any) -> None:
+            super().__init__(core, ThisThread, queue, response_parser=response_parser)
+            self.calls, self.queue, self.began, self.gone = calls, queue, False, False
+
+        def put(self, value: Any) -> None:
+            if self.began:
+                self.calls.call_soon_threadsafe(self._told, super().put, value)
+            else:
+                self.began = True
+                super().put(value)  # the prompt, which nobody is sent
+
+        def end(self) -> None:
+            self.calls.call_soon_threadsafe(self._told, super().end, last=True)
+
+        def _told(self, call: Callable[..., None], *args: Any) -> None:
+            """In the loop's thread."""
+            if self.gone:
+                return
+            try:
+                call(*args)
+            except Exception as error:
+                self.cancel()
+                self.queue.put_nowait(_ending(error, utils._StreamError))
+
         def cancel(self) -> None:
+            self.gone = True
             super().cancel()
             if self.job is not None:
                 self.job.cancel()
@@ -335,7 +291,7 @@ def _manager(utils: Any, work: Work) -> Any:
             loop, queue = asyncio.get_running_loop(), Texts()
             core = getattr(processor, "tokenizer", processor)._tokenizer
             calls = Gathered(loop)
-            streamer = Streamer(core, calls, queue, response_parser=response_parser)
+            streamer = Streamer(core, calls, queue, response_parser)
             streamer.job = _submit(work, inputs, gen_config, processor, streamer)
             streamer.job.future.add_done_callback(lambda done: _tell(done, calls, queue, utils._StreamError))
             return queue, streamer
@@ -364,12 +320,16 @@ def _submit(work: Work, inputs: Any, config: Any, processor: Any, streamer: Any)
     return work.submit(dict(inputs), config, seed, processor, streamer)
 
 
-def _tell(done: Future[list[int]], loop: Any, queue: Any, stream_error: Callable[[str], Any]) -> None:
+def _tell(done: Future[list[int]], loop: Gathered, queue: Any, stream_error: Callable[[str], Any]) -> None:
     """Ends a stream whose generation did not: the streamer's own `end` says so where all went well."""
     error = Cancelled() if done.cancelled() else done.exception()
     if error is None:
         return
-    # The handler puts the message between quotes as it is.
-    ending = None if isinstance(error, Cancelled) else stream_error(json.dumps(_sentence(error))[1:-1])
+    ending = None if isinstance(error, Cancelled) else _ending(error, stream_error)
     if not loop.is_closed():
-        loop.call_soon_threadsafe(queue.put_nowait, ending)
+        loop.call_soon_threadsafe(queue.put_nowait, ending, last=True)
+
+
+def _ending(error: BaseException, stream_error: Callable[[str], Any]) -> Any:
+    """What ends a stream that has failed; the handler puts the message between quotes as it is."""
+    return stream_error(json.dumps(_sentence(error))[1:-1])

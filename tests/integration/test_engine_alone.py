@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A request that is alone in an engine is run as a call of generate() would run it: as many passes, as much drafted."""
+"""A request that is alone in an engine is run as a call of generate() would run it: as many passes, as much drafted;
+and whoever listens is told once a round."""
 
 from __future__ import annotations
 
@@ -65,3 +66,33 @@ def test_a_lone_request_takes_the_passes_of_a_call(
             assert torch.equal(handle.result(120), by_call.sequences)
             assert handle.polyspec is not None
             assert done(handle.polyspec) == done(by_call.polyspec)
+
+
+class Heard:
+    """Listens to a request."""
+
+    def __init__(self, fails_at: int = 1000) -> None:
+        self.begun, self.rounds = 0, list[list[int]]()
+        self.fails_at = fails_at
+
+    def began(self) -> None:
+        self.begun += 1
+
+    def came(self, tokens: list[int]) -> None:
+        if len(self.rounds) == self.fails_at:
+            raise RuntimeError("nobody there")
+        self.rounds.append(tokens)
+
+
+def test_a_listener_is_told_once_a_round(target: Any, chains: dict[str, list[Any]]) -> None:
+    whole, cut = Heard(), Heard(fails_at=2)
+    with Engine(target, chains["a middle and a model"], slots=2) as engine:
+        handles = [engine.submit(PROMPT, max_new_tokens=24, listener=one) for one in (whole, cut)]
+        written = handles[0].result(120)[0, PROMPT.shape[1] :].tolist()
+        with pytest.raises(RuntimeError, match="nobody there"):
+            handles[1].result(120)
+    assert whole.begun == cut.begun == 1
+    assert [token for tokens in whole.rounds for token in tokens] == written
+    assert handles[0].polyspec is not None
+    assert len(whole.rounds) == handles[0].polyspec.levels[0].forward_passes < len(written)
+    assert len(cut.rounds) == 2

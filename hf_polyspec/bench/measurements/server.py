@@ -1,24 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a server's door costs: `polyspec measure server`.
 
-One chain writes greedy texts one after the other: by `generate()` in this process, and by `polyspec serve` in another,
-which OpenAI's client in this one asks with and without a stream. They take turns; who has none only waits.
+One chain writes greedy texts one after the other: by `generate()`, and through the server of `polyspec serve`, which
+OpenAI's client asks with and without a stream. They take turns; who has none only waits. Models and server are in this
+process, for the same weights are read up to a tenth quicker or slower where another process has them; the client is in
+another, as it would be.
 """
 
 from __future__ import annotations
 
-import argparse
-import re
 import statistics
-import subprocess
-import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -27,7 +24,7 @@ from ...models.assistants import by_name
 from ...models.conversation import encode_prompt
 from ...planning.texts import PROMPTS
 from . import arguments
-from .forms import parse_form
+from .asking import Client
 from .same_seed import MORE_PROMPTS
 from .ways import finish, in_turns, parser_of, quotient, table_of, targets_of
 
@@ -37,6 +34,8 @@ STREAMED = "the server, streamed"
 CHAINS = ("int8,suffix",)
 _NAME = "measured"
 
+Made = TypeVar("Made")
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -45,7 +44,8 @@ class Rate:
     Attributes:
         chain: the levels' names; way: how it was asked.
         form: of the target; tokens: of all texts; seconds: for them, the median; per_second: tokens a second.
-        ratio: to `IN_PROCESS`, the median of what the turns say.
+        ratio: to `IN_PROCESS`, the median of what the turns say; ratios: of each turn.
+        first: seconds until the first text of a stream, the median; None where there is none.
         alike: texts that are those of `IN_PROCESS`; texts: how many there are.
     """
 
@@ -56,45 +56,20 @@ class Rate:
     seconds: float
     per_second: float
     ratio: float
+    ratios: list[float]
+    first: float | None
     alike: int
     texts: int
 
 
-class Served:
-    """`polyspec serve` in a process of its own, until the end of a with.
+def in_a_thread(make: Callable[[], Made]) -> Made:
+    """What a call returns that computes in a thread which ends with it.
 
-    Args:
-        words: behind the name of the command.
-
-    Attributes:
-        url: under which it answers.
-
-    Raises:
-        RuntimeError: it ended before it listened; the sentence is its own.
+    OpenMP keeps the helpers of each thread that has computed until it ends, and where there are more of them than cores
+    it has all of them sleep between two products: whoever is timed is to be the only one.
     """
-
-    def __init__(self, words: Sequence[str]) -> None:
-        command = [sys.executable, "-m", "hf_polyspec", "serve", *words, "--name", _NAME, "--port", "0"]
-        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        said: list[str] = []
-        for line in self._process.stderr or ():
-            said.append(line.strip())
-            if found := re.search(r"http://\S+/v1", line):
-                self.url = found[0]
-                break
-        else:
-            raise RuntimeError(f"the server ended with {self._process.wait()}: {' '.join(said[-3:])}")
-        # What it says of every request goes nowhere, but has to go.
-        self._reader = threading.Thread(target=deque, args=(self._process.stderr, 0), daemon=True)
-        self._reader.start()
-
-    def __enter__(self) -> Served:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait()
-        self._reader.join()
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
 
 
 def measure(
@@ -102,61 +77,63 @@ def measure(
     tokenizer: Any,
     chain: str,
     prompts: Sequence[str],
-    url: str,
     *,
     form: str = "",
     new_tokens: int,
     rounds: int,
+    slots: int = 8,
 ) -> list[Rate]:
     """Time one chain in process and through a server, in turns.
 
     Args:
         target: as it is to run; tokenizer: of it, with a chat template; chain: names with commas between.
-        prompts: what users ask; url: of a server of the same chain; form: what to call the target's.
-        new_tokens: at most; rounds: of which the median counts.
+        prompts: what users ask; form: what to call the target's.
+        new_tokens: at most; rounds: of which the median counts; slots: requests that the server runs at a time.
     """
-    import openai
+    from ...integrations.server import ChainServer
 
-    assistants = by_name(target, chain.split(","))
+    assistants = in_a_thread(lambda: by_name(target, chain.split(",")))
     encoded = [encode_prompt(tokenizer, text, target.device) for text in prompts]
     texts: dict[str, list[str]] = {}
     counts: list[int] = []
+    first: dict[str, list[float]] = {}
 
-    def here() -> None:
+    def here() -> float:
+        began = time.perf_counter()
         rows = [
             generate(target, **ids, assistant_models=assistants, max_new_tokens=new_tokens, do_sample=False)
             for ids in encoded
         ]
         new = [row[0, ids["input_ids"].shape[1] :] for row, ids in zip(rows, encoded, strict=True)]
-        counts[:] = map(len, new)
         texts[IN_PROCESS] = [tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
+        seconds = time.perf_counter() - began
+        counts[:] = map(len, new)
+        return seconds
 
-    def timed(way: str, _: int) -> float:
-        began = time.perf_counter()
+    def timed(way: str, turn: int) -> float:
         if way == IN_PROCESS:
-            here()
-        else:
-            texts[way] = [_asked(client, text, new_tokens, way == STREAMED) for text in prompts]
-        return time.perf_counter() - began
+            return in_a_thread(here)
+        server = in_a_thread(lambda: ChainServer(target, tokenizer, assistants, name=_NAME, port=0, slots=slots))
+        with server:
+            url = f"http://127.0.0.1:{server.port}/v1"
+            found = client.ask(url, _NAME, prompts, new_tokens, way == STREAMED)
+        texts[way] = found["texts"]
+        first.setdefault(way, []).extend(found["first"] if turn >= 0 else [])
+        return float(found["seconds"])
 
-    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+    with Client() as client:
         found = in_turns(timed, (IN_PROCESS, WHOLE, STREAMED), rounds)
     tokens, rates = sum(counts), []
     for way, each in found.items():
         seconds = statistics.median(each)
         alike = sum(one == other for one, other in zip(texts[way], texts[IN_PROCESS], strict=True))
-        ratio = quotient(found, way, IN_PROCESS)
-        rates.append(Rate(form, chain, way, tokens, seconds, tokens / seconds, ratio, alike, len(prompts)))
+        ratios = [theirs / own for theirs, own in zip(found[IN_PROCESS], each, strict=True)]
+        started = statistics.median(first[way]) if first.get(way) else None
+        ratio, per_second = quotient(found, way, IN_PROCESS), tokens / seconds
+        rates.append(
+            Rate(form, chain, way, tokens, seconds, per_second, ratio, ratios, started, alike, len(prompts))
+        )  # fmt: skip
     return rates
-
-
-def _asked(client: Any, text: str, new_tokens: int, stream: bool) -> str:
-    """A server's answer to a user's words."""
-    asked = {"model": _NAME, "messages": [{"role": "user", "content": text}], "temperature": 0}
-    answer = client.chat.completions.create(**asked, max_tokens=new_tokens, stream=stream)
-    if stream:
-        return "".join(part.choices[0].delta.content or "" for part in answer)
-    return answer.choices[0].message.content or ""
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -172,13 +149,14 @@ def main(words: Sequence[str] | None = None) -> None:
             parser.error(f"--form: a server's model is as it is or packed, not {change}.")
     prompts = (*PROMPTS, *MORE_PROMPTS)[: given.prompts]
     found: list[Rate] = []
-    for form, target, tokenizer in targets_of(given):
+    forms = targets_of(given)
+    while (one := in_a_thread(lambda: next(forms, None))) is not None:
+        form, target, tokenizer = one
         for chain in given.chain:
-            with Served(_words(given, form, chain)) as served:
-                found += measure(
-                    target, tokenizer, chain, prompts, served.url,
-                    form=form, new_tokens=given.new_tokens, rounds=given.rounds,
-                )  # fmt: skip
+            found += measure(
+                target, tokenizer, chain, prompts,
+                form=form, new_tokens=given.new_tokens, rounds=given.rounds, slots=given.slots,
+            )  # fmt: skip
     table = table_of(f"{len(prompts)} texts", ("chain", "asked", "tokens", "seconds", "tokens/s", "ratio", "alike"))
     for rate in found:
         table.add_row(
@@ -187,12 +165,8 @@ def main(words: Sequence[str] | None = None) -> None:
         )  # fmt: skip
     console = Console(width=110)
     console.print(table)
+    for rate in found:
+        spread = f"{rate.way}, {rate.form}: ratios of the turns {min(rate.ratios):.3f} to {max(rate.ratios):.3f}"
+        first = "" if rate.first is None else f", the first text after {1000 * rate.first:.0f} ms"
+        console.print(spread + first, highlight=False)
     finish(console, given, rates=found)
-
-
-def _words(given: argparse.Namespace, form: str, chain: str) -> list[str]:
-    """What `polyspec serve` is called with."""
-    dtype, change = parse_form(form)
-    words = [given.model, "--dtype", dtype, "--slots", str(given.slots)]
-    words += ["--pack"] if change else []
-    return words + [word for name in chain.split(",") for word in ("--assistant", name)]

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -32,7 +31,7 @@ from hf_polyspec import Drafter, SuffixDrafter
 from hf_polyspec.cli import app, serve
 from hf_polyspec.exactness.context import Context
 from hf_polyspec.exactness.proposal import Proposal
-from hf_polyspec.host import serving
+from hf_polyspec.host import serving, streaming
 from hf_polyspec.integrations import server as server_module
 from hf_polyspec.integrations.prometheus import Metrics
 from hf_polyspec.integrations.server import ChainServer
@@ -498,7 +497,7 @@ class Loop:
 def test_what_comes_at_once_wakes_the_loop_once() -> None:
     """Tokens of one round; their order stays, and what comes after a loop has looked wakes it again."""
     loop, seen = Loop(), list[int]()
-    calls = serving.Gathered(loop)  # type: ignore[arg-type]
+    calls = streaming.Gathered(loop)  # type: ignore[arg-type]
     for number in range(3):
         calls.call_soon_threadsafe(seen.append, number)
     loop.woken.pop()()
@@ -518,17 +517,17 @@ def test_what_comes_at_once_wakes_the_loop_once() -> None:
 def test_a_quick_stream_is_sent_at_a_pace() -> None:
     """Its first text and its end wait for nothing but their round; a slow one never waits for longer."""
     loop, seen = Loop(), list[Any]()
-    calls = serving.Gathered(loop)  # type: ignore[arg-type]
+    calls = streaming.Gathered(loop)  # type: ignore[arg-type]
     calls.call_soon_threadsafe(seen.append, "first")
-    assert loop.look() == serving._ROUND
+    assert loop.look() == streaming._ROUND
     loop.now += 0.01
     calls.call_soon_threadsafe(seen.append, "next")
-    assert loop.look() == pytest.approx(serving._PACE - 0.01)
+    assert loop.look() == pytest.approx(streaming._PACE - 0.01)
     loop.now += 1.0
     calls.call_soon_threadsafe(seen.append, "late")
-    assert loop.look() == serving._ROUND
+    assert loop.look() == streaming._ROUND
     calls.call_soon_threadsafe(seen.append, "last")
-    calls.call_soon_threadsafe(seen.append, None)
+    calls.call_soon_threadsafe(seen.append, None, last=True)
     loop.woken.pop()()
     assert seen == ["first", "next", "late", "last", None]
 
@@ -539,7 +538,7 @@ def test_texts_that_wait_are_sent_as_one() -> None:
     class Thought(str):
         pass
 
-    waiting = serving.Texts()
+    waiting = streaming.Texts()
     ended = [None]
     for item in ("a", "bc", "d", Thought("e"), Thought("f"), "g", ended, "h", None):
         waiting.put_nowait(item)
@@ -551,21 +550,71 @@ def test_texts_that_wait_are_sent_as_one() -> None:
     assert waiting.empty()
 
 
+class Told:
+    """Hands over tokens as a generation does: in a thread of its own, before anybody has looked."""
+
+    def __init__(self) -> None:
+        self.gone = False
+        self.future: Future[list[int]] = Future()
+
+    def cancel(self) -> None:
+        self.gone = True
+
+    def submit(self, inputs: Any, config: Any, seed: Any, tokenizer: Any, streamer: Any) -> Any:
+        def run() -> None:
+            streamer.put(inputs["input_ids"])
+            for ids in TOKENIZER(["he", "l", "lo"])["input_ids"]:
+                streamer.put(torch.tensor(ids))
+            streamer.end()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        return self
+
+    def items(self) -> list[Any]:
+        """What a stream is given to send, up to its end."""
+        utils = sys.modules["transformers.cli.serving.utils"]
+        manager = serving._manager(utils, self)  # type: ignore[arg-type]
+
+        async def all_of_it() -> list[Any]:
+            queue, _ = manager.generate_streaming(None, TOKENIZER, prompt("abc"), GenerationConfig(), "1")
+            found: list[Any] = []
+            while not found or isinstance(found[-1], str):
+                found.append(await queue.get())
+            return found
+
+        return asyncio.run(all_of_it())
+
+
 def test_a_round_is_one_event() -> None:
     """What was generated before the loop looked goes to the client together."""
+    assert Told().items() == ["hello", None]
 
-    class Work:
-        def submit(self, inputs: Any, config: Any, seed: Any, tokenizer: Any, streamer: Any) -> Any:
-            streamer.put(inputs["input_ids"][0])
-            for number in TOKENIZER("hello")["input_ids"]:
-                streamer.put(torch.tensor([number]))
-            streamer.end()
-            return SimpleNamespace(future=Future())
 
-    manager = serving._manager(sys.modules["transformers.cli.serving.utils"], Work())  # type: ignore[arg-type]
+def test_ids_become_text_in_the_thread_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the one that runs the models, which has the next round to run."""
+    streamer, seen = sys.modules["transformers.cli.serving.utils"].DirectStreamer, set[int]()
+    genuine = streamer._enqueue
 
-    async def one() -> list[Any]:
-        queue, _ = manager.generate_streaming(None, TOKENIZER, prompt("abc"), GenerationConfig(), "1")
-        return [await queue.get(), await queue.get()]
+    def noted(self: Any, item: Any) -> None:
+        seen.add(threading.get_ident())
+        genuine(self, item)
 
-    assert asyncio.run(one()) == ["hello", None]
+    monkeypatch.setattr(streamer, "_enqueue", noted)
+    Told().items()
+    assert seen == {threading.get_ident()}
+
+
+def test_a_text_that_cannot_be_read_ends_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    utils = sys.modules["transformers.cli.serving.utils"]
+
+    def broken(self: Any, item: Any) -> None:
+        raise ValueError('no "text"\nin it')
+
+    monkeypatch.setattr(utils.DirectStreamer, "_enqueue", broken)
+    work = Told()
+    (ending,) = work.items()
+    assert isinstance(ending, utils._StreamError)
+    assert ending.msg == 'no \\"text\\" in it'
+    assert work.gone

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`polyspec measure server`: the same texts asked for in process and of a server in another one."""
+"""`polyspec measure server`: the same texts by generate() and of a server, which a client in another process asks."""
 
 from __future__ import annotations
 
-import io
-import subprocess
+import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tiny_checkpoints import save_pair
 
-from hf_polyspec.bench.measurements.server import IN_PROCESS, STREAMED, WHOLE, Served, main, measure
-from hf_polyspec.integrations.server import ChainServer
+from hf_polyspec.bench.measurements.asking import Client
+from hf_polyspec.bench.measurements.server import IN_PROCESS, STREAMED, WHOLE, in_a_thread, main, measure
 from hf_polyspec.models.by_name import load_model, load_tokenizer
 
 
@@ -24,29 +22,32 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_rates_are_of_the_texts_that_were_written(folders: tuple[Path, Path]) -> None:
     target, small = map(str, folders)
     model, tokenizer = load_model(target), load_tokenizer(target)
-    with ChainServer(model, tokenizer, "suffix", name="measured", port=0) as door:
-        url = f"http://127.0.0.1:{door.port}/v1"
-        rates = measure(model, tokenizer, f"{small},suffix", ["abc", "hello"], url, new_tokens=9, rounds=1)
+    rates = measure(model, tokenizer, f"{small},suffix", ["abc", "hello"], new_tokens=9, rounds=2)
     assert [rate.way for rate in rates] == [IN_PROCESS, WHOLE, STREAMED]
     for rate in rates:
         assert (rate.tokens, rate.texts) == (18, 2)
         assert rate.per_second * rate.seconds == pytest.approx(18)
-        assert rate.ratio == pytest.approx(rates[0].seconds / rate.seconds)  # of one round
+        assert len(rate.ratios) == 2
+        assert rate.ratio == pytest.approx(sum(rate.ratios) / 2)
+    assert rates[0].ratios == [1.0, 1.0]
     # A stream withholds bytes that are half a character; random models write such ones.
     assert rates[1].alike == 2
+    assert rates[0].first is rates[1].first is None
+    assert rates[2].first is not None
+    assert 0 < rates[2].first < rates[2].seconds
 
 
-def test_a_server_that_cannot_begin_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Ended:
-        def __init__(self, words: list[str], **_: Any) -> None:
-            self.stderr = io.StringIO(f"loading\npolyspec: there is no folder {words[4]}.\n")
+def test_what_computes_is_the_only_thread_that_has() -> None:
+    found = in_a_thread(threading.current_thread)
+    assert found is not threading.current_thread()
+    assert not found.is_alive()
 
-        def wait(self) -> int:
-            return 2
 
-    monkeypatch.setattr(subprocess, "Popen", Ended)
-    with pytest.raises(RuntimeError, match=r"the server ended with 2: .*there is no folder nothing-here\."):
-        Served(["nothing-here"])
+def test_a_client_that_fails_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    """Its own traceback says why."""
+    with Client() as client, pytest.raises(RuntimeError, match=r"the client's process ended with 1\."):
+        client.ask("http://127.0.0.1:9/v1", "nothing", ["abc"], 1, stream=False)
+    assert "APIConnectionError" in capfd.readouterr().err
 
 
 def test_the_command_serves_what_it_runs_itself(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
