@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+TARGET = "the target"
+"""How a chain calls the model that generate() was called on."""
+
 
 class LevelError(RuntimeError):
     """A forward pass failed in the middle of a generation; the message names the level."""
@@ -17,6 +20,21 @@ class LevelError(RuntimeError):
 
 class RollbackError(RuntimeError):
     """A cache did not have the length it was rolled back to, so nothing computed with it could be trusted."""
+
+
+class UncheckableError(ValueError):
+    """Drafts cannot be checked with a model, or not in what it is asked for.
+
+    Raised before any work. Where it is of the target, the call generates without assistants; elsewhere it is a refusal.
+
+    Args:
+        message: a sentence that says why and what to do.
+        level: how the chain calls the model, "the target" for that.
+    """
+
+    def __init__(self, message: str, level: str) -> None:
+        super().__init__(message)
+        self.level = level
 
 
 class ReleaseError(ImportError, ValueError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Architectures that every change is tested with, and some that chains refuse."""
+"""Architectures that every change is tested with, and some with which drafts cannot be checked."""
 
 from __future__ import annotations
 
@@ -184,8 +184,8 @@ ARCHITECTURES = (
 
 
 @dataclass(frozen=True)
-class Refused:
-    """One model type that a chain refuses.
+class Unchecked:
+    """One model type with which drafts cannot be checked.
 
     Attributes:
         title: as users know it.
@@ -202,9 +202,9 @@ class Refused:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-REFUSED = (
-    Refused("BERT (without `is_decoder=True`)", "bert", "is_decoder", "attends to both sides"),
-    Refused(
+UNCHECKED = (
+    Unchecked("BERT (without `is_decoder=True`)", "bert", "is_decoder", "attends to both sides"),
+    Unchecked(
         "CPM-Ant",
         "cpmant",
         "prompt positions of its own",

@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from ..control import Costs, LedControl, OnlineControl, Shares, SteadyControl, online_control, shares_of
+from ..errors import TARGET, UncheckableError
 from ..exactness.callers_generator import BESIDE
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
@@ -22,6 +23,7 @@ from ..host.encoded import decoder_part, take_encoded
 from ..host.forwarding import Extras
 from ..host.generation import Output, is_callers, made_output, pad_id
 from ..host.manners import runner_for
+from ..host.maps import check_maps
 from ..host.modeling import Cache
 from ..host.offloaded import rests_elsewhere
 from ..host.own_cache import makes_own_cache
@@ -35,6 +37,7 @@ from ..host.vocabularies import Vocabularies
 from ..levels.base import Drafter
 from ..levels.verifier import Verifier
 from ..telemetry.stats import PolySpecStats
+from .alone import or_alone
 from .automatic import choose
 from .chain import build_chain, levels_of
 from .chances import Chances, check_seeds
@@ -66,6 +69,7 @@ UNDERSTOOD = {
 }
 
 
+@or_alone
 @torch.no_grad()
 def decode(
     model: Any,
@@ -127,6 +131,7 @@ def decode(
 
     Raises:
         ValueError, TypeError: what cannot be served, before the first forward pass.
+        UncheckableError: drafts cannot be checked with the target, and plain generation cannot take over, see `alone`.
         LevelError: a model's forward pass failed; the caller's objects are as they were.
     """
     given = locals()  # before anything else is named: the arguments
@@ -192,21 +197,25 @@ class _Job:
             sights = Sights(model_kwargs["inputs_shown"], input_ids, config.num_return_sequences or 1)
             self.extras = replace(self.extras, sights=sights)
         if config.prefill_chunk_size and self.extras.marks_prompt:
-            raise ValueError(
+            raise UncheckableError(
                 "prefill_chunk_size cuts a prompt with images or other inputs into pieces, which assistant_models do "
-                "not serve; leave it out."
+                "not serve; leave it out.",
+                TARGET,
             )
         self.whole_cache: Any = cache_of(model_kwargs)  # with an encoder's keys and values, where there is one
         self.user_cache: Cache | None = decoder_part(self.whole_cache)
         check_cache(self.user_cache, model, input_ids.shape[0])
         self.use_cache = bool(model_kwargs.get("use_cache", True))
-        self.context = context_of(input_ids, config, {**model_kwargs, GENERATION_CACHE: self.user_cache})
+        given = {**model_kwargs, GENERATION_CACHE: self.user_cache}
+        self.context = context_of(input_ids, config, given, encodes=self.encoded is not None)
         check_seeds(options, self.context.batch)
         self.visible = input_ids.shape[1]
         self.stopping = Stopping.sort(criteria, config.max_length or UNLIMITED)
         self.law = LawMaker(processors, bool(config.do_sample), self.device, ends=self.stopping.eos)
         self.pad = pad_id(config)
         self.wanted = Wanted.of(config)
+        if self.wanted.attentions and self.encoded is None:
+            check_maps(model)
         self.cached = 0
         self.control: OnlineControl | LedControl | SteadyControl | Shares | None = None
         self.steered = False
@@ -257,6 +266,7 @@ class _Job:
             self.encoded,
             self.vocabularies,
             own_rows=self._rows_are_own(record),
+            nameless=self.context.prompt.hidden > 0,
         )
         return build_chain(self.model, assistants, setting, runner)
 

@@ -8,14 +8,16 @@ a streamer, stop strings with their tokenizer - is bound here.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
 from transformers import StoppingCriteriaList
 
 from ..defaults import require_model
+from ..errors import UncheckableError
 from ..host.compatibility import check_cache_implementation
 from ..host.contract import check_release
 from ..host.generation import StopStringCriteria, without
@@ -23,6 +25,7 @@ from ..host.patching import patch_all, patch_one, positional_names, unpatch_all,
 from ..host.peculiar import check_generate
 from ..host.pictures import shown
 from ..host.release import inner_model
+from .alone import ALONE
 from .decoding import decode
 from .members import leaves_choice, members
 from .options import BESIDE, PolySpecOptions
@@ -153,7 +156,10 @@ def _generate(
 ) -> Any:
     """Call `original` so that it ends in `decode` with everything the caller said."""
     given = _by_name(args, kwargs)
-    _refuse_early(model, given)
+    try:
+        _refuse_early(model, given)
+    except UncheckableError as reason:
+        return _without(reason, model, original, given)
     bound: dict[str, Any] = {"assistant_models": assistant_models, "streamer": given.get("streamer")}
     bound["synced_gpus"] = bool(given.get("synced_gpus"))
     # transformers loses both on the way to a callable, and refuses the second one without an assistant of its own.
@@ -171,6 +177,15 @@ def _generate(
         given, bound = given | sizes, bound | {"assistant_models": chosen}
     given = _with_stop_strings(model, given)
     return original(**_without_configured(model, given), custom_generate=functools.partial(decode, **bound))
+
+
+def _without(reason: UncheckableError, model: Any, original: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """What a class with a generate() of its own makes, and a warning that says why nobody assisted it."""
+    if _has_own_seed(model, given):
+        raise reason
+    warnings.warn(f"{reason} {ALONE}", stacklevel=5)
+    ours = {*PolySpecOptions.names(), "assistant_tokenizer", "polyspec_plan"}
+    return original(**_without_configured(model, {name: value for name, value in given.items() if name not in ours}))
 
 
 def _without_configured(model: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -193,8 +208,9 @@ def _refuse_early(model: Any, given: dict[str, Any]) -> None:
     if given.get("custom_generate") not in (None, decode):
         raise ValueError("custom_generate and assistant_models each replace the decoding loop; give one of them.")
     generation_config = given.get("generation_config")
-    check_cache_implementation(given.get("cache_implementation"))
-    check_cache_implementation(getattr(generation_config, "cache_implementation", None))
+    for where in (given.get("cache_implementation"), getattr(generation_config, "cache_implementation", None)):
+        with suppress(UncheckableError):  # which `decode` knows what to do with
+            check_cache_implementation(where)
 
 
 def _with_stop_strings(model: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -140,7 +140,7 @@ class Recorder:
         `length`, or what plain generation's cache would show of them."""
         found = []
         for i, whole in enumerate(maps):
-            shown = None if self.cache is None else self.cache.step(self._emitted[row], i)
+            shown = None if self.cache is None else self.cache.step(self._emitted[row], i, len(maps))
             width, offset = shown or (length, 0)
             first = whole.shape[-1] - read
             seen = whole[..., first + offset : first + min(length, offset + width)]

@@ -14,8 +14,15 @@ from ..host.generation import mask_length
 from ..host.release import GENERATION_CACHE, cache_of
 
 
-def context_of(input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Context:
+def context_of(
+    input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: dict[str, Any], *, encodes: bool = False
+) -> Context:
     """The prompt as levels see it.
+
+    Args:
+        input_ids, config, model_kwargs: as generate() prepared them.
+        encodes: whether the ids are a decoder's, which plain generation reads as what comes after a filled cache unless
+            a mask of their own says that they are the whole text.
 
     Raises:
         ValueError: mask or positions of a form that a chain does not understand, or an empty prompt.
@@ -28,6 +35,8 @@ def context_of(input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: 
     past = 0 if cache is None else tokens_held(cache)
     mask = model_kwargs.get("attention_mask")
     width = mask.shape[1] if mask is not None else mask_length(config)
+    if encodes and past and width is None:
+        width = past + input_ids.shape[1]
     hidden = 0
     if embeds is not None:
         columns = embeds.shape[1]

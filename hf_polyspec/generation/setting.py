@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from ..host.embeddings import reads_any, same_places
 from ..host.encoded import Encoded, attends_to_encoder, encoded_for, is_encoder_decoder
 from ..host.forwarding import Extras
 from ..host.in_step import serve
@@ -33,6 +34,7 @@ class Setting:
         eos: ids that end a text; pad: id that finished rows go on with.
         batch: number of rows.
         embedded: width H of the prompt's embeddings if it came as embeddings, else 0.
+        nameless: whether there are no ids for them.
         extras: what else the target is given.
         encoded: what the target's decoder attends to, where it has an encoder.
         vocabularies: for every assistant the two it stands between, None where there is one; empty where all share one.
@@ -51,6 +53,7 @@ class Setting:
     vocabularies: Sequence[Vocabularies | None] = ()
     joins: bool = False
     own_rows: bool = False
+    nameless: bool = False
 
     def vocabularies_of(self, place: int) -> Vocabularies | None:
         """What stands between the target and an assistant with another tokenizer."""
@@ -62,6 +65,14 @@ def level_runner(assistant: Any, place: int, setting: Setting, target: Any) -> M
     vocabularies = setting.vocabularies_of(place)
     hidden = assistant.get_input_embeddings().weight.shape[-1]
     role = f"assistant_models[{place}] ({name_of(assistant) or type(inner_model(assistant)).__name__})"
+    extras = None if target is None or vocabularies is not None else setting.extras.for_level(assistant, target)
+    fits = bool(setting.embedded) and hidden == setting.embedded and vocabularies is None
+    reads_embeds = fits and reads_any(assistant)
+    if setting.embedded and extras is not None and extras.first:
+        # It would look for pictures in the embeddings of another model, and find none.
+        reads_embeds = reads_embeds and (setting.nameless or same_places(assistant, target))
+        if setting.nameless and not (reads_embeds and same_places(assistant, target)):
+            extras = replace(extras, first={})
     encoded = None
     if setting.encoded is not None and (is_encoder_decoder(assistant) or attends_to_encoder(assistant)):
         encoded = encoded_for(assistant, target, setting.encoded, role)
@@ -70,9 +81,9 @@ def level_runner(assistant: Any, place: int, setting: Setting, target: Any) -> M
         assistant,
         role,
         setting.device,
-        reads_embeds=bool(setting.embedded) and hidden == setting.embedded and vocabularies is None,
+        reads_embeds=reads_embeds,
         replace_unknown_ids=True,
-        extras=None if target is None or vocabularies is not None else setting.extras.for_level(assistant, target),
+        extras=extras,
         rows=setting.batch if setting.own_rows and not setting.joins and vocabularies is None else 1,
     )
     serve(runner, 1 if setting.joins else setting.batch)

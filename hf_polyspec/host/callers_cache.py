@@ -5,19 +5,21 @@ from __future__ import annotations
 
 import copy
 from collections import deque
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from transformers import StaticCache
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from ..errors import TARGET, UncheckableError
 from .cache import RollbackCache, RollbackLayer
+from .cache_forms import check_form, length_of
 from .carried import check_continued
-from .indexed import CROPPED_LAYERS, INDEXED_LAYERS, copied
+from .indexed import CROPPED_LAYERS, INDEXED_LAYERS, copied, extend_beside
 from .offloaded import OffloadedCache, at_home, check_offloaded, new_columns, rests_elsewhere
-from .release import GENERATION_CACHE, inner_model, with_cache
+from .release import GENERATION_CACHE, inner_model, input_device, with_cache
 from .states import (
     STATE_LAYERS,
     StateCache,
@@ -30,9 +32,6 @@ from .states import (
     tensors_of,
 )
 
-Form = tuple[Any, ...]
-"""Of a layer: heads and size of its keys, the same of its values, dtype and device."""
-
 
 def check_cache(cache: Any, model: Any, rows: int) -> None:
     """Refuse a cache whose contents a chain could not read or extend, or that the target did not write as it is.
@@ -43,7 +42,7 @@ def check_cache(cache: Any, model: Any, rows: int) -> None:
         rows: of the batch.
 
     Raises:
-        ValueError: names the class, the layer and the numbers that do not fit.
+        UncheckableError, ValueError: names the class, the layer and the numbers that do not fit.
     """
     if cache is None:
         return
@@ -51,22 +50,23 @@ def check_cache(cache: Any, model: Any, rows: int) -> None:
         raise ValueError(f"{GENERATION_CACHE} must be a transformers Cache, got {type(cache).__name__}.")
     check_offloaded(cache, model)
     at_home(cache)
-    lengths = [_length(layer) for layer in cache.layers]
+    lengths = [length_of(layer) for layer in cache.layers]
     check_continued(model, filled=any(lengths))
     if any(lengths) or type(cache) not in (DynamicCache, StaticCache):
         known = (layer for layer in cache.layers if not isinstance(layer, STATE_LAYERS))
         odd = next((layer for layer in known if type(layer) not in CROPPED_LAYERS), None)
         if odd is not None:
-            raise ValueError(
+            raise UncheckableError(
                 f"{GENERATION_CACHE} of type {type(cache).__name__} has {type(odd).__name__} layers, which cannot be "
-                f"rolled back after a rejected draft; pass a DynamicCache, or leave {GENERATION_CACHE} out."
+                f"rolled back after a rejected draft; pass a DynamicCache, or leave {GENERATION_CACHE} out.",
+                TARGET,
             )
     planned = _planned_layers(model)
     _check_windows(cache, planned)
     if any(lengths):
         _check_whole(cache, lengths)
         _check_rows(cache, rows)
-        _check_form(cache, model, planned)
+        check_form(cache, model, planned)
 
 
 def check_prompt(cache: Cache, ids: int, width: int | None) -> bool:
@@ -124,7 +124,7 @@ def floor(cache: Cache) -> int:
     held = tokens_held(cache)
     found = 0
     for layer in cache.layers:
-        columns = layer.keys.shape[2] if _length(layer) else held
+        columns = layer.keys.shape[2] if length_of(layer) else held
         if columns < held:
             window = getattr(layer, "sliding_window", held)
             found = max(found, min(held, held - columns + window - 1))
@@ -148,7 +148,7 @@ def read_cache(cache: Cache, model: Any = None) -> tuple[RollbackCache, int]:
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, STATE_LAYERS):
             vars(made.layers[index]).update(copy_of([state_of(layer)])[0])
-        if _length(layer):
+        if length_of(layer):
             made.update(_full_width(layer.keys, total), _full_width(layer.values, total), index)
         if type(layer) in INDEXED_LAYERS:
             vars(made.layers[index]).update(copied(layer))
@@ -158,29 +158,57 @@ def read_cache(cache: Cache, model: Any = None) -> tuple[RollbackCache, int]:
     return made, total
 
 
-def write_cache(source: RollbackCache, target: Cache, start: int) -> None:
+def added_layers(model: Any, cache: Cache, count: int) -> list[Any]:
+    """Empty layers as the model itself adds them to those that its config plans, so that a cache has `count`.
+
+    Args:
+        model: the target; cache: like the caller's, empty.
+    """
+    planned = list(cache.layers)
+    if len(planned) >= count or getattr(cache, "layer_class_to_replicate", None) is not None or tokens_held(cache):
+        return []
+    tried = copy.deepcopy(cache)
+    ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=True, **with_cache(model, tried))
+    except Exception:
+        return []
+
+    def alike(layer: Any) -> Any:
+        kind = type(layer), getattr(layer, "sliding_window", None)
+        found = (one for one in planned if (type(one), getattr(one, "sliding_window", None)) == kind)
+        return copy.deepcopy(next(found, None)) or DynamicLayer()
+
+    return [alike(layer) for layer in tried.layers[len(planned) :]]
+
+
+def write_cache(source: RollbackCache, target: Cache, start: int, more: Sequence[Any] = ()) -> None:
     """Append columns `start` onwards of `source` to the caller's cache, as a forward pass would have done.
 
     Everything is computed beside it; then all layers change in one step. Whatever is raised, Ctrl-C at any place among
     it, the caller's cache is as it was or complete. `source` is used up: its columns are let go as they are copied.
 
+    Args:
+        source, target, start: as above; more: layers to come behind those that `target` has, see `added_layers`.
+
     Raises:
         ValueError: a cache of fixed size has no room for so many tokens.
     """
-    made = _beside(target)
+    made, more = _beside(target), list(more)
     for index in range(len(source.layers)):
         layer, source.layers[index] = source.layers[index], RollbackLayer()
         closed = is_closed(layer)
         if not closed and hasattr(layer, "get_seq_length") and layer.is_initialized and layer.get_seq_length() > start:
             while getattr(made, "layer_class_to_replicate", None) is None and len(made.layers) <= index:
-                made.layers.append(DynamicLayer())  # the model itself adds layers to those that its config plans
+                made.layers.append(more.pop(0) if more else DynamicLayer())
             _check_room(made, index, layer.get_seq_length())
             made.update(*new_columns(made, index, layer, start), index)
             _let_go(made.layers[index])
         if closed or isinstance(layer, STATE_LAYERS):
             vars(made.layers[index]).update(state_of(layer))
-        elif index < len(made.layers) and type(made.layers[index]) in INDEXED_LAYERS:
-            vars(made.layers[index]).update(copied(layer))
+        elif index < len(made.layers):
+            extend_beside(made.layers[index], layer, start)
     steps, back = _exchange(target, made)
     try:
         _at_once(steps)
@@ -247,11 +275,6 @@ def _check_room(cache: Cache, index: int, length: int) -> None:
         )
 
 
-def _length(layer: Any) -> int:
-    """Tokens a layer has read; 0 for one that reads another layer's keys and values."""
-    return int(layer.get_seq_length()) if getattr(layer, "is_initialized", False) and layer.keys is not None else 0
-
-
 def _full_width(states: torch.Tensor, total: int) -> torch.Tensor:
     missing = total - states.shape[2]
     if missing <= 0:
@@ -303,96 +326,9 @@ def _check_whole(cache: Cache, lengths: list[int]) -> None:
 
 def _check_rows(cache: Cache, rows: int) -> None:
     for index, layer in enumerate(cache.layers):
-        found = {states.shape[0] for states in (layer.keys, layer.values)} if _length(layer) else {rows}
+        found = {states.shape[0] for states in (layer.keys, layer.values)} if length_of(layer) else {rows}
         if found != {rows}:
             raise ValueError(
                 f"layer {index} of {GENERATION_CACHE} holds {' and '.join(map(str, sorted(found)))} rows, and the "
                 f"prompt has {rows}; a cache needs a row for each (num_return_sequences counts)."
             )
-
-
-def _form(layer: Any, away: bool = False) -> Form | None:
-    if not _length(layer):
-        return None
-    keys, values = layer.keys, layer.values
-    device = layer.device if away else keys.device  # of an offloaded layer, where it is fetched to
-    return keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], keys.dtype, values.dtype, device
-
-
-_forms: WeakKeyDictionary[Any, list[Form | None]] = WeakKeyDictionary()
-
-
-def _check_form(cache: Cache, model: Any, planned: list[Any] | None) -> None:
-    """Refuse keys and values of another model, dtype or device.
-
-    What the config lets expect, or what was measured before, is believed where it fits. Otherwise the target is asked:
-    it reads one token into an empty cache.
-    """
-    found = _trimmed([_form(layer, rests_elsewhere(cache)) for layer in cache.layers])
-    if found in (_expected(model, planned), _forms.get(model)):
-        return
-    true = _measured(model)
-    if true is None or found == true:
-        return
-    for index in range(max(len(found), len(true))):
-        one, other = (forms[index] if index < len(forms) else None for forms in (found, true))
-        if one != other:
-            raise ValueError(
-                f"layer {index} of {GENERATION_CACHE} holds {_told(one)}, and the target keeps {_told(other)} there; "
-                "pass a cache that this model has filled."
-            )
-
-
-def _trimmed(forms: list[Form | None]) -> list[Form | None]:
-    while forms and forms[-1] is None:
-        forms.pop()
-    return forms
-
-
-def _told(form: Form | None) -> str:
-    if form is None:
-        return "no tokens"
-    heads, size, value_heads, value_size, dtype, _, device = form
-    values = "" if (heads, size) == (value_heads, value_size) else f" (values {value_heads} of {value_size})"
-    return f"{heads} heads of {size}{values} in {dtype} on {device}"
-
-
-def _expected(model: Any, planned: list[Any] | None) -> list[Form | None] | None:
-    """Forms as most models have them, by their config; None where it does not tell."""
-    weight = getattr(inner_model(model).get_input_embeddings(), "weight", None)
-    if planned is None or weight is None:
-        return None
-    place = weight.dtype, weight.dtype, weight.device
-    config = inner_model(model).config.get_text_config(decoder=True)
-    try:
-        layers = getattr(config, "per_layer_config", None) or [config] * len(planned)
-        shapes = [_shape(layer) for layer in layers]
-    except Exception:  # a config of another kind
-        return None
-    return _trimmed(
-        [
-            (*shape, *shape, *place) if hasattr(layer, "get_seq_length") else None
-            for layer, shape in zip(planned, shapes, strict=False)
-        ]
-    )
-
-
-def _shape(config: Any) -> tuple[int, int]:
-    """Heads of a layer's keys, and their size."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(heads), int(size)
-
-
-@torch.no_grad()
-def _measured(model: Any) -> list[Form | None] | None:
-    """Forms of what the model keeps of one token; None where it cannot be asked."""
-    cache = empty_cache(model)
-    weight = getattr(model.get_input_embeddings(), "weight", None)
-    device = "cpu" if weight is None else weight.device
-    try:
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=True, **with_cache(model, cache))
-    except Exception:
-        return None
-    _forms[model] = _trimmed([_form(layer) for layer in cache.layers])
-    return _forms[model]

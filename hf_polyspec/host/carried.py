@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
+from ..errors import TARGET, UncheckableError
 from .named_code import state_writers
 from .release import GENERATION_CACHE, forward_arguments, inner_model, input_device
 
@@ -61,14 +62,15 @@ def check_continued(model: Any, *, filled: bool) -> None:
     """Refuse a caller's cache, filled or not, that is not the whole of what the model goes on from.
 
     Raises:
-        ValueError: names the model and where the rest is.
+        UncheckableError: names the model and where the rest is.
     """
     carried = carried_by(model)
     if carried.cache_class is not None or (carried.places and filled):
         place = "its modules" if carried.places else "a cache of its own class"
-        raise ValueError(
+        raise UncheckableError(
             f"{type(inner_model(model)).__name__} keeps a part of what it has read in {place}, from where a chain "
-            f"cannot go on; leave {GENERATION_CACHE} out and pass the whole text."
+            f"cannot go on; leave {GENERATION_CACHE} out and pass the whole text.",
+            TARGET,
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, GenerationMixin
 
+from ..errors import TARGET, UncheckableError
 from .carried import carried_by
 from .manners import Manner, feeds_otherwise, manner_of
 from .peculiar import looks_back_only
@@ -74,15 +75,16 @@ def check_cache_implementation(name: str | None) -> None:
     """Refuse caches that cannot be rolled back after a rejected draft.
 
     Raises:
-        ValueError: names the cache.
+        UncheckableError: of one that is rounded; ValueError: of any other. Both name the cache.
     """
     if name in (None, "dynamic", "dynamic_full", "static", "hybrid", "sliding_window", "offloaded", "offloaded_static"):
         return
-    why = "is rounded as it grows and" if name == "quantized" else "is not known here and"
-    raise ValueError(
-        f"cache_implementation={name!r} {why} cannot be rolled back after a rejected draft; leave it unset (or "
-        "'static', 'dynamic' or 'offloaded') to use assistant_models."
-    )
+    remedy = "cannot be rolled back after a rejected draft; leave it unset (or 'static', 'dynamic' or 'offloaded') to"
+    if name == "quantized":
+        raise UncheckableError(
+            f"cache_implementation={name!r} is rounded as it grows and {remedy} use assistant_models.", TARGET
+        )
+    raise ValueError(f"cache_implementation={name!r} is not known here and {remedy} use assistant_models.")
 
 
 def check_model(model: nn.Module, role: str, *, encodes: bool = False) -> None:
@@ -93,7 +95,8 @@ def check_model(model: nn.Module, role: str, *, encodes: bool = False) -> None:
         encodes: whether it may have an encoder.
 
     Raises:
-        ValueError: names the model and what about it does not fit.
+        UncheckableError: drafts cannot be checked with it; ValueError: it can be no level at all. Both name the model
+            and what about it does not fit.
     """
     config = model.config
     kind = type(inner_model(model)).__name__
@@ -101,25 +104,30 @@ def check_model(model: nn.Module, role: str, *, encodes: bool = False) -> None:
     owner = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", model)
     peft_config = getattr(owner, "active_peft_config", None)
     if peft_config is not None and getattr(peft_config, "is_prompt_learning", False):
-        raise ValueError(
+        raise UncheckableError(
             f"{role} has a prompt-learning adapter ({peft_config.peft_type}), whose virtual tokens cannot be rolled "
-            "back; use LoRA or merge the adapter."
+            "back; use LoRA or merge the adapter.",
+            role,
         )
     if getattr(config, "is_encoder_decoder", False):
         if not encodes:
             raise ValueError(f"{role} ({kind}) has an encoder, and the target has none; leave it out.")
         if cache_argument(model) is None:
-            raise ValueError(no_cache_argument(f"{role} ({kind})", model))
+            raise UncheckableError(no_cache_argument(f"{role} ({kind})", model), role)
         return
     _check_state(model, role, kind)
     # BERT's family; others have both of these as well and mean nothing by them.
     two_sided = getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention")
     if two_sided and not looks_back_only(model):
-        raise ValueError(f"{role} ({kind}) attends to both sides; load it with is_decoder=True in its config.")
+        raise UncheckableError(
+            f"{role} ({kind}) attends to both sides; load it with is_decoder=True in its config.", role
+        )
     if getattr(config, "model_type", None) in _OWN_CACHE_ENTRIES:
-        raise ValueError(f"{role} ({kind}) adds prompt positions of its own to its cache; chains cannot use it.")
+        raise UncheckableError(
+            f"{role} ({kind}) adds prompt positions of its own to its cache; chains cannot use it.", role
+        )
     if cache_argument(model) is None and carried_by(model).argument is None and not rereads(model):
-        raise ValueError(no_cache_argument(f"{role} ({kind})", model))
+        raise UncheckableError(no_cache_argument(f"{role} ({kind})", model), role)
     if not hasattr(inner_model(model), "generate") or not _says_words(model):
         raise ValueError(f"{role} ({kind}) has no language-modelling head; load it with AutoModelForCausalLM.")
 
@@ -132,31 +140,39 @@ def _says_words(model: Any) -> bool:
 
 
 def _check_state(model: Any, role: str, kind: str) -> None:
-    """Refuse a model that keeps what can neither be cut nor put back."""
+    """Refuse a model that keeps what can neither be cut nor put back.
+
+    Raises:
+        UncheckableError: names the model and what it keeps.
+    """
     manner, unknown = manner_of(model), unknown_layer(model)
     if unknown is not None:
-        raise ValueError(
+        raise UncheckableError(
             f"{role} ({kind}) keeps {unknown} layers in its cache, which cannot be cut after a rejected draft; chains "
-            "cannot use it."
+            "cannot use it.",
+            role,
         )
     if feeds_otherwise(model):
-        raise ValueError(
+        raise UncheckableError(
             f"{role} ({kind}) is fed other ids than those of the text when it generates, of which every one sees all "
-            "others, so drafts cannot be checked with it; leave it out."
+            "others, so drafts cannot be checked with it; leave it out.",
+            role,
         )
     odd = sorted(set(layer_types(model.config)) - ATTENTION_LAYERS)
     kinds = f" ({', '.join(odd)} layers)" if odd else ""
     if manner is Manner.NONE:
-        raise ValueError(
+        raise UncheckableError(
             f"{role} ({kind}) keeps a recurrent state{kinds} that could not be put back to what it was before a draft "
-            "when it was tried on a few tokens; chains cannot use it."
+            "when it was tried on a few tokens; chains cannot use it.",
+            role,
         )
     # Classes of hybrids say so of themselves even where a config names attention layers alone.
     stateful = getattr(inner_model(model), "_is_stateful", False) and not names_layers(model.config)
     if manner is Manner.ATTENTION and (odd or stateful):
-        raise ValueError(
+        raise UncheckableError(
             f"{role} ({kind}) keeps a recurrent state{kinds} outside of transformers' cache layers, where it cannot be "
-            "put back after a rejected draft; chains cannot use it."
+            "put back after a rejected draft; chains cannot use it.",
+            role,
         )
 
 

@@ -3,16 +3,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers.cache_utils import EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from ..errors import TARGET, UncheckableError
 from .lending import is_copy
-from .release import cache_names, forward_arguments, inner_model, input_device, parameters_of
+from .release import (
+    GENERATION_CACHE,
+    cache_names,
+    cache_of,
+    forward_arguments,
+    inner_model,
+    input_device,
+    parameters_of,
+)
 
 _DECODERS = {"decoder_attention_mask": "attention_mask", "decoder_position_ids": "position_ids"}
 """Arguments of the decoder, and what they are called where there is no encoder."""
@@ -29,12 +39,14 @@ class Encoded:
         mask: `[B, S]` or None.
         always: further arguments of every pass, by name.
         inputs: what the encoder has read, rows not repeated; None where only its outputs were given.
+        crossed: keys and values of the outputs that a caller's cache holds for the target, by layer; None for none.
     """
 
     outputs: Any
     mask: torch.Tensor | None
     always: dict[str, Any] = field(default_factory=dict)
     inputs: torch.Tensor | None = None
+    crossed: Cache | None = None
 
     @property
     def states(self) -> torch.Tensor:
@@ -48,7 +60,7 @@ class Encoded:
         kept = {name: _rows(value, rows, batch) for name, value in self.outputs.items()}
         always = {name: _rows(value, rows, batch) for name, value in self.always.items()}
         mask = None if self.mask is None else self.mask[rows]
-        return replace(self, outputs=type(self.outputs)(**kept), mask=mask, always=always)
+        return replace(self, outputs=type(self.outputs)(**kept), mask=mask, always=always, crossed=None)
 
 
 def _rows(value: Any, rows: list[int], batch: int) -> Any:
@@ -69,19 +81,29 @@ def attends_to_encoder(model: Any) -> bool:
 
 
 def decoder_part(cache: Any) -> Any:
-    """The decoder's own keys and values of a cache that may hold an encoder's beside them.
+    """The decoder's own keys and values of a cache that may hold an encoder's beside them."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def _crossed_part(cache: Any) -> Cache | None:
+    """The encoder's keys and values of a caller's cache, rows of which may be picked; None where it is empty.
 
     Raises:
-        ValueError: such a cache that is not empty.
+        UncheckableError: they lie in layers that are not known.
     """
-    if not isinstance(cache, EncoderDecoderCache):
-        return cache
-    if cache.get_seq_length():
-        raise ValueError(
-            "a filled cache of an encoder-decoder model cannot be continued with assistant_models; leave it out and "
-            "pass what it holds as decoder_input_ids."
+    if not isinstance(cache, EncoderDecoderCache) or not cache.get_seq_length():
+        return None
+    held = cache.cross_attention_cache
+    odd = next((layer for layer in held.layers if type(layer) is not DynamicLayer), None)
+    if odd is not None:
+        raise UncheckableError(
+            f"{GENERATION_CACHE} of type {type(cache).__name__} has {type(odd).__name__} layers for what the encoder "
+            f"said, from where a chain cannot go on; pass DynamicCaches, or leave {GENERATION_CACHE} out.",
+            TARGET,
         )
-    return cache.self_attention_cache
+    made = copy.copy(held)
+    made.layers = [copy.copy(layer) for layer in held.layers]
+    return made
 
 
 def take_encoded(model: Any, given: Mapping[str, Any]) -> tuple[Encoded | None, dict[str, Any]]:
@@ -95,14 +117,16 @@ def take_encoded(model: Any, given: Mapping[str, Any]) -> tuple[Encoded | None, 
         the names that they have in models without one.
 
     Raises:
-        ValueError: embeddings for the decoder, whose ids a chain does not know.
+        UncheckableError: embeddings for the decoder, whose ids a chain does not know, or a cache that it cannot follow.
     """
     inputs = given.get("inputs_tensor")
     given = {name: value for name, value in given.items() if name != "inputs_tensor"}
     if not is_encoder_decoder(model):
         return None, given
     if given.get("decoder_inputs_embeds") is not None:
-        raise ValueError("decoder_inputs_embeds is not supported with assistant_models; pass decoder_input_ids.")
+        raise UncheckableError(
+            "decoder_inputs_embeds is not supported with assistant_models; pass decoder_input_ids.", TARGET
+        )
     kept = {name: value for name, value in given.items() if name in _COMMON or name in cache_names(given)}
     kept |= {other: given[name] for name, other in _DECODERS.items() if given.get(name) is not None}
     beside = {*kept, *_DECODERS, *_COMMON, "encoder_outputs", "attention_mask"}
@@ -113,7 +137,8 @@ def take_encoded(model: Any, given: Mapping[str, Any]) -> tuple[Encoded | None, 
         outputs = (outputs,)
     if isinstance(outputs, (tuple, list)):
         outputs = BaseModelOutput(*outputs)
-    return Encoded(outputs, given.get("attention_mask"), always, inputs if known else None), kept
+    crossed = _crossed_part(cache_of(given))
+    return Encoded(outputs, given.get("attention_mask"), always, inputs if known else None, crossed), kept
 
 
 def encoded_for(assistant: Any, target: Any, encoded: Encoded, role: str) -> Encoded:
@@ -134,7 +159,7 @@ def encoded_for(assistant: Any, target: Any, encoded: Encoded, role: str) -> Enc
             )
         return _moved(Encoded(encoded.outputs, encoded.mask), assistant)
     if assistant is target or is_copy(assistant, target):
-        return _moved(replace(encoded, inputs=None), assistant)
+        return _moved(replace(encoded, inputs=None, crossed=None), assistant)
     if encoded.inputs is None:
         raise ValueError(
             f"{role} has an encoder of its own, and encoder_outputs are those of the target; pass the inputs instead."

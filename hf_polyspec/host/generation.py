@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
 from transformers.generation.candidate_generator import CandidateGenerator
@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 from transformers.utils import logging, output_capturing
 
-from .release import GENERATION_CACHE
+from .release import GENERATION_CACHE, parameters_of
 
 Output: TypeAlias = GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput
 
@@ -42,6 +42,7 @@ __all__ = [
     "made_output",
     "mask_length",
     "pad_id",
+    "plain_loop",
     "quiet",
     "without",
 ]
@@ -131,6 +132,16 @@ def pad_id(config: Any) -> int:
     """The id that rows of a prepared generation config go on with when they have ended; 0 where it names none."""
     pad = getattr(config, "_pad_token_tensor", None)
     return 0 if pad is None else int(pad)
+
+
+def plain_loop(model: Any) -> Callable[..., Any] | None:
+    """The loop that generate() runs with what it hands to `custom_generate`; None where a release has no such method.
+
+    A class may have one of its own, as transformers looks it up.
+    """
+    loop = getattr(type(model), "_sample", None)
+    wanted = {"input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"}
+    return partial(loop, model) if loop is not None and wanted <= set(parameters_of(loop)) else None
 
 
 def mask_length(config: Any) -> int | None:

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from ..errors import UncheckableError
 from ..exactness.context import Context, Prompt
 from ..telemetry.counters import LevelStats
 from .carried import keeps_rows_apart
@@ -61,35 +62,38 @@ def serve(runner: Runner, batch: int) -> Runner:
         runner: a level's; batch: number of rows to come.
 
     Raises:
-        ValueError: drafts cannot be checked with this model at all, or not in a batch.
+        UncheckableError: drafts cannot be checked with this model at all, or not in a batch.
     """
     model = runner.model
     kind = type(inner_model(model)).__name__
     if batch > 1 and not keeps_rows_apart(model):
-        raise ValueError(
+        raise UncheckableError(
             f"{runner.name} ({kind}) mixes the rows of a batch when it goes on from its state; give it one row at a "
-            "time."
+            "time.",
+            runner.name,
         )
     if batch > 1 and isinstance(runner, RecurrentRunner) and runner.cache.even and not minds_padding(runner):
         if runner.marks_prompt:
-            raise ValueError(_no_padding(runner.name, kind))
+            raise UncheckableError(_no_padding(runner.name, kind), runner.name)
         runner.read_singly()
     if not runner.cuts:
         return runner
     if not reads_on(model, padded=False):
         if (failure := _untried.get(inner_model(model))) is not None:
-            raise ValueError(
+            raise UncheckableError(
                 f"{runner.name} ({kind}) cannot be tried on a few tokens of text alone ({failure}), so that nobody "
-                "knows whether drafts can be checked with it; leave it out."
+                "knows whether drafts can be checked with it; leave it out.",
+                runner.name,
             )
-        raise ValueError(
+        raise UncheckableError(
             f"{runner.name} ({kind}) does not read several tokens after a cache as it reads them in one text, so "
-            "drafts cannot be checked with it; leave it out."
+            "drafts cannot be checked with it; leave it out.",
+            runner.name,
         )
     if batch == 1 or runner.own_rows or (Forwarding(model).keeps_positions() and rows_may_part(model)):
         return runner
     if not reads_on(model, padded=True):
-        raise ValueError(_no_padding(runner.name, kind))
+        raise UncheckableError(_no_padding(runner.name, kind), runner.name)
     runner.in_step = True
     runner.note = f"{kind} counts positions by its cache's columns: rows run in step, those ahead are read again"
     return runner

@@ -67,6 +67,21 @@ def _picked(tensor: torch.Tensor, columns: torch.Tensor, start: int, dimension: 
     return torch.cat([tensor.narrow(dimension, 0, start), tensor.gather(dimension, index)], dim=dimension)
 
 
+def extend_beside(layer: Any, source: Any, start: int) -> None:
+    """What a pass over columns `start` onwards would leave in a layer besides keys and values.
+
+    Args:
+        layer: of any cache; source: one that holds all columns.
+    """
+    if type(layer) in INDEXED_LAYERS:
+        vars(layer).update(copied(source))
+    elif hasattr(layer, "update_indexer") and (keys := getattr(source, "indexer_keys", None)) is not None:
+        layer.update_indexer(keys[:, start:])  # of a fixed size
+        places = getattr(source, "indexer_position_ids", None)
+        if places is not None:
+            layer.indexer_position_ids = places.clone()
+
+
 def copied(layer: Any) -> dict[str, Any]:
     """What an indexed layer holds besides keys and values, in tensors of its own."""
     return {

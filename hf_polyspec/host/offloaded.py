@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..errors import TARGET, UncheckableError
 from .cache import RollbackCache, RollbackLayer
 from .release import inner_model
 from .states import empty_cache, keeps_states
@@ -59,13 +60,14 @@ def check_offloaded(cache: Any, model: Any) -> None:
     """Refuse an offloaded cache where the target keeps more than keys and values.
 
     Raises:
-        ValueError: names the class.
+        UncheckableError: names the class.
     """
     encodes = getattr(inner_model(model).config, "is_encoder_decoder", False)
     if rests_elsewhere(cache) and (encodes or keeps_states(model) or empty_cache(model).layers):
-        raise ValueError(
-            f"the target ({type(inner_model(model)).__name__}) keeps more in its cache than keys and values of one "
-            "text, and assistant_models move no more than those to the host's memory; pass a cache without offloading."
+        raise UncheckableError(
+            f"{TARGET} ({type(inner_model(model)).__name__}) keeps more in its cache than keys and values of one "
+            "text, and assistant_models move no more than those to the host's memory; pass a cache without offloading.",
+            TARGET,
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
+from ..errors import TARGET, UncheckableError
 from .named_code import names_in
 from .ranks import ranks_of
 from .release import inner_model
@@ -25,16 +26,17 @@ def check_generate(model: Any) -> None:
     """Refuse a model whose generate() is not transformers' own.
 
     Raises:
-        ValueError: names the class, or says that its weights are spread over processes.
+        UncheckableError: names the class; ValueError: says that its weights are spread over processes.
     """
     inner = inner_model(model)
     if not isinstance(inner, torch.nn.Module) or not hasattr(inner, "generate"):
         return
     if not isinstance(inner, GenerationMixin) or not _hands_on(type(inner)):
         ranks_of(model)  # FSDP's wrapper has it from the model inside, and is refused for what it does
-        raise ValueError(
+        raise UncheckableError(
             f"generate() of {type(inner).__name__} is the class's own and makes text in another way than token by "
-            "token, which assistant_models cannot speed up; leave them out."
+            "token, which assistant_models cannot speed up; leave them out.",
+            TARGET,
         )
 
 
@@ -74,15 +76,16 @@ def check_window(model: Any, length: int | None) -> None:
         model: the target; length: tokens of the longest text to come, None for any.
 
     Raises:
-        ValueError: names the class and the window.
+        UncheckableError: names the class and the window.
     """
     sizes = [int(layer.sliding_window) for layer in planned_layers(model) if getattr(layer, "sliding_window", None)]
     if not sizes or _masks_windows(inner_model(model)) or (length is not None and length <= min(sizes)):
         return
-    raise ValueError(
-        f"the target ({type(inner_model(model)).__name__}) has no mask for its window of {min(sizes)} tokens and "
+    raise UncheckableError(
+        f"{TARGET} ({type(inner_model(model)).__name__}) has no mask for its window of {min(sizes)} tokens and "
         "leaves it to its cache to drop what is older, which is not the same for all tokens of a draft; "
-        f"assistant_models serve it up to max_length={min(sizes)}."
+        f"assistant_models serve it up to max_length={min(sizes)}.",
+        TARGET,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..errors import TARGET, UncheckableError
 from .release import forward_arguments, inner_model, input_device, parameters_of, with_cache
 from .states import empty_cache
 
@@ -16,7 +17,7 @@ _ENCODE, _EXPAND = "_prepare_multimodal_encoder_kwargs_for_generation", "_expand
 """Methods with which generate() encodes pictures before anything is read, in releases that do so."""
 _ENCODED = "mm_encoder_outputs"
 
-_PLACES = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id", "audio_token_index")
+PLACES = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id", "audio_token_index")
 """Where configs name the ids that stand for pictures and sounds in a text."""
 
 
@@ -82,11 +83,11 @@ def check_columns(model: Any, first: Mapping[str, Any], ids: torch.Tensor) -> No
         model: the target; first: what the pass that reads the prompt is given; ids: `[B, L]` of the prompt.
 
     Raises:
-        ValueError: names the class and the inputs.
+        UncheckableError: names the class and the inputs.
     """
     inner = inner_model(model)
     raw = [name for name, value in first.items() if isinstance(value, torch.Tensor)]
-    placed = any(isinstance(getattr(inner.config, name, None), int) for name in _PLACES)
+    placed = any(isinstance(getattr(inner.config, name, None), int) for name in PLACES)
     if not raw or placed or "mm_encoder_outputs" in forward_arguments(model) or not ids.shape[1]:
         return
     cache = empty_cache(model)
@@ -96,7 +97,8 @@ def check_columns(model: Any, first: Mapping[str, Any], ids: torch.Tensor) -> No
     except Exception:
         return  # it wants the rest of the prompt, and has a place for them there
     if held > 1:
-        raise ValueError(
-            f"the target ({type(inner).__name__}) keeps {held - 1} columns for {' and '.join(raw)} in its cache that "
-            "stand for no id of the prompt, which chains cannot follow; leave assistant_models out for such prompts."
+        raise UncheckableError(
+            f"{TARGET} ({type(inner).__name__}) keeps {held - 1} columns for {' and '.join(raw)} in its cache that "
+            "stand for no id of the prompt, which chains cannot follow; leave assistant_models out for such prompts.",
+            TARGET,
         )

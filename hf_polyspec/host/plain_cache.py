@@ -30,18 +30,28 @@ class PlainCache:
         self._pieces = pieces
         self._steps: list[list[tuple[int, int] | None]] = []
 
-    def step(self, index: int, layer: int) -> tuple[int, int] | None:
-        """Columns of a layer's map at a step, and the place in the text of its first one.
+    def step(self, index: int, place: int, maps: int) -> tuple[int, int] | None:
+        """Columns of a map at a step, and the place in the text of its first one.
 
         Columns may reach behind the end of the text, where they hold zeros. None where every token has one column.
+
+        Args:
+            index: the step's; place: the map's among those of a pass; maps: how many a pass hands out.
         """
         while len(self._steps) <= index:
             for fed in [1] if self._steps else self._pieces:
                 sizes = [self._feed(small, fed) for small in self._layers]
             self._steps.append(sizes)
         sizes = self._steps[index]
-        source = self._source(layer)
+        source = self._source(self._layer(place, maps))
         return None if source is None else sizes[source]
+
+    def _layer(self, place: int, maps: int) -> int:
+        """The layer that a map is of: layers without keys hand out none in models that mix both kinds."""
+        if maps >= len(self._layers):
+            return place
+        attending = [index for index, layer in enumerate(self._layers) if layer is not None]
+        return attending[place] if len(attending) == maps else place
 
     def _source(self, layer: int) -> int | None:
         """The layer whose keys and values a layer reads: its own, or those of the last one of its kind that has any."""

@@ -9,11 +9,13 @@ what the hooks say is put right before a layer reads it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 from torch import nn
+
+from .counted_places import CountedPlaces
 
 FROM_THE_END = {"alora_offsets"}
 """Arguments that count columns from the end of the prompt."""
@@ -24,9 +26,11 @@ class RowArguments:
 
     Args:
         model: its hooks are looked for once; those that have been there for other rows are not touched.
+        cached: whether a pass reads only what a cache lacks.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, cached: bool = True) -> None:
+        self._counted = CountedPlaces(model) if cached else None  # else plain generation's passes count all ids, too
         self._named: list[tuple[nn.Module, set[str]]] = []
         for module in model.modules():
             names = {
@@ -72,7 +76,8 @@ class RowArguments:
             if rows is not None or names & FROM_THE_END
         ]
         try:
-            yield
+            with nullcontext() if self._counted is None else self._counted.of(grown):
+                yield
         finally:
             for hook in hooks:
                 hook.remove()

@@ -83,7 +83,7 @@ class ModelRunner:
         self.cache: RollbackCache = empty_cache(model)
         self.memo: list[list[int]] = []
         self._forwarding = Forwarding(model, extras)
-        self._arguments = RowArguments(inner_model(model))
+        self._arguments = RowArguments(inner_model(model), use_cache)
         self._present: list[int] | None = None  # rows that are left of those at the beginning, None for all
         self._prompt = 0  # columns that were read in a pass of their own and stay
         self._anew_after = reads_anew(model)

@@ -12,11 +12,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
+from ..errors import UncheckableError
 from ..exactness.context import Context, Prompt
 from ..telemetry.counters import LevelStats
-from .callers_cache import write_cache
+from .callers_cache import added_layers, write_cache
 from .columns import positions_of
 from .encoded import Encoded, is_encoder_decoder
 from .forwarding import Forwarding
@@ -60,7 +61,7 @@ class SeqToSeqRunner(ModelRunner):
         # What the class's own method would do is done here: it knows the decoder's arguments by their own names.
         self._forwarding = Forwarding(model, asks=False)
         self.encoded = encoded
-        self.crossed = DynamicCache()
+        self.crossed: Cache = DynamicCache() if encoded.crossed is None else encoded.crossed
         self._own_encoder = is_encoder_decoder(model)
         prefix = "decoder_" if self._own_encoder else ""
         self._names = {name: f"{prefix}{name}" for name in ("input_ids", "attention_mask", "position_ids")}
@@ -104,9 +105,11 @@ class SeqToSeqRunner(ModelRunner):
 
 def write_back(runner: ModelRunner, cache: Any, start: int) -> None:
     """Extend the cache that generate() prepared, or the caller brought, by what a runner's holds from a column on."""
-    write_cache(
-        runner.plain_cache(), cache.self_attention_cache if isinstance(runner, SeqToSeqRunner) else cache, start
-    )
+    if isinstance(runner, SeqToSeqRunner):
+        write_cache(runner.plain_cache(), cache.self_attention_cache, start)
+    else:
+        held = runner.plain_cache()
+        write_cache(held, cache, start, added_layers(runner.model, cache, len(held.layers)))
     for index, layer in enumerate(runner.crossed.layers if isinstance(runner, SeqToSeqRunner) else ()):
         if not cache.is_updated.get(index):
             cache.cross_attention_cache.update(layer.keys, layer.values, index)
@@ -117,7 +120,7 @@ def runner_over(model: Any, name: str, device: torch.device | None, encoded: Enc
     """The runner of a decoder that attends to an encoder's outputs.
 
     Raises:
-        ValueError: several ids after a cache are not read as in one text, so that no draft can be checked.
+        UncheckableError: several ids after a cache are not read as in one text, so that no draft can be checked.
     """
     kind = inner_model(model)
     known = _known.get(kind)
@@ -125,9 +128,10 @@ def runner_over(model: Any, name: str, device: torch.device | None, encoded: Enc
     if not model.training:  # dropout says something else every time
         _known[kind] = found
     if not found:
-        raise ValueError(
+        raise UncheckableError(
             f"{name} ({type(kind).__name__}) does not read several tokens after a cache as it reads them in one text, "
-            "so drafts cannot be checked with it; leave it out."
+            "so drafts cannot be checked with it; leave it out.",
+            name,
         )
     return SeqToSeqRunner(model, name, device, encoded=encoded, **options)
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy equality, token for token in float32, for every architecture of the table; refusals for the others."""
+"""Greedy equality, token for token in float32, for every architecture of the table; the others generate alone."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from architectures import ARCHITECTURES, REFUSED, Architecture, Refused
+from architectures import ARCHITECTURES, UNCHECKED, Architecture, Unchecked
 from tiny_models import noisy, prompts, tiny
 
 from hf_polyspec.bench.measurements.architectures import CRASHED, DIFFERENT, EQUAL, VERDICTS
@@ -38,19 +38,22 @@ def test_greedy_equality(enabled: None, case: Architecture, attention: str) -> N
     assert 0 < accepted < drafted, "with nothing accepted or nothing rejected this test shows nothing"
 
 
-@pytest.mark.parametrize("case", REFUSED, ids=[case.title for case in REFUSED])
-def test_refused_by_name(enabled: None, target, case: Refused) -> None:
-    """As target and as assistant, before any forward pass."""
+@pytest.mark.parametrize("case", UNCHECKED, ids=[case.title for case in UNCHECKED])
+def test_no_assistants_and_alone_as_targets(enabled: None, target, case: Unchecked) -> None:
+    """Refused as an assistant, before any forward pass; as a target, plain generation's text and a warning."""
     model = tiny(case.model_type, attention="eager", **case.settings)
+    call = {**prompts(2), "max_new_tokens": 6, "do_sample": False}
     passes: list[int] = []
-    for each in (model, target):
-        each.register_forward_pre_hook(lambda *_: passes.append(1))
-    for main, assistant in ((model, target), (target, model)):
-        with pytest.raises(ValueError, match=type(model).__name__) as caught:
-            main.generate(**prompts(1), max_new_tokens=4, do_sample=False, assistant_models=[assistant])
-        assert case.words in str(caught.value)
+    watched = [each.register_forward_pre_hook(lambda *_: passes.append(1)) for each in (model, target)]
+    with pytest.raises(ValueError, match=type(model).__name__) as caught:
+        target.generate(**call, assistant_models=[model])
+    assert case.words in str(caught.value)
     assert not passes
-    target._forward_pre_hooks.clear()
+    for each in watched:
+        each.remove()
+    with pytest.warns(UserWarning, match=case.words):
+        got = model.generate(**call, assistant_models=[target])
+    assert got.tolist() == model.generate(**call).tolist()
 
 
 def test_the_page_says_of_every_class_what_the_command_found() -> None:

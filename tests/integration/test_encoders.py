@@ -15,6 +15,7 @@ from transformers import EncoderDecoderCache, WhisperForCausalLM
 
 import hf_polyspec
 from hf_polyspec import SuffixDrafter
+from hf_polyspec.host.release import GENERATION_CACHE
 
 NEW = 20
 
@@ -176,19 +177,65 @@ def test_given_encoder_outputs(models: dict[str, Any]) -> None:
         model.generate(**asked, max_new_tokens=2, assistant_models=[seq_to_seq("t5", seed=1, num_decoder_layers=1)])
 
 
+@pytest.mark.parametrize("ids", ["all", "new"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_second_turn(models: dict[str, Any], family: str, rows: int, ids: str) -> None:
+    """From the cache that was handed back, which holds the encoder's keys and values too; scores and caches are plain
+    generation's, and the first turn's cache goes on as after plain generation. A mask says that the ids are all."""
+    model, given = models[family], inputs(family, rows)
+    more = {"return_dict_in_generate": True, "output_scores": True, "do_sample": False}
+
+    def turns(*, first: dict[str, Any], second: dict[str, Any]) -> Any:
+        found = model.generate(**given, **more, max_new_tokens=5, **first)
+        held = {GENERATION_CACHE: found[GENERATION_CACHE], "decoder_input_ids": found.sequences}
+        if ids == "all" and family != "whisper":  # whose own generate() has no such argument
+            held["decoder_attention_mask"] = torch.ones_like(found.sequences)
+        return model.generate(**given, **held, **more, max_new_tokens=6, **second)
+
+    plain = turns(first={}, second={})
+    for chain in (["suffix"], [noisy(model, 0.0)], [noisy(model, 0.02), noisy(model, 0.05, seed=2)]):
+        for first in ({}, {"assistant_models": chain}):
+            found = turns(first=first, second={"assistant_models": chain})
+            assert found.sequences.tolist() == plain.sequences.tolist()
+            torch.testing.assert_close(found.scores, plain.scores, rtol=1e-3, atol=1e-3)
+            for part in ("self_attention_cache", "cross_attention_cache"):
+                mine, theirs = (getattr(one[GENERATION_CACHE], part).layers for one in (found, plain))
+                for one, other in zip(mine, theirs, strict=True):
+                    torch.testing.assert_close(one.keys, other.keys, rtol=1e-3, atol=1e-3)
+                    torch.testing.assert_close(one.values, other.values, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_padding_ids_in_a_text_that_is_not_masked(models: dict[str, Any], rows: int) -> None:
+    """Speech2Text counts the ids of a pass that are not its padding's; plain generation's passes have one id each, and
+    without a cache all of them."""
+    model, given = models["speech_to_text"], inputs("speech_to_text", rows)
+    padding = int(model.config.pad_token_id)
+    given["decoder_input_ids"] = torch.tensor([[3, padding, 7, padding, 9]]).expand(rows, -1)
+    drawn = {"do_sample": True, "top_k": 0, "temperature": 2.0, "sequence_bias": {(padding,): 2.0}}
+    more = {**given, **drawn, "max_new_tokens": 20, "return_dict_in_generate": True, "output_scores": True}
+
+    def made(**options: Any) -> Any:
+        torch.manual_seed(6)
+        return model.generate(**more, **options)
+
+    plain = made()
+    for row in plain.sequences[:, 5:].tolist():
+        assert set(row[row.index(padding) :]) - {padding}, "the text goes on behind one"
+    apart = made(use_cache=False)
+    assert not torch.allclose(apart.scores[-1], plain.scores[-1], atol=1e-2), "it is read otherwise"
+    for wanted, options in ((plain, {}), (apart, {"use_cache": False})):
+        for chain in (["suffix"], [noisy(model, 0.0)], [noisy(model, 0.05)]):
+            found = made(**options, assistant_models=chain)
+            assert found.sequences.tolist() == wanted.sequences.tolist()
+            torch.testing.assert_close(found.scores, wanted.scores, rtol=1e-3, atol=1e-3)
+
+
 def test_what_is_refused(models: dict[str, Any]) -> None:
     model, given = models["t5"], inputs("t5", 1)
     with pytest.raises(ValueError, match=r"assistant_models\[0\] \(T5.*\) has an encoder, and the target has none"):
         hf_polyspec.attach(tiny("llama")).generate(given["input_ids"], max_new_tokens=2, assistant_models=[model])
-    cache = model.generate(**given, max_new_tokens=3, return_dict_in_generate=True)
-    held = cache.get("cache", cache.get("past_key_values"))
-    name = "cache" if "cache" in cache else "past_key_values"
-    again = {**given, name: held, "decoder_input_ids": cache.sequences, "max_new_tokens": 2}
-    with pytest.raises(ValueError, match="a filled cache of an encoder-decoder model"):
-        model.generate(**again, assistant_models=["suffix"])
-    embeds = torch.zeros(1, 2, 32)
-    with pytest.raises(ValueError, match="decoder_inputs_embeds is not supported with assistant_models"):
-        model.generate(**given, decoder_inputs_embeds=embeds, max_new_tokens=2, assistant_models=["suffix"])
     narrow = copy.deepcopy(models["whisper"].config)
     narrow.is_encoder_decoder, narrow.d_model = False, 16
     with pytest.raises(ValueError, match="attends to encoder states of width 16, and those of the target have 32"):

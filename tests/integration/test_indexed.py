@@ -27,10 +27,10 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 def refused(model: Any) -> bool:
-    """Whether this release's model is one that chains refuse; then they do, in a sentence."""
+    """Whether drafts cannot be checked with this release's model; then it generates alone, and says why."""
     if unknown_layer(model) is None:
         return False
-    with pytest.raises(ValueError, match="keeps DynamicIndexedLayer layers in its cache, which cannot be cut"):
+    with pytest.warns(UserWarning, match="keeps DynamicIndexedLayer layers in its cache, which cannot be cut"):
         model.generate(**prompts(1), max_new_tokens=2, assistant_models=[noisy(model, 0.05)])
     return True
 
@@ -87,3 +87,28 @@ def test_what_stands_beside_keys_follows_their_columns() -> None:
     layer.keep_rows(torch.tensor([1, 1]))
     layer.shrink(1)
     assert seen() == [[[6], [6]]] * 3
+
+
+def test_a_static_cache_is_handed_back_with_what_the_indexer_keeps(enabled: None, model: Any) -> None:
+    """Of the same size and numbers, and it goes on alike."""
+    if refused(model):
+        return
+    call = {**prompts(2), "max_new_tokens": 9, "do_sample": False, "return_dict_in_generate": True}
+    try:
+        plain = model.generate(**call, cache_implementation="static")
+    except ValueError:  # this release has no such cache of fixed size
+        return
+    found = model.generate(**call, cache_implementation="static", assistant_models=[noisy(model, 0.05)])
+    seen = call["attention_mask"][:, None, :, None].bool()
+    for mine, theirs in zip(found[GENERATION_CACHE].layers, plain[GENERATION_CACHE].layers, strict=True):
+        assert type(mine) is type(theirs)
+        for name in ("keys", "values", "indexer_keys"):
+            one, other = getattr(mine, name, None), getattr(theirs, name, None)
+            assert (one is None) == (other is None), name
+            if one is not None:
+                mask = (seen if one.ndim == 4 else seen[:, 0]).expand(*one.shape[:-2], seen.shape[2], one.shape[-1])
+                assert one.shape == other.shape
+                width = seen.shape[2]
+                front = [where[..., :width, :].masked_select(mask) for where in (one, other)]
+                torch.testing.assert_close(*front, rtol=1e-3, atol=1e-3)
+                torch.testing.assert_close(one[..., width:, :], other[..., width:, :], rtol=1e-3, atol=1e-3)

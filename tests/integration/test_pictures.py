@@ -14,7 +14,8 @@ import hf_polyspec
 from hf_polyspec import SuffixDrafter
 from hf_polyspec.bench.measurements.tiny_models import tiny_config, tiny_model
 from hf_polyspec.bench.measurements.tiny_pictures import SEEING, pictured
-from hf_polyspec.host.modeling import AutoModelForImageTextToText
+from hf_polyspec.host.embeddings import reads_any
+from hf_polyspec.host.modeling import AutoModelForCausalLM, AutoModelForImageTextToText
 from hf_polyspec.host.pictures import shown
 from hf_polyspec.host.release import GENERATION_CACHE, cache_argument
 
@@ -142,12 +143,13 @@ def test_sounds(enabled: None, kind: type[PreTrainedModel], law: dict[str, Any])
         assert made(model, **inputs, **law, assistant_models=chain).tolist() == plain.tolist()
 
 
-def test_pictures_that_become_columns_of_the_cache_are_refused(enabled: None) -> None:
+def test_behind_pictures_that_become_columns_of_the_cache_the_target_generates_alone(enabled: None) -> None:
     """GIT reads them in front of the text; without a picture it is a target like any other."""
     model = seeing("git")
     inputs = pictured(model, 1)
-    with pytest.raises(ValueError, match=r"the target \(GitForCausalLM\) keeps 5 columns for pixel_values"):
-        model.generate(**inputs, **LENGTH, assistant_models=[SuffixDrafter()])
+    with pytest.warns(UserWarning, match=r"the target \(GitForCausalLM\) keeps 5 columns for pixel_values"):
+        got = model.generate(**inputs, **LENGTH, assistant_models=[SuffixDrafter()])
+    assert got.tolist() == made(model, **inputs, **LENGTH).tolist()
     del inputs["pixel_values"]
     plain = made(model, **inputs, **LENGTH)
     assert made(model, **inputs, **LENGTH, assistant_models=[SuffixDrafter(min_match=1)]).tolist() == plain.tolist()
@@ -207,7 +209,41 @@ def test_a_smaller_level_of_the_class_sees_with_its_own_encoder(enabled: None, t
 def test_what_reads_no_text_without_pictures_cannot_be_tried(enabled: None) -> None:
     """IDEFICS wants a picture in every pass, and says so of itself."""
     model = seeing("idefics")
-    with pytest.raises(
-        ValueError, match=r"\(IdeficsForVisionText2Text\) cannot be tried .* of text alone \(.*pixel_values"
+    inputs = pictured(model, 1)
+    with pytest.warns(
+        UserWarning, match=r"\(IdeficsForVisionText2Text\) cannot be tried .* of text alone \(.*pixel_values"
     ):
-        model.generate(**pictured(model, 1), **LENGTH, assistant_models=[SuffixDrafter()])
+        got = model.generate(**inputs, **LENGTH, assistant_models=[SuffixDrafter()])
+    assert got.tolist() == model.generate(**inputs, **LENGTH).tolist()
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["with ids", "without ids"])
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl"])
+def test_pictures_behind_embeddings(enabled: None, kind: str, named: bool) -> None:
+    """A level looks for pictures in ids where there are any, and else in no other model's embeddings."""
+    model = seeing(kind)
+    inputs = pictured(model, 2)
+    ids = inputs.pop("input_ids")
+    inputs["inputs_embeds"] = model.get_input_embeddings()(ids).detach()
+    inputs |= {"input_ids": ids} if named else {}
+    plain = made(model, **inputs, **LENGTH)
+    for chain in chains(model):
+        found = made(model, **inputs, **LENGTH, assistant_models=chain, return_dict_in_generate=True)
+        assert found.sequences.tolist() == plain.tolist()
+        drafts = not isinstance(chain[-1], SuffixDrafter)
+        assert found.polyspec.levels[0].drafted > 0 or not drafts
+
+
+def test_a_level_that_reads_no_other_models_embeddings(enabled: None) -> None:
+    """Gemma 4 looks up the ids of embeddings, and finds none of another model's."""
+    model = tiny_model("gemma4_text", AutoModelForCausalLM)
+    ids = torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(2))
+    embeds = model.get_input_embeddings()(ids).detach()
+    middle = noisy(model, 0.03)
+    assert not reads_any(middle)
+    for given in ({"inputs_embeds": embeds}, {"inputs_embeds": embeds, "input_ids": ids}):
+        plain = made(model, **given, **LENGTH)
+        for chain in ([middle], [middle, noisy(model, 0.05, seed=2)]):
+            found = made(model, **given, **LENGTH, assistant_models=chain, return_dict_in_generate=True)
+            assert found.sequences.tolist() == plain.tolist()
+            assert found.polyspec.levels[0].accepted > 0

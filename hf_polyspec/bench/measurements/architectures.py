@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from ...errors import LevelError, RollbackError
+from ...generation.alone import ALONE
 from ...generation.doors import generate
 from ...host.generation import quiet
 from ...host.modeling import (
@@ -54,7 +55,7 @@ EQUAL, GAINLESS, REFUSED = "equal", "served without gain", "refused"
 DIFFERENT, CRASHED, NO_PLAIN, UNBUILT = "different", "crashed", "plain fails", "not built"
 VERDICTS = {
     EQUAL: "every chain gave plain generate()'s text, and an exact copy saved passes",
-    GAINLESS: f"the text is plain's, at more than {WORTH} target passes a token with an exact copy",
+    GAINLESS: f"the text is plain's, at more than {WORTH} target passes a token with an exact copy, or alone",
     REFUSED: "before the first forward pass, with this sentence",
     DIFFERENT: "another text",
     CRASHED: "an error within a pass",
@@ -148,7 +149,7 @@ def _compared(model: Any, kind: str, model_type: str) -> Finding:
     try:
         check_generate(model)
     except ValueError as error:
-        return Finding(kind, model_type, name, REFUSED, note=_line(error))
+        return Finding(kind, model_type, name, *_unassisted(model, error))
     for rows in (1, 3):
         inputs = {**prompts(rows), "max_new_tokens": NEW, "do_sample": False}
         try:
@@ -180,10 +181,24 @@ def _compared(model: Any, kind: str, model_type: str) -> Finding:
                 return Finding(kind, model_type, name, DIFFERENT, note=what)
             if len(passes) < (1 if rows == 1 else 2):
                 passes.append(found.polyspec.levels[0].forward_passes / NEW)
-            told.update(note for note in found.polyspec.levels[0].notes if "in step" in note)
+            notes = found.polyspec.levels[0].notes
+            told.update("rows run in step" for note in notes if "in step" in note)
+            told.update(_line(ValueError(note.removesuffix(ALONE))) for note in notes if note.endswith(ALONE))
     verdict = EQUAL if max(passes) <= WORTH else GAINLESS
-    said = "rows run in step" if told else ""
+    said = "; ".join(sorted(told))
     return Finding(kind, model_type, name, verdict, (passes[0], passes[1]), said, _sampled_alike(model))
+
+
+def _unassisted(model: Any, reason: ValueError) -> tuple[str, None, str]:
+    """The verdict of a class with a generate() of its own, and a note."""
+    inputs = {**prompts(1), "max_new_tokens": NEW, "do_sample": False}
+    try:
+        plain = model.generate(**inputs)
+    except BaseException as error:
+        return NO_PLAIN, None, _line(error)
+    found = generate(model, **inputs, assistant_models=[noisy(model, NOISE[1])])
+    alike = isinstance(plain, torch.Tensor) and found.tolist() == plain.tolist()
+    return GAINLESS if alike else DIFFERENT, None, _line(reason)
 
 
 def _sampled_alike(model: Any) -> bool:

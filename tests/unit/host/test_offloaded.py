@@ -15,8 +15,10 @@ from tiny_models import head_for, noisy, prompts, tiny
 from transformers import DynamicCache, StaticCache, cache_utils
 
 from hf_polyspec import SuffixDrafter
+from hf_polyspec.errors import UncheckableError
 from hf_polyspec.host.cache import RollbackLayer
-from hf_polyspec.host.offloaded import OffloadedCache, OffloadedLayer
+from hf_polyspec.host.compatibility import check_cache_implementation
+from hf_polyspec.host.offloaded import OffloadedCache, OffloadedLayer, check_offloaded
 from hf_polyspec.host.release import GENERATION_CACHE, cache_argument
 
 CALL = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
@@ -120,29 +122,32 @@ def test_columns_are_those_of_a_layer_on_the_device() -> None:
             layer.shrink(layer.get_seq_length() - 2)
 
 
-def test_what_keeps_more_than_keys_and_values_is_refused(enabled: None, streams: None) -> None:
+def test_what_keeps_more_than_keys_and_values_is_told_of(streams: None) -> None:
     model = tiny("mamba2", state_size=8, num_heads=4, head_dim=16, n_groups=1, chunk_size=8, attention="eager")
-    with pytest.raises(ValueError, match=r"the target \(Mamba2ForCausalLM\) keeps more .* without offloading"):
-        model.generate(
-            **prompts(1),
-            **CALL,
-            **{cache_argument(model) or "": DynamicCache(config=model.config, offloading=True)},
-            assistant_models=[SuffixDrafter()],
-        )
+    with pytest.raises(UncheckableError, match=r"the target \(Mamba2ForCausalLM\) keeps more .* without offloading"):
+        check_offloaded(DynamicCache(config=model.config, offloading=True), model)
 
 
-def test_quantised_caches_are_refused(enabled: None, target: Any) -> None:
-    with pytest.raises(ValueError, match="'quantized' is rounded as it grows and cannot be rolled back"):
-        target.generate(**prompts(1), **CALL, cache_implementation="quantized", assistant_models=[SuffixDrafter()])
+def test_behind_quantised_caches_the_target_generates_alone(enabled: None, target: Any) -> None:
+    """Its keys and values are rounded as plain generation's are, so the text is plain's."""
+    with pytest.raises(UncheckableError, match="'quantized' is rounded as it grows and cannot be rolled back"):
+        check_cache_implementation("quantized")
     with pytest.raises(ValueError, match="'paged' is not known here"):
         target.generate(**prompts(1), **CALL, cache_implementation="paged", assistant_models=[SuffixDrafter()])
     if not hasattr(cache_utils, "Fp8QuantizedLayer"):
         return  # older releases quantise with other packages only
-    cache = cache_utils.QuantizedCache(backend="fp8", config=target.config)
-    with pytest.raises(ValueError, match="QuantizedCache has Fp8QuantizedLayer layers, which cannot be rolled back"):
-        target.generate(
-            **prompts(1), **CALL, **{cache_argument(target) or "": cache}, assistant_models=[SuffixDrafter()]
-        )
+    name = cache_argument(target) or ""
+    for words, make in (
+        ("'quantized' is rounded", lambda: {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}),
+        (
+            "QuantizedCache has Fp8QuantizedLayer layers, which cannot be rolled back",
+            lambda: {name: cache_utils.QuantizedCache(backend="fp8", config=target.config)},
+        ),
+    ):
+        plain = target.generate(**prompts(1), **CALL, **make())
+        with pytest.warns(UserWarning, match=words):
+            got = target.generate(**prompts(1), **CALL, **make(), assistant_models=[SuffixDrafter()])
+        assert got.sequences.tolist() == plain.sequences.tolist()
 
 
 def test_a_static_cache_that_is_moved_keeps_its_tensors_size(enabled: None, streams: None) -> None:
