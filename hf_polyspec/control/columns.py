@@ -19,7 +19,7 @@ from ..levels.base import Drafter
 from ..levels.elsewhere import asking_here
 from ..levels.verifier import NoDraft, Verifier
 from ..telemetry.counters import Check
-from .allotment import allotted, worths
+from .allotment import allotted
 from .pass_seconds import PassSeconds
 from .row_rates import RowRates
 
@@ -80,8 +80,8 @@ class Columns:
         passes_by: whether that verifier may be passed by, where the drafter below it promises more (`_shortcut`).
 
     Attributes:
-        left: tokens that each row may emit yet, set anew every round, where none takes the place of one that ends; None
-            where rows join, and all tokens are worth the same.
+        worth: of a token of each row (`worths`), set anew every round; None where others take the place of rows that
+            end, and all tokens are worth the same.
     """
 
     def __init__(
@@ -103,8 +103,7 @@ class Columns:
         self._nothing = False
         self._fresh = False
         self._on_trial = False
-        self.left: Sequence[int] | None = None
-        self._worth: list[float] | None = None
+        self.worth: list[float] | None = None
 
     # What the verifier calls
 
@@ -193,7 +192,6 @@ class Columns:
         one = self.seconds.seconds(len(rooms))
         self._credit = min(2 * one, self._credit + SHARE * min(elapsed, _IDLE * one))
         self._asked_at, self._turn = now, self._turn + 1
-        self._worth = None if self.left is None else worths(self.left, self.seconds.seconds)
 
     def _known(self, source: Drafter, context: Context, rooms: list[int]) -> _Source:
         """What is known of the level that is to draft."""
@@ -284,13 +282,11 @@ class Columns:
 
     def _worthwhile(self, rooms: list[int]) -> list[int]:
         """The room of rows in which a token that is surely right would be worth its column, 0 of others."""
-        if self._worth is None or not self.level.runner.own_rows:
+        if self.worth is None or not self.level.runner.own_rows:
             return rooms
         rows = sum(room > 0 for room in rooms)
         one, more = self.seconds.seconds(rows), self.seconds.seconds(rows + 1)
-        return [
-            room if worth * one > rows * (more - one) else 0 for room, worth in zip(rooms, self._worth, strict=True)
-        ]
+        return [room if worth * one > rows * (more - one) else 0 for room, worth in zip(rooms, self.worth, strict=True)]
 
     def _draft_seconds(self, source: Drafter, known: _Source, rows: int, nodes: int) -> float:
         """Of a token of a draft of so many rows."""
@@ -304,7 +300,7 @@ class Columns:
     def _gain(self, chances: Sequence[Sequence[float]], wanted: Sequence[int], rows: int) -> float:
         """Seconds that a pass over so much of the rows' drafts is expected to win."""
         plain = self.seconds.seconds(rows)
-        worth = self._worth or [1.0] * len(wanted)
+        worth = self.worth or [1.0] * len(wanted)
         expected = sum(
             value * sum(row[:count]) for value, row, count in zip(worth, chances, wanted, strict=True) if count
         )
@@ -338,7 +334,7 @@ class Columns:
 
     def _allotted(self, chances: Sequence[Sequence[float]], rows: int, depth_seconds: float) -> list[int]:
         wide = rows > 1 and not self.level.runner.own_rows
-        seconds, worth = self.seconds.seconds, self._worth
+        seconds, worth = self.seconds.seconds, self.worth
         return allotted(chances, seconds, rows, depth_seconds=depth_seconds, rectangular=wide, worth=worth)
 
     def _pass_seconds(self, rows: int, wanted: Sequence[int]) -> float:

@@ -152,10 +152,23 @@ class SteadyControl:
         self.standing.tokens += tokens
         reads = emission.passed.fed > 1 + self._longest()
         if self._account is not None and not reads and self.setup != PLAIN:
-            gain = tokens * self._plain_seconds() - seconds
+            gain = self._valued(emission, tokens) * self._plain_seconds() - seconds
             self._account.book(gain + SHARE * seconds, seconds)
             if self._account.most is not None and gain >= 0:
                 self._account.most *= 2
+
+    def _valued(self, emission: Emission, tokens: float) -> float:
+        """Tokens of a row, as many as they are worth (`Columns.worth`): most rows may only have waited for the last."""
+        worth = self.columns[0].worth if self._several else None
+        if worth is None:
+            return tokens
+        rows = [
+            (value, row.emitted)
+            for value, row, own in zip(worth, emission.counted, emission.tokens, strict=True)
+            if own
+        ]
+        whole = sum(value for value, _ in rows)
+        return sum(value * emitted for value, emitted in rows) / whole if whole else tokens
 
     def finish(self) -> None:
         """The generation is over: keep what was learnt, and give drafters back as they came."""

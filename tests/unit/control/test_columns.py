@@ -348,6 +348,28 @@ def test_columns_know_whether_rows_join(joining: bool) -> None:
     assert (clock.now <= 1.03 * 64 * (0.52 + 0.066 * 8)) is not joining
 
 
+def test_what_only_the_last_row_wins_is_won() -> None:
+    """One row has more to write than the other seven, and drafts alone: its tokens are passes that nobody runs."""
+    clock = Clock()
+    drafter = ClockedDrafter(clock, lambda: 0.1, lambda: 0.9)
+    cost = straight(0.52, 0.066)
+    top = Verifier(OwnRows(clock, cost, lambda: 1.0, 4), drafter, name="target", draft_limit=4)
+    top.begin(0, 8, 8)
+    for level in (top, drafter):
+        level.stats.clock = clock
+    costs = Costs([[[columns, cost(columns)] for columns in (1, 2, 4, 8, 16, 32)]], 0.9)
+    control = SteadyControl(top, costs, shares=True, clock=clock)
+    context = Context([[truth(0)] for _ in range(8)], Prompt(1, None, torch.zeros(8, 1, dtype=torch.long)))
+    goals = [301, *[201] * 7]
+    while any(limits := [max(0, goal - len(row)) for goal, row in zip(goals, context.ids, strict=True)]):
+        control.before(context, limits)
+        emission = top.round(context, limits, LAW)
+        control.after(emission)
+        context = context.extended(emission.tokens)
+    assert [decision.levels for decision in control.decisions if decision.levels == (0,)] == []
+    assert clock.now < 0.8 * (200 * cost(8) + 100 * cost(1))
+
+
 def test_few_rows_draft_what_was_ordered() -> None:
     clock = Clock()
     top = Verifier(OwnRows(clock, pass_seconds, lambda: 1.0, 4), Teller(clock, lambda: 0.0, lambda: 0.9), name="target")
