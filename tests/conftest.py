@@ -35,6 +35,15 @@ with contextlib.suppress(ImportError):  # which an environment for tests/vllm al
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_models
 
+SEED = 271_828
+"""Where torch's default generator stands when a test begins; no test's own choice."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What fixtures of several tests draw is the same whatever ran before, which no two runs of a suite agree in."""
+    torch.manual_seed(SEED)
+
 
 def pytest_unconfigure() -> None:
     """The folder of this process goes with it."""
@@ -48,6 +57,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _same_draws() -> None:
+    """So is what the test draws, whichever of those fixtures were there already."""
+    torch.manual_seed(SEED)
 
 
 @pytest.fixture(scope="session")
