@@ -56,6 +56,7 @@ def drawn(
         top_k=0,
         max_new_tokens=length,
         num_return_sequences=draws,
+        polyspec_control="fixed",  # how much is drafted is no clock's to say
         return_dict_in_generate=True,
         **options,
     )

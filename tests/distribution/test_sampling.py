@@ -87,6 +87,7 @@ def draw(models: list[LlamaForCausalLM], seed: int, draws: int = DRAWS, **option
         do_sample=True,
         max_new_tokens=LENGTH,
         num_return_sequences=draws,
+        polyspec_control="fixed",
         polyspec_block_size=2,
         num_assistant_tokens=2,
         return_dict_in_generate=True,

@@ -282,6 +282,7 @@ def test_draws_follow_the_target(trees: bool, middles: int) -> None:
         top_k=0,
         max_new_tokens=3 + 2 * middles,
         num_return_sequences=draws,
+        polyspec_control="fixed",
         num_assistant_tokens=2,
         polyspec_tree_tokens=4 if trees else 0,
     )

@@ -205,6 +205,7 @@ def test_draws_follow_the_target(middles: int) -> None:
         top_k=0,
         max_new_tokens=3 + 2 * middles,
         num_return_sequences=draws,
+        polyspec_control="fixed",
         polyspec_block_size=4,
         return_dict_in_generate=True,
         **{**TREES, "polyspec_tree_tokens": 4},

@@ -284,6 +284,7 @@ def test_draws_follow_the_target_while_sizes_follow_the_draws() -> None:
         top_k=0,
         max_new_tokens=5,
         num_return_sequences=draws,
+        polyspec_control="fixed",
         num_assistant_tokens_schedule="heuristic",
         assistant_confidence_threshold=0.2,
         polyspec_draft_vocabulary=4,

@@ -150,6 +150,7 @@ def test_draws_follow_the_target() -> None:
         top_k=0,
         max_new_tokens=3,
         num_return_sequences=draws,
+        polyspec_control="fixed",
         polyspec_draft_vocabulary=4,
     )
     observed = torch.bincount(output.sequences[:, 4], minlength=12).double()
