@@ -9,6 +9,7 @@ then by trying: it is fused only if both ways give the same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from hf_polyspec.cpu.block_parts import BlockParts, matters, plain_turns, readable_mask, readable_turns
 from hf_polyspec.cpu.block_products import block_products, block_shape, joint_output, new_states
 from hf_polyspec.cpu.compiled import computes, left_to_torch
-from hf_polyspec.cpu.fused_stack import Link, Plan, follow_trail, leave_trail, stack_output, waiting_output
+from hf_polyspec.cpu.fused_stack import Link, Plan, follow_trail, leave_trail, outputs_of, stack_output, waiting_output
 from hf_polyspec.cpu.own_rows import apart_of, takes_rows
 from hf_polyspec.host.attention import plain_sdpa
 from hf_polyspec.host.cache import RollbackCache
@@ -94,6 +95,26 @@ class FusedBlock:
                 leave_trail(self, found, mask, past, turns)
                 return found
         return self._in_steps(x, mask, past, plain_turns(turns, x))
+
+    def outputs_of(
+        self, layers: Sequence[nn.Module], x: Tensor, mask: Tensor | None, past: Any, turns: tuple[Tensor, Tensor]
+    ) -> list[Tensor] | None:
+        """The outputs of several layers computed together, which stay what they are until the next pass.
+
+        Args:
+            layers: this block's and those behind it; x: `[B, F, H]`, what the first of them reads.
+            mask, past, turns: as for `compute`.
+
+        Returns:
+            `[B, F, H]` of each; None, and nothing has changed, where they cannot be computed together.
+        """
+        from hf_polyspec.cpu.compiled.tasks import profiling
+
+        size = self.parts.attention.head_dim
+        readable = computes(x) and readable_mask(mask, x) and readable_turns(turns, x, size)
+        if not readable or profiling() or not grows(past) or not self._writes_into(past, x, mask):
+            return None
+        return outputs_of(self, layers, x.contiguous(), mask, past, turns)
 
     def _left_to_torch(self, x: Tensor) -> bool:
         """Whether the matrices are better multiplied by torch: they are float, and the rows are many."""

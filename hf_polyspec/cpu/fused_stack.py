@@ -11,6 +11,7 @@ together with the block before, and computes by itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from operator import is_
 from threading import local
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import ref
@@ -241,24 +242,66 @@ def stack_output(block: Block, x: Tensor, mask: Tensor | None, past: Past, turns
     Returns:
         `[B, F, H]`, None if there is nothing to compute together.
     """
+    found = _computed(block, x, mask, past, turns)
+    if found is None:
+        return None
+    waiting = _Waiting(*found, past, mask, turns)
+    first = waiting.give(past)
+    _own.waiting = waiting
+    return first
+
+
+def outputs_of(
+    block: Block, layers: Sequence[Any], x: Tensor, mask: Tensor | None, past: Past, turns: Turns
+) -> list[Tensor] | None:
+    """The outputs of all of these layers at once, which are written to again in the next pass.
+
+    Args:
+        block: of the first layer; layers: all of them; x, mask, past, turns: as for `stack_output`.
+
+    Returns:
+        `[B, F, H]` of each layer; None, and nothing has changed, if they are not known to follow each other.
+
+    Raises:
+        RuntimeError: the cache was changed while they were computed.
+    """
+    if _own.waiting is not None:
+        return None
+    found = _computed(block, x, mask, past, turns, layers)
+    if found is None:
+        return None
+    plan, task = found
+    held = [growing_layer(past, member.parts.attention.layer_idx) for member in plan.blocks]
+    claimed = [layer is not None and layer.claim(x.shape[1]) for layer in held]
+    if not all(claimed):
+        raise RuntimeError("The cache of keys and values was changed during the pass that was to extend it.")
+    return task.outputs
+
+
+def _computed(
+    block: Block, x: Tensor, mask: Tensor | None, past: Past, turns: Turns, layers: Sequence[Any] | None = None
+) -> tuple[Plan, StackTask] | None:
+    """Blocks that follow each other, computed; of exactly these layers where some are given."""
     from hf_polyspec.cpu.compiled.attention import plain_mask
 
     if block.link.next() is None or _rows(x) > _ROWS:
         return None
     new = new_states(block_shape(block.parts), x)
     chain = list(_chain(block, past, new, x))
-    plan = _plan(chain, x) if len(chain) > 1 else None
-    if plan is None:
+    if layers is not None and not _are(chain, layers):
         return None
-    layers = [growing_layer(past, member.parts.attention.layer_idx) for member in plan.blocks]
-    rooms = [layer.reserve(new, x) for layer in layers if layer is not None]  # the chain was asked already
+    plan = _plan(chain, x) if len(chain) > 1 else None
+    if plan is None or (layers is not None and len(plan.blocks) < len(layers)):
+        return None
+    held = [growing_layer(past, member.parts.attention.layer_idx) for member in plan.blocks]
+    rooms = [layer.reserve(new, x) for layer in held if layer is not None]  # the chain was asked already
     shape = block_shape(block.parts)
     apart = apart_of(past, shape.heads // shape.shared)
-    task = plan.run(x, plain_turns(turns, x), None if mask is None else plain_mask(mask), rooms, apart)
-    waiting = _Waiting(plan, task, past, mask, turns)
-    found = waiting.give(past)
-    _own.waiting = waiting
-    return found
+    return plan, plan.run(x, plain_turns(turns, x), None if mask is None else plain_mask(mask), rooms, apart)
+
+
+def _are(chain: Sequence[Block], layers: Sequence[Any]) -> bool:
+    return len(chain) == len(layers) and all(map(is_, (block.parts.layer for block in chain), layers))
 
 
 def _chain(block: Block, past: Past, new: tuple[int, int, int, int], x: Tensor) -> Iterator[Block]:

@@ -19,6 +19,7 @@ from transformers.generation import utils as generation_utils
 
 from .pictures import Sights
 from .release import GENERATION_CACHE, cache_argument, forward_arguments, inner_model, parameters_of
+from .straight import Straight
 
 _BY_TOKEN = {"token_type_ids": "repeats", "mm_token_type_ids": "zero", "moe_mm_token_type_ids": "repeats"}
 """Arguments with a value for each token of the prompt, and how plain generation goes on with them behind it."""
@@ -115,6 +116,7 @@ class Forwarding:
 
     def __init__(self, model: Any, extras: Extras | None = None, *, asks: bool = True) -> None:
         self.extras = extras or Extras()
+        self._model, self._straight = model, Straight(model)
         inner = inner_model(model)
         self.begun = False
         modalities = getattr(inner, "input_modalities", None) or "text"
@@ -143,6 +145,15 @@ class Forwarding:
     def plain(self) -> bool:
         """Whether there is nothing to be done."""
         return self._prepare is None and not self.extras.any
+
+    def run(self, inputs: Mapping[str, Any], record: Mapping[str, Any]) -> Any:
+        """The model's output.
+
+        Args:
+            inputs: forward arguments; record: those that say what is to be shown besides.
+        """
+        found = self._straight(inputs, record)
+        return self._model(**inputs, **record, return_dict=True) if found is None else found
 
     def keeps_positions(self) -> bool:
         """Whether the model is called with the position ids that it is given."""

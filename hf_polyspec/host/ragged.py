@@ -243,7 +243,7 @@ class RaggedRunner(ModelRunner):
         stats.forward_passes += 1
         try:
             with level_failures(f"the forward pass of {self.name} failed"), spanned(self.model, groups):
-                output = self.model(**inputs, **self.record, return_dict=True)
+                output = self._forwarding.run(inputs, self.record)
         except Exception:
             self.memo = [[] for _ in self.memo]
             self.ragged = RaggedCache(len(self.memo), self.model)

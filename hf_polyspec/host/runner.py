@@ -232,7 +232,7 @@ class ModelRunner:
         stats.forward_passes += 1
         try:
             with level_failures(f"the forward pass of {self.name} failed"), self._arguments.of(self._present, grown):
-                return self.model(**inputs, **self.record, return_dict=True)
+                return self._forwarding.run(inputs, self.record)
         except Exception:
             self._recover(past)
             raise

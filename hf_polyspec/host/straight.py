@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decoder's pass over a few tokens without the detour through its own `forward`.
+
+Where all layers of a model are computed as one task, most of a pass's Python is what its forward does around them:
+wrappers, a mask that is made and not needed, layers that are called to hand on what is there already. Here its parts
+are called one after the other: embedding, angles, layers, norm, lm_head. Whether a model is no more than that is found
+by trying: passes of each kind are first run both ways, and only a model for which every number is the same to the last
+bit is run this way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .cache import RollbackCache
+from .hooks import is_hooked
+from .ragged_cache import RaggedCache
+from .release import cache_argument
+
+MOST = 64
+"""Positions of a pass. Where there are more, what is done around the layers is a small part of it."""
+
+Past = RollbackCache | RaggedCache
+_HIDDEN = "output_hidden_states"
+_PATIENCE = 16
+"""Passes after which layers that were never all computed together are not asked any more."""
+_KINDS = 24
+_tried: WeakKeyDictionary[Any, dict[object, bool]] = WeakKeyDictionary()
+"""By model: whether passes of a kind, of the model as it was, give the same numbers both ways."""
+
+
+class Straight:
+    """Passes of one model.
+
+    Args:
+        model: the level's.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._cache = cache_argument(model)
+        self._parts = _parts(model)
+        self._model = model
+        self._misses = 0
+
+    def __call__(self, inputs: Mapping[str, Any], record: Mapping[str, Any]) -> Any:
+        """One pass.
+
+        Args:
+            inputs: forward arguments; record: those that say what is to be shown besides.
+
+        Returns:
+            What the model returns; None, and nothing has changed, where it has to be called itself.
+        """
+        if self._parts is None or "forward" not in self._parts[1][0].__dict__ or self._misses > _PATIENCE:
+            return None  # nothing is fused, or not all of it together
+        past: Any = inputs.get(self._cache or "")
+        if not self._takes(inputs, record, past):
+            return None
+        mark = _mark(self._model, self._parts)
+        if mark is None:
+            return None
+        known = _tried.setdefault(self._model, {})
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        shown = record.get(_HIDDEN)
+        shown = tuple(shown) if isinstance(shown, (list, tuple)) else bool(shown)
+        kind = mark, ids.shape[1] > 1, mask is None, shown, type(past)
+        same = known.get(kind)
+        if same:
+            return self._run(inputs, record, past)
+        return self._try(inputs, record, past, known, kind) if same is None else None
+
+    def _try(
+        self,
+        inputs: Mapping[str, Any],
+        record: Mapping[str, Any],
+        past: Past,
+        known: dict[Any, bool],
+        kind: Any,
+    ) -> Any:
+        """A pass both ways, of which the model's own counts."""
+        if len(known) >= _KINDS:
+            known.clear()
+        length = past.length if isinstance(past, RollbackCache) else 0
+        try:
+            found = self._run(inputs, record, past)
+        except Exception:  # of a model that only looks as if it were one of these
+            found, known[kind] = None, False
+        if isinstance(past, RollbackCache):  # in a cache of rows apart the same columns are written once more
+            past.shrink(length)
+        if found is None:
+            self._misses += 1
+            return None
+        own = self._model(**inputs, **record, return_dict=True)
+        known[kind] = _equal(found, own)
+        return own
+
+    def _takes(self, inputs: Mapping[str, Any], record: Mapping[str, Any], past: Any) -> bool:
+        """Whether the pass is of a kind that could be run this way: some columns behind others, of one row or of rows
+        that each have a region."""
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        wanted = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", self._cache}
+        return (
+            inputs.keys() == wanted
+            and isinstance(ids, torch.Tensor)
+            and ids.shape[0] == 1
+            and ids.shape[1] <= MOST
+            and (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 4))
+            and bool(inputs["use_cache"])
+            and (type(past) is RaggedCache or (type(past) is RollbackCache and not past.apart))
+            and record.keys() <= {_HIDDEN}
+            and not torch.is_grad_enabled()
+        )
+
+    def _run(self, inputs: Mapping[str, Any], record: Mapping[str, Any], past: Past) -> Any:
+        assert self._parts is not None
+        inner, layers = self._parts
+        run = getattr(layers[0].__dict__.get("forward"), "outputs_of", None)
+        if run is None:
+            return None
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        x = inner.get_input_embeddings()(ids)
+        turns = inner.rotary_emb(x, position_ids=inputs["position_ids"])
+        fed = ids.shape[1]
+        if mask is None and fed > 1 and isinstance(past, RollbackCache):
+            held = past.length
+            mask = torch.ones(fed, held + fed, dtype=torch.bool).tril(held)[None, None]
+        outputs = run(layers, x, mask, past, turns)
+        if outputs is None:
+            return None
+        states = inner.norm(outputs[-1])
+        kept = inputs["logits_to_keep"]
+        logits = self._model.get_output_embeddings()(states[:, slice(-kept, None) if isinstance(kept, int) else kept])
+        return CausalLMOutputWithPast(logits=logits, hidden_states=_shown(record, x, outputs, states))
+
+
+def _parts(model: Any) -> tuple[Any, Sequence[Any]] | None:
+    """The decoder inside a model, and its layers; None for a model that is built otherwise."""
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        return None
+    inner = getattr(model, model.base_model_prefix or "", None)
+    layers = getattr(inner, "layers", None)
+    if inner is model or not isinstance(layers, torch.nn.ModuleList) or not len(layers):
+        return None
+    if any(not callable(getattr(inner, name, None)) for name in ("norm", "rotary_emb", "get_input_embeddings")):
+        return None
+    return inner, list(layers)
+
+
+def _mark(model: Any, parts: tuple[Any, Sequence[Any]]) -> object:
+    """What its way of computing depends on besides the modules that are called here; None where it is somebody's own,
+    or depends on how long a text is."""
+    inner, layers = parts
+    config = model.config
+    if model.training or any("forward" in one.__dict__ or is_hooked(one) for one in (model, inner)):
+        return None
+    if len(inner.layers) != len(layers) or any(a is not b for a, b in zip(inner.layers, layers, strict=True)):
+        return None
+    own = vars(config)
+    kinds = own.get("layer_types") or ()
+    if own.get("sliding_window") is not None or any(kind != "full_attention" for kind in kinds):
+        return None
+    return (
+        type(model).forward,
+        type(inner).forward,
+        *(tuple(_plain(vars(one))) for one in (model, inner)),
+        tuple(_plain(own)),
+    )
+
+
+def _plain(settings: Mapping[str, Any]) -> Any:
+    return ((name, value) for name, value in settings.items() if isinstance(value, (int, float, str)))
+
+
+def _shown(record: Mapping[str, Any], x: Any, outputs: Sequence[Any], last: Any) -> tuple[Any, ...] | None:
+    """The hidden states that were asked for, of all layers or of some of them; None where none were."""
+    asked = record.get(_HIDDEN)
+    if not asked:
+        return None
+    count = len(outputs) + 1
+    wanted = range(count) if asked is True else {index % count for index in asked}
+    # What the task has written to it will write to again.
+    inside = [output.clone() if place in wanted else None for place, output in enumerate(outputs[:-1], start=1)]
+    return (x if 0 in wanted else None, *inside, last if count - 1 in wanted else None)
+
+
+def _equal(found: Any, own: Any) -> bool:
+    """Whether two outputs of a pass are the same to the last bit."""
+    pairs = [(found.logits, own.logits)]
+    shown, told = found.hidden_states or (), own.hidden_states or ()
+    if len(shown) != len(told):
+        return False
+    if any((one is None) is not (other is None) for one, other in zip(shown, told, strict=True)):
+        return False
+    pairs += [pair for pair in zip(shown, told, strict=True) if pair[0] is not None]
+    return all(one.dtype is other.dtype and torch.equal(one, other) for one, other in pairs)

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Passes of a fused model without its own forward: the same numbers to the last bit, or none of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel
+
+from hf_polyspec.cpu.compiled import compiles
+from hf_polyspec.cpu.packing import pack
+from hf_polyspec.exactness.context import Context, Prompt
+from hf_polyspec.exactness.proposal import TreeProposal
+from hf_polyspec.host.generation import CHOOSES_HIDDEN_STATES
+from hf_polyspec.host.ragged import RaggedRunner
+from hf_polyspec.host.runner import ModelRunner
+from hf_polyspec.host.straight import Straight
+from hf_polyspec.telemetry.counters import LevelStats
+
+if not compiles():
+    pytest.skip("blocks are not fused here", allow_module_level=True)
+
+Tiny = Callable[..., PreTrainedModel]
+TEXT = [1 + 5 * place % 50 for place in range(24)]
+TREE = TreeProposal([[3, 4, 5]], [[-1, -1, 0]], [[1, 1, 1]])
+
+
+def packed(tiny: Tiny, **settings: Any) -> Any:
+    """A model with blocks that are fused, in float32."""
+    return pack(copy.deepcopy(tiny("llama", num_hidden_layers=3, **settings)).eval())
+
+
+@torch.no_grad()
+def passes(model: Any, **record: Any) -> list[Any]:
+    """A prompt, single columns, a draft of which half is rolled back, and a tree; twice, for what is tried first."""
+    runner, stats = ModelRunner(model, "the target", record=record), LevelStats("the target", 0)
+    found, ids = [], TEXT[:9]
+
+    def context() -> Context:
+        return Context([ids], Prompt(9, None, torch.arange(9)[None]))
+
+    def run(draft: list[int]) -> None:
+        passed = runner.run(context(), [draft], stats)
+        found.append(passed.logits)
+        found.extend(states for states in passed.output.hidden_states or () if states is not None)
+
+    run([])
+    for end in (10, 11, 12, 13):
+        ids = TEXT[:end]
+        run([])
+    for end in (14, 16, 18):
+        ids = TEXT[:end]
+        run([7, 8, 9])
+    for end in (20, 22):
+        ids = TEXT[:end]
+        passed = runner.run_tree(context(), TREE, stats)
+        found.append(passed.logits)
+        runner.keep_paths(passed, context(), TREE, [[0, 2]])
+    return found
+
+
+@torch.no_grad()
+def passes_of_rows(model: Any) -> list[Any]:
+    """Two rows, each with a region of its own: prompts, then drafts of unequal length."""
+    runner, stats, found = RaggedRunner(model, "the target", rows=2), LevelStats("the target", 0), []
+    prompt = Prompt(0, None, torch.full((2, 1), -1), rows=(0, 1), starts=(9, 6))
+    for more in range(6):
+        context = Context([TEXT[: 9 + more], TEXT[5 : 11 + more]], prompt)
+        runner.asked = [True, True]
+        passed = runner.run(context, [[7, 8], [9]] if more % 2 else [[], []], stats)
+        found.extend(passed.logits[row, 0] for row in range(2))
+    return found
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch, kind: type = LlamaForCausalLM) -> Iterator[list[int]]:
+    """Counts calls of a class's forward."""
+    calls: list[int] = []
+    forward = kind.forward
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return forward(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, "forward", counting)
+        yield calls
+
+
+def same(found: list[Any], wanted: list[Any]) -> None:
+    assert len(found) == len(wanted)
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+RECORDS: list[Any] = [{}, {"output_hidden_states": True}]
+if CHOOSES_HIDDEN_STATES:
+    RECORDS.append({"output_hidden_states": [1, -1]})
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_the_numbers_are_those_of_the_models_own_forward(
+    tiny: Tiny, record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = packed(tiny)
+    with monkeypatch.context() as patched:
+        patched.setattr(Straight, "__call__", lambda *_: None)
+        wanted = passes(model, **record)
+    with counted(monkeypatch) as calls:
+        same(passes(model, **record), wanted)
+        tried = len(calls)
+        same(passes(model, **record), wanted)
+        assert len(calls) - tried == 1, "only the prompt goes through the model's own forward"
+    assert tried == 1 + 3, "each kind of pass is tried once"
+
+
+def test_rows_with_regions_of_their_own(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = packed(tiny)
+    with monkeypatch.context() as patched:
+        patched.setattr(Straight, "__call__", lambda *_: None)
+        wanted = passes_of_rows(model)
+    with counted(monkeypatch) as calls:
+        same(passes_of_rows(model), wanted)
+        tried = len(calls)
+        same(passes_of_rows(model), wanted)
+        assert len(calls) - tried < tried, "what was tried is not called again"
+
+
+def test_a_forward_that_does_more_is_called(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = packed(tiny)
+    forward = LlamaModel.forward
+
+    def scaled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        output.last_hidden_state = 2 * output.last_hidden_state
+        return output
+
+    plain = passes(model)
+    monkeypatch.setattr(LlamaModel, "forward", scaled)
+    for _ in range(2):
+        for one, other in zip(passes(model), plain, strict=True):
+            torch.testing.assert_close(one, 2 * other)
+
+
+@pytest.mark.parametrize("kind", ["instance", "hook", "window", "switched", "training"])
+def test_what_somebody_has_changed_is_called(tiny: Tiny, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = packed(tiny)
+    passes(model), passes(model)
+    calls: list[int] = []
+    if kind == "instance":
+        forward = model.forward
+        model.forward = lambda *args, **kwargs: (calls.append(1), forward(*args, **kwargs))[1]
+    elif kind == "hook":
+        model.model.register_forward_hook(lambda *_: calls.append(1))
+    elif kind == "window":
+        model.config.sliding_window = 4
+    elif kind == "switched":
+        model.model.layers = model.model.layers[:2]
+        model.config.num_hidden_layers = 2
+    else:
+        model.train()
+    if kind in ("instance", "hook"):
+        assert len(passes(model)) == len(calls)
+    else:
+        with counted(monkeypatch) as counts:
+            assert len(passes(model)) == len(counts)
