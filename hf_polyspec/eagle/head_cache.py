@@ -49,6 +49,23 @@ class HeadCache:
         self._values[layer] = _write(self._values[layer], value, self.length)
         return self._keys[layer][:, :, :stop], self._values[layer][:, :, :stop]
 
+    def reserve(self, layer: int, shape: tuple[int, int, int, int], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Room behind the entries of one layer, into which somebody else writes new ones.
+
+        Args:
+            layer: Index of the layer.
+            shape: Of the new keys, `[B, n_kv, T, d]`; like: of their dtype and device.
+
+        Returns:
+            The buffers of keys and values `[B, n_kv, capacity, d]`, contiguous; the new entries' first is `length`.
+
+        Raises:
+            ValueError: If the batch size differs from that of the entries already held.
+        """
+        new = like.new_empty(shape)
+        self.append(layer, new, new)
+        return self._keys[layer], self._values[layer]
+
     def append_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
         """Adds the positions `[B, T]` of new entries and returns those of all, `[B, length + T]`.
 

@@ -21,6 +21,7 @@ from hf_polyspec.eagle.attention import (
     Rotary,
 )
 from hf_polyspec.eagle.configuration import EagleHeadConfig
+from hf_polyspec.eagle.fused_step import fused_step
 from hf_polyspec.eagle.head_cache import HeadCache
 from hf_polyspec.eagle.masks import attention_mask_4d, default_positions, windowed
 from hf_polyspec.eagle.saving import SavedHead
@@ -296,6 +297,9 @@ class EagleHead(SavedHead):
             keys = queries if cache is None else cache.append_positions(queries)
             mask, causal = windowed(mask, causal, queries, keys, self.config.sliding_window), False
         rotary: Rotary = self.rotary_emb.lookup(stream, position_ids)
+        found = fused_step(self, stream, embedded, rotary, mask, causal, cache)
+        if found is not None:
+            return found
         for index, layer in enumerate(self.layers):
             stream = layer(stream, embedded, rotary, self._attend(index, mask, causal, cache))
         if cache is not None:

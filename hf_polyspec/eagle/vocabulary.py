@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.nn import functional
 
+from hf_polyspec.cpu.row_scores import RowScores
 from hf_polyspec.eagle.configuration import EagleHeadConfig
 
 # Embeddings are sometimes padded to a multiple of a power of two; a larger difference is another vocabulary.
@@ -181,7 +182,11 @@ class VocabularySlice:
 
     def score(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores `[..., H]` with these rows: `[..., N]`."""
-        return functional.linear(hidden, self.weight, self.bias)
+        return self._rows.score(hidden)
+
+    @cached_property
+    def _rows(self) -> RowScores:
+        return RowScores(self.weight, self.bias)
 
     @classmethod
     def of(cls, head: Scorer, target_ids: torch.Tensor) -> VocabularySlice:

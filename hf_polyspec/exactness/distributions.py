@@ -123,6 +123,11 @@ class LawMaker:
         return [self.do_sample] * batch
 
     @property
+    def picks_likeliest(self) -> bool:
+        """Whether every row's text is what raw logits hold likeliest."""
+        return not (self.do_sample or self.processors)
+
+    @property
     def takes_trees(self) -> bool:
         """Whether several continuations can be judged at once: not where processors keep state."""
         return not self.in_order

@@ -125,6 +125,10 @@ class RowLaws(LawMaker):
         return [law.do_sample for law in self.laws]
 
     @property
+    def picks_likeliest(self) -> bool:
+        return all(law.picks_likeliest for law in self.laws)
+
+    @property
     def takes_trees(self) -> bool:
         return not self.draws and all(law.takes_trees for law in self.laws)
 

@@ -12,8 +12,8 @@ from collections.abc import Container, Iterable
 from typing import Literal
 
 import torch
-from torch import nn
 
+from ..cpu.row_scores import RowScores
 from ..eagle.configuration import EagleHeadConfig
 from ..eagle.modeling import EagleHead
 from ..eagle.vocabulary import SLICES, VocabularySlice, lm_head_logits
@@ -180,8 +180,7 @@ class GrowingSlice:
         self._joined: list[int] = []
         self._pinned = 0
         self._next = 0  # place in the ring behind the pinned ones that the next id takes
-        self._weight: torch.Tensor | None = None
-        self._bias: torch.Tensor | None = None
+        self._rows: RowScores | None = None
 
     def pin(self, ids: Iterable[int]) -> bool:
         """Have ids join for good; says whether any did. What was `seen` before is forgotten."""
@@ -191,11 +190,8 @@ class GrowingSlice:
             kept = [*self._joined[: self._pinned], *new]
             rows = self.head.vocabulary_slice(torch.tensor(kept, device=self.head.device))
             self._joined, self._pinned, self._next = kept, len(kept), 0
-            self._weight = rows.weight.new_empty(len(kept) + RECENT, rows.weight.shape[1])
-            self._weight[: len(kept)] = rows.weight
-            if rows.bias is not None:
-                self._bias = rows.bias.new_empty(len(kept) + RECENT)
-                self._bias[: len(kept)] = rows.bias
+            self._rows = _buffer(rows, len(kept) + RECENT)
+            self._rows.put(list(range(len(kept))), rows.weight, rows.bias)
             self._held = (self._held - recent) | set(new)
             self._list()
         return bool(new)
@@ -205,9 +201,8 @@ class GrowingSlice:
         new = self._new(ids)[:RECENT]
         if new:
             rows = self.head.vocabulary_slice(torch.tensor(new, device=self.head.device))
-            if self._weight is None:
-                self._weight = rows.weight.new_empty(RECENT, rows.weight.shape[1])
-                self._bias = None if rows.bias is None else rows.bias.new_empty(RECENT)
+            if self._rows is None:
+                self._rows = _buffer(rows, RECENT)
             places = [self._pinned + (self._next + i) % RECENT for i in range(len(new))]
             self._next = (self._next + len(new)) % RECENT
             self._joined += [-1] * (max(places) + 1 - len(self._joined))
@@ -215,9 +210,7 @@ class GrowingSlice:
                 self._held.discard(self._joined[place])
                 self._held.add(token)
                 self._joined[place] = token
-            self._weight[places] = rows.weight
-            if self._bias is not None and rows.bias is not None:
-                self._bias[places] = rows.bias
+            self._rows.put(places, rows.weight, rows.bias)
             self._list()
         return bool(new)
 
@@ -225,10 +218,9 @@ class GrowingSlice:
         """`[..., H]` -> `[..., N]`, one column for each of `target_ids`."""
         scores = self.fixed.score(hidden)
         count = len(self._joined)
-        if not count or self._weight is None:
+        if not count or self._rows is None:
             return scores
-        bias = None if self._bias is None else self._bias[:count]
-        return torch.cat([scores, nn.functional.linear(hidden, self._weight[:count], bias)], dim=-1)
+        return torch.cat([scores, self._rows.score(hidden, count)], dim=-1)
 
     def _new(self, ids: Iterable[int], besides: Container[int] = ()) -> list[int]:
         """Those of the ids that may join: not held, or only among `besides`."""
@@ -238,6 +230,12 @@ class GrowingSlice:
     def _list(self) -> None:
         joined = torch.tensor(self._joined, dtype=torch.long, device=self.fixed.target_ids.device)
         self.target_ids = torch.cat([self.fixed.target_ids, joined])
+
+
+def _buffer(rows: VocabularySlice, count: int) -> RowScores:
+    """Room for so many rows like these; zeros, since what was there before could be no numbers."""
+    bias = None if rows.bias is None else rows.bias.new_zeros(count)
+    return RowScores(rows.weight.new_zeros(count, rows.weight.shape[1]), bias)
 
 
 def special_ids(config: EagleHeadConfig) -> list[int]:

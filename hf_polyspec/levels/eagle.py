@@ -292,8 +292,8 @@ class EagleDrafter(SequentialDrafter):
             drawing = [alive and step >= len(more) for alive, more in zip(going, late, strict=True)]
             if any(drawing):
                 pointed.extend(tokens)
-                logits = working.spread(pointed.mixed(working.score(hidden), ids))
-                laws.append(self.draw(context, tokens, logits, drawing, going, law))
+                scored = ids, pointed.mixed(working.score(hidden), ids)
+                laws.append(self.draw_scored(context, tokens, scored, working.spread, drawing, going, law))
             else:
                 laws.append(None)
             for b, places in enumerate(room):

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from transformers import LogitsProcessor
 
@@ -128,6 +130,32 @@ class SequentialDrafter(Drafter):
                 tokens[b].append(int(token))
                 going[b] = int(token) not in self.eos and probability >= self.confidence_threshold
         return q
+
+    def draw_scored(
+        self,
+        context: Context,
+        tokens: list[list[int]],
+        scored: tuple[torch.Tensor, torch.Tensor],
+        spread: Callable[[torch.Tensor], torch.Tensor],
+        drawing: list[bool],
+        going: list[bool],
+        law: LawMaker,
+    ) -> torch.Tensor:
+        """`draw` where only some ids are scored.
+
+        Args:
+            scored: ids `[N]`, and their logits `[B, 1, N]`; spread: from these to `[B, 1, V]`.
+            context, tokens, drawing, going, law: see `draw`.
+        """
+        ids, logits = scored
+        if not law.picks_likeliest or self.restriction is not None or self.confidence_threshold > 0:
+            return self.draw(context, tokens, spread(logits), drawing, going, law)
+        chosen = ids[logits[:, 0].argmax(-1)].tolist()
+        for b, token in enumerate(chosen):
+            if drawing[b]:
+                tokens[b].append(token)
+                going[b] = token not in self.eos
+        return logits[:, 0]
 
     def _scores(self, context: Context, logits: torch.Tensor, law: LawMaker, drawing: list[bool]) -> torch.Tensor:
         if self.restriction is not None:

@@ -205,8 +205,8 @@ def whole_block(
 
 def _widths(products: BlockProducts, shape: BlockShape, width: int) -> tuple[int, ...]:
     """Numbers a row of everything in between; of the norms' outputs and the updates one lives at a time."""
-    queries, joint, gates = shape.heads * shape.size, products.joint.shape[0], products.gates.shape[0]
-    return (width, joint, queries, queries, width, width, gates, gates // 2)
+    queries, (joint, read), gates = shape.heads * shape.size, products.joint.shape, products.gates.shape[0]
+    return (read, joint, queries, queries, width, width, gates, gates // 2)
 
 
 def scratch_size(x: Tensor, products: BlockProducts, shape: BlockShape) -> int:

@@ -64,7 +64,8 @@ class StackTask:
             staged(block_stages(given, out, scratch, *block, turns, mask, room), SLOT)
             for given, out, block, room in zip(inputs, self.outputs, blocks, rooms, strict=False)
         ]
-        self._kept = scratch, blocks
+        self.scratch = scratch
+        self._kept = blocks
         self._kinds = blocks[0][0].joint.dtype, x.dtype
         self._shape, self._column_size = blocks[0][1], blocks[0][1].size * x.element_size()
         self._table = np.array(tasks, np.int64)  # counters and gates are 0 in this one
@@ -113,3 +114,35 @@ class StackTask:
         jobs = None if apart is None else apart.jobs
         numbers = (0, *attend_numbers(sizes, 0, mask, shape.scale, (0, 0, 0, 0), jobs))
         return tuple(numbers[column - _column(3, 0)] for column in _MASK)
+
+
+_ROWS_TO_NORM = _column(0, 1)
+
+
+class PairTask(StackTask):
+    """One block that reads more than its own stream, as that of an EAGLE-3 head does: an embedding beside it.
+
+    Its first norm is not computed: what its queries, keys and values are made of is written to `read` before each run.
+
+    Args:
+        x: `[B, F, H]`, the stream, contiguous; at most `blocks.FEW` positions.
+        products, shape: of the block.
+        turns, mask, room: As for `whole_block`.
+
+    Attributes:
+        read: `[B, F, K]`, where K are the inputs of the block's first product.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        products: BlockProducts,
+        shape: BlockShape,
+        turns: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        room: Room,
+    ) -> None:
+        super().__init__(x, [(products, shape)], turns, mask, [room])
+        width, rows = products.joint.shape[1], x.shape[0] * x.shape[1]
+        self.read = self.scratch[: rows * width].view(*x.shape[:2], width)
+        self._table[:, _ROWS_TO_NORM] = 0
