@@ -27,6 +27,7 @@ MOST = 64
 """Positions of a pass. Where there are more, what is done around the layers is a small part of it."""
 
 Past = RollbackCache | RaggedCache
+_HOST = PreTrainedModel.__module__.partition(".")[0]
 _HIDDEN = "output_hidden_states"
 _PATIENCE = 16
 """Passes after which layers that were never all computed together are not asked any more."""
@@ -157,7 +158,7 @@ def _mark(model: Any, parts: tuple[Any, Sequence[Any]]) -> object:
     or depends on how long a text is."""
     inner, layers = parts
     config = model.config
-    if model.training or any("forward" in one.__dict__ or is_hooked(one) for one in (model, inner)):
+    if model.training or not all(map(_is_hosts, (model, inner))):
         return None
     if len(inner.layers) != len(layers) or any(a is not b for a, b in zip(inner.layers, layers, strict=True)):
         return None
@@ -171,6 +172,12 @@ def _mark(model: Any, parts: tuple[Any, Sequence[Any]]) -> object:
         *(tuple(_plain(vars(one))) for one in (model, inner)),
         tuple(_plain(own)),
     )
+
+
+def _is_hosts(module: Any) -> bool:
+    """Whether a module's forward is transformers' own: somebody else's may do now one thing and now another."""
+    package = str(getattr(type(module).forward, "__module__", "")).partition(".")[0]
+    return package == _HOST and "forward" not in module.__dict__ and not is_hooked(module)
 
 
 def _plain(settings: Mapping[str, Any]) -> Any:
