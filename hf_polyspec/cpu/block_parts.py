@@ -147,11 +147,10 @@ def hooked(layer: nn.Module) -> bool:
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks of somebody's. With sdpa there is nothing that the host's own collect of attention."""
     own = module.__dict__  # asked for in every pass: without the detour through `nn.Module.__getattr__`
-    return any(
-        getattr(hook, "__module__", "") != CAPTURING
-        for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"])
-        for hook in hooks.values()
-    )
+    behind, before = own["_forward_hooks"], own["_forward_pre_hooks"]
+    if not behind and not before:
+        return False
+    return any(getattr(hook, "__module__", "") != CAPTURING for hooks in (behind, before) for hook in hooks.values())
 
 
 def global_hooks() -> bool:

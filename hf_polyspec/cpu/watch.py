@@ -48,6 +48,7 @@ class Watch:
         self._modules: list[Any] = [module for _, _, module in places]
         self._own: list[dict[str, Any]] = [module.__dict__ for module in self._modules]
         self._forwards = [own.get("forward") for own in self._own]
+        self._harmless: list[tuple[int, ...]] = []
         settings = [
             (owner, name)
             for parts in blocks
@@ -126,11 +127,19 @@ class Watch:
         return (
             all(map(is_, map(dict.get, self._siblings, self._names), self._modules))
             and all(map(is_, map(dict.get, self._own, _FORWARD), self._forwards))
-            and not (
-                (any(map(_hooks, self._own)) or any(map(_hooks_before, self._own)))
-                and any(map(has_hooks, self._modules))
-            )
+            and not self._hooked()
         )
+
+    def _hooked(self) -> bool:
+        """Whether there are hooks of somebody's. The host's own stay where they are once hidden states were asked for:
+        they are known by their numbers, no two of which are alike."""
+        found = [*map(tuple, filter(None, map(_hooks, self._own)))]
+        found += map(tuple, filter(None, map(_hooks_before, self._own)))
+        if found != self._harmless:
+            if any(map(has_hooks, self._modules)):
+                return True
+            self._harmless = found
+        return False
 
     def _same_settings(self) -> bool:
         return all(map(is_, map(getattr, self._owners, self._settings), self._values)) and all(

@@ -17,6 +17,7 @@ if not compiles():
 
 from stacked_blocks import Tiny, packed_model
 
+from hf_polyspec.cpu.block_parts import has_hooks
 from hf_polyspec.cpu.watch import Watch
 
 
@@ -90,3 +91,19 @@ def test_a_change_of_a_quantised_model_is_seen(tiny: Tiny, change: Callable[[Any
     assert watch.same(x)
     change(model)
     assert not watch.same(x)
+
+
+@torch.no_grad()
+def test_the_hosts_own_hooks_are_looked_at_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = packed_model(tiny)
+    model(torch.tensor([[3, 4]]), output_hidden_states=True)
+    looked: list[object] = []
+    monkeypatch.setattr("hf_polyspec.cpu.watch.has_hooks", lambda module: looked.append(module) or has_hooks(module))
+    watch, x = watched(model), torch.zeros(1, 1, 32)
+    for _ in range(3):
+        assert watch.same(x)
+    assert len(looked) == len(set(looked)), "a module was looked through twice"
+    added = part(model, "mlp").register_forward_hook(lambda *_: None)
+    assert not watch.same(x)
+    added.remove()
+    assert watch.same(x)
