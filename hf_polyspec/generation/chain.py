@@ -124,7 +124,7 @@ def build_chain(target: Any, assistants: Sequence[Any], setting: Setting, runner
     Raises:
         ValueError: a drafter cannot serve this many rows.
     """
-    serve(runner, 1 if setting.joins else setting.batch)
+    serve(runner, 1 if setting.joins else setting.batch, padded=setting.padded)
     below = build_below(assistants, setting, target)
     # Hidden states and attentions are asked for by column, and a tree's columns are no text.
     watched = "the caller asked for hidden states or attentions" if runner.record else None

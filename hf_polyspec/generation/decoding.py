@@ -266,14 +266,14 @@ class _Job:
             self.encoded,
             self.vocabularies,
             own_rows=self._rows_are_own(record),
-            nameless=self.context.prompt.hidden > 0,
+            prompt=self.context.prompt,
         )
         return build_chain(self.model, assistants, setting, runner)
 
     def run(self, chain: Verifier, streamer: Any, meeting: Meeting) -> tuple[list[list[int]], list[list[int]]]:
         pieces = self._pieces()
         shown = PlainCache(self.user_cache, self.model, pieces) if self.use_cache else None
-        self.recorder = Recorder(self.wanted, self.context.batch, pieces[-1], shown)
+        self.recorder = Recorder(self.wanted, self.context.batch, pieces[-1], shown, chain.runner)
         if self.config.prefill_chunk_size:
             chain.prefill(self.context, self.config.prefill_chunk_size)
         if self.law.do_sample:

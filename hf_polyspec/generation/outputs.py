@@ -16,6 +16,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..host.plain_cache import PlainCache
+from ..host.runner import ModelRunner
 from ..levels.emission import Emission
 
 Layers = tuple[torch.Tensor, ...]
@@ -48,9 +49,14 @@ class Recorder:
     Args:
         wanted: what to collect; batch: number of rows; prompt: prompt columns that plain generation's first step feeds.
         cache: how plain generation's cache would show itself; without one, every step covers the whole text.
+        runner: the target's, whose cache says which layers attend to something else than the text; None for none.
     """
 
-    def __init__(self, wanted: Wanted, batch: int, prompt: int, cache: PlainCache | None) -> None:
+    def __init__(
+        self, wanted: Wanted, batch: int, prompt: int, cache: PlainCache | None, runner: ModelRunner | None = None
+    ) -> None:
+        self._runner = runner
+        self._elsewhere: set[int] = set()
         self.wanted = wanted
         self.prompt = prompt
         self.cache = cache
@@ -81,6 +87,8 @@ class Recorder:
         output = emission.passed.output
         if self.wanted.hidden_states:
             self._axes = _row_axes(output.hidden_states, len(lengths), emission.passed.fed, self._axes)
+        if self.wanted.attentions:
+            self._elsewhere |= self._not_of_text(output.attentions, emission.passed.fed)
         for b, tokens in enumerate(emission.tokens):
             read = len(emission.passed.read[b])  # with drafts, and with what a row was filled up with
             for j in range(len(tokens)):
@@ -135,11 +143,22 @@ class Recorder:
         self._queued_attentions[row].clear()
         self._queued_crossed[row].clear()
 
+    def _not_of_text(self, maps: Layers, fed: int) -> set[int]:
+        """Places of the maps of layers that attend to pictures, as Llama 3.2 Vision has some."""
+        if self.cache is None:
+            return {place for place, whole in enumerate(maps) if whole.shape[-1] != fed}
+        if self._runner is None or len(maps) != len(self._runner.cache.layers):
+            return set()
+        return set(self._runner.cache.apart)
+
     def _shown(self, maps: list[torch.Tensor], row: int, read: int, length: int) -> Layers:
         """Of attention maps `[heads, q, S]`, whose last columns are the `read` tokens of a row, those of its first
         `length`, or what plain generation's cache would show of them."""
         found = []
         for i, whole in enumerate(maps):
+            if i in self._elsewhere:
+                found.append(whole)
+                continue
             shown = None if self.cache is None else self.cache.step(self._emitted[row], i, len(maps))
             width, offset = shown or (length, 0)
             first = whole.shape[-1] - read

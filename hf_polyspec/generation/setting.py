@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..exactness.context import Prompt
 from ..host.embeddings import reads_any, same_places
 from ..host.encoded import Encoded, attends_to_encoder, encoded_for, is_encoder_decoder
 from ..host.forwarding import Extras
@@ -34,11 +35,11 @@ class Setting:
         eos: ids that end a text; pad: id that finished rows go on with.
         batch: number of rows.
         embedded: width H of the prompt's embeddings if it came as embeddings, else 0.
-        nameless: whether there are no ids for them.
         extras: what else the target is given.
         encoded: what the target's decoder attends to, where it has an encoder.
         vocabularies: for every assistant the two it stands between, None where there is one; empty where all share one.
         joins: whether rows join while others run; there are none at first, and at most `batch`.
+        prompt: what the caller gave as one, None where rows join.
         own_rows: whether rows may each have their own columns, by what the caller gave.
     """
 
@@ -53,7 +54,18 @@ class Setting:
     vocabularies: Sequence[Vocabularies | None] = ()
     joins: bool = False
     own_rows: bool = False
-    nameless: bool = False
+    prompt: Prompt | None = None
+
+    @property
+    def nameless(self) -> bool:
+        """Whether tokens of the prompt have no ids."""
+        return self.prompt is not None and self.prompt.hidden > 0
+
+    @property
+    def padded(self) -> bool:
+        """Whether a mask hides columns of the prompt."""
+        mask = None if self.prompt is None else self.prompt.mask
+        return mask is not None and not bool(mask.all())
 
     def vocabularies_of(self, place: int) -> Vocabularies | None:
         """What stands between the target and an assistant with another tokenizer."""

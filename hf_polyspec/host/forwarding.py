@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 from transformers.generation import utils as generation_utils
+from transformers.utils import ModelOutput
 
 from .pictures import Sights
 from .release import GENERATION_CACHE, cache_argument, forward_arguments, inner_model, parameters_of
 from .straight import Straight
 
-_BY_TOKEN = {"token_type_ids": "repeats", "mm_token_type_ids": "zero", "moe_mm_token_type_ids": "repeats"}
-"""Arguments with a value for each token of the prompt, and how plain generation goes on with them behind it."""
+_BY_TOKEN = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+"""Arguments with a value for each token of the prompt."""
 
 _FIRST_ONLY = frozenset(getattr(generation_utils, "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL", ())) | {
     "pixel_values",
@@ -118,7 +119,7 @@ class Forwarding:
         self.extras = extras or Extras()
         self._model, self._straight = model, Straight(model)
         inner = inner_model(model)
-        self.begun = False
+        self.begun, self._inner = False, inner
         modalities = getattr(inner, "input_modalities", None) or "text"
         self._modalities = {modalities} if isinstance(modalities, str) else set(modalities)
         self._cache_name = cache_argument(model)
@@ -191,7 +192,7 @@ class Forwarding:
         if first:
             more |= self.extras.first
         for name, value in self.extras.by_token.items():
-            more[name] = _stretched(value, _BY_TOKEN[name], unused, width, rows).to(device)
+            more[name] = _stretched(value, _goes_on(self._inner, name), unused, width, rows).to(device)
         if self.extras.positions is not None:
             inputs["position_ids"] = self._planes(unused, width, fed, rows).to(device)
         if self._prepare is None:
@@ -249,7 +250,29 @@ class Forwarding:
         return made[:, :, -fed:]
 
 
-def _stretched(value: torch.Tensor, onward: str, unused: list[int], width: int, rows: list[int] | None) -> torch.Tensor:
+_LAST, _BEFORE = 7, 5
+
+
+_onward: dict[tuple[type, str], int | None] = {}
+
+
+def _goes_on(inner: Any, name: str) -> int | None:
+    """What a model gives new tokens for such an argument, None for what the last token of the prompt has: plain
+    generation's method is asked, which some classes have of their own."""
+    key = type(inner), name
+    if key not in _onward:
+        try:
+            given = {name: torch.tensor([[_BEFORE, _LAST]])}
+            found = int(inner._update_model_kwargs_for_generation(ModelOutput(), given)[name][0, 2])
+            _onward[key] = None if found == _LAST else found
+        except Exception:
+            _onward[key] = 0 if name == "mm_token_type_ids" else None
+    return _onward[key]
+
+
+def _stretched(
+    value: torch.Tensor, onward: int | None, unused: list[int], width: int, rows: list[int] | None
+) -> torch.Tensor:
     """Values `[B, S + F]` for all columns, from those `[B, P]` of the prompt."""
     if rows is not None:
         value = value[rows]
@@ -257,8 +280,7 @@ def _stretched(value: torch.Tensor, onward: str, unused: list[int], width: int, 
     for row, left in enumerate(unused):
         seen = min(value.shape[1], width - left)
         made[row, left : left + seen] = value[row, :seen]
-        if onward == "repeats":
-            made[row, left + seen :] = value[row, -1]
+        made[row, left + seen :] = value[row, -1] if onward is None else onward
     return made
 
 

@@ -53,13 +53,13 @@ def rows_may_part(model: Any) -> bool:
     return found
 
 
-def serve(runner: Runner, batch: int) -> Runner:
+def serve(runner: Runner, batch: int, *, padded: bool = False) -> Runner:
     """Tell a runner whether its rows have to run in step.
 
     Models that keep a state are left as they are: whether they read on was tried when their manner was found.
 
     Args:
-        runner: a level's; batch: number of rows to come.
+        runner: a level's; batch: number of rows to come; padded: whether a mask hides columns of them, be it one row.
 
     Raises:
         UncheckableError: drafts cannot be checked with this model at all, or not in a batch.
@@ -90,10 +90,13 @@ def serve(runner: Runner, batch: int) -> Runner:
             "drafts cannot be checked with it; leave it out.",
             runner.name,
         )
-    if batch == 1 or runner.own_rows or (Forwarding(model).keeps_positions() and rows_may_part(model)):
+    alone = batch == 1 and not padded
+    if alone or runner.own_rows or (Forwarding(model).keeps_positions() and rows_may_part(model)):
         return runner
     if not reads_on(model, padded=True):
         raise UncheckableError(_no_padding(runner.name, kind), runner.name)
+    if batch == 1:
+        return runner
     runner.in_step = True
     runner.note = f"{kind} counts positions by its cache's columns: rows run in step, those ahead are read again"
     return runner

@@ -247,3 +247,34 @@ def test_a_level_that_reads_no_other_models_embeddings(enabled: None) -> None:
             found = made(model, **given, **LENGTH, assistant_models=chain, return_dict_in_generate=True)
             assert found.sequences.tolist() == plain.tolist()
             assert found.polyspec.levels[0].accepted > 0
+
+
+@pytest.mark.parametrize("more", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+def test_maps_of_layers_that_attend_to_pictures(enabled: None, more: dict[str, Any]) -> None:
+    """Llama 3.2's have as many columns as there are of pictures, at every step."""
+    model = seeing("mllama")
+    call = {**pictured(model, 2), "max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, **more}
+    plain = made(model, **call, output_attentions=True)
+    assert plain.attentions[-1][1].shape[-1] == 20
+    for chain in chains(model):
+        found = made(model, **call, output_attentions=True, assistant_models=chain)
+        assert found.sequences.tolist() == plain.sequences.tolist()
+        for mine, theirs in zip(found.attentions, plain.attentions, strict=True):
+            assert [layer.shape for layer in mine] == [layer.shape for layer in theirs]
+            for one, other in zip(mine, theirs, strict=True):
+                torch.testing.assert_close(one[..., -1:, :], other[..., -1:, :], rtol=1e-3, atol=1e-4)
+
+
+def test_new_tokens_are_of_the_kind_that_the_class_gives_them(enabled: None) -> None:
+    """PaliGemma's prompt sees both ways and its answer does not, which without a cache every pass must be told."""
+    model = seeing("paligemma")
+    for call in ({"input_ids": pictured(model, 2)["input_ids"]}, pictured(model, 2)):
+        given = {**call, "token_type_ids": torch.zeros_like(call["input_ids"])}
+        if "pixel_values" not in call:
+            given["input_ids"] = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(8))
+            given["token_type_ids"] = torch.zeros(2, 9, dtype=torch.long)
+        for more in ({}, {"use_cache": False}):
+            more |= {"suppress_tokens": list(range(40, 48))}  # among which is what stands for a picture
+            plain = made(model, **given, **LENGTH, **more)
+            for chain in chains(model):
+                assert made(model, **given, **LENGTH, **more, assistant_models=chain).tolist() == plain.tolist()

@@ -81,3 +81,14 @@ def test_attention_that_says_it_is_causal_is_believed() -> None:
     model = tiny("llama")
     model.config.is_decoder, model.config.add_cross_attention = False, False
     check_model(model, "the target")
+
+
+def test_one_row_with_hidden_columns_is_a_padded_one(enabled: None) -> None:
+    """GIT does not mind a mask when it reads several tokens after a cache, which shows in a row alone as well."""
+    model = tiny_model("git", AutoModelForCausalLM)
+    call = {**prompts(1), "max_new_tokens": 9, "do_sample": False}
+    assert model.generate(**call, assistant_models=[model]).tolist() == model.generate(**call).tolist()
+    call["attention_mask"][:, 1:6] = 0
+    plain = model.generate(**call)
+    with pytest.warns(UserWarning, match=r"\(GitForCausalLM\) does not mind the padding"):
+        assert model.generate(**call, assistant_models=[model]).tolist() == plain.tolist()
