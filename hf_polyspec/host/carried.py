@@ -62,16 +62,17 @@ def check_continued(model: Any, *, filled: bool) -> None:
     """Refuse a caller's cache, filled or not, that is not the whole of what the model goes on from.
 
     Raises:
-        UncheckableError: names the model and where the rest is.
+        UncheckableError: the rest is in a cache of the model's own class; ValueError: in modules, which hold what they
+            held before a chain's call, and not what it has read. Both name the model.
     """
     carried = carried_by(model)
     if carried.cache_class is not None or (carried.places and filled):
         place = "its modules" if carried.places else "a cache of its own class"
-        raise UncheckableError(
+        sentence = (
             f"{type(inner_model(model)).__name__} keeps a part of what it has read in {place}, from where a chain "
-            f"cannot go on; leave {GENERATION_CACHE} out and pass the whole text.",
-            TARGET,
+            f"cannot go on; leave {GENERATION_CACHE} out and pass the whole text."
         )
+        raise ValueError(sentence) if carried.places else UncheckableError(sentence, TARGET)
 
 
 def keeps_rows_apart(model: Any) -> bool:

@@ -249,6 +249,7 @@ def test_a_level_that_reads_no_other_models_embeddings(enabled: None) -> None:
             assert found.polyspec.levels[0].accepted > 0
 
 
+@pytest.mark.filterwarnings("ignore:`hidden_state` is deprecated:FutureWarning")  # as above
 @pytest.mark.parametrize("more", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
 def test_maps_of_layers_that_attend_to_pictures(enabled: None, more: dict[str, Any]) -> None:
     """Llama 3.2's have as many columns as there are of pictures, at every step."""

@@ -108,22 +108,35 @@ def test_the_cache_that_the_model_makes_is_handed_back(enabled: None, kind: str,
     torch.testing.assert_close(*onward, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["minimax", "recurrent_gemma"])
-def test_behind_a_cache_that_is_not_the_whole_of_it_the_target_generates_alone(enabled: None, kind: str) -> None:
-    model = _made(kind)
+@pytest.mark.parametrize("first", ["plain", "chain"])
+def test_behind_a_cache_of_its_own_class_the_target_generates_alone(enabled: None, first: str) -> None:
+    model = _made("minimax")
     if refused(model):
         return
+    chain = {"assistant_models": [noisy(model, 0.05)]}
 
-    def second_turn(**chain: Any) -> list[list[int]]:
-        call = {**prompts(1), "max_new_tokens": 3, "do_sample": False}
-        first = model.generate(**call, return_dict_in_generate=True)
-        given = {cache_argument(model): first[cache_argument(model)], "input_ids": first.sequences, "max_new_tokens": 3}
-        found: list[list[int]] = model.generate(**given, do_sample=False, **chain).tolist()
+    def turns(*given: dict[str, Any]) -> list[list[int]]:
+        call = {**prompts(1), "max_new_tokens": 6, "do_sample": False}
+        turn = model.generate(**call, return_dict_in_generate=True, **given[0])
+        held = {cache_argument(model): turn[cache_argument(model)], "input_ids": turn.sequences, "max_new_tokens": 6}
+        found: list[list[int]] = model.generate(**held, do_sample=False, **given[1]).tolist()
         return found
 
-    plain = second_turn()
-    with pytest.warns(UserWarning, match=f"{type(model).__name__} keeps a part of what it has read in"):
-        assert second_turn(assistant_models=[noisy(model, 0.05)]) == plain
+    plain = turns({}, {})
+    with pytest.warns(UserWarning, match="MiniMaxForCausalLM keeps a part of what it has read in a cache"):
+        assert turns(chain if first == "chain" else {}, chain) == plain
+
+
+def test_a_state_in_modules_is_not_continued(enabled: None) -> None:
+    """They hold what they held before a chain's call, so what plain generation would make of it is no second turn."""
+    model = _made("recurrent_gemma")
+    if refused(model):
+        return
+    call = {**prompts(1), "max_new_tokens": 3, "do_sample": False}
+    first = model.generate(**call, return_dict_in_generate=True)
+    given = {cache_argument(model): first[cache_argument(model)], "input_ids": first.sequences, "max_new_tokens": 3}
+    with pytest.raises(ValueError, match="RecurrentGemmaForCausalLM keeps a part of what it has read in its modules"):
+        model.generate(**given, do_sample=False, assistant_models=[noisy(model, 0.05)])
 
 
 def test_the_trial_shows_a_state_that_is_not_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
