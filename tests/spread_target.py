@@ -108,6 +108,14 @@ def apart(notes: Notes, rank: int) -> None:
     notes.put("FSDP2, sampled", lambda: chain(small, do_sample=True))
     notes.put("FSDP2, auto", lambda: hf_polyspec.generate(target, **how, assistant_models="auto"))
     notes.put("FSDP2, a head", lambda: chain(head_for(whole)))
+    notes.put("FSDP2, a head in trees", lambda: chain(head_for(whole), polyspec_tree_tokens=6))
+    notes.put("FSDP2, int8 over a head", lambda: chain("int8", head_for(whole)))
+    with torch.no_grad():
+        target.model.embed_tokens.weight.mul_(1.25)  # where all processes hold no more than before
+    notes.put("FSDP2, a head in one", lambda: chain(SuffixDrafter() if rank else head_for(whole)))
+    notes.put("FSDP2, a head in the other", lambda: chain(head_for(whole) if rank else SuffixDrafter()))
+    with torch.no_grad():
+        target.model.embed_tokens.weight.div_(1.25)
     notes.put("FSDP2, an early exit", lambda: chain("early-exit:1"))
     notes.put("FSDP2, refused in one", lambda: chain(small, num_assistant_tokens=0 if rank else 2))
     notes.put("FSDP2, fails in one", lambda: chain(small, logits_processor=None if rank else [Ends(True)]))

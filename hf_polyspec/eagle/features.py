@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from hf_polyspec.eagle.configuration import LAST_HIDDEN_STATE, EagleHeadConfig
 from hf_polyspec.eagle.modeling import EagleHead
 from hf_polyspec.eagle.vocabulary import module_shape
-from hf_polyspec.host.whole import whole_part
+from hf_polyspec.host.whole import lent_parts, whole_part
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def target_parts(model: PreTrainedModel) -> TargetParts:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise TypeError(f"{name} is an encoder-decoder; EAGLE heads work with decoder-only models.")
-    embed_tokens, lm_head = (None if part is None else whole_part(part) for part in _lent(model))
+    embed_tokens, lm_head = (None if part is None else whole_part(part) for part in lent_parts(model))
     if embed_tokens is None or lm_head is None:
         missing = "input embedding" if embed_tokens is None else "output projection (lm_head)"
         raise TypeError(f"{name} has no {missing} that an EAGLE head could use.")
@@ -82,27 +82,15 @@ def target_parts(model: PreTrainedModel) -> TargetParts:
     )
 
 
-def _lent(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | None]:
-    return _embedding(model), model.get_output_embeddings()
-
-
 def lend_parts(model: PreTrainedModel, *, keeps: bool) -> None:
     """Puts together what a head may use of a model that is sharded over processes; collective.
 
     Args:
         model: The level above the head; keeps: Whether a head runs in this process.
     """
-    for part in _lent(model):
+    for part in lent_parts(model):
         if part is not None:
             whole_part(part, keeps=keeps)
-
-
-def _embedding(model: PreTrainedModel) -> nn.Module | None:
-    try:
-        module: nn.Module | None = model.get_input_embeddings()
-    except NotImplementedError:
-        return None
-    return module
 
 
 def _logit_scale(config: Any) -> float:

@@ -62,6 +62,8 @@ class Meeting:
         if synced_gpus and not isinstance(self.ranks, Spread):
             raise ValueError(SYNCED_GPUS)
         self.turns = Turns(model, self.ranks)
+        if isinstance(self.ranks, Spread):
+            self.ranks.put_together = self.turns.put_together
         self._begun = False
         self._apart = False
 
@@ -170,6 +172,8 @@ def here(target: Any, assistants: Any, ranks: Ranks) -> Any:
     shared = shared_places(assistants)
     if isinstance(ranks, Spread):
         _check_below(assistants, shared)
+        if assistants and isinstance(assistants[0], EagleHead):
+            ranks.put_together()
         return list(assistants)
     for i in shared:
         if not ranks.in_step:
@@ -218,7 +222,7 @@ def _check_below(assistants: Sequence[Any], shared: Sequence[int]) -> None:
     """
     for i, one in enumerate(assistants):
         reason = "it would need passes of its own that all processes take part in" if i in shared else None
-        if i == 0 and isinstance(one, (EagleHead, ShownDrafter)):
+        if i == 0 and isinstance(one, ShownDrafter):
             reason = "it computes with the target's own embedding and lm_head"
         if reason is not None:
             raise ValueError(ALL_SPREAD.format(role=f"assistant_models[{i}] ({_name(one)})", reason=reason))

@@ -111,13 +111,19 @@ class _Group(Ranks):
 
     def gathered(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.size
-        with _talking():
+        with talking():
             dist.all_gather_object(found, value, group=self.group)
         return found
 
 
 class Spread(_Group):
-    """Processes that hold a part of all weights each, and generate by themselves; each decides for itself."""
+    """Processes that hold a part of all weights each, and generate by themselves; each decides for itself.
+
+    Attributes:
+        put_together: has embedding and lm_head as a whole in this process (`Turns.put_together`).
+    """
+
+    put_together: Callable[[], None]
 
     @property
     def leads(self) -> bool:
@@ -126,7 +132,7 @@ class Spread(_Group):
     def greatest(self, value: int) -> int:
         """Of what all processes say at once."""
         tensor = torch.tensor([value], dtype=torch.int64, device=self.device)
-        with _talking():
+        with talking():
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         return int(tensor)
 
@@ -138,14 +144,14 @@ class Team(_Group):
 
     def first(self, values: Sequence[int]) -> list[int]:
         tensor = torch.tensor(list(values), dtype=torch.int64, device=self.device)
-        with _talking():
+        with talking():
             dist.broadcast(tensor, self._source, group=self.group)
         found: list[int] = tensor.tolist()
         return found
 
     def told(self, value: Any) -> Any:
         found = [value if self.rank == 0 else None]
-        with _talking():
+        with talking():
             dist.broadcast_object_list(found, self._source, group=self.group)
         return found[0]
 
@@ -170,7 +176,7 @@ class Team(_Group):
         row = [state, -state, count, *said[:CAPACITY]]
         row += [_LEAST] * (3 + CAPACITY - len(row))
         tensor = torch.tensor(row, dtype=torch.int64, device=self.device)
-        with _talking():
+        with talking():
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         most, least, length, *found = tensor.tolist()
         if most != -least:
@@ -186,7 +192,7 @@ ALONE = Ranks()
 
 
 @contextmanager
-def _talking() -> Iterator[None]:
+def talking() -> Iterator[None]:
     """A process that is gone is one sentence, as everything that fails in the middle of a generation."""
     try:
         yield
@@ -209,7 +215,7 @@ def ranks_of(model: Any, role: str = "the target") -> Ranks:
         return ALONE
     if any(_is_of("flat", module) for module in model.modules()):
         raise ValueError(FLAT.format(**named))
-    spread: list[Any] = [module for module in model.modules() if _is_of("spread", module)]
+    spread: list[Any] = [module for module in model.modules() if is_spread_by_itself(module)]
     for module in spread:
         module.reshard()  # some are left whole after a pass
     part: Any = next((p for p in inner.parameters() if is_part(p)), None)
@@ -260,7 +266,12 @@ def is_split(model: Any) -> bool:
 
 def is_spread(model: Any) -> bool:
     """Whether FSDP2 has been at a model or modules inside."""
-    return any(_is_of("spread", module) for module in model.modules())
+    return any(is_spread_by_itself(module) for module in model.modules())
+
+
+def is_spread_by_itself(module: Any) -> bool:
+    """Whether FSDP2 has been at this module."""
+    return _is_of("spread", module)
 
 
 def _is_of(name: str, module: Any) -> bool:

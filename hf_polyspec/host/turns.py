@@ -11,13 +11,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import LevelError
-from .ranks import Ranks, Spread
-from .release import input_device
+from .ranks import Ranks, Spread, is_spread_by_itself, talking
+from .release import inner_model, input_device
+from .whole import gather, is_put_together, lent_parts
 
 # What a process has to say before it does anything together with the others; the greatest counts.
-_ENDED, _READY, _PASS, _FAILED, _REFUSED = range(5)
+_ENDED, _READY, _PASS, _PARTS, _FAILED, _REFUSED = range(6)
 FAILED = (
     "another process that holds a part of the target's weights failed in the middle of its generation, and no pass can "
     "be computed without it."
@@ -49,6 +51,19 @@ class Turns:
                 self.model.register_forward_pre_hook(self._before, prepend=True),
                 self.model.register_forward_hook(self._after),
             ]
+
+    def put_together(self) -> None:
+        """Embedding and lm_head of the target as a whole in this process, for what computes with them; the others, who
+        may have no use for them, hand out their parts at their next turn.
+
+        Raises:
+            LevelError, ValueError: as of a pass.
+        """
+        self._reshard()
+        if all(is_put_together(part) for part in _heads_parts(self.model)):
+            return
+        self._fails_if(self._say(_PARTS))
+        self._gather(keeps=True)
 
     def begin(self) -> None:
         """Everything has been checked here: wait until it has everywhere.
@@ -82,10 +97,30 @@ class Turns:
         self._handles = []
 
     def _before(self, module: Any, inputs: Any) -> None:
-        if self._say(_PASS) == _FAILED:
+        while (said := self._say(_PASS)) == _PARTS:
+            self._gather(keeps=False)
+        self._fails_if(said)
+        self._inside = True
+
+    def _fails_if(self, said: int) -> None:
+        if said == _FAILED:
             self._over = LevelError(FAILED)
             raise self._over
+
+    def _gather(self, *, keeps: bool) -> None:
+        """What a head computes with, by all processes."""
+        self._reshard()
         self._inside = True
+        with talking():
+            for part in _heads_parts(self.model):
+                gather(part, keeps=keeps)
+        self._inside = False
+
+    def _reshard(self) -> None:
+        """Some modules are left whole after a pass."""
+        for module in self.model.modules():
+            if is_spread_by_itself(module):
+                module.reshard()
 
     def _after(self, module: Any, inputs: Any, output: Any) -> None:
         self._inside = False
@@ -114,7 +149,14 @@ class Turns:
         ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(self.model))
         for handle in handles:
             handle.remove()
-        while self._say(what) == _PASS:
-            self.model(input_ids=ids, use_cache=False)
+        while (said := self._say(what)) in (_PASS, _PARTS):
+            if said == _PARTS:
+                self._gather(keeps=False)
+            else:
+                self.model(input_ids=ids, use_cache=False)
         if handles:
             self.open()
+
+
+def _heads_parts(model: Any) -> list[nn.Module]:
+    return [part for part in lent_parts(inner_model(model)) if part is not None]

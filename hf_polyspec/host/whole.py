@@ -106,12 +106,42 @@ def whole_part(module: nn.Module, *, keeps: bool = True) -> nn.Module:
     """
     own = module._parameters
     if not any(is_part(parameter) for parameter in own.values()):
-        return module
-    stamp = tuple((id(p), getattr(p, "_version", 0)) for p in own.values())
-    if module not in _PARTS or _PARTS[module][0] != stamp:
-        found = {name: None if p is None else whole_tensor(p) for name, p in own.items()}
-        _PARTS[module] = stamp, _alone(module, found) if keeps else None
+        # FSDP2 leaves what it has gathered for a pass in its place for a while.
+        return (_PARTS[module][1] if module in _PARTS else None) or module
+    if module not in _PARTS or _PARTS[module][0] != _stamp(module):
+        gather(module, keeps=keeps)
+        if not keeps:
+            _PARTS[module] = _stamp(module), None
     return _PARTS[module][1] or module
+
+
+@torch.no_grad()
+def gather(module: nn.Module, *, keeps: bool) -> None:
+    """Put an embedding or lm_head together, for `whole_part` to give from now on where it is kept; collective."""
+    found = {name: None if p is None else whole_tensor(p) for name, p in module._parameters.items()}
+    if keeps and any(is_part(parameter) for parameter in module._parameters.values()):
+        _PARTS[module] = _stamp(module), _alone(module, found)
+
+
+def is_put_together(module: nn.Module) -> bool:
+    """Whether `whole_part` has it all in this process already."""
+    if not any(is_part(parameter) for parameter in module._parameters.values()):
+        return True
+    kept = _PARTS.get(module)
+    return kept is not None and kept[1] is not None and kept[0] == _stamp(module)
+
+
+def lent_parts(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
+    """The embedding and the lm_head of a model, as far as it has them."""
+    try:
+        embedding: nn.Module | None = model.get_input_embeddings()
+    except NotImplementedError:
+        embedding = None
+    return embedding, model.get_output_embeddings()
+
+
+def _stamp(module: nn.Module) -> tuple[object, ...]:
+    return tuple((id(p), getattr(p, "_version", 0)) for p in module._parameters.values())
 
 
 def _alone(module: nn.Module, weights: dict[str, Tensor | None]) -> nn.Module:

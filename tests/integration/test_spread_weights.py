@@ -24,7 +24,6 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     ("name", "words"),
     {
         "FSDP2, auto": 'assistant_models="auto" runs as many passes as pay, and the weights of the target (FSDPLlama',
-        "FSDP2, a head": "assistant_models[0] (EagleHead) cannot be used while processes hold the target's weights in",
         "FSDP2, an early exit": "An early exit of FSDPLlamaForCausalLM would need passes of its own, in which all",
         "the target in FSDP1's wrapper": "the target (FullyShardedDataParallel) is sharded by FSDP1",
         "a level by FSDP2": "assistant_models[0] (FSDPLlamaForCausalLM) is sharded over processes, and the target is",
@@ -45,12 +44,25 @@ def test_what_is_whole_is_generated_from_after_that(seen: list[dict[str, Any]], 
         assert process[name] == wanted
 
 
-@pytest.mark.parametrize("name", ["suffix", "a small model", "int8 over suffix", "synced_gpus", "online"])
+@pytest.mark.parametrize(
+    "name",
+    ["suffix", "a small model", "int8 over suffix", "synced_gpus", "online", "a head", "a head in trees",
+     "int8 over a head"],
+)  # fmt: skip
 def test_under_fsdp2_each_process_writes_its_own_text(seen: list[dict[str, Any]], name: str) -> None:
     for rank, process in enumerate(seen):
         wanted = spread_target.made().generate(**spread_target.own(rank)).tolist()
         assert process[f"FSDP2, {name}"] == wanted
         assert process["FSDP2, all is well"] == wanted
+
+
+@pytest.mark.parametrize("name", ["a head in one", "a head in the other"])
+def test_under_fsdp2_a_head_may_stand_in_one_process(seen: list[dict[str, Any]], name: str) -> None:
+    changed = spread_target.made()
+    with torch.no_grad():
+        changed.model.embed_tokens.weight.mul_(1.25)
+    for rank, process in enumerate(seen):
+        assert process[f"FSDP2, {name}"] == changed.generate(**spread_target.own(rank)).tolist()
 
 
 def test_under_fsdp2_each_process_samples_with_its_own_seed(seen: list[dict[str, Any]]) -> None:
