@@ -21,7 +21,8 @@ def live_tensors() -> tuple[int, int]:
     gc.collect()
     alive = gc.get_objects()
     # Other libraries' objects compute what they say their class is.
-    buffers = {id(each) for task in alive if type(task) is StackTask for each in (*task.outputs, task._kept[0])}
+    tasks = [task for task in alive if issubclass(type(task), StackTask)]
+    buffers = {id(each) for task in tasks for each in (*task.outputs, task.scratch, getattr(task, "read", None))}
     # Stand-ins that a compiler has traced with are tensors in name only, and may not know their sizes any more.
     kinds = (torch.Tensor, torch.nn.Parameter)
     found: list[Any] = [each for each in alive if type(each) in kinds and id(each) not in buffers]

@@ -29,6 +29,7 @@ class RowScores:
         self.weight = weight
         self.bias = bias
         self._product: GrowingProduct | None = None
+        self._written = 0
         self._refused = False
 
     def put(self, places: list[int], weight: Tensor, bias: Tensor | None) -> None:
@@ -36,16 +37,18 @@ class RowScores:
         self.weight[places] = weight
         if self.bias is not None and bias is not None:
             self.bias[places] = bias
+        self._written += 1
         if self._product is not None:
             self._product.renew(self.weight, places)
 
     def score(self, hidden: Tensor, count: int | None = None) -> Tensor:
         """`[..., H]` -> `[..., count]`, by all rows unless told."""
         count = len(self.weight) if count is None else count
-        bias = None if self.bias is None else self.bias[:count]
         if self._compiles(hidden):
             assert self._product is not None
-            return self._product.score(hidden, count, bias)
+            self._product = product = self._product.of_first(count, self.bias, self._written)
+            return product(hidden)  # not what another thread may have put there meanwhile
+        bias = None if self.bias is None else self.bias[:count]
         return nn.functional.linear(hidden, self.weight[:count], bias)
 
     def _compiles(self, hidden: Tensor) -> bool:

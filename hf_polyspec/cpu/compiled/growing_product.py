@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class GrowingProduct(CompiledProduct):
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight, None)
         self._width = weight.shape[1]
-        self._bias: Tensor | None = None
+        self._made_for: tuple[int, int] | None = None
 
     def renew(self, weight: Tensor, places: Iterable[int]) -> None:
         """Take in rows of the buffer that have changed.
@@ -33,17 +34,22 @@ class GrowingProduct(CompiledProduct):
         for panel in {place // WIDTH for place in places}:
             self._panels[panel] = in_panels(weight[panel * WIDTH : (panel + 1) * WIDTH])[0]
 
-    def score(self, x: Tensor, count: int, bias: Tensor | None = None) -> Tensor:
-        """`[..., K]` -> `[..., count]` by the first rows, with a bias `[count]` or without.
+    def of_first(self, count: int, bias: Tensor | None, version: int) -> GrowingProduct:
+        """The same matrix's first rows; another thread may be multiplying by this one, which stays as it is.
 
-        Raises:
-            RuntimeError: see `multiplied`.
-            MemoryError: There is no memory to work in.
+        Args:
+            count: of rows; bias: `[N]`, or None for none; version: another number whenever numbers of it have changed.
+
+        Returns:
+            A product `[..., K]` -> `[..., count]`, this one if it is that already.
         """
-        if count != self.shape[0] or bias is not self._bias:
-            vectors = torch.zeros(3, -(-count // WIDTH) * WIDTH)
-            vectors[1] = 1
-            if bias is not None:
-                vectors[2, :count] = bias
-            self.shape, self._vectors, self._bias = (count, self._width), vectors, bias
-        return self(x)
+        wanted = count, 0 if bias is None else version
+        if wanted == self._made_for:
+            return self
+        vectors = torch.zeros(3, -(-count // WIDTH) * WIDTH)
+        vectors[1] = 1
+        if bias is not None:
+            vectors[2, :count] = bias[:count]
+        made = copy(self)
+        made.shape, made._vectors, made._made_for = (count, self._width), vectors, wanted
+        return made

@@ -46,3 +46,19 @@ def test_without_memory_for_a_second_copy_torch_scores(monkeypatch: pytest.Monke
     x = torch.ones(1, 1, K)
     torch.testing.assert_close(rows.score(x), x @ rows.weight.T)
     assert rows._product is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_another_thread_multiplies_by_stays_as_it_is(biased: bool) -> None:
+    """A slice that stays is all threads': while one computes, another asks the same of it, or of fewer rows."""
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(0))
+    rows, x = RowScores(weight, torch.ones(N) if biased else None), torch.ones(1, 1, K)
+    rows.score(x)
+    under_way = rows._product
+    before = dict(vars(under_way))
+    rows.score(x)
+    assert rows._product is under_way, "nothing is made anew for what was asked before"
+    rows.score(x, WIDTH)
+    assert rows._product is not under_way
+    assert all(vars(under_way)[name] is value for name, value in before.items())
