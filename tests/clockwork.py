@@ -53,6 +53,7 @@ class ClockedRunner(ModelRunner):
         self.dice = random.Random(size)
         self.right: dict[int, bool] = {}
         self.fed: list[int] = []
+        self.lender = None
 
     def can_read(self, context: Context) -> bool:
         return True

@@ -6,8 +6,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from ..planning.theory.cost_model import SecondsTable
+from .pace import Pace
 from .pass_seconds import PassSeconds
 
 BLOCKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
@@ -22,7 +24,6 @@ SURE = 0.8
 """Of what a suffix drafter offers, the share that is expected to be right."""
 HEAD = -1
 _NEWEST = 0.1
-_WIDEST = 64
 
 Points = Sequence[Sequence[float]]
 
@@ -102,12 +103,14 @@ class Standing:
 
     Attributes:
         place: on the ladder of setups, 0 for the whole chain; tokens: emitted so far.
-        due: by place, the tokens from which on it may be tried again; waits: by place, how many it had to wait. `HEAD`
-            stands for drafts of a head.
+        passed: seconds generated in so far, in those of a token of the target alone.
+        due: by place, what `passed` is when it may be tried again; waits: by place, how long it had to wait. `HEAD`
+            stands for drafts of a head, which go by `tokens`.
     """
 
     place: int = 0
     tokens: float = 0.0
+    passed: float = 0.0
     due: dict[int, float] = field(default_factory=dict)
     waits: dict[int, float] = field(default_factory=dict)
 
@@ -121,14 +124,14 @@ class Costs:
         head: what is known of a head below, if there is one.
 
     Attributes:
-        pace: of the machine now, in that of the tables.
+        tables: of passes as they were measured beforehand.
         middle, leaf, head: shares that were kept: of a middle, of what costs nothing to draft, of a head.
         step, extra: seconds of a token of a head, and of a round with some besides, at the pace of the tables.
     """
 
     def __init__(self, tables: Sequence[Points], agreed: float, head: Head | None = None) -> None:
         self.tables = [SecondsTable(tuple((int(columns), float(seconds)) for columns, seconds in p)) for p in tables]
-        self.pace = 1.0
+        self._pace = Pace([partial(self._table_seconds, level) for level in range(len(self.tables))])
         self.middle = Share(agreed, 16.0)
         self.leaf = Share(SURE, 24.0, least=6.0)
         self.head = None if head is None else Share(head.share, 6.0, least=1.0)
@@ -143,37 +146,57 @@ class Costs:
             self._gauges[level] = PassSeconds(self.tables[level].seconds if known else None)
         return self._gauges[level]
 
-    def seconds(self, level: int, columns: float) -> float:
-        """Of a pass of a level over so many columns."""
-        return self.pace * self.tables[level].seconds(columns)
+    def _table_seconds(self, level: int, columns: float) -> float:
+        return self.tables[level].seconds(columns)
 
-    def observe(self, level: int, columns: float, seconds: float) -> None:
-        """A pass took so long: the machine may have become slower or quicker as a whole."""
-        if level < len(self.tables) and 0 < columns <= _WIDEST:
-            ratio = seconds / max(1e-9, self.tables[level].seconds(columns))
-            self.pace += _NEWEST * (min(2 * self.pace, max(self.pace / 2, ratio)) - self.pace)
+    @property
+    def pace(self) -> float:
+        """Of the machine now, in that of the tables."""
+        return self._pace.now
+
+    def seconds(self, level: int, columns: float) -> float:
+        """Of a pass of a level over so many columns, its judgement included."""
+        return self._pace.seconds(level, columns)
+
+    def observe(self, level: int, columns: int, seconds: float, offered: int | None = None) -> None:
+        """A pass took so long (`Pace.observe`)."""
+        self._pace.observe(level, columns, seconds, offered)
+
+    @property
+    def step_seconds(self) -> float:
+        """Of a token of a head, at the machine's pace."""
+        return self.pace * self.step
 
     def observe_draft(self, tokens: int, seconds: float) -> None:
         """A head has drafted so many tokens in so many seconds."""
         once = seconds / max(1, tokens) / self.pace
         self.step += _NEWEST * (min(2 * self.step, max(self.step / 2, once)) - self.step)
 
-    def speed_of_block(self, block: int, rows: int = 1) -> float:
-        """Speed of a target over a middle that draws its tokens itself or checks a head's, in that of the target."""
-        whole = self.tables[0].seconds(rows * (block + 1)) + block * self._middle_token(rows)
-        return _emitted(self.middle.value, block) * self.tables[0].seconds(rows) / whole
+    def speed_of_block(self, block: int, rows: int = 1, right: float | None = None) -> float:
+        """Speed of a target over a middle that draws its tokens itself or checks a head's, in that of the target.
+
+        Args:
+            block: of the middle; rows: of each; right: share of its tokens that is kept, as seen of late unless given.
+        """
+        target = partial(self._pace.table_seconds, 0)
+        whole = target(rows * (block + 1)) + block * self._middle_token(rows)
+        return _emitted(self.middle.value if right is None else right, block) * target(rows) / whole
+
+    def most_of_blocks(self, right: float, rows: int = 1) -> float:
+        """The speed of the best block if such a share of its tokens were kept."""
+        return max(self.speed_of_block(block, rows, right) for block in BLOCKS)
 
     def _middle_token(self, rows: int) -> float:
         """Seconds of a token of the middle, with a head below it where there is one."""
-        alone = self.tables[1].seconds(rows)
+        alone = self._pace.table_seconds(1, rows)
         return alone if self.head is None else alone / self.speed_of_steps(self.steps(1, rows), 1, rows)
 
     def speed_of_steps(self, size: int, level: int, rows: int = 1) -> float:
         """Speed of a level over a head that drafts so many tokens, in that of the level alone."""
         assert self.head is not None
-        table = self.tables[level]
-        whole = table.seconds(rows * (size + 1)) + size * self.step + (self.extra if size else 0.0)
-        return _emitted(self.head.value, size) * table.seconds(rows) / whole
+        table = partial(self._pace.table_seconds, level)
+        whole = table(rows * (size + 1)) + size * self.step + (self.extra if size else 0.0)
+        return _emitted(self.head.value, size) * table(rows) / whole
 
     def steps(self, level: int, rows: int) -> int:
         """Tokens of a head's drafts that promise most under a level; 0 where none pays."""
@@ -185,23 +208,24 @@ class Costs:
         Args:
             size: of a draft; sure: share that is kept, as seen of late unless given; level: that checks; rows: of it.
         """
-        table = self.tables[level]
+        table = partial(self._pace.table_seconds, level)
         kept = self.leaf.value if sure is None else sure
-        return _emitted(kept, size) * table.seconds(rows) / table.seconds(rows * (size + 1))
+        return _emitted(kept, size) * table(rows) / table(rows * (size + 1))
 
     def passing_by_pays(self, rows: int) -> bool:
         """Whether what costs nothing to draft is better checked by the target at once than by a middle before it.
 
         The middle's check costs a pass of its own and saves the target from drafts that are wrong.
         """
-        target, middle, kept = self.tables[0], self.tables[1], self.leaf.value
+        target, middle = (partial(self._pace.table_seconds, level) for level in (0, 1))
+        kept = self.leaf.value
         size = self.draft(0, rows)
-        at_once = _emitted(kept, size) / target.seconds(rows * (size + 1))
+        at_once = _emitted(kept, size) / target(rows * (size + 1))
         size = self.draft(1, rows)
-        emitted, seconds = _emitted(kept, size), middle.seconds(rows * (size + 1))
+        emitted, seconds = _emitted(kept, size), middle(rows * (size + 1))
         for block in BLOCKS:
             checks = math.ceil(block / emitted)
-            whole = checks * seconds + target.seconds(rows * (checks * emitted + 1))
+            whole = checks * seconds + target(rows * (checks * emitted + 1))
             if _emitted(self.middle.value, checks * emitted) / whole > at_once:
                 return False
         return True

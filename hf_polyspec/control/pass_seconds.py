@@ -10,7 +10,7 @@ import torch
 KEPT = 0.98
 """What a pass leaves of the weight of those before it: about the last 50 count."""
 TRUST = 4.0
-"""Passes that the expected cost of a column stands for."""
+"""Passes that the expected cost of a column stands for, unless given."""
 OUTLIER = 2.0
 """A pass counts for at most this many times what was expected of it, and at least for as small a part."""
 ON_CPU, ELSEWHERE = 0.03, 0.003
@@ -28,13 +28,20 @@ class PassSeconds:
     Args:
         shape: seconds of a pass by columns, wrong by a factor perhaps; None where nothing was measured.
         device: where the model is, for what is expected where there is no shape.
+        trust: passes that the expected cost of a column stands for.
 
     Attributes:
         passes: that were timed.
     """
 
-    def __init__(self, shape: Callable[[float], float] | None = None, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        shape: Callable[[float], float] | None = None,
+        device: torch.device | None = None,
+        trust: float = TRUST,
+    ) -> None:
         self._known = shape
+        self._trust = trust
         self._one = one = 1.0 if shape is None else max(1e-9, shape(1))
         slope = ELSEWHERE if device is not None and device.type != "cpu" else ON_CPU
         self._expected = slope if shape is None else 0.0
@@ -70,7 +77,7 @@ class PassSeconds:
     def _solve(self) -> None:
         """The pace and cost of least relative squares; neither is ever negative."""
         of_shape, of_both, of_columns, shape_seconds, column_seconds = self._sums
-        trust = TRUST * (_TYPICAL / self.seconds(_TYPICAL)) ** 2
+        trust = self._trust * (_TYPICAL / self.seconds(_TYPICAL)) ** 2
         a = of_shape + trust * self._expected**2
         b = of_both - trust * self._expected
         c = of_columns + trust

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..levels.base import Drafter
 from ..levels.eagle import EagleDrafter
@@ -46,12 +46,23 @@ class Setup:
         """Adjacent levels, the upper first."""
         return tuple(itertools.pairwise(self.levels))
 
-    def at_most(self, size: int) -> Setup:
-        """The same levels with no more than `size` tokens each, and a tree of no more than 8 times as many."""
+    def at_most(self, size: int, *, leaf: bool = True) -> Setup:
+        """The same levels with no more than `size` tokens each, and a tree of no more than 8 times as many.
+
+        Args:
+            size: of blocks and drafts; leaf: False to leave the last level's as they are.
+        """
         sizes = tuple(min(size, one) for one in self.sizes)
+        if not leaf:
+            sizes = (*sizes[:-1], *self.sizes[-1:])
         if self.tree:
             return Setup(self.levels, (*sizes[:-1], self.sizes[-1]), min(self.tree, 8 * size))
         return Setup(self.levels, sizes, head=None if self.head is None else min(size, self.head))
+
+    def drafting(self, size: int) -> Setup:
+        """The same with no more than `size` tokens of its last level."""
+        head = None if self.head is None else min(size, self.head)
+        return replace(self, sizes=(*self.sizes[:-1], min(size, self.sizes[-1])), head=head)
 
     def size_of(self, level: int) -> int:
         """Tokens (of a tree: nodes) that a level hands up; 0 if it does not take part."""

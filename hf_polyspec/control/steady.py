@@ -10,72 +10,48 @@ All of it is decided between two rounds, from rounds that are over (law 2).
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from ..exactness.context import Context
 from ..host.lending import FEW, WORTH
-from ..host.release import input_device
-from ..levels.base import Drafter
 from ..levels.emission import Emission
-from ..levels.joined import JoinedDrafter
 from ..levels.verifier import Verifier
 from ..telemetry.counters import Check, Decision
-from .costs import DRAFTS, Costs, Standing
+from .costs import BLOCKS, DRAFTS, Costs, Standing
 from .cutting import Cut
 from .heads import Heads
+from .ladder import ladder_of, passes_by, tells
+from .ledger import CREDIT, SHARE, START, Account, Ledger
+from .pace import BEHIND
+from .readiness import missing
 from .setups import PLAIN, Chain, Setup, spine
 from .shares import shared_out, tell_left
 
-CREDIT = 0.5
-"""Plain tokens that a setup may lose at first."""
-SHARE = 0.015
-"""Of the time generated in, what may be lost besides."""
+FIRST_WAIT = 12.0
+"""Tokens after which what had paid until now is tried again: two unlucky rounds are no change of the text."""
 SHORTEST_WAIT = 24.0
 LONGEST_WAIT = 1024.0
 UNSEEN_WAIT = 96.0
 """The shortest where nothing was lost, since what was known promised nothing: a middle that is tried reads the text."""
-TRIAL = 2
+TRIAL = 1
 """Most tokens of blocks and drafts in a trial; they double with every round that does not lose."""
+ROWS_TRIAL = 2
+"""The same where there are several rows, whose rounds nothing limits by what they may lose."""
 ENOUGH = 6
 """Rounds after which what was tried again is no longer on trial."""
+SHARE_OF_ROWS = 0.015
+"""Of the time generated in, what may be lost where there are several rows."""
 LAST = 16
 """Nothing is tried in the last tokens of a text."""
+RIGHT = 0.95
+"""The same in texts for which a middle is made."""
+WORTH_A_TRIAL = 0.05
+"""Of the time that what runs takes, what a setup that is tried again might save at least."""
 HOPED = 0.8
 """Share of a middle's tokens that is expected to be right when it is tried again, at least."""
-
-
-@dataclass
-class _Account:
-    """What the setup that runs has won and lost, in seconds.
-
-    Attributes:
-        balance: never more than one round may lose: what was won on one text is not for losing on another.
-        credit: that it may lose; rounds: it ran; most: tokens it may hand up at once, None for as many as pay.
-        missed: whether its levels may have to read, in its first round, what they have missed.
-        total: won and lost in all.
-    """
-
-    credit: float
-    balance: float = 0.0
-    rounds: int = 0
-    most: int | None = None
-    missed: bool = False
-    total: float = 0.0
-
-    def book(self, gain: float, seconds: float) -> None:
-        """A round that took so long has won or lost against the target alone."""
-        self.rounds += 1
-        self.total += gain
-        if self.missed and self.rounds == 1:  # what is read once says nothing of the rounds to come
-            gain = max(gain, 0.0)
-        self.balance = min(max(self.credit, seconds), self.balance + gain)
-
-    @property
-    def overdrawn(self) -> bool:
-        return self.balance < -self.credit
 
 
 class SteadyControl:
@@ -110,18 +86,22 @@ class SteadyControl:
         self.clock = clock
         self.decisions: list[Decision] = []
         self._several = False
-        self._steps = _ladder(self.chain)
+        self._steps = ladder_of(self.chain)
         before = costs.standing
-        self.standing = Standing(min(before.place, len(self.ladder) - 1), before.tokens, dict(before.due))
+        self.standing = Standing(
+            min(before.place, len(self.ladder) - 1), before.tokens, before.passed, dict(before.due)
+        )
         self.standing.waits = dict(before.waits)
         self.heads = Heads(self.chain.leaf, costs, self.standing)
-        self._passes_by = _passes_by(self.chain)
+        self._passes_by = passes_by(self.chain)
         self._cuts: list[Cut] = []
-        if _tells(self.chain.leaf):  # whoever asks it
+        if tells(self.chain.leaf):  # whoever asks it
             self._cuts = [Cut(verifier, partial(self._checked, verifier.index)) for verifier in self.chain.verifiers]
-        self.setup = PLAIN
+        self.setup = self._own = PLAIN
         self.emitted = 0.0
-        self._account: _Account | None = None
+        self.ledger = Ledger()
+        self._account: Account | None = None
+        self._before: tuple[int, Account] | None = None
         self._rows = 1
         self._reason = "start"
         self._began = clock()
@@ -138,9 +118,10 @@ class SteadyControl:
             tell_left(self.columns, limits)
         if self._account is None:
             # What a profile promises has yet to be seen on a text.
-            self._account = self._opened(None if self.standing.tokens else TRIAL)
-        self._step(max(limits, default=1))
-        self._run(self._sized())
+            self._account = self._opened(None if self.standing.tokens else self._trial)
+        self._step(context, max(limits, default=1))
+        self._own = self._at_most(self._sized(self.standing.place), self._account.most)
+        self._run(self._afforded(context))
         self._began = self.clock()
 
     def after(self, emission: Emission) -> None:
@@ -150,10 +131,15 @@ class SteadyControl:
         tokens = sum(emitting) / max(1, len(emitting))
         self.emitted += tokens
         self.standing.tokens += tokens
-        reads = emission.passed.fed > 1 + self._longest()
-        if self._account is not None and not reads and self.setup != PLAIN:
-            gain = self._valued(emission, tokens) * self._plain_seconds() - seconds
-            self._account.book(gain + SHARE * seconds, seconds)
+        reads = emission.passed.fed > 1 + self._offered(emission)
+        gain = self._valued(emission, tokens) * self._plain_seconds() - seconds
+        if len(self.setup.levels) < 3 and not any(emission.drafted) and self._rows == 1:
+            gain = 0.0  # it was a round of the target alone, whatever was expected of that
+        if not reads:
+            self.standing.passed += seconds / self._plain_seconds()
+            self.ledger.book(gain, seconds)
+        if self._account is not None and not reads and self.setup.levels == self._own.levels:
+            self._account.book(gain, seconds, tokens)
             if self._account.most is not None and gain >= 0:
                 self._account.most *= 2
 
@@ -179,7 +165,7 @@ class SteadyControl:
         """A verifier has judged a proposal: learn the machine's pace, and acceptance."""
         for columns in self.columns:
             columns.observe(check)
-        self.costs.observe(check.level, check.columns, check.seconds)
+        self.costs.observe(check.level, check.columns, check.seconds, check.offered if self._rows == 1 else None)
         if check.source is None or not any(check.drafted):
             return
         source = self.chain.levels[check.source]
@@ -207,6 +193,11 @@ class SteadyControl:
         # Where what does not pay is left out token by token, the target need not be left alone for that.
         return self._steps[:-1] if self._several and leaf is not None and leaf.tells_chances else self._steps
 
+    @property
+    def _cutting(self) -> bool:
+        """Whether drafts are cut by their own chances."""
+        return bool(self._cuts) and not self._several
+
     def _meet(self, several: bool) -> None:
         """Rows share out their columns where there are several."""
         self._several = several and bool(self.columns)
@@ -215,33 +206,64 @@ class SteadyControl:
         if self.standing.place >= len(self.ladder):
             self.standing.place, self._account = len(self.ladder) - 1, None
 
-    def _step(self, room: int) -> None:
+    def _step(self, context: Context, room: int) -> None:
         account, place = self._account, self.standing.place
         assert account is not None
-        if place < len(self.ladder) - 1 and (account.overdrawn or self._hopeless(place)):
-            least = SHORTEST_WAIT if account.overdrawn else UNSEEN_WAIT
-            lost = 0.0 if account.most is None else -account.total / self._plain_seconds()
-            wait = max(least, lost / SHARE, min(LONGEST_WAIT, 2 * self.standing.waits.get(place, 0.0)))
+        last, left = len(self.ladder) - 1, self._left()
+        due = [above for above in range(place) if self._due(above) and self._may_win(above)]
+        due = [above for above in due if self._risk(above, context) <= left]
+        if place < last and (account.overdrawn or self._hopeless(place)):
+            proven = account.most is None
+            least = (FIRST_WAIT if proven else SHORTEST_WAIT) if account.overdrawn else UNSEEN_WAIT
+            lost = 0.0 if proven else -account.total / self._plain_seconds()
+            if self._rows > 1:
+                least = max(least, 2 * self.standing.waits.get(place, 0.0))
+            wait = min(LONGEST_WAIT, max(least, lost / account.share))
             self.standing.waits[place] = wait
-            self.standing.due[place] = self.standing.tokens + wait
-            self._move(place + 1, "it loses" if account.overdrawn else "the middle does not pay", TRIAL)
+            self.standing.due[place] = self.standing.passed + wait
+            below = next(lower for lower in range(place + 1, last + 1) if lower == last or self._due(lower))
+            self._move(below, "it loses" if account.overdrawn else "the middle does not pay")
+        elif place < last and self._risk(place, context) > left:
+            self._move(place + 1, "too much to lose")
         elif account.most is not None and account.rounds >= ENOUGH and account.balance >= 0:
             self.standing.waits.pop(place, None)
             account.most, self._reason = None, "it pays again"
-        elif place and room >= LAST and self.standing.tokens >= self.standing.due.get(place - 1, 0.0):
-            if self._hopeless(place - 1):
+        elif due and room >= LAST:
+            above = due[-1]
+            if self._hopeless(above):
                 self.costs.middle.hope(HOPED)  # what is not asked is never seen to be right again
-            if not self._hopeless(place - 1):
-                self._move(place - 1, "trial", TRIAL)
+            if not self._hopeless(above):
+                self._move(above, "trial")
             else:
-                self.standing.due[place - 1] = self.standing.tokens + SHORTEST_WAIT
+                self.standing.due[above] = self.standing.passed + SHORTEST_WAIT
 
-    def _move(self, place: int, reason: str, most: int | None) -> None:
+    @property
+    def _trial(self) -> int:
+        return TRIAL if self._rows == 1 else ROWS_TRIAL
+
+    def _due(self, place: int) -> bool:
+        """Whether a setup that lost has waited long enough."""
+        return self.standing.passed >= self.standing.due.get(place, 0.0)
+
+    def _may_win(self, place: int) -> bool:
+        """Whether a setup could save some of the time that rounds of one token take now, were its middle a good one."""
+        assert self._account is not None
+        if not self._has_middle(place):
+            return True
+        return self._account.idle * (1 - 1 / self.costs.most_of_blocks(RIGHT, self._rows)) > WORTH_A_TRIAL
+
+    def _move(self, place: int, reason: str) -> None:
+        assert self._account is not None
+        before, self._before = self._before, (self.standing.place, self._account)
         self.standing.place, self._reason = place, reason
-        self._account = self._opened(most)
+        if before is not None and before[0] == place > self._before[0] and before[1].most is None:
+            self._account = before[1]  # it has paid, and was left for a trial only
+        else:
+            self._account = self._opened(self._trial)
 
-    def _opened(self, most: int | None) -> _Account:
-        return _Account(CREDIT * self._plain_seconds(), most=most, missed=self._reason == "trial")
+    def _opened(self, most: int | None) -> Account:
+        share = SHARE if self._rows == 1 else SHARE_OF_ROWS
+        return Account(CREDIT * self._plain_seconds(), most=most, missed=self._reason == "trial", share=share)
 
     def _hopeless(self, place: int) -> bool:
         """Whether a setup has a middle that promises nothing, whatever the drafter wins."""
@@ -250,9 +272,64 @@ class SteadyControl:
     def _has_middle(self, place: int) -> bool:
         return len(self.ladder[place]) > 2
 
-    def _sized(self) -> Setup:
-        """The setup at this place, at the sizes that promise most."""
-        place = self.standing.place
+    def _left(self) -> float:
+        """Seconds that the next round may lose."""
+        if self._rows > 1 or self._several:
+            return math.inf
+        left = self.ledger.left(self._plain_seconds())
+        account = self._account
+        if account is None or account.most is None or account.balance <= 0:
+            return left
+        return min(left, START * self._plain_seconds() + account.balance)
+
+    def _risk(self, place: int, context: Context) -> float:
+        """Seconds that the smallest round of a setup may lose."""
+        if len(self.ladder[place]) == 1 or self._rows > 1 or self._several:
+            return 0.0
+        levels = self.ladder[place]
+        smallest = Setup(levels, (1,) * (len(levels) - 1), head=0 if self.heads.beside else None)
+        return self._worst(smallest) + self._catching_up(place, context)
+
+    def _afforded(self, context: Context) -> Setup:
+        """The setup at this place, or as much of it as may be lost."""
+        left = self._left()
+        if left == math.inf or self._own == PLAIN:
+            return self._own
+        left -= self._catching_up(self.standing.place, context)
+        # A draft that is cut by its own chances may be longer than what stands above it.
+        smaller = [self._own.at_most(size, leaf=not self._cutting) for size in BLOCKS[::-1]]
+        less = [one.drafting(size) for one in [self._own, *smaller] for size in (one.sizes[-1], *DRAFTS[::-1])]
+        return next((one for one in less if self._worst(one) <= left), less[-1])
+
+    def _worst(self, setup: Setup) -> float:
+        """Seconds that a round of one row takes longer than the target alone, where nothing of it is kept."""
+        *blocks, draft = setup.sizes
+        drawn = 0
+        if self.heads.known:
+            drawn = draft if setup.head is None else setup.head
+        if self._cutting:
+            draft = min(draft, 1)  # how long one is follows from its chances, and what becomes of it moves those
+        drafting = drawn * self.costs.step_seconds
+        if not blocks:
+            return self.costs.seconds(0, 1 + draft) + drafting - self._plain_seconds()
+        passed_by = draft if self.chain.verifiers[-1].direct_tokens else 0
+        middle = blocks[0] * (self.costs.seconds(1, 1 + drawn) + drafting)
+        return middle + self.costs.seconds(0, 1 + blocks[0] + passed_by) - self._plain_seconds()
+
+    def _catching_up(self, place: int, context: Context) -> float:
+        """Seconds in which a middle reads what it has missed."""
+        if not self._has_middle(place):
+            return 0.0
+        runner, behind = self.chain.verifiers[-1].runner, missing(self.chain.verifiers[-1], context)
+        if behind <= 1 or (runner.lender is not None and behind >= runner.borrows_from):
+            return 0.0
+        return self.costs.seconds(1, behind) - self.costs.seconds(1, 1)
+
+    def _at_most(self, setup: Setup, most: int | None) -> Setup:
+        return setup if most is None else setup.at_most(most, leaf=not self._cutting)
+
+    def _sized(self, place: int) -> Setup:
+        """The setup at a place, at the sizes that promise most."""
         levels = self.ladder[place]
         if len(levels) == 1:
             return PLAIN
@@ -260,7 +337,8 @@ class SteadyControl:
         rows = 1 if self._several else self._rows  # else each row's share of the columns is decided round by round
         if self._passes_by and len(levels) > 2:
             middle, length = self.chain.verifiers[-1], self._passes_by
-            middle.direct_tokens = length if self.costs.passing_by_pays(rows) else 0
+            # A draft that is cut where the target's columns no longer pay is one that the target had better check.
+            middle.direct_tokens = length if self._cutting or self.costs.passing_by_pays(rows) else 0
             middle.runner.borrows_from = FEW if middle.direct_tokens else WORTH
         for above, level in itertools.pairwise(levels):
             if isinstance(self.chain.levels[level], Verifier):
@@ -269,14 +347,11 @@ class SteadyControl:
                 sizes.append(max(1, self.heads.tokens(above, rows)))
             else:
                 # Where each draft is cut by its own chances, those before it need not say how long it may be.
-                cuts = self._cuts and not self._several
-                longest = max(DRAFTS) if cuts else self.costs.draft(self._checks_long_drafts(above), rows)
+                longest = max(DRAFTS) if self._cutting else self.costs.draft(self._checks_long_drafts(above), rows)
                 sizes.append(longest)
                 if self.heads.known:  # it can only guess under the level whose states it reads
                     head = self.heads.tokens(above, rows) if above == level - 1 else 0
-        setup = Setup(levels, tuple(sizes), head=head)
-        most = None if self._account is None else self._account.most
-        return setup if most is None else setup.at_most(most)
+        return Setup(levels, tuple(sizes), head=head)
 
     def _checks_long_drafts(self, above: int) -> int:
         """The level that checks a drafter's long drafts: they pass a middle by."""
@@ -312,28 +387,7 @@ class SteadyControl:
             return gauge.seconds(self._rows)
         return self.costs.seconds(0, self._rows)
 
-    def _longest(self) -> int:
-        """Most tokens that a pass of the target can be offered in the setup that runs."""
-        return 2 * sum(self.setup.sizes)
-
-
-def _tells(leaf: Drafter | None) -> bool:
-    """Whether a level, or what joins a head in it, says how likely its drafts are."""
-    return leaf is not None and getattr(leaf, "branch", leaf).tells_chances
-
-
-def _passes_by(chain: Chain) -> int:
-    """From how many tokens on what the last level finds may pass the middle above it by; 0 for never."""
-    above = chain.verifiers[-1]
-    if isinstance(chain.leaf, JoinedDrafter) and len(chain.verifiers) > 1:
-        return chain.leaf.passes_by(input_device(above.runner.model))
-    return above.direct_tokens
-
-
-def _ladder(chain: Chain) -> Sequence[tuple[int, ...]]:
-    """Setups, the whole chain first, the target alone last."""
-    whole = tuple(range(len(chain.levels)))
-    steps = [whole]
-    if len(whole) > 2 and chain.leaf is not None:
-        steps.append((0, chain.last))
-    return [*steps, (0,)]
+    def _offered(self, emission: Emission) -> int:
+        """Most columns that a pass of the target had to judge: with more it has read what it had not."""
+        trees = self.chain.leaf is not None and self.chain.leaf.grows_trees
+        return 2 * sum(self.setup.sizes) if trees else max(emission.drafted, default=0) + BEHIND

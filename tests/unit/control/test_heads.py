@@ -109,11 +109,16 @@ def test_a_head_that_is_right_speeds_the_middle_up() -> None:
 
 @pytest.mark.parametrize("expected", [0.3, 0.9])
 def test_a_head_that_is_always_wrong_costs_little(expected: float) -> None:
-    stage, without = Stage(head=0.0, expected=expected), Stage(head=0.0, expected=0.0)
-    without.costs.standing.due[HEAD] = float("inf")
-    assert stage.run(512).seconds <= 1.04 * without.run(512).seconds
-    assert not without.head.asked
-    assert stage.costs.standing.waits[HEAD] > 64
+    with_it = without_it = 0.0
+    for seed in range(8):  # now and then a middle is left for being unlucky, in one of both alone
+        stage, without = Stage(head=0.0, expected=expected), Stage(head=0.0, expected=0.0)
+        without.costs.standing.due[HEAD] = float("inf")
+        for one in (stage, without):
+            one.middle.runner.dice = random.Random(seed)  # type: ignore[attr-defined]
+        with_it, without_it = with_it + stage.run(512).seconds, without_it + without.run(512).seconds
+        assert not without.head.asked
+        assert sum(count for _, count in stage.head.asked) * STEP < 0.04 * stage.clock.now
+    assert with_it <= 1.04 * without_it
 
 
 def test_a_head_is_asked_again_when_the_text_changes() -> None:
@@ -138,7 +143,7 @@ def test_what_is_found_is_offered_in_long_drafts_that_pass_the_middle_by() -> No
     stage.shares |= {"finds": 1.0, "middle": 0.0}
     found = stage.run(512)
     assert found.control.setup.sizes[-1] == 24
-    assert found.seconds < 512 * TARGET / 9
+    assert found.seconds < 512 * TARGET / 11, "what loses beside it is not tried every hundred tokens"
     assert stage.costs.leaf.value > 0.95
     assert stage.costs.middle.tried < 6, "hardly anything was its own"
     assert found.control.setup.levels != (0,)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seconds of the passes of a chain's levels: what was measured beforehand, mended by the passes that are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from .pass_seconds import PassSeconds
+
+NEWEST = 0.1
+"""Weight of the newest pass in the machine's pace."""
+WIDEST = 64
+TRUST = 0.05
+"""Passes that the columns of a table stand for: what judging takes for each is in none."""
+SETTLED = 8
+"""Passes after which a level below the target says something of the machine, and not only of itself."""
+BEHIND = 4
+"""Columns beyond those of a draft from which on a pass has read what its level had missed."""
+
+
+class Pace:
+    """How quick the machine is now, and what each level's passes cost at that pace.
+
+    A table is of bare passes. In a chain judging comes with them, which costs as much for a quick model as for a slow
+    one, and something for every column where tokens are drawn; that share is learnt of each level by itself. What makes
+    all of them slower, other work on the machine, is one number, which levels that rest share.
+
+    Args:
+        tables: seconds of passes by columns, of each level that checks, the target first.
+
+    Attributes:
+        now: seconds of a pass in those at the pace of the tables.
+    """
+
+    def __init__(self, tables: Sequence[Callable[[float], float]]) -> None:
+        self.now = 1.0
+        self._tables = tables
+        self._learnt: dict[int, PassSeconds] = {}
+        self._seen = 0
+
+    def table_seconds(self, level: int, columns: float) -> float:
+        """Of a pass of a level over so many columns, at the pace of the tables."""
+        learnt = self._learnt.get(level)
+        return self._tables[level](columns) if learnt is None else learnt.seconds(columns)
+
+    def seconds(self, level: int, columns: float) -> float:
+        """The same now."""
+        return self.now * self.table_seconds(level, columns)
+
+    def observe(self, level: int, columns: int, seconds: float, offered: int | None = None) -> None:
+        """A pass took so long.
+
+        Args:
+            level: whose; columns: that were read, of all rows; seconds: with its judgement.
+            offered: tokens of the draft that was read, None for as many as there may have been.
+        """
+        behind = offered is not None and columns > offered + 1 + BEHIND  # judged were only those of the draft
+        if level >= len(self._tables) or not 0 < columns <= WIDEST or behind:
+            return
+        learnt = self._learnt.get(level)
+        if level == 0 or (learnt is not None and learnt.passes >= SETTLED):
+            self._seen += 1
+            ratio = seconds / max(1e-9, self.table_seconds(level, columns))
+            bounded = ratio if self._seen == 1 else min(2 * self.now, max(self.now / 2, ratio))
+            self.now += max(NEWEST, 1 / self._seen) * (bounded - self.now)
+        elif not self._seen:  # whether it is this level or the machine, the target's next pass will say
+            return
+        if learnt is None:
+            learnt = self._learnt[level] = PassSeconds(self._tables[level], trust=TRUST)
+        learnt.add(columns, seconds / self.now)
