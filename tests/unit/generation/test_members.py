@@ -80,7 +80,7 @@ def together(calls: list[Any]) -> list[Any]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(240)
         assert not thread.is_alive()
     return found
 
