@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, StoppingCriteria
 
 import hf_polyspec
 from hf_polyspec import SuffixDrafter
-from hf_polyspec.control import steady
+from hf_polyspec.control import Costs, steady
 from hf_polyspec.control.pass_seconds import PassSeconds
 from hf_polyspec.exactness.proposal import Proposal
 from hf_polyspec.generation import decoding
@@ -244,7 +244,7 @@ def automatic(folder: str, notes: Notes, rank: int) -> None:
 
     # What two processes and this machine's clock have found to pay is another matter.
     decoding.SteadyControl = Unhurried  # type: ignore[misc]
-    steady.SteadyControl._checked = lambda self, above, columns: 1.0  # type: ignore[method-assign]
+    Costs.seconds = lambda self, level, columns: 1.0  # type: ignore[method-assign]
     notes.put("auto in one row", drafted)
     # Beside a pass of one column, any other is too dear.
     steady.SteadyControl._checked = lambda self, above, columns: columns**4  # type: ignore[method-assign]
