@@ -32,8 +32,8 @@ _shape, _dtype = attrgetter("shape"), attrgetter("dtype")
 class Watch:
     """What the numbers of blocks depend on, as it is now.
 
-    Lists are compared as wholes, by functions of the interpreter's own: asked of thirty layers in every pass, a line of
-    Python for each of a thousand things took a tenth of a small model's pass.
+    Lists are compared as wholes, by functions of the interpreter's own: a line of Python for each of a thousand things
+    takes longer, whenever the weights of a pass have pushed all of them out of the processor's caches.
 
     Args:
         blocks: The parts of layers that are ready, with matrices that compiled products multiply.
