@@ -64,10 +64,13 @@ def test_wholes_around_other_packages_or_of_odd_parts_are_built(kind: str) -> No
     assert model.generate(**prompts(1), max_new_tokens=2, do_sample=False).shape == (1, 11)
 
 
-def test_a_class_that_generates_by_itself_is_refused_before_anything_runs() -> None:
-    found = architectures.measure("causal", "musicgen")
-    assert found.verdict == "refused"
-    assert found.note.startswith("generate() of MusicgenForCausalLM is the class's own")
+def test_a_class_that_generates_by_itself_is_served_without_gain() -> None:
+    """By its own generate(); one that fails on text alone fails by itself."""
+    found = architectures.measure("causal", "musicgen_melody")
+    assert found.verdict == "served without gain"
+    assert "MusicgenMelodyForCausalLM is the class's own" in found.note
+    assert found.passes is None
+    assert architectures.measure("causal", "musicgen").verdict == "plain fails"
 
 
 def test_a_part_of_a_whole_is_built_alone() -> None:
