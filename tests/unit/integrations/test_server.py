@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import json
 import socket
 import sys
@@ -41,6 +42,7 @@ POOL = 40
 PATIENCE = 120.0
 """Seconds within which anything happens, however busy the machine."""
 TOKENIZER = byte_tokenizer()
+UTILS = importlib.import_module("transformers.cli.serving.utils")
 ASKED = [{"role": "user", "content": "abcabcabc"}]
 FOR_ONE = {"model": "tiny", "messages": ASKED, "temperature": 0}
 
@@ -574,8 +576,7 @@ class Told:
 
     def items(self) -> list[Any]:
         """What a stream is given to send, up to its end."""
-        utils = sys.modules["transformers.cli.serving.utils"]
-        manager = serving._manager(utils, self)  # type: ignore[arg-type]
+        manager = serving._manager(UTILS, self)  # type: ignore[arg-type]
 
         async def all_of_it() -> list[Any]:
             queue, _ = manager.generate_streaming(None, TOKENIZER, prompt("abc"), GenerationConfig(), "1")
@@ -594,7 +595,7 @@ def test_a_round_is_one_event() -> None:
 
 def test_ids_become_text_in_the_thread_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not in the one that runs the models, which has the next round to run."""
-    streamer, seen = sys.modules["transformers.cli.serving.utils"].DirectStreamer, set[int]()
+    streamer, seen = UTILS.DirectStreamer, set[int]()
     genuine = streamer._enqueue
 
     def noted(self: Any, item: Any) -> None:
@@ -607,14 +608,12 @@ def test_ids_become_text_in_the_thread_of_the_loop(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_text_that_cannot_be_read_ends_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    utils = sys.modules["transformers.cli.serving.utils"]
-
     def broken(self: Any, item: Any) -> None:
         raise ValueError('no "text"\nin it')
 
-    monkeypatch.setattr(utils.DirectStreamer, "_enqueue", broken)
+    monkeypatch.setattr(UTILS.DirectStreamer, "_enqueue", broken)
     work = Told()
     (ending,) = work.items()
-    assert isinstance(ending, utils._StreamError)
+    assert isinstance(ending, UTILS._StreamError)
     assert ending.msg == 'no \\"text\\" in it'
     assert work.gone
