@@ -74,11 +74,11 @@ def answered(url: str, name: str, prompts: Sequence[str], new_tokens: int, strea
     return {"texts": texts, "seconds": seconds, "first": first}
 
 
-def main() -> None:
+def _serve() -> None:
     """Answer until nothing more is asked."""
     for line in sys.stdin:
         print(json.dumps(answered(**json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    _serve()
