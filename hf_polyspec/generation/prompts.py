@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from ..errors import TARGET, UncheckableError
 from ..exactness.context import EMBEDDED, Context, Prompt
-from ..host.callers_cache import check_prompt, tokens_held
+from ..host.callers_cache import check_prompt, counts_nothing, tokens_held
 from ..host.generation import mask_length
 from ..host.release import GENERATION_CACHE, cache_of
 
@@ -26,6 +27,7 @@ def context_of(
 
     Raises:
         ValueError: mask or positions of a form that a chain does not understand, or an empty prompt.
+        UncheckableError: embeddings after a cache of states, of which nobody can say which of them it has read.
     """
     embeds = model_kwargs.get("inputs_embeds")
     if input_ids.shape[0] == 0:
@@ -40,6 +42,12 @@ def context_of(
     hidden = 0
     if embeds is not None:
         columns = embeds.shape[1]
+        if past and counts_nothing(cache):
+            raise UncheckableError(
+                f"inputs_embeds after a {GENERATION_CACHE} of states alone, which keeps no count of what it has read, "
+                "cannot be told from what it holds; pass input_ids.",
+                TARGET,
+            )
         if past >= columns:
             raise ValueError(
                 f"inputs_embeds has {columns} columns and {GENERATION_CACHE} holds {past} tokens already; embeddings "

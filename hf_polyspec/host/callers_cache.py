@@ -85,7 +85,7 @@ def check_prompt(cache: Cache, ids: int, width: int | None) -> bool:
     held = tokens_held(cache)
     if not held:
         return False
-    if _counts_nothing(cache):
+    if counts_nothing(cache):
         return True
     if width is not None and width != ids:
         if width != held + ids:
@@ -109,12 +109,12 @@ def check_prompt(cache: Cache, ids: int, width: int | None) -> bool:
 
 def tokens_held(cache: Cache) -> int:
     """Tokens that a cache holds; 1 for one that has read some and keeps no count of them."""
-    if _counts_nothing(cache):
+    if counts_nothing(cache):
         return int(bool(tensors_of([vars(layer) for layer in cache.layers])))
     return int(cache.get_seq_length())
 
 
-def _counts_nothing(cache: Cache) -> bool:
+def counts_nothing(cache: Cache) -> bool:
     """Whether a cache is of states alone: plain generation then reads all ids as what comes after them."""
     return bool(cache.layers) and not any(hasattr(layer, "get_seq_length") for layer in cache.layers)
 
