@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from ..errors import TARGET, UncheckableError
 from ..exactness.context import EMBEDDED, Context, Prompt
 from ..host.callers_cache import check_prompt, counts_nothing, tokens_held
 from ..host.generation import mask_length
@@ -27,7 +26,6 @@ def context_of(
 
     Raises:
         ValueError: mask or positions of a form that a chain does not understand, or an empty prompt.
-        UncheckableError: embeddings after a cache of states, of which nobody can say which of them it has read.
     """
     embeds = model_kwargs.get("inputs_embeds")
     if input_ids.shape[0] == 0:
@@ -35,33 +33,14 @@ def context_of(
     ids = [[int(token) for token in row] for row in input_ids.tolist()]
     cache = cache_of(model_kwargs)
     past = 0 if cache is None else tokens_held(cache)
+    uncounted = past if _comes_before(cache) else 0
     mask = model_kwargs.get("attention_mask")
     width = mask.shape[1] if mask is not None else mask_length(config)
     if encodes and past and width is None:
         width = past + input_ids.shape[1]
-    hidden = 0
-    if embeds is not None:
-        columns = embeds.shape[1]
-        if past and counts_nothing(cache):
-            raise UncheckableError(
-                f"inputs_embeds after a {GENERATION_CACHE} of states alone, which keeps no count of what it has read, "
-                "cannot be told from what it holds; pass input_ids.",
-                TARGET,
-            )
-        if past >= columns:
-            raise ValueError(
-                f"inputs_embeds has {columns} columns and {GENERATION_CACHE} holds {past} tokens already; embeddings "
-                "are those of the whole prompt, what the cache holds included, and at least one must be new."
-            )
-        if input_ids.shape[1] not in (0, columns):
-            raise ValueError(
-                f"inputs_embeds has {columns} columns and input_ids {input_ids.shape[1]}; where both are given, "
-                "assistant_models need an id for each embedding."
-            )
-        hidden = columns - input_ids.shape[1]
-    elif past and check_prompt(cache, input_ids.shape[1], width):
-        # Only the new ids were passed. What the cache holds has no ids here, so it gets stand-ins.
-        hidden = past
+    hidden = _without_ids(input_ids.shape[1], embeds, cache, width)
+    if embeds is not None and uncounted:
+        embeds = torch.cat([torch.zeros_like(embeds[:, :uncounted]), embeds], dim=1)
     ids = [[EMBEDDED] * hidden + row for row in ids]
     columns = len(ids[0])
     if columns == 0:
@@ -75,9 +54,9 @@ def context_of(
         positions = None  # levels that know no others are given plain ones
     if mask is not None and (mask.ndim != 2 or mask.shape[0] != len(ids)):
         raise ValueError(f"attention_mask must be [batch, length], [{len(ids)}, {columns}], got {list(mask.shape)}.")
-    if past and hidden and width == input_ids.shape[1]:  # of the ids alone, after a cache that counts nothing
+    if uncounted and width == columns - uncounted:
         width = columns
-        mask = None if mask is None else torch.cat([mask.new_ones(mask.shape[0], past), mask], dim=1)
+        mask = None if mask is None else torch.cat([mask.new_ones(mask.shape[0], uncounted), mask], dim=1)
     if width is not None and width < columns:
         raise ValueError(
             f"attention_mask has {width} columns and the prompt has {columns}; give one for each, those in a cache too."
@@ -89,3 +68,36 @@ def context_of(
     if positions.shape[0] != len(ids):
         positions = positions.expand(len(ids), -1)
     return Context(ids, Prompt(columns, mask, positions.long().cpu(), embeds, hidden))
+
+
+def _comes_before(cache: Any) -> bool:
+    """Whether plain generation takes ids and embeddings for what comes after a cache, and never for all of the text."""
+    return cache is not None and counts_nothing(cache)
+
+
+def _without_ids(count: int, embeds: torch.Tensor | None, cache: Any, width: int | None) -> int:
+    """Leading columns of the prompt that have no ids, and get stand-ins.
+
+    Args:
+        count: columns of the given ids; embeds: `[B, E, H]` or None.
+        cache: the caller's, or None; width: columns of the mask, None where there was none.
+
+    Raises:
+        ValueError: as `context_of`.
+    """
+    past = 0 if cache is None else tokens_held(cache)
+    if embeds is None:
+        # Where only the new ids were passed, those of what the cache holds are not known.
+        return past if past and check_prompt(cache, count, width) else 0
+    columns, before = embeds.shape[1], _comes_before(cache)
+    if past >= columns and not before:
+        raise ValueError(
+            f"inputs_embeds has {columns} columns and {GENERATION_CACHE} holds {past} tokens already; embeddings "
+            "are those of the whole prompt, what the cache holds included, and at least one must be new."
+        )
+    if count not in (0, columns):
+        raise ValueError(
+            f"inputs_embeds has {columns} columns and input_ids {count}; where both are given, "
+            "assistant_models need an id for each embedding."
+        )
+    return columns - count + (past if before else 0)

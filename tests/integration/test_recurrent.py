@@ -218,6 +218,31 @@ def test_the_cache_handed_back_is_plain_generations(enabled: None, kind: str, ba
     assert again.sequences.tolist() == second.sequences.tolist()
 
 
+@pytest.mark.parametrize("given", ["inputs_embeds", "both", "masked"])
+@pytest.mark.parametrize("kind", ["mamba2", "mamba"])
+def test_embeddings_after_states_that_nobody_counted(enabled: None, kind: str, given: str) -> None:
+    """Plain generation reads all of them as what comes after the cache, which says of no token that it holds it."""
+    model, call = made(kind), {"max_new_tokens": 9, "do_sample": False, "return_dict_in_generate": True}
+    ids, argument = prompts(2)["input_ids"], cache_argument(model)
+    call["inputs_embeds"] = model.get_input_embeddings()(ids).detach()
+    if given == "both":
+        call["input_ids"] = ids
+    if given == "masked":
+        call["attention_mask"] = torch.ones_like(ids)
+
+    def after_states(**chain: Any) -> Any:
+        with torch.no_grad():
+            begun = model(inputs_embeds=call["inputs_embeds"][:, :-1], use_cache=True)
+        return model.generate(**call, **chain, output_logits=True, **{argument: begun[argument]})
+
+    plain = after_states()
+    for below in (["suffix"], [noisy(model, 0.05)], [noisy(model, 0.02), noisy(model, 0.05, seed=2)]):
+        got = after_states(assistant_models=below)
+        assert got.sequences.tolist() == plain.sequences.tolist()
+        for one, other in zip(got.logits, plain.logits, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
 def _frequencies(model: PreTrainedModel, calls: int, **options: Any) -> torch.Tensor:
     """How often each of the 6 x 6 pairs of two new tokens was drawn."""
     ids = torch.tensor([[1, 4, 2]]).repeat(100, 1)

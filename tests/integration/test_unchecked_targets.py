@@ -15,7 +15,7 @@ from hf_polyspec.bench.measurements.tiny_models import tiny_model
 from hf_polyspec.errors import UncheckableError
 from hf_polyspec.generation.alone import alone
 from hf_polyspec.host.modeling import AutoModelForCausalLM
-from hf_polyspec.host.release import GENERATION_CACHE, cache_argument
+from hf_polyspec.host.release import GENERATION_CACHE
 
 NEW = 7
 DRAWN = {"do_sample": True, "temperature": 1.5, "top_k": 0, "max_new_tokens": NEW}
@@ -125,26 +125,6 @@ def test_maps_that_are_no_maps_of_tokens(enabled: None) -> None:
         assert [layer.shape for layer in mine] == [layer.shape for layer in theirs]
     states = model.generate(**call, output_hidden_states=True, assistant_models=[noisy(model, 0.0)])
     assert not states.polyspec.levels[0].notes
-
-
-def test_embeddings_after_states_that_nobody_counted(enabled: None) -> None:
-    """Plain generation reads all of them, as what comes after the cache; a chain would have left the first one out."""
-    size = {"hidden_size": 32, "state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8}
-    model = tiny("mamba2", attention="eager", **size)
-    given = {"do_sample": False, "return_dict_in_generate": True}
-    embedded, cache = model.get_input_embeddings()(prompts(2)["input_ids"]).detach(), cache_argument(model)
-    assert cache is not None
-    texts: list[list[list[int]]] = []
-    for after in (None, ["suffix"]):
-        with torch.no_grad():
-            begun = model(inputs_embeds=embedded[:, :-1], use_cache=True)
-        more = {**given, "inputs_embeds": embedded, cache: begun[cache], "max_new_tokens": NEW}
-        if after is None:
-            texts.append(model.generate(**more).sequences.tolist())
-            continue
-        with pytest.warns(UserWarning, match="keeps no count of what it has read"):
-            texts.append(model.generate(**more, assistant_models=after).sequences.tolist())
-    assert texts[0] == texts[1]
 
 
 def test_without_a_door(bert: Any) -> None:
