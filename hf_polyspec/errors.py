@@ -37,6 +37,15 @@ class UncheckableError(ValueError):
         self.level = level
 
 
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Inside, what cannot be checked is a refusal like any other, a plain `ValueError`: nothing takes over."""
+    try:
+        yield
+    except UncheckableError as reason:
+        raise ValueError(str(reason)) from None
+
+
 class ReleaseError(ImportError, ValueError):
     """The installed transformers is newer than any tested release, and changed something that chains rely on.
 

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from ..defaults import require_count, require_model
+from ..errors import refusals
 from ..generation.options import PolySpecOptions
 from ..generation.setting import Setting
 from ..host.encoded import is_encoder_decoder
@@ -104,7 +105,8 @@ class Engine:
         setting = Setting(held.options, device, eos, 0, slots, joins=True)
         steering = Steering(held.options, device, held.costs, fixed=options.get("polyspec_control") == "fixed")
         try:
-            self._crew = Crew(held, setting, steering, self._desk, max_total_tokens)
+            with refusals():
+                self._crew = Crew(held, setting, steering, self._desk, max_total_tokens)
         except BaseException:
             held.close()
             raise

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 
-from ..errors import TARGET, UncheckableError
+from ..errors import TARGET, UncheckableError, refusals
 from ..host.generation import Output, plain_loop
 from ..host.ranks import ranks_of
 from ..levels.names import name_of
@@ -55,8 +55,8 @@ def alone(reason: UncheckableError, given: dict[str, Any]) -> torch.Tensor | Out
         What plain generation returns, with statistics where it is an output object.
 
     Raises:
-        UncheckableError: the reason, where it is no target's, or something was asked for that plain generation does
-            not know: `polyspec_seed`, or processes that share the target.
+        ValueError: the reason, where it is no target's, or something was asked for that plain generation does not
+            know: `polyspec_seed`, or processes that share the target.
 
     Warns:
         UserWarning: says the reason.
@@ -65,7 +65,8 @@ def alone(reason: UncheckableError, given: dict[str, Any]) -> torch.Tensor | Out
     loop = plain_loop(model)
     seeded = given["polyspec_seed"] is not None or getattr(config, "polyspec_seed", None) is not None
     if reason.level != TARGET or loop is None or seeded or ranks_of(model).in_step or given["synced_gpus"]:
-        raise reason
+        with refusals():
+            raise reason
     warnings.warn(f"{reason} {ALONE}", stacklevel=5)
     more = {name: value for name, value in given["model_kwargs"].items() if name not in _OURS}
     criteria, started = given["stopping_criteria"], time.perf_counter()

@@ -11,6 +11,7 @@ from torch import nn
 from ..defaults import DEFAULT_DRAFT_TOKENS
 from ..eagle.features import bind, feature_layers, target_parts, view_of
 from ..eagle.modeling import EagleHead
+from ..errors import refusals
 from ..host.compatibility import check_model, check_vocabularies, vocabulary_size
 from ..host.encoded import is_encoder_decoder
 from ..host.generation import CandidateGenerator
@@ -47,6 +48,16 @@ def check_assistants(target: Any, assistants: Any, vocabularies: Sequence[Vocabu
     Raises:
         TypeError: not a list, or a member that is no model and no drafter.
         ValueError: a member that does not fit; the sentence says which and why.
+    """
+    with refusals():
+        return checked_assistants(target, assistants, vocabularies)
+
+
+def checked_assistants(target: Any, assistants: Any, vocabularies: Sequence[Vocabularies | None] = ()) -> list[Any]:
+    """`check_assistants`, for who can do something else with a target that cannot check drafts.
+
+    Raises:
+        UncheckableError: it cannot; TypeError, ValueError: as `check_assistants`.
     """
     if not isinstance(assistants, (list, tuple)):
         raise TypeError(

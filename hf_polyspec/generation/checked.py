@@ -12,7 +12,7 @@ from ..host.compatibility import check_options
 from ..host.peculiar import check_window
 from ..host.ranks import Ranks, Spread
 from ..host.vocabularies import Vocabularies
-from .chain import check_assistants
+from .chain import checked_assistants
 from .meeting import here
 from .members import leaves_choice, members
 from .options import PolySpecOptions
@@ -84,6 +84,6 @@ def checked(
     found = here(model, assistants, ranks)
     if pairs and not ranks.leads:
         pairs = [None if i >= len(assistants) or one is not assistants[i] else pairs[i] for i, one in enumerate(found)]
-    found = check_assistants(model, found, pairs)
+    found = checked_assistants(model, found, pairs)
     check_window(model, config.max_length)
     return Checked(found, options, pairs, named, chosen_here)

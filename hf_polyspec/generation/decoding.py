@@ -131,7 +131,7 @@ def decode(
 
     Raises:
         ValueError, TypeError: what cannot be served, before the first forward pass.
-        UncheckableError: drafts cannot be checked with the target, and plain generation cannot take over, see `alone`.
+            Also a target with which drafts cannot be checked, where plain generation cannot take over, see `alone`.
         LevelError: a model's forward pass failed; the caller's objects are as they were.
     """
     given = locals()  # before anything else is named: the arguments

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import StoppingCriteriaList
 
 from ..defaults import require_model
-from ..errors import UncheckableError
+from ..errors import UncheckableError, refusals
 from ..host.compatibility import check_cache_implementation
 from ..host.contract import check_release
 from ..host.generation import StopStringCriteria, without
@@ -182,7 +182,8 @@ def _generate(
 def _without(reason: UncheckableError, model: Any, original: Callable[..., Any], given: dict[str, Any]) -> Any:
     """What a class with a generate() of its own makes, and a warning that says why nobody assisted it."""
     if _has_own_seed(model, given):
-        raise reason
+        with refusals():
+            raise reason
     warnings.warn(f"{reason} {ALONE}", stacklevel=5)
     ours = {*PolySpecOptions.names(), "assistant_tokenizer", "polyspec_plan"}
     return original(**_without_configured(model, {name: value for name, value in given.items() if name not in ours}))

@@ -98,8 +98,9 @@ def test_seeds_of_the_calls_own_are_not_plain_generations(enabled: None, bert: A
     """What plain generation does not know of is refused for the same reason, wherever it stands."""
     call = {**prompts(1), **DRAWN, "assistant_models": ["suffix"]}
     for said in ({"polyspec_seed": 3}, {"generation_config": GenerationConfig(polyspec_seed=3)}):
-        with pytest.raises(UncheckableError, match="attends to both sides"):
+        with pytest.raises(ValueError, match="attends to both sides") as caught:
             bert.generate(**call, **said)
+        assert type(caught.value) is ValueError
     with pytest.raises(ValueError, match="num_beams"):
         bert.generate(**prompts(1), num_beams=2, max_new_tokens=2, assistant_models=["suffix"])
 
@@ -110,8 +111,9 @@ def test_where_the_release_has_no_such_loop(bert: Any) -> None:
 
     given: dict[str, Any] = dict.fromkeys(("input_ids", "generation_config", "polyspec_seed"))
     reason = UncheckableError("so.", "the target")
-    with pytest.raises(UncheckableError, match=r"so\."):
+    with pytest.raises(ValueError, match=r"so\.") as caught:
         alone(reason, {**given, "model": Other(bert.config), "synced_gpus": False})
+    assert type(caught.value) is ValueError
 
 
 def test_maps_that_are_no_maps_of_tokens(enabled: None) -> None:
@@ -147,5 +149,20 @@ def test_a_class_with_a_generate_of_its_own(enabled: None, bert: Any) -> None:
     options = {"num_assistant_tokens": 3, "polyspec_verification": "token", "max_new_tokens": 4}
     with pytest.warns(UserWarning, match=words):
         assert model.generate(5, **options, assistant_models=["suffix"]) == (5, ["max_new_tokens"])
-    with pytest.raises(UncheckableError, match=r"generate\(\) of Own"):
+    with pytest.raises(ValueError, match=r"generate\(\) of Own") as caught:
         model.generate(5, polyspec_seed=1, assistant_models=["suffix"])
+    assert type(caught.value) is ValueError
+
+
+def test_as_an_assistant_it_is_refused_like_any_other(bert: Any) -> None:
+    """At every door, with nothing but a ValueError."""
+    target = tiny("bert", is_decoder=True, attention="eager")
+    for door in (
+        lambda: hf_polyspec.generate(target, **prompts(1), max_new_tokens=2, assistant_models=[bert]),
+        lambda: hf_polyspec.Engine(target, [bert]),
+        lambda: hf_polyspec.Engine(bert, ["suffix"]),
+        lambda: hf_polyspec.generate_batch(target, [[3, 4]], assistant_models=[bert], max_new_tokens=2),
+    ):
+        with pytest.raises(ValueError, match="attends to both sides") as caught:
+            door()
+        assert type(caught.value) is ValueError
