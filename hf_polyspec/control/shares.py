@@ -84,7 +84,7 @@ class Shares:
 
 
 def shares_of(top: Verifier, rows: int, device: torch.device) -> Shares | None:
-    """The control of a chain whose sizes nobody has ordered, in one call of many rows: those that lose draft less.
+    """The control of a chain for which nobody has named one, in a call of many rows: sizes are the most a row drafts.
 
     Args:
         top: the target, begun, with the levels below it; rows: of the call; device: of the target.
