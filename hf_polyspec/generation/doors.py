@@ -17,8 +17,8 @@ from typing import Any
 from transformers import StoppingCriteriaList
 
 from ..defaults import require_model
-from ..errors import UncheckableError, refusals
-from ..host.compatibility import check_cache_implementation
+from ..errors import TARGET, UncheckableError, refusals
+from ..host.compatibility import check_cache_implementation, other_strategy
 from ..host.contract import check_release
 from ..host.generation import StopStringCriteria, without
 from ..host.patching import patch_all, patch_one, positional_names, unpatch_all, unpatch_one
@@ -158,6 +158,7 @@ def _generate(
     given = _by_name(args, kwargs)
     try:
         _refuse_early(model, given)
+        _leave_alone(model, given, assistant_models)
     except UncheckableError as reason:
         return _without(reason, model, original, given)
     bound: dict[str, Any] = {"assistant_models": assistant_models, "streamer": given.get("streamer")}
@@ -212,6 +213,21 @@ def _refuse_early(model: Any, given: dict[str, Any]) -> None:
     for where in (given.get("cache_implementation"), getattr(generation_config, "cache_implementation", None)):
         with suppress(UncheckableError):  # which `decode` knows what to do with
             check_cache_implementation(where)
+
+
+def _leave_alone(model: Any, given: dict[str, Any], assistant_models: Any) -> None:
+    """Strategies that no chain serves, where nobody asked for both: the model's own default, or "auto", which may be
+    stored in a config too.
+
+    Raises:
+        UncheckableError: names the option.
+    """
+    called = (given, getattr(given.get("generation_config"), "__dict__", {}))
+    asked = other_strategy(*called, getattr(model.generation_config, "__dict__", {}))
+    if asked is None:
+        return
+    if leaves_choice(assistant_models, None) or all(where.get(asked[0]) is None for where in called):
+        raise UncheckableError(f"{asked[1]}.", TARGET)
 
 
 def _with_stop_strings(model: Any, given: dict[str, Any]) -> dict[str, Any]:

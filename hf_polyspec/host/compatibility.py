@@ -43,6 +43,19 @@ _REFUSED_OPTIONS: tuple[tuple[str, Any, str], ...] = (
 )
 
 
+def other_strategy(*options: Mapping[str, Any]) -> tuple[str, str] | None:
+    """A decoding strategy that a chain does not serve, among options of which the first that says something counts.
+
+    Returns:
+        The option and a sentence without its end; None if there is none.
+    """
+    for name, neutral, what in _REFUSED_OPTIONS:
+        value = next((some[name] for some in options if some.get(name) is not None), None)
+        if value is not None and value is not False and value != neutral and value != 0:
+            return name, f"{name}={value!r} asks for {what}, which assistant_models cannot serve"
+    return None
+
+
 def check_options(config: GenerationConfig) -> None:
     """Refuse decoding strategies that a chain does not serve.
 
@@ -52,10 +65,8 @@ def check_options(config: GenerationConfig) -> None:
     Warns:
         UserWarning: an option of no consequence for the text is not honoured.
     """
-    for name, neutral, what in _REFUSED_OPTIONS:
-        value = getattr(config, name, None)
-        if value is not None and value is not False and value != neutral and value != 0:
-            raise ValueError(f"{name}={value!r} asks for {what}, which assistant_models cannot serve; leave it unset.")
+    if asked := other_strategy(vars(config)):
+        raise ValueError(f"{asked[1]}; leave it unset.")
     ensemble = getattr(config, "assistant_ensemble_weight", None)
     if ensemble is not None and ensemble != 1.0:
         raise ValueError(

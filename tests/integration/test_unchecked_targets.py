@@ -105,6 +105,43 @@ def test_seeds_of_the_calls_own_are_not_plain_generations(enabled: None, bert: A
         bert.generate(**prompts(1), num_beams=2, max_new_tokens=2, assistant_models=["suffix"])
 
 
+@pytest.mark.parametrize(
+    "asked", [{"num_beams": 3}, {"num_beams": 2, "do_sample": True}, {"prompt_lookup_num_tokens": 3}]
+)
+@pytest.mark.parametrize("stored", [False, True])
+def test_auto_chooses_nobody_under_another_strategy(enabled: None, asked: dict[str, Any], stored: bool) -> None:
+    model = tiny("llama")
+    call = {**prompts(1), "max_new_tokens": NEW, "return_dict_in_generate": True, **asked}
+    plain = drawn(model, **call)
+    auto: dict[str, Any] = {"assistant_models": "auto"}
+    if stored:
+        auto = {"generation_config": GenerationConfig(assistant_models="auto", pad_token_id=0)}
+    (option, value), *_ = asked.items()
+    with pytest.warns(UserWarning, match=rf"{option}={value} asks for .*\. This call runs without assistants\."):
+        got = drawn(model, **call, **auto)
+    assert type(got) is type(plain)
+    assert torch.equal(got.sequences, plain.sequences)
+
+
+def test_a_strategy_that_is_the_models_own_default(enabled: None) -> None:
+    """Who names assistants has not asked for the beams; who asks for both is refused."""
+    model = tiny("llama")
+    model.generation_config.num_beams = 3
+    call = {**prompts(2), "max_new_tokens": NEW, "return_dict_in_generate": True, "output_scores": True}
+    plain, chain = model.generate(**call), {"assistant_models": ["suffix"]}
+    with pytest.warns(UserWarning, match=r"num_beams=3 asks for beam search.* This call runs without assistants\."):
+        got = model.generate(**call, **chain)
+    assert torch.equal(got.sequences, plain.sequences)
+    assert torch.equal(got.sequences_scores, plain.sequences_scores)
+    one = model.generate(**call, num_beams=1, **chain)
+    assert one.polyspec.levels[0].forward_passes
+    for said in ({"num_beams": 3}, {"generation_config": GenerationConfig(num_beams=2, max_new_tokens=2)}):
+        with pytest.raises(ValueError, match="num_beams"):
+            model.generate(**{**call, **said}, **chain)
+    with pytest.raises(ValueError, match="num_beams"):
+        model.generate(**call, polyspec_seed=3, **chain)
+
+
 def test_where_the_release_has_no_such_loop(bert: Any) -> None:
     class Other(type(bert)):  # type: ignore[misc]
         _sample = None
