@@ -15,7 +15,7 @@ none of those known.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib import metadata
 from typing import Any
@@ -121,8 +121,15 @@ class ChainProposer(_Proposer):
         def one_more() -> Drafter:
             return build_below([_own(one) for one in self.assistants], setting)
 
-        one_more()  # what does not fit is refused now
+        self._try(one_more)
         return Histories(one_more, self.config.vocabulary, self.config.ends, self.config.device)
+
+    def _try(self, make: Callable[[], Drafter]) -> None:
+        """Drafts once: what does not fit is refused now, and no request waits for what a machine compiles first."""
+        trial = Histories(make, self.config.vocabulary, self.config.ends, self.config.device)
+        text = [0] * min(8, self.config.longest - 2)  # repeats itself, so that a middle has several tokens to check
+        trial.propose([text], [min(self.config.tokens, self.config.longest - len(text) - 1)])
+        trial.close()
 
     def _load(self, names: Any, dtype: Any) -> list[Any]:
         if isinstance(names, str) or not isinstance(names, Sequence) or not names:

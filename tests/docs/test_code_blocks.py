@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from markdown_it import MarkdownIt
+from page_lines import PAGES, ROOT, blocks, indented, lines
 from tiny_checkpoints import byte_tokenizer
 from tiny_models import noisy, tiny
 from transformers import PreTrainedModel
@@ -23,21 +22,6 @@ import hf_polyspec
 from hf_polyspec.cli import app
 from hf_polyspec.eagle.fresh import init_for
 from hf_polyspec.eagle.training.config import build_config
-
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    """The fenced blocks of one language."""
-    tokens = MarkdownIt().parse(page.read_text(encoding="utf-8"))
-    return [token.content for token in tokens if token.type == "fence" and token.info.strip() == language]
-
-
-def indented(page: Path) -> list[str]:
-    """The code blocks without a fence."""
-    tokens = MarkdownIt().parse(page.read_text(encoding="utf-8"))
-    return [token.content for token in tokens if token.type == "code_block"]
 
 
 def pages_with(language: str) -> list[Any]:
@@ -84,26 +68,12 @@ def test_python_runs(page: Path, names: dict[str, Any], monkeypatch: pytest.Monk
         exec(compile(source, f"{page.name}, block {number}", "exec"), names)
 
 
-def _lines(block: str) -> Iterator[list[str]]:
-    """The words of each line as a shell reads it: it goes on after a backslash, and while a quote is open."""
-    line = ""
-    for part in block.replace("\\\n", " ").splitlines():
-        line += part
-        try:
-            yield shlex.split(line, comments=True)
-        except ValueError:
-            line += "\n"
-        else:
-            line = ""
-    assert not line, f"a quote stays open: {line}"
-
-
 def commands(page: Path) -> list[list[str]]:
     """Every `polyspec` command of a page's shell blocks, its continuation lines joined."""
     found = []
     shell = blocks(page, "bash") + [code for code in indented(page) if code.lstrip().startswith("polyspec")]
     for block in shell:
-        for words in _lines(block):
+        for words in lines(block):
             for start in ("polyspec", "hf_polyspec"):
                 if start in words:
                     found.append(words[words.index(start) + 1 :])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from served_lines import SERVED, Served
+from transformers import LlamaForCausalLM
 
 import hf_polyspec
 from hf_polyspec.integrations.histories import SPARE, Histories
@@ -141,10 +144,49 @@ def test_the_middle_is_a_quantised_copy_by_default(model: Any, folder: Path) -> 
     assert Engine(model, proposer).run(PROMPTS, 24) == plain(model, 24)
 
 
+def test_levels_have_run_before_the_first_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled in the first passes, over many tokens and over one, is no request's to wait for."""
+    lengths: list[int] = []
+    forward = LlamaForCausalLM.forward
+
+    def counted(self: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        lengths.append(input_ids.shape[1])
+        return forward(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", counted)
+    proposer = ChainProposer(config(folder, tokens=8))
+    assert len(lengths) > 1
+    assert max(lengths) > 4
+    assert (len(proposer.histories), proposer.histories.passes, proposer.histories.tokens) == (0, 0, 0)
+
+
 def test_a_head_drafts_under_the_middle(model: Any, folder: Path, tmp_path: Path) -> None:
     tiny_models.head_for(model).save_pretrained(tmp_path)
     proposer = ChainProposer(config(folder, assistants=["int8", str(tmp_path)]))
     assert Engine(model, proposer).run(PROMPTS, 16) == plain(model, 16)
+
+
+OURS = [line for line in SERVED if line.speculative["method"] == "custom_class"]
+
+
+@pytest.mark.parametrize("line", OURS, ids=str)
+def test_a_line_of_the_pages_drafts(line: Served, model: Any, folder: Path) -> None:
+    """Whether vLLM's own server takes it, tests/vllm sees; here nothing of vLLM is needed."""
+    module, _, name = line.speculative["model"].rpartition(".")
+    proposer = getattr(import_module(module), name)(
+        config(folder, tokens=line.speculative["num_speculative_tokens"], **line.chain)
+    )
+    engine = Engine(model, proposer)
+    assert engine.run(PROMPTS, 24) == plain(model, 24)
+    assert engine.passes < 4 * 24
+
+
+def test_the_pages_show_every_way_into_vllm() -> None:
+    assert {line.speculative["model"].rpartition(".")[2] for line in OURS} == {"SuffixProposer", "ChainProposer"}
+    [head] = [line for line in SERVED if line not in OURS]
+    assert head.export is not None
+    words = dict(zip(head.export, head.export[1:], strict=False))
+    assert (words["--to"], words["--verifier"]) == ("vllm", head.words[0])
 
 
 def test_texts_end_within_what_the_engine_can_hold(model: Any, folder: Path) -> None:
