@@ -28,7 +28,13 @@ def tie_tolerance(dtype: torch.dtype, size: float) -> float:
 
 @torch.no_grad()
 def compare(
-    model: Any, tokenizer: Any, prompt: Sequence[int], plain: Sequence[int], other: Sequence[int]
+    model: Any,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    plain: Sequence[int],
+    other: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Any] | None:
     """Where two greedy answers to one prompt part, and what the target thinks of the two choices.
 
@@ -38,11 +44,13 @@ def compare(
         prompt: ids of the prompt.
         plain: ids of plain's answer.
         other: ids of the method's.
+        dtype: that both were written in, where `model` is the target in a wider one.
 
     Returns:
         None for equal answers; else position, both tokens and texts, both logits, their distance, the distance that
         counts as a tie, and whether this is one. Logits are None where an answer simply ended.
     """
+    dtype = model.dtype if dtype is None else dtype
     place = first_difference(plain, other)
     if place is None:
         return None
@@ -55,13 +63,13 @@ def compare(
         "gap": None,
         "tolerance": None,
         "tie": False,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
     }
     if all(tokens):
         ids = torch.tensor([[*prompt, *plain[:place]]], device=model.device)
         logits = model(input_ids=ids, logits_to_keep=1).logits[0, -1].float()
         pair = [float(logits[ids[0]]) for ids in tokens]
-        gap, tolerance = abs(pair[0] - pair[1]), tie_tolerance(model.dtype, max(map(abs, pair)))
+        gap, tolerance = abs(pair[0] - pair[1]), tie_tolerance(dtype, max(map(abs, pair)))
         below_best = float(logits.max()) - min(pair)
         found |= {"logits": pair, "gap": gap, "tolerance": tolerance, "tie": max(gap, below_best) <= tolerance}
     return found

@@ -111,7 +111,7 @@ def test_the_same_task_is_measured_with_and_without_a_chain(folders: tuple[str, 
 
     target, small = folders
     harness = LightEval(questions_of(3), 24, tmp_path)
-    rates = measure(load_model(target), load_tokenizer(target), [f"{small},suffix"], harness, rounds=1, batch=2)
+    rates, _ = measure(load_model(target), load_tokenizer(target), [f"{small},suffix"], harness, rounds=1, batches=[2])
     assert [rate.alike for rate in rates] == [3] * 4
     assert all(0 < rate.passes < 0.6 * rate.tokens for rate in rates if rate.chain != PLAIN)
 

@@ -26,6 +26,7 @@ from ...quantization import pack
 from ...quantization.modules import sharing_copy
 from . import arguments
 from .evaluation_harnesses import HARNESSES, Answers, Harness
+from .evaluation_ties import Judge, Parting
 from .same_seed import MORE_PROMPTS
 from .ways import finish, in_turns, parser_of, quotient, table_of, targets_of
 
@@ -42,7 +43,9 @@ class Rate:
 
     Attributes:
         form, chain: of the way; batch: texts at a time; samples: of the task.
-        alike: samples whose answer is that of the harness's own model in this form.
+        alike: samples whose answer is that of the harness's own model in this form; its own answers are compared with
+            those at the first number of texts at a time.
+        ties: samples whose answer leaves that one at a tie.
         tokens: that a chain generated in one evaluation; passes: of the target, rows counted one by one (0: unknown).
         seconds: of an evaluation, the median; first: of the first one.
         ratio: of these seconds to those of the harness's own model as it is loaded, the median of the turns.
@@ -55,6 +58,7 @@ class Rate:
     batch: int
     samples: int
     alike: int
+    ties: int
     tokens: int
     passes: int
     seconds: float
@@ -72,15 +76,51 @@ def ways_of(chains: Sequence[str]) -> list[Way]:
 
 
 def measure(
-    target: Any, tokenizer: Any, chains: Sequence[str], harness: Harness, *, rounds: int, batch: int = 1
-) -> list[Rate]:
-    """Evaluate one model in every way, in turns.
+    target: Any,
+    tokenizer: Any,
+    chains: Sequence[str],
+    harness: Harness,
+    *,
+    rounds: int,
+    batches: Sequence[int] = (1,),
+) -> tuple[list[Rate], list[Parting]]:
+    """Evaluate one model in every way, in turns, and see where answers that differ part.
 
     Args:
         target: as it was loaded; tokenizer: of it; chains: names with commas between.
         harness: that has the task.
-        rounds: of which the median counts; batch: texts at a time.
+        rounds: of which the median counts; batches: texts at a time, one number after the other.
     """
+    judge = Judge(target, tokenizer)
+    rates: list[Rate] = []
+    partings: list[Parting] = []
+    own: dict[str, Answers] = {}
+    for batch in batches:
+        answers, found, first = _turns(target, tokenizer, chains, harness, rounds, batch)
+        for form in FORMS:
+            own.setdefault(form, answers[form, PLAIN])
+        for way, seconds in found.items():
+            form, chain = way
+            wanted = own[form] if chain == PLAIN else answers[form, PLAIN]
+            parted = judge.partings(way, batch, answers[way], wanted)
+            partings += parted
+            rates.append(
+                Rate(
+                    *way, batch, len(answers[way].texts),
+                    sum(one == other for one, other in zip(answers[way].texts, wanted.texts, strict=True)),
+                    sum(one.tie for one in parted),
+                    answers[way].tokens, answers[way].passes, statistics.median(seconds), first[way],
+                    quotient(found, ("as loaded", PLAIN), way), quotient(found, ("packed", PLAIN), way),
+                    first[way] / first["as loaded", PLAIN],
+                )
+            )  # fmt: skip
+    return rates, partings
+
+
+def _turns(
+    target: Any, tokenizer: Any, chains: Sequence[str], harness: Harness, rounds: int, batch: int
+) -> tuple[dict[Way, Answers], dict[Way, list[float]], dict[Way, float]]:
+    """Of every way the answers, the seconds of each turn that counts, and those of the first."""
     ways = ways_of(chains)
     forms = {"as loaded": target, "packed": pack(sharing_copy(target))}
     models = {
@@ -103,21 +143,7 @@ def measure(
             first[way] = seconds
         return seconds
 
-    found = in_turns(timed, ways, rounds)
-    plain = {form: (form, PLAIN) for form in FORMS}
-    rates = []
-    for way, seconds in found.items():
-        own, wanted = answers[way], answers[plain[way[0]]]
-        rates.append(
-            Rate(
-                *way, batch, len(own.texts),
-                sum(one == other for one, other in zip(own.texts, wanted.texts, strict=True)),
-                own.tokens, own.passes, statistics.median(seconds), first[way],
-                quotient(found, plain["as loaded"], way), quotient(found, plain["packed"], way),
-                first[way] / first[plain["as loaded"]],
-            )
-        )  # fmt: skip
-    return rates
+    return answers, in_turns(timed, ways, rounds), first
 
 
 def questions_of(rows: int) -> list[str]:
@@ -137,28 +163,40 @@ def main(words: Sequence[str] | None = None) -> None:
         raise ImportError(f'polyspec measure evaluation needs {given.harness}: pip install "hf_polyspec[{extra}]".')
     if any(change for _, change in given.form):
         parser.error("--form: a dtype alone; the model is taken as it is and packed.")
+    rates: list[Rate] = []
+    partings: list[Parting] = []
     with TemporaryDirectory() as folder:
-        found = _rates(given, make(questions_of(given.questions), given.new_tokens, Path(folder)))
+        harness = make(questions_of(given.questions), given.new_tokens, Path(folder))
+        for _, target, tokenizer in targets_of(given):
+            found = measure(
+                target, tokenizer, given.chain, harness, rounds=given.rounds, batches=given.batch_size
+            )  # fmt: skip
+            rates += found[0]
+            partings += found[1]
     console = Console(width=130)
-    console.print(_table(given, found))
-    finish(console, given, rates=found)
-
-
-def _rates(given: argparse.Namespace, harness: Harness) -> list[Rate]:
-    return [
-        rate
-        for _, target, tokenizer in targets_of(given)
-        for batch in given.batch_size
-        for rate in measure(target, tokenizer, given.chain, harness, rounds=given.rounds, batch=batch)
-    ]
+    console.print(_table(given, rates))
+    for one in partings:
+        console.print(str(one), highlight=False)
+    finish(console, given, rates=rates, partings=partings)
 
 
 def _table(given: argparse.Namespace, rates: Sequence[Rate]) -> Any:
-    headings = ("chain", "batch", "alike", "passes/token", "seconds", "by alone", "by packed", "first", "by alone")
+    headings = (
+        "chain",
+        "batch",
+        "alike",
+        "ties",
+        "passes/token",
+        "seconds",
+        "by alone",
+        "by packed",
+        "first",
+        "by alone",
+    )
     table = table_of(f"{given.harness}, {given.questions} samples", headings)
     for rate in rates:
         table.add_row(
-            rate.form, rate.chain, str(rate.batch), f"{rate.alike} of {rate.samples}",
+            rate.form, rate.chain, str(rate.batch), f"{rate.alike} of {rate.samples}", str(rate.ties),
             f"{rate.passes / rate.tokens:.2f}" if rate.tokens else "1",
             f"{rate.seconds:.2f}", f"{rate.ratio:.2f}", f"{rate.packed_ratio:.2f}",
             f"{rate.first:.2f}", f"{rate.first_ratio:.2f}",

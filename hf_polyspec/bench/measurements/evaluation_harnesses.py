@@ -21,11 +21,14 @@ class Answers:
     Attributes:
         texts: of every sample, in the order of the task.
         tokens: that a chain generated; passes: of the target, rows counted one by one. 0 of a model without a chain.
+        ids: of every sample, those that the model was given and those that it wrote, an end and what follows included;
+            none where a harness does not tell them.
     """
 
     texts: tuple[str, ...]
     tokens: int
     passes: int
+    ids: tuple[tuple[list[int], list[int]], ...] = ()
 
 
 class Harness(Protocol):
@@ -69,7 +72,9 @@ class LmEval:
         from ...integrations.lm_eval import PolySpecLM
 
         how: dict[str, Any] = {"pretrained": model, "tokenizer": tokenizer, "batch_size": batch}
-        return HFLM(**how) if chain is None else PolySpecLM(**how, assistants=chain.replace(",", "+"))
+        made = HFLM(**how) if chain is None else PolySpecLM(**how, assistants=chain.replace(",", "+"))
+        _note(made)
+        return made
 
     def evaluate(self, model: Any) -> Answers:
         import lm_eval
@@ -80,7 +85,34 @@ class LmEval:
             apply_chat_template=bool(model.tokenizer.chat_template),
         )  # fmt: skip
         samples = sorted(found["samples"][NAME], key=lambda each: int(each["doc_id"]))
-        return Answers(tuple(each["resps"][0][0] for each in samples), *_since(model, before))
+        texts = tuple(each["resps"][0][0] for each in samples)
+        return Answers(texts, *_since(model, before), tuple(model.noted[_asked(each)] for each in samples))
+
+
+def _note(model: Any) -> None:
+    """Has an lm-eval model keep the ids of every generation, by its context: `noted`."""
+    encode, generate = model.tok_batch_encode, model._model_generate
+    model.noted = {}
+    contexts: list[str] = []
+
+    def encoded(strings: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        contexts[:] = strings
+        return encode(strings, *args, **kwargs)
+
+    def generated(context: Any, attention_mask: Any, **kwargs: Any) -> Any:
+        written = generate(context=context, attention_mask=attention_mask, **kwargs)
+        given = [row[mask.bool()].tolist() for row, mask in zip(context, attention_mask, strict=True)]
+        new = written[:, context.shape[1] :].tolist()
+        model.noted.update(zip(contexts, zip(given, new, strict=True), strict=True))
+        return written
+
+    model.tok_batch_encode, model._model_generate = encoded, generated
+
+
+def _asked(sample: dict[str, Any]) -> str:
+    """The context of an lm-eval sample of one generation."""
+    [(context, _)] = sample["arguments"]
+    return str(context)
 
 
 class LightEval:

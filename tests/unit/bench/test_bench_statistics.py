@@ -140,6 +140,13 @@ def test_a_difference_is_a_tie_only_within_rounding_and_only_at_the_top() -> Non
     assert shorter is not None
     assert shorter["logits"] is None
     assert not shorter["tie"]
+    # Asked in float32 about texts of bfloat16, whose steps are the wider ones.
+    wide = OneLogit([1.0, 9.0, 9.1, 2.0])
+    for dtype, tie in ((None, False), (torch.bfloat16, True)):
+        asked = compare(wide, Letters(), [5], [0, 1], [0, 2], dtype=dtype)
+        assert asked is not None
+        assert asked["tie"] is tie
+        assert asked["dtype"] == ("bfloat16" if tie else "float32")
 
 
 def test_the_tolerance_of_a_tie_follows_the_dtype() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from dataclasses import replace
@@ -10,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_checkpoints import save_pair
 
 from hf_polyspec.bench.measurements import evaluation
 from hf_polyspec.bench.measurements.evaluation import PLAIN, Rate, main, measure, questions_of, ways_of
 from hf_polyspec.bench.measurements.evaluation_harnesses import UNTIL, Answers, LmEval
+from hf_polyspec.bench.measurements.evaluation_ties import Judge, Parting
+from hf_polyspec.bench.ties import tie_tolerance
 from hf_polyspec.models.by_name import load_model, load_tokenizer
 
 # lm-eval's registries and datasets' caches speak of their own future.
@@ -47,18 +51,52 @@ def test_the_same_task_with_and_without_a_chain(folders: tuple[str, str], tmp_pa
     harness = LmEval(questions_of(3), NEW, tmp_path)
     model, tokenizer = load_model(target), load_tokenizer(target)
     before = dict(vars(model))
-    rates = measure(model, tokenizer, [f"{small},suffix"], harness, rounds=1, batch=2)
+    rates, partings = measure(model, tokenizer, [f"{small},suffix"], harness, rounds=1, batches=(2, 1))
     assert dict(vars(model)) == before
-    assert [(rate.form, rate.chain) for rate in rates] == ways_of([f"{small},suffix"])
-    for rate in rates:
-        assert (rate.samples, rate.alike, rate.batch) == (3, 3, 2)
+    assert [(rate.form, rate.chain) for rate in rates] == 2 * ways_of([f"{small},suffix"])
+    assert partings == []
+    for number, rate in enumerate(rates):
+        assert (rate.samples, rate.alike, rate.ties, rate.batch) == (3, 3, 0, 2 if number < 4 else 1)
         if rate.chain == PLAIN:
             assert (rate.tokens, rate.passes) == (0, 0)
         else:
             assert 0 < rate.passes < 0.6 * rate.tokens <= 0.6 * 3 * NEW
-    texts = harness.evaluate(harness.model(model, tokenizer, None, 1)).texts
-    assert len(set(texts)) == 3  # else equal answers would say little
-    assert not any(UNTIL in text for text in texts)
+    found = harness.evaluate(harness.model(model, tokenizer, None, 2))
+    assert len(set(found.texts)) == 3  # else equal answers would say little
+    assert not any(UNTIL in text for text in found.texts)
+    for question, text, (prompt, new) in zip(questions_of(3), found.texts, found.ids, strict=True):
+        assert tokenizer.decode(prompt, skip_special_tokens=True).endswith(question)
+        assert text == tokenizer.decode(new, skip_special_tokens=True).split(UNTIL)[0]
+        alone = model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False)[0, len(prompt) :]
+        assert alone.tolist() == new[: len(alone)]  # the padding of a batch is not among what was given
+
+
+def test_answers_that_differ_are_looked_at_in_float32(folders: tuple[str, str]) -> None:
+    """One at the second choice, one at the worst; the third wrote another id behind the end of the same text."""
+    target, tokenizer = load_model(folders[0], "bfloat16"), load_tokenizer(folders[0])
+    prompt = [5, 6, 7, 8]
+    with torch.no_grad():
+        logits = copy.deepcopy(target).float()(torch.tensor([prompt])).logits[0, -1]
+    best, second, *_, worst = logits.argsort(descending=True).tolist()
+    gap = float(logits[best] - logits[second])
+    wanted = Answers(("a", "a", "a"), 0, 0, ((prompt, [best, 3]),) * 3)
+    own = Answers(("a", "b", "c"), 9, 3, ((prompt, [best, 4]), (prompt, [second, 3]), (prompt, [worst, 3])))
+    judge = Judge(target, tokenizer)
+    found = judge.partings(("packed", "suffix"), 4, own, wanted)
+    assert target.dtype == torch.bfloat16  # what was loaded stays so
+    assert [(one.sample, one.step, one.ids) for one in found] == [
+        (1, 0, (best, second)), (2, 0, (best, worst)),
+    ]  # fmt: skip
+    assert found[0].gap == pytest.approx(gap, abs=1e-5)
+    size = max(map(abs, logits[[best, second]].tolist()))
+    tolerance = tie_tolerance(torch.bfloat16, size)
+    assert found[0].tolerance == pytest.approx(tolerance)
+    above = torch.tensor(size, dtype=torch.bfloat16).nextafter(torch.tensor(1e9, dtype=torch.bfloat16)).float()
+    step = float(above - torch.tensor(size, dtype=torch.bfloat16).float())
+    assert found[0].places == pytest.approx(gap / step, rel=1e-2)
+    assert [one.tie for one in found] == [gap <= tolerance, float(logits[best] - logits[worst]) <= tolerance]
+    assert "packed, suffix, 4 at a time, sample 2, id 0: " in str(found[1])
+    assert judge.partings(("packed", "suffix"), 4, replace(own, ids=()), wanted) == []
 
 
 def test_ratios_are_of_one_turn_and_differences_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,13 +112,17 @@ def test_ratios_are_of_one_turn_and_differences_are_counted(monkeypatch: pytest.
     monkeypatch.setattr(evaluation, "sharing_copy", lambda model: model)
     right = Answers(("a", "b", "c"), 30, 10)
     wrong = replace(right, texts=("a", "b", "d"))
+    parting = Parting("as loaded", "auto", 1, 2, 5, (7, 8), 0.25, 2.0, 0.5, True)
+    monkeypatch.setattr(Judge, "partings", lambda _, way, batch, own, wanted: [parting] if own != wanted else [])
     scripted = Scripted(clock, {None: 2.0, "suffix": 1.0, "auto": 0.5}, {None: right, "suffix": right, "auto": wrong})
-    rates = {(rate.form, rate.chain): rate for rate in measure(None, None, ["suffix", "auto"], scripted, rounds=2)}
+    found, partings = measure(None, None, ["suffix", "auto"], scripted, rounds=2)
+    assert partings == [parting]
+    rates = {(rate.form, rate.chain): rate for rate in found}
     assert set(rates) == {
         ("as loaded", PLAIN), ("packed", PLAIN), ("as loaded", "suffix"), ("packed", "suffix"), ("as loaded", "auto"),
     }  # fmt: skip
     suffix, auto = rates["packed", "suffix"], rates["as loaded", "auto"]
-    assert (suffix.alike, auto.alike) == (3, 2)
+    assert (suffix.alike, suffix.ties, auto.alike, auto.ties) == (3, 0, 2, 1)
     assert (suffix.seconds, suffix.ratio, suffix.packed_ratio) == (1.0, 0.5, 0.5)
     assert (auto.seconds, auto.ratio) == (0.5, 0.25)
     assert rates["as loaded", PLAIN].first == 20.0
@@ -92,18 +134,25 @@ def test_the_command_writes_what_it_measured(
 ) -> None:
     asked: list[Any] = []
 
-    def measured(target: Any, tokenizer: Any, chains: Any, harness: Any, **how: Any) -> list[Rate]:
+    def measured(target: Any, tokenizer: Any, chains: Any, harness: Any, **how: Any) -> Any:
         asked.append((chains, type(harness), how))
-        return [Rate("packed", "suffix", how["batch"], 2, 1, 40, 10, 1.5, 3.0, 0.25, 0.75, 0.5)]
+        rates = [
+            Rate("packed", "suffix", batch, 2, 1, 1, 40, 10, 1.5, 3.0, 0.25, 0.75, 0.5) for batch in how["batches"]
+        ]
+        return rates, [Parting("packed", "suffix", 3, 1, 5, (7, 8), 0.25, 2.0, 0.5, True)]
 
     monkeypatch.setattr(evaluation, "measure", measured)
     main(["--model", folders[0], "--form", "float32", "--chain", "suffix", "--new-tokens", "4", "--questions", "2",
           "--rounds", "1", "--batch-size", "1", "3", "--json", str(tmp_path / "figures.json")])  # fmt: skip
-    assert asked == [(["suffix"], LmEval, {"rounds": 1, "batch": batch}) for batch in (1, 3)]
+    assert asked == [(["suffix"], LmEval, {"rounds": 1, "batches": [1, 3]})]
     said = capsys.readouterr().out
     assert "lm-eval, 2 samples" in said
-    assert re.search(r"packed +suffix +3 +1 of 2 +0\.25 +1\.50 +0\.25 +0\.75 +3\.00 +0\.50", said)
-    assert [rate["batch"] for rate in json.loads((tmp_path / "figures.json").read_text())["rates"]] == [1, 3]
+    assert re.search(r"packed +suffix +3 +1 of 2 +1 +0\.25 +1\.50 +0\.25 +0\.75 +3\.00 +0\.50", said)
+    line = "sample 1, id 5: a tie, 0.250 apart in float32, 2.0 units in the last place (a tie is 0.500)"
+    assert f"packed, suffix, 3 at a time, {line}" in said
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [rate["batch"] for rate in figures["rates"]] == [1, 3]
+    assert figures["partings"][0]["ids"] == [7, 8]
 
 
 def test_what_cannot_be_measured_is_refused_in_a_sentence(
