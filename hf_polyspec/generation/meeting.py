@@ -19,7 +19,7 @@ from ..exactness.callers_generator import read_state, write_state
 from ..exactness.randomness import Deciding, decided_here
 from ..host.encoded import is_encoder_decoder
 from ..host.forwarding import Extras
-from ..host.ranks import Ranks, Spread, is_split, ranks_of
+from ..host.ranks import Ranks, Spread, check_gathered, is_split, ranks_of
 from ..host.release import inner_model
 from ..host.trees import hindrance
 from ..host.turns import Turns
@@ -165,10 +165,13 @@ def here(target: Any, assistants: Any, ranks: Ranks) -> Any:
     them in the others. Collective: what heads borrow of a shared model is put together, and it is tried on trees.
 
     Raises:
-        ValueError: a member is shared by processes and cannot be where it is.
+        ValueError: a member is shared by processes and cannot be where it is, or partitioned by DeepSpeed ZeRO-3.
     """
     if not isinstance(assistants, (list, tuple)):
         return assistants
+    for i, one in enumerate(assistants):
+        if isinstance(one, nn.Module):
+            check_gathered(one, f"assistant_models[{i}]")
     shared = shared_places(assistants)
     if isinstance(ranks, Spread):
         _check_below(assistants, shared)

@@ -23,10 +23,18 @@ T = TypeVar("T")
 CAPACITY = 256
 """Integers of a message that travel with the check of a round; what is longer goes after it."""
 _LEAST = torch.iinfo(torch.int64).min
+_GATHER = (
+    "gather them for the generation and take DeepSpeed's hooks off the layers, both of which TRL's "
+    "unwrap_model_for_generation does (deepspeed.zero.GatheredParameters only the first), or leave assistant_models "
+    "out."
+)
 PARTITIONED = (
-    "{role} ({kind}) has its weights partitioned by DeepSpeed ZeRO-3, of which this process holds a part only; gather "
-    "them for the generation (deepspeed.zero.GatheredParameters, as TRL's unwrap_model_for_generation does), or leave "
-    "assistant_models out."
+    "{role} ({kind}) has its weights partitioned by DeepSpeed ZeRO-3, of which this process holds a part only; "
+    + _GATHER
+)
+HOOKED = (
+    "{role} ({kind}) has DeepSpeed ZeRO-3's hooks on its layers, which partition gathered weights again after a pass, "
+    "together with all other processes; " + _GATHER
 )
 FLAT = (
     "{role} ({kind}) is sharded by FSDP1, whose processes must run the same number of forward passes, which a chain "
@@ -209,8 +217,7 @@ def ranks_of(model: Any, role: str = "the target") -> Ranks:
     """
     inner = inner_model(model)
     named = {"role": role, "kind": type(inner).__name__}
-    if any(_is_partitioned(parameter) for parameter in inner.parameters()):
-        raise ValueError(PARTITIONED.format(**named))
+    check_gathered(model, role)
     if not (dist.is_available() and dist.is_initialized()):
         return ALONE
     if any(_is_of("flat", module) for module in model.modules()):
@@ -231,6 +238,19 @@ def ranks_of(model: Any, role: str = "the target") -> Ranks:
         raise ValueError(SQUARE.format(**named, dims=mesh.ndim))
     _check_heads(inner, mesh.size(), named)
     return Team(mesh.get_group(), _device_of(mesh))
+
+
+def check_gathered(model: Any, role: str) -> None:
+    """Refuse a model of which DeepSpeed ZeRO-3 leaves this process a part only, now or from the first pass on.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    inner = inner_model(model)
+    if any(_is_partitioned(parameter) for parameter in inner.parameters()):
+        raise ValueError(PARTITIONED.format(role=role, kind=type(inner).__name__))
+    if _is_partitioned_again(inner):
+        raise ValueError(HOOKED.format(role=role, kind=type(inner).__name__))
 
 
 def _check_heads(model: Any, size: int, named: dict[str, str]) -> None:
@@ -283,6 +303,20 @@ def _is_of(name: str, module: Any) -> bool:
 def _is_partitioned(parameter: Any) -> bool:
     """Whether this is what ZeRO-3 leaves of a weight where it has not been gathered: nothing, and its true shape."""
     return hasattr(parameter, "ds_id") and parameter.numel() == 0 and getattr(parameter, "ds_numel", 1) > 0
+
+
+def _is_partitioned_again(model: Any) -> bool:
+    """Whether what partitioned the weights is called in every pass: by its own hooks, on modules inside."""
+    own = (parameter for parameter in model.parameters() if hasattr(parameter, "ds_id"))
+    parting = next((one.partition for one in own if not getattr(one, "ds_persist", False)), None)
+    if parting is None:
+        return False  # of ZeRO-3's no weight, or those alone that are small enough to stay whole
+    inside = (module for module in model.modules() if module is not model)
+    return any(_package(hook) == _package(parting) for module in inside for hook in module._forward_pre_hooks.values())
+
+
+def _package(function: Any) -> str:
+    return str(getattr(function, "__module__", None) or id(function)).partition(".")[0]
 
 
 def _device_of(mesh: Any) -> torch.device:

@@ -223,11 +223,31 @@ def test_who_is_left_when_one_process_is_killed_is_told(seen_by_each: list[dict[
 
 
 def test_weights_that_zero_3_has_partitioned_are_refused(unsplit: PreTrainedModel) -> None:
+    """As deepspeed 0.19 leaves them (seen in two processes): gathered, they are partitioned again by the hooks of the
+    first pass, in which every process waits for all others."""
     other = noisy(unsplit, 0.0)
     weight = other.lm_head.weight
-    weight.ds_id, weight.ds_numel = 3, weight.numel()
+    weight.ds_id, weight.ds_numel, weight.partition = 3, weight.numel(), lambda *_: None
+    weight.partition.__module__ = "deepspeed.runtime.zero.partition_parameters"
     levels = {**split_target.PROMPTS, **split_target.PLAIN, "assistant_models": [unsplit]}
+
+    def fetch(*_: Any) -> None:
+        """What ZeRO-3 does before a layer."""
+
+    fetch.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    other.register_forward_pre_hook(fetch)  # TRL leaves the one that counts passes
+    other.lm_head.register_forward_pre_hook(lambda *_: None)
     assert hf_polyspec.generate(other, **levels).shape == (12, 9 + 14)  # gathered, as for plain generation
+    hook = other.lm_head.register_forward_pre_hook(fetch)
+    with pytest.raises(ValueError, match=r"the target \(LlamaForCausalLM\) has DeepSpeed ZeRO-3's hooks on its layers"):
+        hf_polyspec.generate(other, **levels)
+    with pytest.raises(ValueError, match=r"assistant_models\[0\] \(.*\) has DeepSpeed ZeRO-3's hooks on its layers"):
+        hf_polyspec.generate(unsplit, **{**levels, "assistant_models": [other]})
+    weight.ds_persist = True  # small: every process has it whole at all times
+    assert hf_polyspec.generate(other, **levels).shape == (12, 9 + 14)
+    hook.remove()
     weight.data = torch.empty(0)
+    with pytest.raises(ValueError, match=r"assistant_models\[0\] \(LlamaForCausalLM\) has its weights partitioned"):
+        hf_polyspec.generate(unsplit, **{**levels, "assistant_models": [other]})
     with pytest.raises(ValueError, match=r"the target \(LlamaForCausalLM\) has its weights partitioned by DeepSpeed"):
         hf_polyspec.generate(other, **levels)
