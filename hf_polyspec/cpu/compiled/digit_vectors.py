@@ -51,8 +51,8 @@ def _writer(each: int) -> Any:
     def write(_typing: Any, x: Any, digits: Any, sums: Any, pitch: Any, count: Any, steps: Any, like: Any) -> Any:
         """Numbers of one row times `steps`, rounded, as `each` digits to the base 256.
 
-        Addresses of the numbers, of the first digit and of int32 `[each, LANES]`, whose sums are the sums of each
-        digit; bytes between digits of one number; how many numbers, a multiple of `LANES`; a number like those of x.
+        Addresses of the numbers, of the first digit and of int32 `[each]` for the sums of each digit; bytes between
+        digits of one number; how many numbers, a multiple of `LANES`; a number like those of x.
         """
 
         def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
@@ -78,9 +78,11 @@ def _writer(each: int) -> Any:
                     builder.store(builder.add(builder.load(total), values), total)
                     begin = builder.add(builder.add(digits, builder.mul(number(digit), pitch)), index)
                     builder.store(builder.trunc(values, _BYTES), place(builder, begin, _BYTES), align=1)
+            kind = ir.FunctionType(ir.IntType(32), [WORDS])
+            add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.add.v{LANES}i32")
             for digit, total in enumerate(totals):
-                begin = builder.add(sums, number(digit * LANES * 4))
-                builder.store(builder.load(total), place(builder, begin, WORDS), align=4)
+                begin = place(builder, builder.add(sums, number(digit * 4)), ir.IntType(32))
+                builder.store(builder.call(add, [builder.load(total)]), begin, align=4)
             return context.get_dummy_value()
 
         return types.void(*(types.int64,) * 5, types.float32, like), generate
@@ -93,16 +95,19 @@ write_one, write_two = _writer(1), _writer(2)
 
 def _finisher(each: int) -> Any:
     @intrinsic
-    def finish(_typing: Any, sums: Any, shifts: Any, vectors: Any, pitch: Any, scale: Any, y: Any, like: Any) -> Any:
-        """`y = (the digits' sums - zeros * the row's) * scale * scales + bias` for a row of one block.
+    def finish(
+        _typing: Any, sums: Any, shifts: Any, vectors: Any, pitch: Any, scales: Any, y: Any, apart: Any, rows: Any,
+        like: Any,
+    ) -> Any:  # fmt: skip
+        """`y = (the digits' sums - zeros * the row's) * scale * scales + bias` for so many rows of one block.
 
-        Addresses of the sums (int32 `[each, BLOCK]`) and of the row's sums (int32 `[each]`), of the block's zeros
-        (int32), scales and biases (float32), `pitch` bytes from one to the next; the row's scale; the address of y
-        and a number like its.
+        Addresses of the sums (int32 `[rows, each, BLOCK]`) and of the rows' sums (int32 `[rows, each]`); of the
+        block's zeros (int32), scales and biases (float32), `pitch` bytes from one to the next; of the rows' scales
+        (float32); of the first row of y, `apart` bytes from one to the next; a number like those of y.
         """
 
         def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            sums, shifts, vectors, pitch, scale, y, _ = arguments
+            sums, shifts, vectors, pitch, row_scales, y, apart, rows, _ = arguments
 
             def number(value: int) -> Any:
                 return context.get_constant(types.int64, value)
@@ -110,27 +115,38 @@ def _finisher(each: int) -> Any:
             def register(base: Any, offset: int, kind: Any) -> Any:
                 return builder.load(place(builder, builder.add(base, number(offset)), kind), align=4)
 
-            def whole(digit: int, half: int) -> Any:
-                one = builder.load(place(builder, builder.add(shifts, number(4 * digit)), ir.IntType(32)), align=4)
-                shift = builder.mul(register(vectors, half * LANES * 4, WORDS), spread(builder, one, WORDS))
-                found = register(sums, (digit * BLOCK + half * LANES) * 4, WORDS)
-                return builder.sitofp(builder.sub(found, shift), FLOATS)
+            def of_block(base: Any, kind: Any) -> list[Any]:
+                return [register(base, half * LANES * 4, kind) for half in range(2)]
 
             scales = builder.add(vectors, pitch)
-            biases = builder.add(scales, pitch)
-            for half in range(2):
-                total = whole(0, half)
-                if each == 2:
-                    base = ir.Constant(FLOATS, [256.0] * LANES)
-                    total = builder.fadd(builder.fmul(total, base), whole(1, half))
-                factor = builder.fmul(register(scales, half * LANES * 4, FLOATS), spread(builder, scale, FLOATS))
-                total = builder.fadd(builder.fmul(total, factor), register(biases, half * LANES * 4, FLOATS))
-                address = builder.add(y, number(half * LANES * (like.bitwidth // 8)))
-                out = narrowed(builder, total, like)
-                builder.store(out, place(builder, address, out.type), align=like.bitwidth // 8)
+            zeros, factors = of_block(vectors, WORDS), of_block(scales, FLOATS)
+            biases, base = of_block(builder.add(scales, pitch), FLOATS), ir.Constant(FLOATS, [256.0] * LANES)
+            with cgutils.for_range_slice(builder, number(0), rows, number(1), intp=ir.IntType(64)) as (row, _):
+                own_sums = builder.add(sums, builder.mul(row, number(each * BLOCK * 4)))
+                own_shifts = builder.add(shifts, builder.mul(row, number(each * 4)))
+                shift = [
+                    spread(builder, register(own_shifts, 4 * digit, ir.IntType(32)), WORDS) for digit in range(each)
+                ]
+                scale = register(builder.add(row_scales, builder.mul(row, number(4))), 0, ir.FloatType())
+                begin = builder.add(y, builder.mul(row, apart))
+                for half in range(2):
+                    whole = [
+                        builder.sub(
+                            register(own_sums, (digit * BLOCK + half * LANES) * 4, WORDS),
+                            builder.mul(zeros[half], shift[digit]),
+                        )
+                        for digit in range(each)
+                    ]
+                    total = builder.sitofp(whole[0], FLOATS)
+                    if each == 2:
+                        total = builder.fadd(builder.fmul(total, base), builder.sitofp(whole[1], FLOATS))
+                    factor = builder.fmul(factors[half], spread(builder, scale, FLOATS))
+                    out = narrowed(builder, builder.fadd(builder.fmul(total, factor), biases[half]), like)
+                    address = builder.add(begin, number(half * LANES * (like.bitwidth // 8)))
+                    builder.store(out, place(builder, address, out.type), align=like.bitwidth // 8)
             return context.get_dummy_value()
 
-        return types.void(*(types.int64,) * 4, types.float32, types.int64, like), generate
+        return types.void(*(types.int64,) * 8, like), generate
 
     return finish
 

@@ -54,7 +54,7 @@ def largest_magnitude(x: Any, like: Any) -> Any:
 
 
 @njit
-def _write_digits(x: Any, digits: Any, sums: Any, lanes: Any, like: Any) -> Any:
+def _write_digits(x: Any, digits: Any, sums: Any, like: Any) -> Any:
     """One row as whole numbers of one or two digits, and the sum of each digit; the scale that undoes it."""
     largest = largest_magnitude(x, like)
     if not largest < np.float32(np.inf):  # infinite or not a number: no number comes of it, as in torch
@@ -64,13 +64,11 @@ def _write_digits(x: Any, digits: Any, sums: Any, lanes: Any, like: Any) -> Any:
     reach = np.float32(127 if each == 1 else 127 * 256 + 127)
     largest = max(largest, np.float32(1e-30))
     steps, done = reach / largest, x.size // LANES * LANES
-    begin, place, parts = x.ctypes.data, digits.ctypes.data, lanes.ctypes.data
+    begin, place, totals = x.ctypes.data, digits.ctypes.data, sums.ctypes.data
     if each == 1:
-        write_one(begin, place, parts, pitch, done, steps, like)
+        write_one(begin, place, totals, pitch, done, steps, like)
     else:
-        write_two(begin, place, parts, pitch, done, steps, like)
-    for digit in range(each):
-        sums[digit] = lanes[digit].sum()
+        write_two(begin, place, totals, pitch, done, steps, like)
     for k in range(done, x.size):
         low, high = np.int32(np.rint(widen(x[k]) * steps)), np.int32(0)
         if each == 2:
@@ -111,9 +109,10 @@ def _multiply(count: Any, codes: Any, digits: Any, sums: Any, steps: Any, ahead:
     """
     groups = (count + MOST - 1) // MOST
     each, pace, pitch = ((count + groups - 1) // groups + 1) // 2 * 2, NEXT // groups, digits.strides[0]
+    of_digits, of_sums = digits.ctypes.data, sums.ctypes.data
     for group in range(groups):
         top = group * each
-        some, place, found = min(each, count - top), digits[top:].ctypes.data, sums[top:].ctypes.data
+        some, place, found = min(each, count - top), of_digits + top * pitch, of_sums + top * BLOCK * 4
         _some_dots(some, codes, place, found, pitch, steps, ahead + group * steps * pace, pace)
 
 
@@ -131,7 +130,7 @@ def multiply_digits_task(task: Any, active: Any) -> None:
     lines = most * each + 1  # an odd number of them is multiplied with one more
     of_digits, of_sums = whole_lines(lines * steps * INPUTS), whole_lines(lines * BLOCK * 4)
     of_rows = whole_lines(most * 4) + whole_lines(most * each * 4)
-    memory = borrow(task, of_digits + of_sums + of_rows + whole_lines(each * LANES * 4) + BLOCK * 4)
+    memory = borrow(task, of_digits + of_sums + of_rows + whole_lines(most * BLOCK * 4))
     if memory == 0:
         return
     whole, one = np.int32(0), np.float32(0)
@@ -139,8 +138,7 @@ def multiply_digits_task(task: Any, active: Any) -> None:
     sums = carray(pointer(behind(digits), whole), (lines, BLOCK))
     row_scales = carray(pointer(behind(sums), one), most)
     row_sums = carray(pointer(behind(row_scales), whole), (most, each))
-    lanes = carray(pointer(behind(row_sums), whole), (each, LANES))
-    part_of_block = carray(pointer(behind(lanes), active), BLOCK)
+    part_of_block = carray(pointer(behind(row_sums), active), (most, BLOCK))
     digits[:] = 0
     parts = (outputs + size - 1) // size
     held, part = -1, take(task)
@@ -154,7 +152,7 @@ def multiply_digits_task(task: Any, active: Any) -> None:
         if chunk != held:
             for r in range(count):
                 own = digits[r * each : (r + 1) * each]
-                row_scales[r] = _write_digits(x[start + r], own, row_sums[r], lanes, active)
+                row_scales[r] = _write_digits(x[start + r], own, row_sums[r], active)
             held = chunk
         end = min(outputs, first + size)
         for begin in range(first, end, BLOCK):
@@ -163,17 +161,16 @@ def multiply_digits_task(task: Any, active: Any) -> None:
                 part = take(task)
                 following = part % parts * size if part // parts * CHUNK < rows else begin
             _multiply(count * each, codes, digits, sums, steps, all_codes + following * steps * INPUTS)
-            complete = outputs - begin >= BLOCK
-            vectors = all_vectors + begin * 4
-            for r in range(count):
-                found, shifts = sums[r * each :].ctypes.data, row_sums[r].ctypes.data
-                place = y[start + r, begin:].ctypes.data if complete else part_of_block.ctypes.data
-                if each == 1:
-                    finish_one(found, shifts, vectors, pitch, row_scales[r], place, active)
-                else:
-                    finish_two(found, shifts, vectors, pitch, row_scales[r], place, active)
-                if not complete:
-                    y[start + r, begin:] = part_of_block[: outputs - begin]
+            complete, vectors = outputs - begin >= BLOCK, all_vectors + begin * 4
+            place = y.ctypes.data + (start * outputs + begin) * y.itemsize if complete else part_of_block.ctypes.data
+            apart, found = (outputs if complete else BLOCK) * y.itemsize, sums.ctypes.data
+            shifts, scales = row_sums.ctypes.data, row_scales.ctypes.data
+            if each == 1:
+                finish_one(found, shifts, vectors, pitch, scales, place, apart, count, active)
+            else:
+                finish_two(found, shifts, vectors, pitch, scales, place, apart, count, active)
+            if not complete:
+                y[start : start + count, begin:] = part_of_block[:count, : outputs - begin]
 
 
 def _task(active: Any) -> Callable[[Any], None]:

@@ -24,7 +24,6 @@ from .group_vectors import PAIR, finish_groups, four_group_dots, one_group_dots,
 from .numbers import LIKE, VERSION
 from .product import multiplied
 from .tasks import Launch, behind, borrow, compiled, part_size, pointer, release, take, together, whole_lines
-from .vectors import LANES
 
 CHUNK = 32
 """Rows whose digits a thread holds at a time."""
@@ -36,7 +35,7 @@ _REACH = 127 * 256 + 127
 
 
 @njit
-def _write_row(x: Any, digits: Any, shifts: Any, lanes: Any, group: Any, like: Any) -> Any:
+def _write_row(x: Any, digits: Any, shifts: Any, sums: Any, group: Any, like: Any) -> Any:
     """One row as whole numbers of two digits, and their sum in each group; the scale that undoes it."""
     largest = largest_magnitude(x, like)
     if not largest < np.float32(np.inf):  # infinite or not a number: no number comes of it, as in torch
@@ -44,11 +43,11 @@ def _write_row(x: Any, digits: Any, shifts: Any, lanes: Any, group: Any, like: A
         return np.float32(np.nan)
     largest = max(largest, np.float32(1e-30))
     steps = np.float32(_REACH) / largest
-    begin, place, parts = x.ctypes.data, digits.ctypes.data, lanes.ctypes.data
+    begin, place, parts = x.ctypes.data, digits.ctypes.data, sums.ctypes.data
     for g in range(shifts.size):
         first = g * group
         write_two(begin + first * x.itemsize, place + first, parts, x.size, group, steps, like)
-        shifts[g] = lanes[0].sum() * np.int32(256) + lanes[1].sum()
+        shifts[g] = sums[0] * np.int32(256) + sums[1]
     return largest / np.float32(_REACH)
 
 
@@ -81,7 +80,7 @@ def multiply_groups_task(task: Any, active: Any) -> None:
     y = carray(pointer(numbers[13], active), (rows, outputs))
     groups, steps, most, whole, one = width // group, group // PAIR, min(rows, CHUNK), np.int32(0), np.float32(0)
     of_rows = whole_lines(most * 2 * width) + whole_lines(most * groups * 4) + whole_lines(most * 4)
-    of_row = whole_lines(2 * LANES * 4) + whole_lines(width * 4) + whole_lines(BLOCK * 4)
+    of_row = whole_lines(2 * 4) + whole_lines(width * 4) + whole_lines(BLOCK * 4)
     memory = borrow(task, of_rows + whole_lines(most * BLOCK * 4) + of_row)
     if memory == 0:
         return
@@ -89,8 +88,8 @@ def multiply_groups_task(task: Any, active: Any) -> None:
     shifts = carray(pointer(behind(digits), whole), (most, groups))
     row_scales = carray(pointer(behind(shifts), one), most)
     sums = carray(pointer(behind(row_scales), one), (most, BLOCK))
-    lanes = carray(pointer(behind(sums), whole), (2, LANES))
-    ordered = carray(pointer(behind(lanes), active), width)
+    both = carray(pointer(behind(sums), whole), 2)
+    ordered = carray(pointer(behind(both), active), width)
     part_of_block = carray(pointer(behind(ordered), active), BLOCK)
     parts = (outputs + size - 1) // size
     held = -1
@@ -107,7 +106,7 @@ def multiply_groups_task(task: Any, active: Any) -> None:
                 for k in range(order.size):
                     ordered[k] = x[start + r, order[k]]
                 row = ordered if order.size else x[start + r]
-                row_scales[r] = _write_row(row, digits[r], shifts[r], lanes, group, active)
+                row_scales[r] = _write_row(row, digits[r], shifts[r], both, group, active)
             held = chunk
         for begin in range(first, min(outputs, first + size), BLOCK):
             block = begin // BLOCK

@@ -18,12 +18,14 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from .pairs import PAIRED, add_pairs, in_pairs, paired
-from .vectors import FLOATS, LANES, WORDS, load, narrowed, place, spread, words
+from .vectors import FLOATS, LANES, WORDS, load, narrowed, place, prefetch, spread, words
 
 WIDTH = 2 * LANES
 """Outputs of a panel: two registers of sums a row."""
 MOST = 12 if LANES == 16 else 6
 """Rows that are multiplied at once; more sums than that do not fit into the registers."""
+LINE = 64
+"""Bytes that the memory brings at once."""
 
 
 def in_panels(weight: Tensor) -> Tensor:
@@ -57,21 +59,25 @@ def _halves(builder: Any, stored: Any, address: Any) -> list[Any]:
 
 def _multiplier(rows: int) -> Any:
     @intrinsic
-    def multiply(_typing: Any, panel: Any, x: Any, sums: Any, inputs: Any, pitch: Any, stored: Any) -> Any:
+    def multiply(
+        _typing: Any, panel: Any, x: Any, sums: Any, inputs: Any, pitch: Any, ahead: Any, pace: Any, stored: Any
+    ) -> Any:
         """`sums[r, n] = sum over k of panel[k, n] * x[r, k]`.
 
         Addresses of the panel, of rows as `pairs.operand` has them and of float32 sums `[rows, WIDTH]`; inputs;
-        bytes from one row of x to the next; a number like the weights.
+        bytes from one row of x to the next; where lies what the memory may bring meanwhile, and how many bytes of it
+        at each step; a number like the weights.
         """
 
         def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            panel, x, sums, inputs, pitch, _ = arguments
+            panel, x, sums, inputs, pitch, ahead, pace, _ = arguments
 
             def number(value: int) -> Any:
                 return context.get_constant(types.int64, value)
 
             pairs, zero = paired(stored), ir.Constant(FLOATS, [0.0] * LANES)
-            size = number(WIDTH * (4 if pairs else stored.bitwidth // 8))
+            bytes_of_step = WIDTH * (4 if pairs else stored.bitwidth // 8)
+            size = number(bytes_of_step)
             kind, item = (WORDS, ir.IntType(32)) if pairs else (FLOATS, ir.FloatType())
             steps = builder.lshr(builder.add(inputs, number(1)), number(1)) if pairs else inputs
             bases = [builder.add(x, builder.mul(number(row), pitch)) for row in range(rows)]
@@ -79,6 +85,10 @@ def _multiplier(rows: int) -> Any:
             with cgutils.for_range_slice(builder, number(0), steps, number(1), intp=ir.IntType(64)) as (index, _):
                 factors = _halves(builder, stored, builder.add(panel, builder.mul(index, size)))
                 offset = builder.mul(index, number(4))
+                line = builder.add(ahead, builder.mul(index, pace))
+                prefetch(builder, line, 2)
+                if bytes_of_step > LINE:
+                    prefetch(builder, builder.add(line, builder.lshr(pace, number(1))), 2)
                 for base, row in zip(bases, totals, strict=True):
                     one = builder.load(place(builder, builder.add(base, offset), item), align=4)
                     active = spread(builder, one, kind)
@@ -94,7 +104,7 @@ def _multiplier(rows: int) -> Any:
                 builder.store(builder.load(total), place(builder, address, FLOATS), align=4)
             return context.get_dummy_value()
 
-        return types.void(*(types.int64,) * 5, stored), generate
+        return types.void(*(types.int64,) * 7, stored), generate
 
     return multiply
 
@@ -105,27 +115,38 @@ one_row, two_rows, four_rows, six_rows, eight_rows, ten_rows, twelve_rows = (
 
 
 @intrinsic
-def finish(_typing: Any, sums: Any, vectors: Any, pitch: Any, total: Any, y: Any, like: Any) -> Any:
-    """`y = (sums - total * zeros) * scales + bias` for a row of one panel.
+def finish(
+    _typing: Any, sums: Any, vectors: Any, pitch: Any, totals: Any, y: Any, apart: Any, rows: Any, like: Any
+) -> Any:
+    """`y = (sums - total * zeros) * scales + bias` for so many rows of one panel.
 
-    Addresses of the sums `[WIDTH]` and of the panel's zeros, scales and biases, all float32, `pitch` bytes from one to
-    the next; the sum of the row's inputs; the address of y and a number like its.
+    Addresses of the sums `[rows, WIDTH]` and of the panel's zeros, scales and biases, all float32, `pitch` bytes from
+    one to the next; of the sums of the rows' inputs; of the first row of y, `apart` bytes from one to the next; a
+    number like those of y.
     """
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        sums, vectors, pitch, total, y, _ = arguments
-        total = spread(builder, total, FLOATS)
-        for half in range(2):
-            offset = context.get_constant(types.int64, half * LANES * 4)
-            places = [sums, vectors, builder.add(vectors, pitch), builder.add(vectors, builder.add(pitch, pitch))]
-            found, zeros, scales, bias = (
-                builder.load(place(builder, builder.add(base, offset), FLOATS), align=4) for base in places
-            )
-            found = builder.fsub(found, builder.fmul(total, zeros))
-            found = builder.fadd(builder.fmul(found, scales), bias)
-            out = narrowed(builder, found, like)
-            step = context.get_constant(types.int64, half * LANES * (like.bitwidth // 8))
-            builder.store(out, place(builder, builder.add(y, step), out.type), align=like.bitwidth // 8)
+        sums, vectors, pitch, totals, y, apart, rows, _ = arguments
+
+        def number(value: int) -> Any:
+            return context.get_constant(types.int64, value)
+
+        def register(base: Any, offset: int, kind: Any) -> Any:
+            return builder.load(place(builder, builder.add(base, number(offset)), kind), align=4)
+
+        bases = vectors, builder.add(vectors, pitch), builder.add(vectors, builder.add(pitch, pitch))
+        zeros, scales, biases = ([register(base, half * LANES * 4, FLOATS) for half in range(2)] for base in bases)
+        with cgutils.for_range_slice(builder, number(0), rows, number(1), intp=ir.IntType(64)) as (row, _):
+            total = register(builder.add(totals, builder.mul(row, number(4))), 0, ir.FloatType())
+            total = spread(builder, total, FLOATS)
+            own, begin = builder.add(sums, builder.mul(row, number(WIDTH * 4))), builder.add(y, builder.mul(row, apart))
+            for half in range(2):
+                found = register(own, half * LANES * 4, FLOATS)
+                found = builder.fsub(found, builder.fmul(total, zeros[half]))
+                found = builder.fadd(builder.fmul(found, scales[half]), biases[half])
+                out = narrowed(builder, found, like)
+                step = number(half * LANES * (like.bitwidth // 8))
+                builder.store(out, place(builder, builder.add(begin, step), out.type), align=like.bitwidth // 8)
         return context.get_dummy_value()
 
-    return types.void(*(types.int64,) * 3, types.float32, types.int64, like), generate
+    return types.void(*(types.int64,) * 7, like), generate

@@ -52,22 +52,24 @@ CHUNK = 96
 
 
 @njit
-def _multiply(rows: Any, panel: Any, x: Any, sums: Any, inputs: Any, pitch: Any, stored: Any) -> None:
+def _multiply(
+    rows: Any, panel: Any, x: Any, sums: Any, inputs: Any, pitch: Any, ahead: Any, pace: Any, stored: Any
+) -> None:
     """The sums of one panel for at least so many rows of float32, at most `MOST`."""
     if rows == 1:
-        one_row(panel, x, sums, inputs, pitch, stored)
+        one_row(panel, x, sums, inputs, pitch, ahead, pace, stored)
     elif rows == 2:
-        two_rows(panel, x, sums, inputs, pitch, stored)
+        two_rows(panel, x, sums, inputs, pitch, ahead, pace, stored)
     elif rows <= 4:
-        four_rows(panel, x, sums, inputs, pitch, stored)
+        four_rows(panel, x, sums, inputs, pitch, ahead, pace, stored)
     elif rows <= 6:
-        six_rows(panel, x, sums, inputs, pitch, stored)
+        six_rows(panel, x, sums, inputs, pitch, ahead, pace, stored)
     elif rows <= 8:
-        eight_rows(panel, x, sums, inputs, pitch, stored)
+        eight_rows(panel, x, sums, inputs, pitch, ahead, pace, stored)
     elif rows <= 10:
-        ten_rows(panel, x, sums, inputs, pitch, stored)
+        ten_rows(panel, x, sums, inputs, pitch, ahead, pace, stored)
     else:
-        twelve_rows(panel, x, sums, inputs, pitch, stored)
+        twelve_rows(panel, x, sums, inputs, pitch, ahead, pace, stored)
 
 
 @njit
@@ -81,21 +83,22 @@ def multiply_task(task: Any, stored: Any, active: Any) -> None:
     bytes_each = carray(pointer(0, stored), 1).itemsize
     pitch = (outputs + WIDTH - 1) // WIDTH * WIDTH * 4
     most, columns, kind, like = min(rows, CHUNK), deep(inputs, stored), operand_kind(stored), np.float32(0)
+    at_once = 4 // carray(pointer(0, kind), 1).itemsize  # inputs of a step
     # an odd number of rows is multiplied with one more
-    size_of_rows = whole_lines((most + 1) * columns * carray(pointer(0, kind), 1).itemsize)
-    memory = borrow(task, size_of_rows + whole_lines(most * 4) + whole_lines(MOST * WIDTH * 4) + WIDTH * 4)
+    of_rows, of_sums = whole_lines((most + 1) * columns * (4 // at_once)), whole_lines(MOST * WIDTH * 4)
+    memory = borrow(task, of_rows + whole_lines(most * 4) + 2 * of_sums)
     if memory == 0:
         return
     wide = carray(pointer(memory, kind), (most + 1, columns))
     totals = carray(pointer(behind(wide), like), most)
     sums = carray(pointer(behind(totals), like), (MOST, WIDTH))
-    part_of_panel = carray(pointer(behind(sums), active), WIDTH)
+    part_of_panel = carray(pointer(behind(sums), active), (MOST, WIDTH))
+    apart, found = wide.strides[0], sums.ctypes.data
     wide[:] = 0
     totals[:] = 0
     parts = (outputs + size - 1) // size
-    held = -1
+    held, part = -1, take(task)
     while True:
-        part = take(task)
         chunk, first = part // parts, part % parts * size
         start = chunk * CHUNK
         if start >= rows:
@@ -111,18 +114,26 @@ def multiply_task(task: Any, stored: Any, active: Any) -> None:
             held = chunk
         groups = (count + MOST - 1) // MOST
         each = (count + groups - 1) // groups
-        for begin in range(first, min(outputs, first + size), WIDTH):
-            panel = all_panels + begin * columns * bytes_each
+        # A panel that waits for the memory does not multiply: the next one is asked for all the time.
+        pace = WIDTH * bytes_each * at_once // groups
+        end = min(outputs, first + size)
+        for begin in range(first, end, WIDTH):
+            panel, following = all_panels + begin * columns * bytes_each, begin + WIDTH
+            if following >= end:
+                part = take(task)
+                following = part % parts * size if part // parts * CHUNK < rows else begin
             vectors, whole = all_vectors + begin * 4, outputs - begin >= WIDTH
+            ahead = all_panels + following * columns * bytes_each
             for top in range(0, count, each):
-                some = min(each, count - top)
-                _multiply(some, panel, wide[top:].ctypes.data, sums.ctypes.data, inputs, wide.strides[0], stored)
-                for r in range(some):
-                    found, total = sums[r:].ctypes.data, totals[top + r]
-                    place = y[start + top + r, begin:].ctypes.data if whole else part_of_panel.ctypes.data
-                    finish(found, vectors, pitch, total, place, active)
-                    if not whole:
-                        y[start + top + r, begin:] = part_of_panel[: outputs - begin]
+                some, own = min(each, count - top), wide.ctypes.data + top * apart
+                _multiply(some, panel, own, found, inputs, apart, ahead, pace, stored)
+                ahead += columns // at_once * pace
+                place, step = y.ctypes.data + ((start + top) * outputs + begin) * y.itemsize, outputs * y.itemsize
+                if not whole:
+                    place, step = part_of_panel.ctypes.data, WIDTH * y.itemsize
+                finish(found, vectors, pitch, totals.ctypes.data + top * 4, place, step, some, active)
+                if not whole:
+                    y[start + top : start + top + some, begin:] = part_of_panel[:some, : outputs - begin]
 
 
 def _task(stored: Any, active: Any) -> Callable[[Any], None]:
