@@ -62,10 +62,23 @@ def _widens() -> bool:
 
 @cache
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions for products of a float dtype."""
+    """Whether this CPU has instructions for products of a float dtype, and oneDNN uses them."""
     if dtype is torch.bfloat16:
-        return bool(torch.cpu._is_avx512_bf16_supported())
+        return bool(torch.cpu._is_avx512_bf16_supported()) and torch._C._has_mkldnn and _is_multiplied(dtype)
     return dtype is torch.float32
+
+
+def _is_multiplied(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies a dtype here, found out by trying: it may have been told of an older CPU.
+
+    `ONEDNN_MAX_CPU_ISA` tells it so, and nothing of torch's says what it was told.
+    """
+    row = torch.ones(1, 1, dtype=dtype, device="cpu")
+    try:
+        PackedFloat(row, None)(row)
+    except RuntimeError:
+        return False
+    return True
 
 
 def pack_float(weight: Tensor, bias: Tensor | None) -> Kernel:

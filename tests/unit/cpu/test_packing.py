@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,8 +14,8 @@ import torch.nn.utils.prune
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_polyspec.cpu import packing
-from hf_polyspec.cpu.float_kernels import pack_float, packs
+from hf_polyspec.cpu import float_kernels, packing
+from hf_polyspec.cpu.float_kernels import WidenedFloat, pack_float, packs
 from hf_polyspec.cpu.packing import PackedForward
 from hf_polyspec.quantization import is_packed, pack, quantize_model, unpack
 
@@ -180,6 +180,41 @@ def test_few_rows_are_multiplied_plainly_unless_compiled(
             pair(torch.ones(rows, 24, dtype=dtype))
     first = 1 if compiles else {torch.float32: 4, torch.bfloat16: 2, torch.float16: 3}[dtype]
     assert packed_rows == list(range(first, 7))
+
+
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    """What this CPU multiplies is found out in a test, and once more behind it."""
+    float_kernels.multiplies.cache_clear()
+    yield
+    float_kernels.multiplies.cache_clear()
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_what_torch_refuses_to_multiply_is_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refused:
+        def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+            if weight.dtype is torch.bfloat16:
+                raise RuntimeError("bf16 path needs the cpu support, of which oneDNN was told there is none")
+            self._weight = weight
+
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x, self._weight)
+
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(float_kernels, "PackedFloat", Refused)
+    monkeypatch.setattr(float_kernels, "compiles", lambda: False)
+    kernel = pack_float(torch.eye(3, 5, dtype=torch.bfloat16), None)
+    assert isinstance(kernel, WidenedFloat)
+    assert kernel(torch.arange(5, dtype=torch.bfloat16)).tolist() == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_a_cpu_without_the_instructions_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(float_kernels, "PackedFloat", None)
+    assert not float_kernels.multiplies(torch.bfloat16)
+    assert float_kernels.multiplies(torch.float32)
 
 
 def test_siblings_are_one_product(model: PreTrainedModel) -> None:
