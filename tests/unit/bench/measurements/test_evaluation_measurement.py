@@ -51,12 +51,12 @@ def test_the_same_task_with_and_without_a_chain(folders: tuple[str, str], tmp_pa
     harness = LmEval(questions_of(3), NEW, tmp_path)
     model, tokenizer = load_model(target), load_tokenizer(target)
     before = dict(vars(model))
-    rates, partings = measure(model, tokenizer, [f"{small},suffix"], harness, rounds=1, batches=(2, 1))
+    rates, partings = measure(model, tokenizer, [f"{small},suffix"], harness, rounds=1, batches=[2])
     assert dict(vars(model)) == before
-    assert [(rate.form, rate.chain) for rate in rates] == 2 * ways_of([f"{small},suffix"])
+    assert [(rate.form, rate.chain) for rate in rates] == ways_of([f"{small},suffix"])
     assert partings == []
-    for number, rate in enumerate(rates):
-        assert (rate.samples, rate.alike, rate.ties, rate.batch) == (3, 3, 0, 2 if number < 4 else 1)
+    for rate in rates:
+        assert (rate.samples, rate.alike, rate.ties, rate.batch) == (3, 3, 0, 2)
         if rate.chain == PLAIN:
             assert (rate.tokens, rate.passes) == (0, 0)
         else:
@@ -127,6 +127,24 @@ def test_ratios_are_of_one_turn_and_differences_are_counted(monkeypatch: pytest.
     assert (auto.seconds, auto.ratio) == (0.5, 0.25)
     assert rates["as loaded", PLAIN].first == 20.0
     assert rates["as loaded", "suffix"].first_ratio == 0.5
+
+
+def test_a_chain_is_compared_at_its_batch_and_the_model_alone_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "pack", lambda model: model)
+    monkeypatch.setattr(evaluation, "sharing_copy", lambda model: model)
+    told = {1: Answers(("a", "b"), 0, 0), 4: Answers(("a", "c"), 0, 0)}
+
+    class Batched:
+        def model(self, model: Any, tokenizer: Any, chain: str | None, batch: int) -> Any:
+            return batch
+
+        def evaluate(self, model: Any) -> Answers:
+            return told[model]
+
+    rates, _ = measure(None, None, ["suffix"], Batched(), rounds=1, batches=[1, 4])
+    assert {(rate.batch, rate.chain, rate.alike) for rate in rates} == {
+        (1, PLAIN, 2), (1, "suffix", 2), (4, PLAIN, 1), (4, "suffix", 2),
+    }  # fmt: skip
 
 
 def test_the_command_writes_what_it_measured(
