@@ -13,6 +13,8 @@ DEFAULT_BLOCK_SIZE = 8
 DEFAULT_DIRECT_TOKENS = 4
 DEFAULT_TREE_DEPTH = 5
 DEFAULT_TREE_TOP_K = 8
+ONE, REPLICATED, SHARDED = "one", "replicated", "sharded"
+"""Where a level below a target that processes share runs: in the first of them, in each by itself, split as it is."""
 
 
 def require_count(name: str, value: Any, least: int = 1, hint: str = "") -> None:

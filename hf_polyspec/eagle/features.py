@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from hf_polyspec.eagle.configuration import LAST_HIDDEN_STATE, EagleHeadConfig
 from hf_polyspec.eagle.modeling import EagleHead
 from hf_polyspec.eagle.vocabulary import module_shape
-from hf_polyspec.host.whole import lent_parts, whole_part
+from hf_polyspec.host.whole import lent_parts, whole_part, whole_part_in_all
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,19 @@ def target_parts(model: PreTrainedModel) -> TargetParts:
     )
 
 
-def lend_parts(model: PreTrainedModel, *, keeps: bool) -> None:
+def lend_parts(model: PreTrainedModel, *, keeps: bool, everywhere: bool = False) -> None:
     """Puts together what a head may use of a model that is sharded over processes; collective.
 
     Args:
         model: The level above the head; keeps: Whether a head runs in this process.
+        everywhere: Whether one runs in every process.
     """
     for part in lent_parts(model):
-        if part is not None:
+        if part is None:
+            continue
+        if everywhere:
+            whole_part_in_all(part)
+        else:
             whole_part(part, keeps=keeps)
 
 

@@ -38,7 +38,6 @@ from ..levels.base import Drafter
 from ..levels.verifier import Verifier
 from ..telemetry.stats import PolySpecStats
 from .alone import or_alone
-from .automatic import choose
 from .chain import build_chain, levels_of
 from .chances import Chances, check_seeds
 from .checked import checked
@@ -50,8 +49,10 @@ from .meeting import Meeting, check_spread, facts_of, share, shared_levels
 from .members import lent
 from .options import PolySpecOptions
 from .outputs import Recorder, Wanted
+from .placements import Placed
 from .prompts import context_of
 from .setting import Setting
+from .settling import placement, settled
 
 UNLIMITED = 1 << 62
 """Ids of a text whose length nobody limits."""
@@ -94,6 +95,7 @@ def decode(
     polyspec_draft_temperature: float | None = None,
     polyspec_draft_copies: bool | None = None,
     polyspec_pack: bool | None = None,
+    polyspec_placement: str | Sequence[str] | None = None,
     polyspec_seed: int | Sequence[int] | None = None,
     streamer: Any = None,
     tokenizer: Any = None,
@@ -139,21 +141,17 @@ def decode(
     started = time.perf_counter()
     model_kwargs["inputs_tensor"] = inputs_tensor  # for the encoder, where there is one
     with Meeting(model, synced_gpus) as meeting:
-        tokenizers = tokenizer, assistant_tokenizer
-        found = checked(model, generation_config, assistant_models, polyspec_plan, named, tokenizers, meeting.ranks)
-        options, members = found.options, found.assistants
+        words, ranks, batch = (tokenizer, assistant_tokenizer), meeting.ranks, len(input_ids)
+        found = checked(model, generation_config, assistant_models, polyspec_plan, named, words, ranks, batch)
+        options = found.options
         job = _Job(model, input_ids, logits_processor, stopping_criteria, generation_config, options, model_kwargs)
-        if found.chosen_here:
-            facts = facts_of(input_ids, job.context.prompt.mask, generation_config, options, ())
-            meeting.agree({**facts, "assistant_models": "auto"})
-            members = choose(job, found.named, meeting.ranks)
-            model = job.model
-        check_spread(model, job.extras, meeting.ranks)
-        job.vocabularies = found.vocabularies
+        members = settled(job, found, meeting, words)
+        model = job.model
+        check_spread(model, job.extras, ranks)
         job.steered = polyspec_control is None and getattr(generation_config, "polyspec_control", None) is None
         with lent(members) as own:
             chain = job.chain(own)
-            job.decided = share(chain, own, meeting.ranks)
+            job.decided = share(chain, own, ranks, job.placed.everywhere)
             job.shared = shared_levels(chain, own)
             meeting.begin(facts_of(input_ids, job.context.prompt.mask, generation_config, options, own))
             try:
@@ -162,7 +160,7 @@ def decode(
                     note_kernels(chain)
                 job.tell_lost(chain)
                 job.tell_left_out(chain)
-                return job.output(chain, rows, origins, time.perf_counter() - started, meeting.ranks)
+                return job.output(chain, rows, origins, time.perf_counter() - started, ranks)
             finally:
                 if job.control is not None:
                     job.control.finish()
@@ -226,6 +224,7 @@ class _Job:
         self.decided: Deciding = decided_here
         self.bias: list[float] = []
         self.vocabularies: Sequence[Vocabularies | None] = ()
+        self.placed = Placed()
 
     def chain(self, assistants: list[Any]) -> Verifier:
         """The levels, ready to run; the target starts from the caller's cache if there is something in it."""
@@ -352,6 +351,7 @@ class _Job:
             bias=self.bias,
             seed_holds=None if self.chances is None else self.chances.holds,
             chosen=self.chosen,
+            placement=placement(self.placed),
         )
         output = made_output(
             self.whole_cache if self.use_cache else None,

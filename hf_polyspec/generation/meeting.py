@@ -158,11 +158,15 @@ def shared_places(assistants: Sequence[Any]) -> list[int]:
     return [i for i, one in enumerate(assistants) if isinstance(one, nn.Module) and is_split(one)]
 
 
-def here(target: Any, assistants: Any, ranks: Ranks) -> Any:
+def here(target: Any, assistants: Any, ranks: Ranks, everywhere: bool = False) -> Any:
     """The members of a chain that run in this process.
 
     Where processes run one generation in step, levels that are not shared run in process 0, and `Elsewhere` stands for
     them in the others. Collective: what heads borrow of a shared model is put together, and it is tried on trees.
+
+    Args:
+        target: the model; assistants: the members; ranks: the processes that hold the target.
+        everywhere: whether levels that are not shared run in every process instead.
 
     Raises:
         ValueError: a member is shared by processes and cannot be where it is, or partitioned by DeepSpeed ZeRO-3.
@@ -187,11 +191,11 @@ def here(target: Any, assistants: Any, ranks: Ranks) -> Any:
     for above, one in zip([target, *assistants], assistants, strict=False):
         reads = isinstance(one, (EagleHead, MtpDrafter)) or (isinstance(one, Elsewhere) and one.reads_states)
         if (reads or is_companion(one)) and isinstance(above, nn.Module) and is_split(above):
-            lend_parts(inner_model(above), keeps=ranks.leads)
+            lend_parts(inner_model(above), keeps=ranks.leads, everywhere=everywhere)
             if isinstance(one, MtpDrafter):
                 one.layers.take_whole_parts(keeps=ranks.leads)
             hindrance(inner_model(above))  # found out by passes, once a model, which all have to take part in
-    if ranks.leads:
+    if ranks.leads or everywhere:
         return list(assistants)
     last = max(shared, default=-1)
     kept = list(assistants[: last + 1])
@@ -231,8 +235,8 @@ def _check_below(assistants: Sequence[Any], shared: Sequence[int]) -> None:
             raise ValueError(ALL_SPREAD.format(role=f"assistant_models[{i}] ({_name(one)})", reason=reason))
 
 
-def share(chain: Verifier, assistants: Sequence[Any], ranks: Ranks) -> Deciding:
-    """Have the levels that run in all processes ask the others as `Relayed` does.
+def share(chain: Verifier, assistants: Sequence[Any], ranks: Ranks, everywhere: bool = False) -> Deciding:
+    """Have the levels that run in all processes ask the others as `Relayed` does; `everywhere`: see `here`.
 
     Returns:
         Who takes the decisions that levels draw for.
@@ -240,12 +244,12 @@ def share(chain: Verifier, assistants: Sequence[Any], ranks: Ranks) -> Deciding:
     if not ranks.in_step:
         return decided_here
     levels = shared_levels(chain, assistants)
-    relay = Relay(ranks, levels)
+    relay = Relay(ranks, levels, everywhere, chain.stats.notes)
     for level in levels:
         if isinstance(level, Verifier):
             asking = Relayed(relay)
             level.ask, level.ask_for_tree = asking.ask, asking.ask_for_tree
-            level.trees = level.trees or not ranks.leads  # which the levels in process 0 know
+            level.trees = level.trees or not (ranks.leads or everywhere)  # which the levels in process 0 know
     return relay.decided
 
 

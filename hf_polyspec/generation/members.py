@@ -18,12 +18,16 @@ _busy: set[int] = set()
 """Drafters in a generation at this moment, by id: they live at least as long as it does."""
 
 
-def members(target: Any, assistants: Any) -> Any:
+def members(target: Any, assistants: Any, places: Sequence[str] = ()) -> Any:
     """`assistant_models` with everything that is given by name made or loaded (`models.assistants.by_name`), and models
-    that only draft beside another one as drafters (`models.companions`)."""
+    that only draft beside another one as drafters (`models.companions`).
+
+    Args:
+        target: the model; assistants: as the caller gave them; places: see `by_name`.
+    """
     from ..models.assistants import by_name  # loaders of every kind, which most chains never need
 
-    made = by_name(target, assistants)
+    made = by_name(target, assistants, places)
     if not isinstance(made, (list, tuple)):
         return made
     return with_companions(target, [as_target(target, one) for one in made])

@@ -15,6 +15,9 @@ from ..defaults import (
     DEFAULT_DIRECT_TOKENS,
     DEFAULT_TREE_DEPTH,
     DEFAULT_TREE_TOP_K,
+    ONE,
+    REPLICATED,
+    SHARDED,
     require_choice,
     require_count,
     require_temperature,
@@ -64,6 +67,9 @@ class PolySpecOptions:
         polyspec_draft_copies: whether an EAGLE head's guesses are mixed with what followed the same tokens earlier in
             the text, with what the level above foresaw of the prompt, and with what it said after guesses that it
             rejected.
+        polyspec_placement: where levels run whose target several processes share: "one" (in process 0, which tells the
+            others what they offer), "replicated" (in every process), "sharded" (split as the target is); or a list of
+            one for each of `assistant_models`. "auto": what was measured to be quickest. Says nothing in one process.
         polyspec_seed: a whole number, and the text is the one after `torch.manual_seed` with it, the caller's generator
             untouched; or a list of one for each row (each of `num_return_sequences`), and each row is what plain
             generate() writes for it alone after its own. None: torch's default generator, as plain generate().
@@ -86,6 +92,7 @@ class PolySpecOptions:
     polyspec_draft_temperature: float | None = None
     polyspec_draft_copies: bool = True
     polyspec_pack: bool = True
+    polyspec_placement: str | Sequence[str] = "auto"
     polyspec_seed: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
@@ -115,6 +122,9 @@ class PolySpecOptions:
                 f'polyspec_verification="{self.polyspec_verification}" out with it.'
             )
         self._check_seed()
+        several = isinstance(self.polyspec_placement, (list, tuple))
+        for place in self.polyspec_placement if several else [self.polyspec_placement]:
+            require_choice("polyspec_placement", place, ("auto", ONE, REPLICATED, SHARDED))
 
     @property
     def couples(self) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -101,6 +101,20 @@ class Ranks:
         """
         return list(message)
 
+    def compared(self, state: int, mark: int, failed: bool) -> tuple[bool, bool]:
+        """Once a round, where every process has made the same by itself: whether it has.
+
+        Args:
+            state: see `exchange`; mark: a number that is the same where what was made is; failed: whether nothing was.
+
+        Returns:
+            Whether all marks are the same, and whether any process failed.
+
+        Raises:
+            LevelError: see `exchange`.
+        """
+        return True, failed
+
 
 class _Group(Ranks):
     """The processes of a group.
@@ -188,12 +202,24 @@ class Team(_Group):
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         most, least, length, *found = tensor.tolist()
         if most != -least:
-            states = self.gathered(state)
-            others = [str(rank) for rank, one in enumerate(states) if one != states[0]]
-            raise LevelError(PARTED.format(ranks=", ".join(others)))
+            self._part(state)
         if length > CAPACITY:
             found += self.first(said[CAPACITY:] or [0] * (length - CAPACITY))
         return [int(value) for value in found[:length]]
+
+    def compared(self, state: int, mark: int, failed: bool) -> tuple[bool, bool]:
+        tensor = torch.tensor([state, -state, mark, -mark, int(failed)], dtype=torch.int64, device=self.device)
+        with talking():
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        most, least, highest, lowest, any_failed = tensor.tolist()
+        if most != -least:
+            self._part(state)
+        return highest == -lowest, bool(any_failed)
+
+    def _part(self, state: int) -> NoReturn:
+        states = self.gathered(state)
+        others = [str(rank) for rank, one in enumerate(states) if one != states[0]]
+        raise LevelError(PARTED.format(ranks=", ".join(others)))
 
 
 ALONE = Ranks()
@@ -281,7 +307,9 @@ def is_split(model: Any) -> bool:
     """Whether a model's passes, or its weights, need other processes."""
     if not _kinds():
         return False
-    return any(is_part(parameter) and parameter.device_mesh.size() > 1 for parameter in model.parameters())
+    if any(is_part(parameter) and parameter.device_mesh.size() > 1 for parameter in model.parameters()):
+        return True
+    return any(getattr(module, "needs_processes", False) for module in model.modules())
 
 
 def is_spread(model: Any) -> bool:

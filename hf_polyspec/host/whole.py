@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from .ranks import is_part
 
 _PARTS: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], nn.Module | None]] = WeakKeyDictionary()
+_EVERYWHERE: WeakKeyDictionary[nn.Module, tuple[object, ...]] = WeakKeyDictionary()
+"""Modules that all processes have put together, and of which weights; known alike in all of them."""
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
@@ -113,6 +115,14 @@ def whole_part(module: nn.Module, *, keeps: bool = True) -> nn.Module:
         if not keeps:
             _PARTS[module] = _stamp(module), None
     return _PARTS[module][1] or module
+
+
+def whole_part_in_all(module: nn.Module) -> None:
+    """Has `whole_part` of a module computed in every process that holds a part, also where one has it already."""
+    split = any(is_part(parameter) for parameter in module._parameters.values())
+    if split and _EVERYWHERE.get(module) != _stamp(module):
+        gather(module, keeps=True)
+        _EVERYWHERE[module] = _stamp(module)
 
 
 @torch.no_grad()

@@ -4,6 +4,10 @@
 The levels below, as far as their models are not shared themselves, run in one process, which tells the others what they
 offer. So nothing that a clock, the memory of a machine, or rounding in another kind of processor decides can drive the
 processes apart, and no process holds weights that it does not need. What is shared takes the same ids in all of them.
+
+Or they run in every process ("replicated"): each drafts for itself, and they only compare what they have. Where
+rounding lets them differ, what the first process has is told to the others, and counts; memos of ids (law 4) go on from
+any.
 """
 
 from __future__ import annotations
@@ -30,7 +34,8 @@ if TYPE_CHECKING:
 
 _LATEST = 256
 """Ids at the end of each row that a check looks at, besides its length."""
-_CHAIN, _TREE, _FAILED = 1, 2, 3
+_CHAIN, _TREE, _FAILED, _NO_TREE = 1, 2, 3, 4
+DIFFERED = "a draft differed between processes, by rounding: that of process 0 counted"
 
 
 class Elsewhere(Drafter):
@@ -98,10 +103,20 @@ class Relay:
     Args:
         ranks: the processes.
         shared: levels whose passes they share too: these are asked in all processes.
+        everywhere: whether what is not shared runs in every process, instead of the first.
+        notes: where it is said, once, that processes had drafted differently.
     """
 
-    def __init__(self, ranks: Ranks, shared: Collection[Drafter] = ()) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        shared: Collection[Drafter] = (),
+        everywhere: bool = False,
+        notes: list[str] | None = None,
+    ) -> None:
         self.ranks = ranks
+        self.everywhere = everywhere
+        self.notes = [] if notes is None else notes
         self._shared = {id(level) for level in shared}
         self._kept: Proposal | None = None
         self._alone = False  # process 0 is busy with what the others do not do
@@ -120,15 +135,16 @@ class Relay:
         if id(source) in self._shared:
             self.ranks.exchange(_state(context))
             return ask(source, context, rooms, law, vocabulary, eos)
+        if self.everywhere:
+            made = self._agreed(context, lambda: here.ask(source, context, rooms, law, vocabulary, eos))
+            return self._as_chain(made)
         if self.ranks.leads:
             with self._told(context):
                 proposal = here.ask(source, context, rooms, law, vocabulary, eos)
             self.ranks.exchange(_state(context), _chain(proposal))
             return proposal
         heard, self._kept = self._kept or self._heard(context), None
-        if not isinstance(heard, Proposal):
-            raise LevelError("process 0 offered a tree where a chain was asked for.")
-        return heard
+        return self._as_chain(heard)
 
     def ask_for_tree(
         self, here: Asking, source: Drafter, context: Context, rooms: list[int], law: LawMaker, vocabulary: int
@@ -136,6 +152,9 @@ class Relay:
         """See `asking.ask_for_tree`; likewise."""
         if id(source) in self._shared:
             return ask_for_tree(source, context, rooms, law, vocabulary)
+        if self.everywhere:
+            made = self._agreed(context, lambda: here.ask_for_tree(source, context, rooms, law, vocabulary))
+            return made if isinstance(made, TreeProposal) else None
         if self.ranks.leads:
             with self._told(context):
                 tree = here.ask_for_tree(source, context, rooms, law, vocabulary)
@@ -145,8 +164,44 @@ class Relay:
         heard = self._heard(context)
         if isinstance(heard, TreeProposal):
             return heard
-        self._kept = heard
+        self._kept = self._as_chain(heard)
         return None
+
+    def _agreed(
+        self, context: Context, make: Callable[[], Proposal | TreeProposal | None]
+    ) -> Proposal | TreeProposal | None:
+        """What each process has made by itself; what the first has, where they differ.
+
+        Raises:
+            LevelError: it failed in one of them, here in those where it did not.
+        """
+        made: Proposal | TreeProposal | None = None
+        failure: Exception | None = None
+        try:
+            with self._by_itself():
+                made = make()
+        except Exception as error:
+            failure = error
+        state, said = _state(context), [] if failure is not None else _message(made)
+        same, failed = self.ranks.compared(state, zlib.crc32(array("q", said).tobytes()), failure is not None)
+        if failed:
+            reasons = self.ranks.gathered(None if failure is None else " ".join(str(failure).split()))
+            if failure is not None:
+                raise failure
+            rank = next(rank for rank, reason in enumerate(reasons) if reason is not None)
+            raise LevelError(f"in process {rank}, {reasons[rank]}")
+        if same:
+            return made
+        if DIFFERED not in self.notes:
+            self.notes.append(DIFFERED)
+        heard = self.ranks.exchange(state, said)
+        return made if self.ranks.leads else _read(heard, context.batch)
+
+    @staticmethod
+    def _as_chain(found: Proposal | TreeProposal | None) -> Proposal:
+        if not isinstance(found, Proposal):
+            raise LevelError("process 0 offered a tree where a chain was asked for.")
+        return found
 
     def decided(self, make: Callable[[], torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """In place of `randomness.decided_here`: process 0 draws and decides, and the others are told.
@@ -191,16 +246,8 @@ class Relay:
             self.ranks.exchange(_state(context), [_FAILED, *str(error).encode()])
             raise
 
-    def _heard(self, context: Context) -> Proposal | TreeProposal:
-        kind, *rest = self.ranks.exchange(_state(context))
-        if kind == _FAILED:
-            raise LevelError(f"in process 0, {bytes(rest).decode()}")
-        rows = context.batch
-        if kind == _CHAIN:
-            tokens, origins = (_unrolled(part, rows) for part in _halves(rest, 2))
-            return Proposal(tokens, None, origins)
-        tokens, parents, origins = (_unrolled(part, rows) for part in _halves(rest, 3))
-        return TreeProposal(tokens, parents, origins)
+    def _heard(self, context: Context) -> Proposal | TreeProposal | None:
+        return _read(self.ranks.exchange(_state(context)), context.batch)
 
 
 def _state(context: Context) -> int:
@@ -209,6 +256,30 @@ def _state(context: Context) -> int:
     for ids in context.ids:
         found = zlib.crc32(array("q", [len(ids), *ids[-_LATEST:]]).tobytes(), found)
     return found
+
+
+def _message(made: Proposal | TreeProposal | None) -> list[int]:
+    if made is None:
+        return [_NO_TREE]
+    return _tree(made) if isinstance(made, TreeProposal) else _chain(made)
+
+
+def _read(message: list[int], rows: int) -> Proposal | TreeProposal | None:
+    """What another process has made of so many rows; laws do not travel.
+
+    Raises:
+        LevelError: it failed.
+    """
+    kind, *rest = message
+    if kind == _FAILED:
+        raise LevelError(f"in process 0, {bytes(rest).decode()}")
+    if kind == _NO_TREE:
+        return None
+    if kind == _CHAIN:
+        tokens, origins = (_unrolled(part, rows) for part in _halves(rest, 2))
+        return Proposal(tokens, None, origins)
+    tokens, parents, origins = (_unrolled(part, rows) for part in _halves(rest, 3))
+    return TreeProposal(tokens, parents, origins)
 
 
 def _chain(proposal: Proposal) -> list[int]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
+from ..defaults import ONE, REPLICATED, SHARDED
 from ..eagle.formats.files import read_config, read_tensors
 from ..errors import DamagedFileError
 from ..host.dflash import has_block_settings
@@ -27,6 +28,7 @@ from ..levels.names import name_of
 from ..levels.suffix import SuffixDrafter
 from ..levels.synthetic import parse_synthetic
 from ..quantization import quantize_model
+from ..quantization.split import split_copy
 from .by_name import load_model, read_dtype, resolve
 from .changes import stamp
 from .packaged import HEAD, PACKAGE
@@ -98,7 +100,7 @@ _MADE: WeakKeyDictionary[Any, dict[str, tuple[Hashable, Any]]] = WeakKeyDictiona
 _MAKING = threading.RLock()
 
 
-def by_name(target: Any, assistants: Any) -> Any:
+def by_name(target: Any, assistants: Any, places: Sequence[str] = ()) -> Any:
     """Members of a chain, those made that were given as names: of what a target itself gives (`int8`,
     `early-exit:12`, `suffix`), or of what is loaded: a folder, as a string or a path, a name, or a hub id.
 
@@ -110,6 +112,8 @@ def by_name(target: Any, assistants: Any) -> Any:
         target: the model generate() was called on.
         assistants: as the user gave them, a list, or one name; what is no name is handed back as it is, for others to
             refuse.
+        places: where processes share the target, for each of them its place (`defaults.ONE` and others), in which
+            copies in fewer bits are made; empty for `ONE`.
 
     Raises:
         ValueError: a name that cannot be made of this target, or of which nothing can be loaded.
@@ -124,16 +128,36 @@ def by_name(target: Any, assistants: Any) -> Any:
         raise ValueError(f'"{AUTO}" chooses all levels by itself, in each call: give it alone to generate().')
     check_assistant_names(names)
     return [
-        _named(target, name, f"assistant_models[{i}]") if isinstance(member, (str, os.PathLike)) else member
+        _named(target, name, f"assistant_models[{i}]", places[i] if places else ONE)
+        if isinstance(member, (str, os.PathLike))
+        else member
         for i, (member, name) in enumerate(zip(assistants, names, strict=True))
     ]
+
+
+def forget_copies(target: Any, name: str, place: str) -> None:
+    """Keep, of the copies that were made under this name in one place or another, the one in this place."""
+    with _MAKING:
+        kept = _MADE.get(target, {})
+        for other in (ONE, REPLICATED, SHARDED):
+            if other != place:
+                kept.pop(_key(name, other), None)
+
+
+def is_copy_name(name: Any) -> bool:
+    """Whether a member is given as the name of a copy in fewer bits."""
+    return isinstance(name, str) and name in _BITS
+
+
+def _key(name: str, place: str) -> str:
+    return f"{name} {place}" if name in _BITS else name
 
 
 def _is_made(name: str) -> bool:
     return name in _KEEPS_TEXT or name in _BITS or name.startswith(PREFIX)
 
 
-def _named(target: Any, name: str, role: str) -> Any:
+def _named(target: Any, name: str, role: str, place: str) -> Any:
     if name in _KEEPS_TEXT:
         try:
             return load_assistant(name, target, target.dtype, target.device)
@@ -143,10 +167,23 @@ def _named(target: Any, name: str, role: str) -> Any:
         made = _is_made(name)
         source = name if made else _source_here(name, role)
         mark = stamp(target, unsaved=False) if made else _stamp_of_files(source, target)
-        kept = _MADE.setdefault(target, {})
-        if name not in kept or kept[name][0] != mark:
-            kept[name] = (mark, _load_here(name, source, target, role))
-        return kept[name][1]
+        kept, key = _MADE.setdefault(target, {}), _key(name, place)
+        if key not in kept or kept[key][0] != mark:
+            if name in _BITS:
+                other = kept.get(_key(name, ONE))
+                found = _copy_in(target, name, place, None if other is None or other[0] != mark else other[1])
+            else:
+                found = _load_here(name, source, target, role)
+            kept[key] = (mark, found)
+        return kept[key][1]
+
+
+def _copy_in(target: Any, name: str, place: str, other: Any) -> Any:
+    """A copy in fewer bits; `other` is one that process 0 has already, where it is made in all of them."""
+    if place == REPLICATED and other is not None and not isinstance(other, Elsewhere) and ranks_of(target).in_step:
+        whole_copy(target, keeps=False)
+        return other
+    return quantized_copy(target, _BITS[name], place)
 
 
 def _source_here(name: str, role: str) -> str:
@@ -195,15 +232,22 @@ def _stamp_of_files(source: str, target: Any) -> Hashable:
     return (target.dtype, input_device(target), marks)
 
 
-def quantized_copy(model: Any, bits: int) -> Any:
-    """A copy of a model with integer weights, named after its bits so that tables can tell the two apart."""
+def quantized_copy(model: Any, bits: int, place: str = ONE) -> Any:
+    """A copy of a model with integer weights, named after its bits so that tables can tell the two apart.
+
+    Args:
+        model: the target; bits: of a weight.
+        place: where processes share it, whether the copy is made in the first, in all of them, or split as the model
+            is; collective.
+    """
     ranks, name = ranks_of(model), f"{name_of(model) or type(model).__name__} int{bits}"
-    if not ranks.leads:  # levels below a target that processes share run in one of them
+    if not ranks.leads and place == ONE:
         whole_copy(model, keeps=False)
         return Elsewhere(name)
-    copy: Any = quantize_model(model, bits)
+    copy: Any = split_copy(model, bits, ranks) if place == SHARDED else quantize_model(model, bits)
     # The copy's own attribute: the original keeps its name.
     copy.name_or_path = name
+    copy.stands_alone = ranks.in_step and place == ONE  # the others have nothing of the kind
     return copy
 
 

@@ -9,6 +9,26 @@ from typing import Any
 from .counters import Decision, LevelStats
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where the levels below a target ran that several processes share.
+
+    Attributes:
+        places: for each member of `assistant_models`, "one" (process 0), "replicated" (every process by itself) or
+            "sharded" (split as the target is).
+        seconds: what was measured before one was chosen: by arrangement (places, joined by commas), seconds of a draft
+            for the target with all that it costs, in the process where it took longest; empty where there was nothing
+            to choose or to measure.
+    """
+
+    places: tuple[str, ...]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists, JSON-serialisable."""
+        return {"places": list(self.places), "seconds": dict(self.seconds)}
+
+
 @dataclass
 class PolySpecStats:
     """What happened in one `generate()` call.
@@ -24,6 +44,7 @@ class PolySpecStats:
         seed_holds: whether the text is the one that plain generate() writes under the seed; where it is not, the
             target's notes say why. None where nobody promised it: greedy decoding, token and block verification.
         chosen: what `assistant_models="auto"` chose and why; None where it was not asked.
+        placement: where levels ran, of a target that several processes share; None in one process.
     """
 
     levels: list[LevelStats]
@@ -34,6 +55,7 @@ class PolySpecStats:
     bias: list[float] = field(default_factory=list)
     seed_holds: bool | None = None
     chosen: str | None = None
+    placement: Placement | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -51,6 +73,7 @@ class PolySpecStats:
             "bias": list(self.bias),
             "seed_holds": self.seed_holds,
             "chosen": self.chosen,
+            "placement": None if self.placement is None else self.placement.to_dict(),
         }
 
     def table(self) -> Any:
