@@ -24,7 +24,6 @@ from hf_polyspec.levels.elsewhere import DIFFERED
 FEW = {name: rows[:3] for name, rows in PROMPTS.items()}
 TREES: dict[str, Any] = {"polyspec_tree_tokens": 6}
 REPLICATED: dict[str, Any] = {"polyspec_placement": "replicated"}
-PLACES = ("one", "replicated", "auto")
 SPLIT_PLACES = (("sharded", "one"), ("sharded", "replicated"))
 
 
@@ -34,12 +33,9 @@ def chains(folder: str) -> dict[str, tuple[list[Any], dict[str, Any]]]:
     head = head_for(whole(folder, "target"))
     return {
         "suffix": ([SuffixDrafter()], {}),
-        "small": ([small], {}),
         "int8, suffix": (["int8", SuffixDrafter()], {}),
-        "head": ([head], {}),
         "head in trees": ([head], TREES),
         "head, suffix": ([head, SuffixDrafter()], TREES),
-        "middle, suffix": ([alike, SuffixDrafter()], {}),
         "middle, small": ([alike, small], {}),
         "middle, head": ([alike, head], {}),
     }
@@ -106,27 +102,27 @@ def texts(folder: str, notes: Notes, rank: int) -> None:
     target = split(folder)
     text = Texts(target, rank)
     for name, (levels, sizes) in chains(folder).items():
-        for place in PLACES:
+        for place in ("one", "replicated"):
             how = {**sizes, "polyspec_placement": place}
             notes.put(f"{name}, {place}", lambda levels=levels, how=how: text.told(*levels, **how))
             notes.put(f"{name}, {place}, sampled", lambda levels=levels, how=how: text.told(*levels, **SAMPLED, **how))
-    for place in SPLIT_PLACES:
-        how = {"polyspec_placement": place}
-        levels = "int8", SuffixDrafter()
-        notes.put(f"int8, suffix, {place}", lambda how=how, levels=levels: text.told(*levels, **how))
-        notes.put(
-            f"int8, suffix, {place}, sampled", lambda how=how, levels=levels: text.told(*levels, **SAMPLED, **how)
-        )
+    for places in SPLIT_PLACES:
+        how = {"polyspec_placement": places}
+        name, levels = f"int8, suffix, {', '.join(places)}", ["int8", SuffixDrafter()]
+        notes.put(name, lambda how=how, levels=levels: text.told(*levels, **how))
+        notes.put(f"{name}, sampled", lambda how=how, levels=levels: text.told(*levels, **SAMPLED, **how))
+    notes.put("suffix, auto", lambda: text.told(SuffixDrafter()))
+    notes.put("int8, suffix, auto", lambda: text.told("int8", SuffixDrafter()))
     head = head_for(whole(folder, "target"))
     for place in ("one", "replicated"):
         how = {"polyspec_placement": ["sharded", place]}
         notes.put(f"split int8, head, {place}", lambda how=how: text.told("int8", head, **how))
     notes.put("split int4, suffix", lambda: text.told("int4", SuffixDrafter(), polyspec_placement=["sharded", "one"]))
-    notes.put("int8, early exit", lambda: text.told("int8", "early-exit:1"))
+    notes.put("int8, early exit", lambda: text.told("int8", "early-exit:1", polyspec_placement=["auto", "sharded"]))
     notes.put("int8, suffix, online", lambda: text.told("int8", SuffixDrafter(), polyspec_control="online"))
     other = whole(folder, "small")
     with torch.no_grad():
-        other.lm_head.weight.add_(rank * torch.linspace(-1, 1, other.lm_head.weight.shape[1]))
+        other.lm_head.weight.add_(rank * torch.linspace(-2, 2, other.config.vocab_size)[:, None])
 
     def differing() -> list[Any]:
         found = text(other, return_dict_in_generate=True, polyspec_placement="replicated")

@@ -13,6 +13,7 @@ import torch
 from companion_models import dflash
 from ranks import Notes, meet
 from tiny_models import head_for, noisy, prompts
+from torch import nn
 from transformers import AutoModelForCausalLM, LogitsProcessor, StoppingCriteria, modeling_layers
 
 import hf_polyspec
@@ -22,6 +23,7 @@ from hf_polyspec.control.pass_seconds import PassSeconds
 from hf_polyspec.exactness.proposal import Proposal
 from hf_polyspec.generation import decoding
 from hf_polyspec.host.mtp import MtpLayers
+from hf_polyspec.host.ranks import is_split
 from hf_polyspec.levels.base import Drafter
 from hf_polyspec.levels.mtp import MtpDrafter
 
@@ -130,6 +132,9 @@ class Texts:
         self.target = target
 
     def __call__(self, *levels: Any, inputs: Any = PROMPTS, **options: Any) -> Any:
+        split = [str(one).startswith("early-exit") or (isinstance(one, nn.Module) and is_split(one)) for one in levels]
+        # What is measured to be quickest is another test's matter.
+        options["polyspec_placement"] = ["sharded" if one else "one" for one in split]
         return hf_polyspec.generate(self.target, **inputs, **{**PLAIN, **options}, assistant_models=list(levels))
 
 

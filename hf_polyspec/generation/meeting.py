@@ -249,6 +249,7 @@ def share(chain: Verifier, assistants: Sequence[Any], ranks: Ranks, everywhere: 
         if isinstance(level, Verifier):
             asking = Relayed(relay)
             level.ask, level.ask_for_tree = asking.ask, asking.ask_for_tree
+            level.direct_tokens = 0  # how sure a draft is, is not told: a block would close in one process only
             level.trees = level.trees or not (ranks.leads or everywhere)  # which the levels in process 0 know
     return relay.decided
 

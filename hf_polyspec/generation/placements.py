@@ -215,9 +215,10 @@ def _arrangements(kinds: Sequence[_Kind]) -> list[Arrangement]:
 
 def _refusal(members: Sequence[Any], wanted: Sequence[str], kinds: Sequence[_Kind]) -> str:
     for i, (member, want, kind) in enumerate(zip(members, wanted, kinds, strict=True)):
-        places = [place for place in (ONE, REPLICATED, SHARDED) if place in (*kind.ends, *kind.above)]
+        over_split = SHARDED in wanted[i + 1 :] or any(below.ends == (SHARDED,) for below in kinds[i + 1 :])
+        places = kind.above if over_split else kind.ends
         if want != AUTO and want not in places:
-            told = " or ".join(f'"{place}"' for place in places)
+            told = " or ".join(f'"{place}"' for place in places) or "nothing above what is split"
             return f'{_role(i, member)} cannot be placed "{want}": {kind.why}; possible is {told}.'
     if all(want == AUTO for want in wanted):
         i = max(i for i, kind in enumerate(kinds) if kind.ends == (SHARDED,))

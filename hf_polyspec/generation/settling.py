@@ -38,7 +38,7 @@ from .members import lent, members
 from .placements import Arrangement, Placed
 from .setting import Setting
 
-ROUNDS, WARM = 6, 2
+ROUNDS, WARM = 4, 1
 """Rounds of a text that are timed, after some that pay for what is set up once."""
 GAIN = 0.95
 """An arrangement that is not the first takes at most this share of the first one's time."""

@@ -19,12 +19,9 @@ pytestmark = pytest.mark.timeout(960)
 SCRIPT = Path(placed_levels.__file__)
 CHAINS = {
     "suffix": 1,
-    "small": 1,
     "int8, suffix": 2,
-    "head": 1,
     "head in trees": 1,
     "head, suffix": 2,
-    "middle, suffix": 2,
     "middle, small": 2,
     "middle, head": 2,
 }
@@ -75,19 +72,17 @@ def test_a_copy_of_a_split_target_may_be_split_too(
     assert [one[f"int8, suffix, {', '.join(places)}{mode}"] for one in seen] == [wanted, wanted]
 
 
-@pytest.mark.parametrize("mode", ["", ", sampled"])
-@pytest.mark.parametrize("name", CHAINS)
-def test_what_is_possible_is_measured_once_and_what_is_chosen_is_the_same_in_all(
-    seen: list[dict[str, Any]], texts: dict[str, Any], name: str, mode: str
+@pytest.mark.parametrize("name", ["suffix", "int8, suffix"])
+def test_what_is_possible_is_measured_and_what_is_chosen_is_the_same_in_all(
+    seen: list[dict[str, Any]], texts: dict[str, Any], name: str
 ) -> None:
-    placement = seen[0][f"{name}, auto{mode}"][1]
-    assert [one[f"{name}, auto{mode}"] for one in seen] == [[texts[mode], placement]] * 2
+    placement = seen[0][f"{name}, auto"][1]
+    assert [one[f"{name}, auto"] for one in seen] == [[texts[""], placement]] * 2
     ways = [", ".join([place] * CHAINS[name]) for place in ("one", "replicated")]
     if name == "int8, suffix":
         ways += [", ".join(places) for places in placed_levels.SPLIT_PLACES]
     assert list(placement["seconds"]) == ways
     assert ", ".join(placement["places"]) in ways
-    assert placement == seen[0][f"{name}, auto"][1]
 
 
 @pytest.mark.parametrize("name", ["split int8, head, one", "split int8, head, replicated", "split int4, suffix"])
