@@ -16,6 +16,7 @@ from ..cpu.packing import is_packing
 from ..host.hooks import is_hooked
 from ..host.ranks import is_split, own_part, ranks_of
 from ..host.release import inner_model, is_compiled
+from ..host.walking import modules_of
 
 _NUMBERS = 8
 """Numbers of every weight that its identity is made of."""
@@ -88,11 +89,11 @@ def layout_of(model: Any) -> str:
     if is_compiled(model) or is_split(model):
         return AS_IT_IS
     found = MAY
-    for module in model.modules():
+    for module in modules_of(model):
         state = module.__dict__
         if "forward" in state and is_packing(state["forward"]):
             return PACKED
-        off = any(weight is not None and weight.device.type != "cpu" for weight in state["_parameters"].values())
+        off = any(weight is not None and not weight.is_cpu for weight in state["_parameters"].values())
         if state["training"] or "forward" in state or is_hooked(module) or off:
             found = AS_IT_IS
     return found

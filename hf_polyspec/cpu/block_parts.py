@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_polyspec.cpu.compiled import DTYPES
 from hf_polyspec.host.attention import attention_name
 from hf_polyspec.host.hooks import CAPTURING
+from hf_polyspec.host.walking import modules_of
 
 _PARTS = {
     "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
@@ -141,7 +142,7 @@ def _is_shaped(linear: nn.Module, shape: tuple[int, int]) -> bool:
 
 def hooked(layer: nn.Module) -> bool:
     """Whether anybody would notice that a layer is tried out."""
-    return global_hooks() or any(map(has_hooks, layer.modules()))
+    return global_hooks() or any(map(has_hooks, modules_of(layer)))
 
 
 def has_hooks(module: nn.Module) -> bool:

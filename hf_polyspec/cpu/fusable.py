@@ -13,6 +13,7 @@ from torch import nn
 from hf_polyspec.cpu.block_parts import hooked, looks_like_llama
 from hf_polyspec.cpu.compiled import compiles
 from hf_polyspec.cpu.fused_block import FusedBlock
+from hf_polyspec.host.walking import modules_of
 
 # Blocks that turned out to be, or not to be, what they look like.
 _TRIED: WeakKeyDictionary[nn.Module, tuple[object, bool]] = WeakKeyDictionary()
@@ -42,7 +43,7 @@ def fusable(model: nn.Module) -> Iterator[nn.Module]:
     """
     if not compiles():
         return
-    for module in model.modules():
+    for module in modules_of(model):
         plain = "forward" not in module.__dict__ and looks_like_llama(module)
         if plain and _on_cpu(module) and not hooked(module) and _computes_alike(module):
             yield module

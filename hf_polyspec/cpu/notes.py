@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -11,16 +13,18 @@ from hf_polyspec.cpu.float_kernels import packed_size, packs
 from hf_polyspec.cpu.memory import memory, spare
 from hf_polyspec.cpu.packing import PackedForward
 from hf_polyspec.cpu.shortage import megabytes
+from hf_polyspec.host.walking import modules_of
 from hf_polyspec.integers.linear import QuantizedLinear
 
 
 def notes(model: nn.Module) -> list[str]:
     """Sentences about a model that has run."""
-    return [note for note in (_unpacked(model), _by_rows(model)) if note is not None]
+    modules = modules_of(model)
+    return [note for note in (_unpacked(modules), _by_rows(modules)) if note is not None]
 
 
-def _unpacked(model: nn.Module) -> str | None:
-    forwards = [module.__dict__.get("forward") for module in model.modules()]
+def _unpacked(modules: Sequence[nn.Module]) -> str | None:
+    forwards = [module.__dict__.get("forward") for module in modules]
     products = {id(one.product): one.product for one in forwards if isinstance(one, PackedForward)}
     lacking = [product.lacks for product in products.values() if product.lacks]
     if not lacking:
@@ -31,8 +35,8 @@ def _unpacked(model: nn.Module) -> str | None:
     )
 
 
-def _by_rows(model: nn.Module) -> str | None:
-    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+def _by_rows(modules: Sequence[nn.Module]) -> str | None:
+    layers = [module for module in modules if isinstance(module, QuantizedLinear)]
     changing = [layer for layer in layers if isinstance(layer.built, ByRows)]
     if not changing:
         return None

@@ -23,6 +23,7 @@ from hf_polyspec.cpu.memory import grant
 from hf_polyspec.cpu.shortage import Shortage
 from hf_polyspec.defaults import require_model
 from hf_polyspec.host.release import is_compiled
+from hf_polyspec.host.walking import modules_of
 from hf_polyspec.integers.linear import Kernel
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -256,7 +257,10 @@ def pack(model: Model) -> Model:
 def _packable(model: nn.Module) -> Iterator[list[nn.Linear]]:
     """Layers to be packed, those together that may read the same input."""
     grouped: set[int] = set()
-    for parent in model.modules():
+    modules = modules_of(model)
+    if not any(type(module) is nn.Linear for module in modules):
+        return  # as in a copy with integer weights
+    for parent in modules:
         for names in SIBLINGS if parent._modules else ():
             layers = [parent._modules.get(name) for name in names]  # what is missing costs getattr an exception
             found = [layer for layer in layers if isinstance(layer, nn.Linear) and _is_plain(layer)]
@@ -264,7 +268,7 @@ def _packable(model: nn.Module) -> Iterator[list[nn.Linear]]:
             if alike and not any(layer in _APART for layer in found):
                 grouped.update(map(id, found))
                 yield found
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, nn.Linear) and _is_plain(module) and id(module) not in grouped:
             yield [module]
 
@@ -312,7 +316,7 @@ def packed_assistants(assistants: Iterable[object], target: nn.Module | None = N
         assistants: Members of a chain; those that are no models are passed over.
         target: The model above them.
     """
-    alone = set() if target is None else {id(module) for module in target.modules()}
+    alone = set() if target is None else set(map(id, modules_of(target)))
     products: dict[int, PackedProduct] = {}
     models = [one for one in assistants if isinstance(one, nn.Module) and not is_compiled(one)]
     for assistant in models:

@@ -20,6 +20,7 @@ from ..host.lending import FEW, is_copy
 from ..host.release import inner_model
 from ..host.runner import ModelRunner
 from ..host.vocabularies import Vocabularies
+from ..host.walking import modules_of, parameters_in
 from ..levels.base import Drafter
 from ..levels.candidate_generator import CandidateGeneratorDrafter
 from ..levels.carried import carried_sizes
@@ -116,6 +117,8 @@ def _check_weights(model: nn.Module, role: str) -> None:
     Raises:
         ValueError: names the first weight.
     """
+    if not any(weight.is_meta for weight in parameters_in(modules_of(model))):
+        return
     empty = next((name for name, weight in model.named_parameters() if weight.device.type == "meta"), None)
     if empty is not None and not any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise ValueError(

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from .release import parameters_of
+from .walking import modules_of
 
 _METHOD = "create_position_ids_from_input_ids"
 """(ids, the padding's id, columns before them), as transformers' classes with such positions have it."""
@@ -32,7 +33,8 @@ class CountedPlaces:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [part for part in model.modules() if len(parameters_of(getattr(part, _METHOD, None))) == 3]
+        having = [part for part in modules_of(model) if _METHOD in part.__dict__ or hasattr(type(part), _METHOD)]
+        self._modules = [part for part in having if len(parameters_of(getattr(part, _METHOD))) == 3]
 
     @contextmanager
     def of(self, grown: list[int]) -> Iterator[None]:

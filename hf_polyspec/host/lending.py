@@ -17,6 +17,7 @@ from ..exactness.context import common_prefix
 from .cache import RollbackCache
 from .ranks import is_split
 from .release import inner_model
+from .walking import named_parameters_of
 
 WORTH = 32
 """Fewer tokens than this are read rather than taken."""
@@ -49,14 +50,20 @@ def is_copy(model: Any, target: Any) -> bool:
         return False
     if is_split(one) or is_split(other):
         return False  # each process holds the keys and values of some heads only
-    if type(one).__name__ != type(other).__name__ or _settings(one) != _settings(other):
+    if type(one).__name__ != type(other).__name__ or not _set_alike(one, other):
         return False
     return _same(_edges(one), _edges(other)) and _same(_vectors(one), _vectors(other))
 
 
-def _settings(model: Any) -> dict[str, Any]:
-    found: dict[str, Any] = model.config.get_text_config(decoder=True).to_dict()
-    return {name: value for name, value in found.items() if name not in _OWN}
+def _set_alike(one: Any, other: Any) -> bool:
+    """Whether two configs say the same of what is computed."""
+    configs = [model.config.get_text_config(decoder=True) for model in (one, other)]
+    held, others = ({name: value for name, value in vars(config).items() if name not in _OWN} for config in configs)
+    return held == others or _settings(configs[0]) == _settings(configs[1])
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    return {name: value for name, value in config.to_dict().items() if name not in _OWN}
 
 
 def _edges(model: Any) -> dict[str, Tensor]:
@@ -66,7 +73,7 @@ def _edges(model: Any) -> dict[str, Tensor]:
 
 def _vectors(model: nn.Module) -> dict[str, Tensor]:
     """Norms, and other parameters with one number a channel, but for biases, which layers with integers hold apart."""
-    return {name: p for name, p in model.named_parameters() if p.dim() == 1 and not name.endswith("bias")}
+    return {name: p for name, p in named_parameters_of(model) if p.dim() == 1 and not name.endswith("bias")}
 
 
 def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

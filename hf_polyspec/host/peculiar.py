@@ -14,7 +14,7 @@ from ..errors import TARGET, UncheckableError
 from .named_code import names_in
 from .ranks import ranks_of
 from .release import inner_model
-from .states import planned_layers
+from .states import layer_plan
 
 _WINDOW_MASKS = frozenset(
     {"create_sliding_window_causal_mask", "create_chunked_causal_mask", "create_masks_for_generate"}
@@ -78,7 +78,7 @@ def check_window(model: Any, length: int | None) -> None:
     Raises:
         UncheckableError: names the class and the window.
     """
-    sizes = [int(layer.sliding_window) for layer in planned_layers(model) if getattr(layer, "sliding_window", None)]
+    sizes = [int(layer.sliding_window) for layer in layer_plan(model) if getattr(layer, "sliding_window", None)]
     if not sizes or _masks_windows(inner_model(model)) or (length is not None and length <= min(sizes)):
         return
     raise UncheckableError(

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from ..errors import LevelError
 from .release import inner_model
+from .walking import modules_of, parameters_in
 
 T = TypeVar("T")
 CAPACITY = 256
@@ -273,9 +274,11 @@ def check_gathered(model: Any, role: str) -> None:
         ValueError: in one sentence.
     """
     inner = inner_model(model)
-    if any(_is_partitioned(parameter) for parameter in inner.parameters()):
+    # Only what has one of its numbers can have been partitioned.
+    marked = [parameter for parameter in parameters_in(modules_of(inner)) if hasattr(parameter, "ds_id")]
+    if any(map(_is_partitioned, marked)):
         raise ValueError(PARTITIONED.format(role=role, kind=type(inner).__name__))
-    if _is_partitioned_again(inner):
+    if marked and _is_partitioned_again(inner):
         raise ValueError(HOOKED.format(role=role, kind=type(inner).__name__))
 
 
@@ -307,9 +310,11 @@ def is_split(model: Any) -> bool:
     """Whether a model's passes, or its weights, need other processes."""
     if not _kinds():
         return False
-    if any(is_part(parameter) and parameter.device_mesh.size() > 1 for parameter in model.parameters()):
+    modules = modules_of(model)
+    held: list[Any] = [*parameters_in(modules)]
+    if any(is_part(parameter) and parameter.device_mesh.size() > 1 for parameter in held):
         return True
-    return any(getattr(module, "needs_processes", False) for module in model.modules())
+    return any(getattr(module, "needs_processes", False) for module in modules)
 
 
 def is_spread(model: Any) -> bool:

@@ -19,6 +19,8 @@ import transformers
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .walking import modules_of
+
 NEWEST_TESTED = "5.24"
 """The newest minor release that this package's whole test suite ran on; pyproject.toml's upper bound is the next."""
 
@@ -59,7 +61,7 @@ def is_compiled(model: Any) -> bool:
 
     What it made guards the modules it has seen, and fails where their forward is replaced for a while.
     """
-    for module in model.modules():
+    for module in modules_of(model):
         if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
             return True
         if _compiled_forward(module):

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from .counted_places import CountedPlaces
+from .walking import modules_of
 
 FROM_THE_END = {"alora_offsets"}
 """Arguments that count columns from the end of the prompt."""
@@ -32,7 +33,9 @@ class RowArguments:
     def __init__(self, model: nn.Module, cached: bool = True) -> None:
         self._counted = CountedPlaces(model) if cached else None  # else plain generation's passes count all ids, too
         self._named: list[tuple[nn.Module, set[str]]] = []
-        for module in model.modules():
+        for module in modules_of(model):
+            if not module._forward_pre_hooks:
+                continue
             names = {
                 name
                 for hook in module._forward_pre_hooks.values()

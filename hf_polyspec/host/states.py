@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import cache_utils
@@ -58,12 +59,32 @@ def planned_layers(model: Any) -> list[Any]:
         return []
 
 
+_plans: WeakKeyDictionary[Any, tuple[list[dict[str, Any]], list[Any]]] = WeakKeyDictionary()
+
+
+def layer_plan(model: Any) -> list[Any]:
+    """`planned_layers`, to look at only: made once for as long as the model's config says the same."""
+    inner = inner_model(model)
+    config = getattr(inner, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return planned_layers(model)
+    parts = {id(part): part for part in (config, config.get_text_config(decoder=True))}
+    said = [
+        {name: list(value) if isinstance(value, list) else value for name, value in vars(part).items()}
+        for part in parts.values()
+    ]
+    known = _plans.get(inner)
+    if known is None or known[0] != said:
+        known = _plans[inner] = said, planned_layers(model)
+    return known[1]
+
+
 def keeps_states(model: Any) -> bool:
     """Whether a model carries a state on, in some layers of its cache or elsewhere.
 
     One in modules counts where the cache plans for it: else masks are laid out for layers that hold nothing.
     """
-    if any(isinstance(layer, STATE_LAYERS) or is_closed(layer) for layer in planned_layers(model)):
+    if any(isinstance(layer, STATE_LAYERS) or is_closed(layer) for layer in layer_plan(model)):
         return True
     carried = carried_by(model)
     return carried.argument is not None or carried.cache_class is not None
@@ -82,7 +103,7 @@ def unknown_layer(model: Any) -> str | None:
     indexer's keys without their positions, as some releases keep them, are read otherwise by passes over several tokens
     where layers with a state stand beside them.
     """
-    planned = planned_layers(model)
+    planned = layer_plan(model)
     states = any(isinstance(layer, STATE_LAYERS) for layer in planned)
     for layer in planned:
         unplaced = states and type(layer) in INDEXED_LAYERS and not hasattr(layer, "indexer_position_ids")
@@ -207,9 +228,8 @@ def empty_cache(model: Any) -> RollbackCache:
     Layers are added as the model asks for them, unless some are of another kind than keys and values alone.
     """
     cache = RollbackCache()
-    planned = planned_layers(model) if INDEXED_LAYERS else []
-    if any(type(layer) in INDEXED_LAYERS for layer in planned):
-        cache.layers = [_own(layer) for layer in planned]
+    if INDEXED_LAYERS and any(type(layer) in INDEXED_LAYERS for layer in layer_plan(model)):
+        cache.layers = [_own(layer) for layer in planned_layers(model)]
     return cache
 
 
