@@ -9,12 +9,12 @@ import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
 from ..control.costs import Costs
-from ..cpu.packing import pack, packed_assistants
+from ..cpu.packing import pack, packed_assistants, unpack
 from ..host.compatibility import check_model
 from ..host.encoded import Encoded
 from ..host.manners import Manner, manner_of
@@ -23,7 +23,7 @@ from ..host.release import input_device
 from ..levels.names import name_of
 from ..levels.suffix import SuffixDrafter
 from ..models.assistants import AUTO, end_ids, quantized_copy
-from ..models.changes import stamp
+from ..models.changes import Stamp
 from ..quantization.modules import sharing_copy
 from . import profile as profiles
 from .copying import copy_hindrance
@@ -64,20 +64,22 @@ class _Side:
     """What stands beside one model, and goes when it goes."""
 
     lock: Any = field(default_factory=threading.RLock)
-    mark: Hashable = None
+    mark: Stamp | None = None
     twin: Any = None
     copies: dict[str, Any] = field(default_factory=dict)
+    packed: WeakSet[Any] = field(default_factory=WeakSet)
     profiles: dict[Key, Profile] = field(default_factory=dict)
     costs: dict[Hashable, Costs] = field(default_factory=dict)
 
     def follow(self, model: Any, ranks: Ranks) -> bool:
         """Drop what was made of weights that have changed since; whether they had, as the first process sees it."""
-        mark = stamp(model) if ranks.leads else None
-        changed: bool = ranks.told(self.mark is not None and self.mark != mark)
+        holds = self.mark is not None and self.mark.holds(model)
+        changed: bool = ranks.told(self.mark is not None and not holds)
         if changed:
             self.twin = None
             self.copies.clear()
-        self.mark = mark
+        if ranks.leads and not holds:
+            self.mark = Stamp(model)
         return changed
 
 
@@ -93,6 +95,7 @@ def prepare(
     mode: Hashable = None,
     encoded: Encoded | None = None,
     tries: Tries | None = None,
+    ranks: Ranks | None = None,
 ) -> Ready:
     """The chain of "auto" for a model: measured in the first call, afterwards remembered.
 
@@ -109,6 +112,7 @@ def prepare(
         mode: what acceptance depends on besides the models, such as the temperature.
         encoded: what the model's decoder attends to, where it has an encoder; passes are timed on its first row.
         tries: runs a drafter that lies here; None, as for models with an encoder, for none of those.
+        ranks: of the model, where somebody has asked for them already.
 
     Raises:
         ValueError: the model cannot be the target of a chain.
@@ -116,7 +120,7 @@ def prepare(
     check_model(model, "the target", encodes=encoded is not None)
     with _making:
         side = _sides.setdefault(model, _Side())
-    ranks = ranks_of(model)
+    ranks = ranks_of(model) if ranks is None else ranks
     with side.lock, generators_kept():
         changed = side.follow(model, ranks)
         key = ranks.told(_key(model, packs))
@@ -162,7 +166,7 @@ def _made(model: Any, found: Profile, side: _Side, changed: bool, mode: Hashable
     assistants = []
     for name in list(members):
         try:
-            assistants.append(_member(model, target, name, side, ranks))
+            assistants.append(_member(model, target, name, side, found.key.pack, ranks))
         except (ValueError, OSError) as error:
             if name in _BITS:
                 raise
@@ -181,7 +185,7 @@ def _twin(model: Any) -> Any:
     return pack(sharing_copy(model))
 
 
-def _member(model: Any, target: Any, name: str, side: _Side, ranks: Ranks) -> Any:
+def _member(model: Any, target: Any, name: str, side: _Side, packs: bool, ranks: Ranks) -> Any:
     if name == SUFFIX:  # it keeps the text of its generation
         return SuffixDrafter(eos=end_ids(model))
     if name == MTP:  # so does this
@@ -189,7 +193,12 @@ def _member(model: Any, target: Any, name: str, side: _Side, ranks: Ranks) -> An
     if name not in side.copies:
         bits = _BITS.get(name)
         side.copies[name] = load_drafter(name, target, ranks) if bits is None else quantized_copy(model, bits)
-    return side.copies[name]
+    member = side.copies[name]
+    if name in _BITS and isinstance(member, nn.Module) and packs is not (member in side.packed):
+        # Nobody else has it: it need not be packed anew for every call.
+        (pack if packs else unpack)(member)
+        (side.packed.add if packs else side.packed.discard)(member)
+    return member
 
 
 def _measured(

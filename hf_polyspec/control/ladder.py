@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ..host.release import input_device
 from ..levels.base import Drafter
 from ..levels.joined import JoinedDrafter
-from .setups import Chain
+from .setups import Chain, Setup
 
 
 def tells(leaf: Drafter | None) -> bool:
@@ -31,3 +31,19 @@ def ladder_of(chain: Chain) -> Sequence[tuple[int, ...]]:
     if len(whole) > 2 and chain.leaf is not None:
         steps.append((0, chain.last))
     return [*steps, (0,)]
+
+
+def smaller(setup: Setup, blocks: Sequence[int], drafts: Sequence[int], *, leaf: bool) -> Iterator[Setup]:
+    """A setup, and what is less and less of it, down to the least of these sizes.
+
+    Args:
+        setup: with a level below the target; blocks, drafts: sizes, the smallest first.
+        leaf: see `Setup.at_most`.
+    """
+    before = None
+    for block in (None, *reversed(blocks)):
+        one = setup if block is None else setup.at_most(block, leaf=leaf)
+        if one != before:
+            before = one
+            yield one
+            yield from (one.drafting(size) for size in reversed(drafts) if size < one.sizes[-1])

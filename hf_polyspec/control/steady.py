@@ -23,7 +23,7 @@ from ..telemetry.counters import Check, Decision
 from .costs import BLOCKS, DRAFTS, Costs, Standing
 from .cutting import Cut
 from .heads import Heads
-from .ladder import ladder_of, passes_by, tells
+from .ladder import ladder_of, passes_by, smaller, tells
 from .ledger import CREDIT, SHARE, START, Account, Ledger
 from .pace import BEHIND
 from .readiness import missing
@@ -210,8 +210,6 @@ class SteadyControl:
         account, place = self._account, self.standing.place
         assert account is not None
         last, left = len(self.ladder) - 1, self._left()
-        due = [above for above in range(place) if self._due(above) and self._may_win(above)]
-        due = [above for above in due if self._risk(above, context) <= left]
         if place < last and (account.overdrawn or self._hopeless(place)):
             proven = account.most is None
             least = (FIRST_WAIT if proven else SHORTEST_WAIT) if account.overdrawn else UNSEEN_WAIT
@@ -228,7 +226,7 @@ class SteadyControl:
         elif account.most is not None and account.rounds >= ENOUGH and account.balance >= 0:
             self.standing.waits.pop(place, None)
             account.most, self._reason = None, "it pays again"
-        elif due and room >= LAST:
+        elif room >= LAST and (due := [above for above in range(place) if self._may_try(above, context, left)]):
             above = due[-1]
             if self._hopeless(above):
                 self.costs.middle.hope(HOPED)  # what is not asked is never seen to be right again
@@ -244,6 +242,10 @@ class SteadyControl:
     def _due(self, place: int) -> bool:
         """Whether a setup that lost has waited long enough."""
         return self.standing.passed >= self.standing.due.get(place, 0.0)
+
+    def _may_try(self, place: int, context: Context, left: float) -> bool:
+        """Whether a setup is to be tried again, for which so many seconds are left."""
+        return self._due(place) and self._may_win(place) and self._risk(place, context) <= left
 
     def _may_win(self, place: int) -> bool:
         """Whether a setup could save some of the time that rounds of one token take now, were its middle a good one."""
@@ -296,10 +298,13 @@ class SteadyControl:
         if left == math.inf or self._own == PLAIN:
             return self._own
         left -= self._catching_up(self.standing.place, context)
-        # A draft that is cut by its own chances may be longer than what stands above it.
-        smaller = [self._own.at_most(size, leaf=not self._cutting) for size in BLOCKS[::-1]]
-        less = [one.drafting(size) for one in [self._own, *smaller] for size in (one.sizes[-1], *DRAFTS[::-1])]
-        return next((one for one in less if self._worst(one) <= left), less[-1])
+        # A draft that is cut by its own chances may be longer than what stands above it, and all lengths risk as much.
+        drafts = DRAFTS[:1] if self._cutting and not self.heads.known else DRAFTS
+        found = self._own
+        for found in smaller(self._own, BLOCKS, drafts, leaf=not self._cutting):
+            if self._worst(found) <= left:
+                break
+        return found
 
     def _worst(self, setup: Setup) -> float:
         """Seconds that a round of one row takes longer than the target alone, where nothing of it is kept."""

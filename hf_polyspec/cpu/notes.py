@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +37,8 @@ def _unpacked(modules: Sequence[nn.Module]) -> str | None:
 
 
 def _by_rows(modules: Sequence[nn.Module]) -> str | None:
-    layers = [module for module in modules if isinstance(module, QuantizedLinear)]
+    kinds = {kind for kind in set(map(type, modules)) if issubclass(kind, QuantizedLinear)}
+    layers: list[Any] = [module for module in modules if type(module) in kinds] if kinds else []
     changing = [layer for layer in layers if isinstance(layer.built, ByRows)]
     if not changing:
         return None

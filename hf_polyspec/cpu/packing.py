@@ -316,9 +316,9 @@ def packed_assistants(assistants: Iterable[object], target: nn.Module | None = N
         assistants: Members of a chain; those that are no models are passed over.
         target: The model above them.
     """
-    alone = set() if target is None else set(map(id, modules_of(target)))
     products: dict[int, PackedProduct] = {}
     models = [one for one in assistants if isinstance(one, nn.Module) and not is_compiled(one)]
+    alone = set(map(id, modules_of(target))) if models and target is not None else set()
     for assistant in models:
         groups = [layers for layers in _packable(assistant) if not any(id(one) in alone for one in layers)]
         for product in _products(groups, _KEPT, _shortage(assistant)):

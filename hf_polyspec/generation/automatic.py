@@ -9,11 +9,12 @@ from typing import Any, Protocol
 from transformers import GenerationConfig
 
 from ..control import Costs
+from ..errors import refusals
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
 from ..host.encoded import Encoded
 from ..host.ranks import Ranks
-from .chain import check_assistants
+from .chain import checked_members
 from .meeting import here
 from .options import PolySpecOptions
 from .trial import tried
@@ -51,10 +52,12 @@ def choose(job: Job, named: Mapping[str, Any], ranks: Ranks) -> list[Any]:
 
     mode = (job.law.do_sample, job.config.temperature, job.options.couples)
     packs = job.options.polyspec_pack
-    ready = prepare(job.model, job.context.ids[0], packs=packs, mode=mode, encoded=job.encoded, tries=tried)
+    more: dict[str, Any] = {"encoded": job.encoded, "tries": tried, "ranks": ranks}
+    ready = prepare(job.model, job.context.ids[0], packs=packs, mode=mode, **more)
     said = {name: value for name, value in named.items() if value is not None}
     job.options = PolySpecOptions.read({**ready.options, **said}, job.config)
     if said.get("polyspec_control", getattr(job.config, "polyspec_control", None)) is None:
         job.costs = ready.costs
     job.model, job.chosen = ready.target, ready.line
-    return check_assistants(job.model, here(job.model, ready.assistants, ranks))
+    with refusals():
+        return checked_members(job.model, here(job.model, ready.assistants, ranks))

@@ -65,9 +65,20 @@ def checked_assistants(target: Any, assistants: Any, vocabularies: Sequence[Voca
             "assistant_models must be a list of models, drafters and names, the slowest first, "
             f"got {type(assistants).__name__}."
         )
-    encodes = is_encoder_decoder(target)
-    check_model(target, "the target", encodes=encodes)
+    check_model(target, "the target", encodes=is_encoder_decoder(target))
     _check_weights(target, "the target")
+    return checked_members(target, assistants, vocabularies)
+
+
+def checked_members(
+    target: Any, assistants: Sequence[Any], vocabularies: Sequence[Vocabularies | None] = ()
+) -> list[Any]:
+    """`checked_assistants` for a target that has been checked.
+
+    Raises:
+        TypeError, ValueError: as `check_assistants`.
+    """
+    encodes = is_encoder_decoder(target)
     assistants = with_companions(target, assistants)
     for i, assistant in enumerate(assistants):
         role = f"assistant_models[{i}]"

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..host.own_cache import own_cache
 from ..host.release import is_compiled
 from ..host.runner import ModelRunner
 from ..host.seq_to_seq import write_back
-from ..models.changes import stamp
+from ..models.changes import Stamp
 from ..telemetry.counters import LevelStats
 
 CHANGED = (
@@ -47,7 +46,7 @@ def hand_back(runner: ModelRunner, stats: LevelStats, final: Context, cache: Any
         runner.settle(final, stats)
         write_back(runner, cache, start)
         return cache
-    before = stamp(runner.model, unsaved=False) if len(final.ids) > 1 else None  # a row alone lacks nothing
+    before = Stamp(runner.model, unsaved=False) if len(final.ids) > 1 else None  # a row alone lacks nothing
     fill_late(cache, partial(_fill, runner, final, start, before))
     return cache
 
@@ -59,9 +58,9 @@ def _may_wait(runner: ModelRunner, cache: Any) -> bool:
     return may_be_late(cache) and not is_callers(cache) and not busy
 
 
-def _fill(runner: ModelRunner, final: Context, start: int, before: Hashable, cache: Any) -> None:
+def _fill(runner: ModelRunner, final: Context, start: int, before: Stamp | None, cache: Any) -> None:
     stats = LevelStats(runner.name, 0)  # those of the call are final
-    changed = before is not None and stamp(runner.model, unsaved=False) != before
+    changed = before is not None and not before.holds(runner.model)
     runner.settle(final, stats)
     write_back(runner, cache, start)
     if changed and stats.forward_passes:

@@ -52,7 +52,7 @@ def is_copy(model: Any, target: Any) -> bool:
         return False  # each process holds the keys and values of some heads only
     if type(one).__name__ != type(other).__name__ or not _set_alike(one, other):
         return False
-    return _same(_edges(one), _edges(other)) and _same(_vectors(one), _vectors(other))
+    return all(map(_is_same, _edges(one), _edges(other))) and _same_vectors(one, other)
 
 
 def _set_alike(one: Any, other: Any) -> bool:
@@ -66,9 +66,9 @@ def _settings(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in _OWN}
 
 
-def _edges(model: Any) -> dict[str, Tensor]:
+def _edges(model: Any) -> tuple[Tensor, Tensor]:
     weight = model.get_input_embeddings().weight
-    return {"first": weight[:_ROWS], "last": weight[-_ROWS:]}
+    return weight[:_ROWS], weight[-_ROWS:]
 
 
 def _vectors(model: nn.Module) -> dict[str, Tensor]:
@@ -76,11 +76,16 @@ def _vectors(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in named_parameters_of(model) if p.dim() == 1 and not name.endswith("bias")}
 
 
-def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        a.dtype is b.dtype and a.device == b.device and a.device.type != "meta" and torch.equal(a, b)
-        for a, b in ((one[name], other[name]) for name in one)
-    )
+def _same_vectors(model: nn.Module, other: nn.Module) -> bool:
+    mine, theirs = _vectors(model), _vectors(other)
+    return mine.keys() == theirs.keys() and all(_is_same(mine[name], theirs[name]) for name in mine)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    if one.dtype is not other.dtype or one.device != other.device or one.is_meta or one.shape != other.shape:
+        return False
+    shared = one.data_ptr() == other.data_ptr() != 0 and one.is_contiguous() and other.is_contiguous()
+    return shared or torch.equal(one, other)  # what a copy shares with its model need not be read
 
 
 def borrow(borrower: Holder, lender: Holder, sequences: list[list[int]]) -> int:

@@ -62,9 +62,10 @@ def is_compiled(model: Any) -> bool:
     What it made guards the modules it has seen, and fails where their forward is replaced for a while.
     """
     for module in modules_of(model):
-        if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
+        own = module.__dict__  # without the detour through `nn.Module.__getattr__`
+        if "_orig_mod" in own["_modules"] or own.get("_compiled_call_impl") is not None:
             return True
-        if _compiled_forward(module):
+        if "forward" in own and _compiled_forward(module):
             return True
     return False
 

@@ -65,7 +65,7 @@ _plans: WeakKeyDictionary[Any, tuple[list[dict[str, Any]], list[Any]]] = WeakKey
 def layer_plan(model: Any) -> list[Any]:
     """`planned_layers`, to look at only: made once for as long as the model's config says the same."""
     inner = inner_model(model)
-    config = getattr(inner, "config", None)
+    config: Any = getattr(inner, "config", None)
     if not hasattr(config, "get_text_config"):
         return planned_layers(model)
     parts = {id(part): part for part in (config, config.get_text_config(decoder=True))}

@@ -38,7 +38,8 @@ def named_parameters_of(model: Any) -> list[tuple[str, nn.Parameter]]:
         if module is None or module in met:
             continue
         met.add(module)
-        found += [(prefix + name, held) for name, held in module._parameters.items() if held is not None]
+        if parameters := module._parameters:
+            found += [(prefix + name, held) for name, held in parameters.items() if held is not None]
         if children := module._modules:
             waiting += [(f"{prefix}{name}.", child) for name, child in reversed(children.items())]
     return found

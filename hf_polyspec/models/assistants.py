@@ -30,7 +30,7 @@ from ..levels.synthetic import parse_synthetic
 from ..quantization import quantize_model
 from ..quantization.split import split_copy
 from .by_name import load_model, read_dtype, resolve
-from .changes import stamp
+from .changes import Stamp
 from .packaged import HEAD, PACKAGE
 
 _BITS = {"int8": 8, "int4": 4}
@@ -94,7 +94,7 @@ def load_assistant(
     return load_model(name, dtype, device, remote_code=remote_code, bare=_is_block_drafter(name, remote_code))
 
 
-_MADE: WeakKeyDictionary[Any, dict[str, tuple[Hashable, Any]]] = WeakKeyDictionary()
+_MADE: WeakKeyDictionary[Any, dict[str, tuple[Stamp | Hashable, Any]]] = WeakKeyDictionary()
 
 
 _MAKING = threading.RLock()
@@ -166,12 +166,17 @@ def _named(target: Any, name: str, role: str, place: str) -> Any:
     with _MAKING:  # threads that name the same level shall have the same
         made = _is_made(name)
         source = name if made else _source_here(name, role)
-        mark = stamp(target, unsaved=False) if made else _stamp_of_files(source, target)
+        files = None if made else _stamp_of_files(source, target)
+
+        def same(mark: Stamp | Hashable) -> bool:
+            return mark.holds(target) if isinstance(mark, Stamp) else mark == files
+
         kept, key = _MADE.setdefault(target, {}), _key(name, place)
-        if key not in kept or kept[key][0] != mark:
+        if key not in kept or not same(kept[key][0]):
+            mark = Stamp(target, unsaved=False) if made else files
             if name in _BITS:
                 other = kept.get(_key(name, ONE))
-                found = _copy_in(target, name, place, None if other is None or other[0] != mark else other[1])
+                found = _copy_in(target, name, place, None if other is None or not same(other[0]) else other[1])
             else:
                 found = _load_here(name, source, target, role)
             kept[key] = (mark, found)

@@ -3,41 +3,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+import sys
+from collections.abc import Iterable, Sequence
 from ctypes import string_at
-from typing import Any
+from operator import attrgetter
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from ..cpu.joint_product import change_count, sampled
+from ..host.walking import modules_of
+
+_COMPILED = "hf_polyspec.cpu.compiled.samples"
+_dtype, _device = attrgetter("dtype"), attrgetter("device")
 
 
-def stamp(model: Any, *, unsaved: bool = True) -> Hashable:
-    """Changes whenever what a copy would compute does: weights (where they lie, torch's counts of writes, some of their
-    numbers), their type and place, modules, adapters, training.
+class Stamp:
+    """What a model is now, as far as a copy of it depends on that: weights (where they lie, torch's counts of writes,
+    some of their numbers), their type and place, modules, adapters, training. Nothing of the model is kept alive.
+
+    Asked before every call, so all of a kind is compared as one list.
 
     Args:
         model: that something was made of.
         unsaved: whether buffers count that no checkpoint holds. Some models set them anew by themselves while they run,
             as the frequencies of a `dynamic` RoPE.
     """
-    marks: list[Hashable] = []
-    for module in model.modules():
-        marks.append((id(module), module.training, "forward" in module.__dict__, *_adapters(module)))
-        marks.extend(_mark(tensor) for tensor in _tensors(module, unsaved))
-    return tuple(marks)
+
+    def __init__(self, model: Any, *, unsaved: bool = True) -> None:
+        self._unsaved = unsaved
+        modules = modules_of(model)
+        tensors = _tensors(modules, unsaved)
+        self._facts = _facts(modules, tensors)
+        self._samples = _samples([place for tensor in tensors for place in _places(tensor)])
+
+    def holds(self, model: Any) -> bool:
+        """Whether the model still is what it was."""
+        modules = modules_of(model)
+        # Numbers last: the others make sure that they lie where they lay.
+        return _facts(modules, _tensors(modules, self._unsaved)) == self._facts and self._samples.same()
 
 
-def _tensors(module: nn.Module, unsaved: bool) -> Iterator[Tensor]:
-    yield from (one for one in module._parameters.values() if one is not None)
-    left_out = () if unsaved else module._non_persistent_buffers_set
-    yield from (one for name, one in module._buffers.items() if one is not None and name not in left_out)
+class _Samples(Protocol):
+    def same(self) -> bool: ...
 
 
-def _adapters(module: Any) -> tuple[Hashable, ...]:
-    kind = type(module)
-    if not (hasattr(kind, "active_adapters") and hasattr(kind, "merge") and hasattr(kind, "unmerge")):
-        return ()
+class _Read:
+    """Some bytes of a process, read one piece after another; see `Samples`."""
+
+    def __init__(self, places: Sequence[tuple[int, int]]) -> None:
+        self._places = places
+        self._kept = [string_at(*place) for place in places]
+
+    def same(self) -> bool:
+        return all(string_at(*place) == kept for place, kept in zip(self._places, self._kept, strict=True))
+
+
+def _samples(places: Sequence[tuple[int, int]]) -> _Samples:
+    compiled: Any = sys.modules.get(_COMPILED)
+    # What compares all of them at once takes a second to compile where nothing else has needed it.
+    return compiled.Samples(places) if compiled is not None and compiled.is_loaded() else _Read(places)
+
+
+def _facts(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
+    """What can be compared and keeps nothing alive."""
+    own = [module.__dict__ for module in modules]
+    adapting = {kind for kind in set(map(type, modules)) if _adapts(kind)}
+    return (
+        list(map(id, modules)),
+        [state["training"] for state in own],
+        ["forward" in state for state in own],
+        [_adapters(module) for module in modules if type(module) in adapting] if adapting else [],
+        list(map(id, tensors)),
+        [tensor.data_ptr() for tensor in tensors],
+        [tensor.numel() for tensor in tensors],
+        list(map(change_count, tensors)),
+        list(map(_dtype, tensors)),
+        list(map(_device, tensors)),
+    )
+
+
+def _tensors(modules: Iterable[nn.Module], unsaved: bool) -> list[Tensor]:
+    found: list[Tensor] = []
+    for module in modules:
+        own = module.__dict__
+        found += [one for one in own["_parameters"].values() if one is not None]
+        if buffers := own["_buffers"]:
+            left_out = () if unsaved else own["_non_persistent_buffers_set"]
+            found += [one for name, one in buffers.items() if one is not None and name not in left_out]
+    return found
+
+
+def _adapts(kind: Any) -> bool:
+    return hasattr(kind, "active_adapters") and hasattr(kind, "merge") and hasattr(kind, "unmerge")
+
+
+def _adapters(module: Any) -> tuple[Any, ...]:
     return (module.disable_adapters, *(_named(module, name) for name in ("active_adapters", "merged_adapters")))
 
 
@@ -46,7 +107,7 @@ def _named(module: Any, name: str) -> tuple[str, ...]:
     return (found,) if isinstance(found, str) else tuple(found)
 
 
-def _mark(tensor: Tensor) -> Hashable:
+def _places(tensor: Tensor) -> tuple[tuple[int, int], ...]:
+    """Where a few numbers of a tensor lie that this process can read."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.is_contiguous()
-    sample = tuple(string_at(*place) for place in sampled(tensor)) if plain and tensor.numel() else ()
-    return (id(tensor), tensor.data_ptr(), change_count(tensor), tensor.dtype, tensor.device, sample)
+    return sampled(tensor) if plain and tensor.numel() else ()

@@ -51,6 +51,11 @@ def _function() -> Launch:
     return alone(compiled(_task()))
 
 
+def is_loaded() -> bool:
+    """Whether what compares is compiled, or read from where compiled code is kept."""
+    return _function.cache_info().currsize > 0
+
+
 class Samples:
     """Bytes as they are now.
 

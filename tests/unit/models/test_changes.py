@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stamp holds until something changes that a copy of the model would have to follow, and keeps nothing alive."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_polyspec.models import changes
+from hf_polyspec.models.changes import Stamp
+
+Tiny = Callable[..., PreTrainedModel]
+
+
+def step(model: Any) -> None:
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] += 1
+
+
+def behind(model: Any) -> None:
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(-1)
+
+
+def other(model: Any) -> None:
+    model.model.norm.weight = nn.Parameter(model.model.norm.weight.detach().clone())
+
+
+def moved(model: Any) -> None:
+    model.model.norm.weight.data = model.model.norm.weight.detach().clone()
+
+
+def replaced(model: Any) -> None:
+    model.lm_head = nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=False)
+
+
+def added(model: Any) -> None:
+    model.model.layers[1].mlp.register_buffer("scale", torch.ones(1))
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "a number": step,
+    "behind torch's back": behind,
+    "another parameter": other,
+    "numbers elsewhere": moved,
+    "another module": replaced,
+    "one more buffer": added,
+    "type": lambda model: model.to(torch.bfloat16),
+    "place": lambda model: model.to("meta"),
+    "training": lambda model: model.model.layers[0].train(),
+    "a forward": lambda model: setattr(model.model.norm, "forward", lambda x: x),
+}
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_is_seen(tiny: Tiny, what: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiled:
+        pytest.importorskip("numba")
+        from hf_polyspec.cpu.compiled.samples import Samples
+
+        assert Samples([]).same(), "loaded from now on"
+    else:
+        monkeypatch.setattr(changes, "_COMPILED", "nowhere")
+    model = tiny("llama")
+    found = Stamp(model)
+    assert type(found._samples).__name__ == ("Samples" if compiled else "_Read")
+    model(input_ids=torch.tensor([[1, 2, 3]]))
+    assert found.holds(model)
+    assert found.holds(model)
+    CHANGES[what](model)
+    assert not found.holds(model)
+    assert Stamp(model).holds(model)
+
+
+def test_buffers_that_no_checkpoint_holds(tiny: Tiny) -> None:
+    model: Any = tiny("llama")
+    whole, saved = Stamp(model), Stamp(model, unsaved=False)
+    model.model.rotary_emb.inv_freq.mul_(2)
+    assert saved.holds(model)
+    assert not whole.holds(model)
+
+
+def test_nothing_is_kept_alive(tiny: Tiny) -> None:
+    model: Any = tiny("llama")
+    found, gone = Stamp(model), [weakref.ref(one) for one in (model, model.lm_head, model.lm_head.weight)]
+    del model
+    gc.collect()
+    assert [one() for one in gone] == [None, None, None]
+    assert not found.holds(tiny("llama"))
