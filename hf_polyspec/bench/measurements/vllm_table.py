@@ -33,6 +33,8 @@ from .same_seed import MORE_PROMPTS
 
 _DOOR = "hf_polyspec.integrations.vllm"
 _CUSTOM = {"method": "custom_class"}
+MEMORY = 0.4
+"""Share of the machine's memory that vLLM may take; it refuses to begin where less is free."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,18 @@ class Bench:
         model: as `load_model` takes it; prompts: how many; new_tokens: of each text.
         draft_tokens: what is offered a pass; rows: requests at once in vLLM.
         scratch: a folder for an exported head and answers.
-        memory: the share of the machine's that vLLM may take; it refuses to begin where less is free.
+        memory: as `MEMORY`.
     """
 
     def __init__(
-        self, model: str, prompts: int, new_tokens: int, draft_tokens: int, rows: int, scratch: Path, memory: float
+        self,
+        model: str,
+        prompts: int,
+        new_tokens: int,
+        draft_tokens: int,
+        rows: int,
+        scratch: Path,
+        memory: float = MEMORY,
     ) -> None:
         self.memory = memory
         self.folder, self.scratch = resolve(model)[0], scratch
@@ -179,7 +188,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=arguments.count, default=128)
     parser.add_argument("--draft-tokens", type=arguments.count, default=5)
     parser.add_argument("--rows", type=arguments.count, default=4, help="requests at once in vLLM")
-    parser.add_argument("--memory", type=float, default=0.4, help="share of the memory that vLLM may take")
+    parser.add_argument("--memory", type=float, default=MEMORY, help="share of the memory that vLLM may take")
     given = parser.parse_args(words)
     from importlib.util import find_spec
 

@@ -3,10 +3,16 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tiny_checkpoints import save_pair
 from tiny_models import head_for, noisy, prompts, tiny
 
 from hf_polyspec.bench.measurements import vllm_table
@@ -15,10 +21,12 @@ from hf_polyspec.generation.chain import build_below, check_assistants
 from hf_polyspec.generation.doors import generate
 from hf_polyspec.generation.options import PolySpecOptions
 from hf_polyspec.generation.setting import Setting
+from hf_polyspec.integrations import vllm
 from hf_polyspec.integrations.histories import Histories
 from hf_polyspec.integrations.vllm import _own
 from hf_polyspec.levels import draft_vocabulary
 from hf_polyspec.levels.suffix import SuffixDrafter
+from hf_polyspec.models.by_name import load_model
 
 NEW, OFFERED = 24, 3
 ENDS = 5
@@ -99,3 +107,79 @@ def test_a_head_chooses_from_all_ids(bench: Any, monkeypatch: pytest.MonkeyPatch
     scored.clear()
     bench._here(["head"])  # below our own proposer it chooses as it does here
     assert None not in scored
+
+
+@pytest.mark.parametrize("chain", ["suffix", "int8+suffix"])
+def test_the_command_says_what_both_did(
+    chain: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With an engine of the test's own in vLLM's place, which does as it is asked."""
+    folder, _ = save_pair(tmp_path)
+    asked: list[dict[str, Any]] = []
+
+    def ran(command: Sequence[str], **_: Any) -> Any:
+        request, answer = json.loads(Path(command[-2]).read_text()), Path(command[-1])
+        asked.append(request)
+        answer.write_text(json.dumps(answered(request, plain=len(asked) == 1)))
+
+    monkeypatch.setattr(vllm_table.subprocess, "run", ran)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "vllm")
+    words = ["--model", str(folder), "--prompts", "2", "--new-tokens", "16", "--draft-tokens", "3", "--rows", "2"]
+    vllm_table.main([*words, "--chain", chain])
+    said = capsys.readouterr().out.splitlines()[-1]
+    found = re.fullmatch(r"(\S+) +2 of 2 +([\d.]+) +([\d.]+) +2\.0 +3\.00x", said)
+    assert found is not None, said
+    assert found[1] == chain
+    assert float(found[2]) == float(found[3]) > 1.0  # as many tokens a pass
+    plain, drafted = (request["engine"] for request in asked)
+    assert drafted.pop("speculative_config")["num_speculative_tokens"] == (3 if chain == "suffix" else 6)
+    assert ("additional_config" in drafted) == (chain != "suffix")
+    drafted.pop("additional_config", None)
+    assert plain == drafted
+    assert (plain["model"], plain["max_num_seqs"], plain["gpu_memory_utilization"]) == (str(folder), 2, 0.4)
+
+
+def answered(request: dict[str, Any], plain: bool) -> dict[str, Any]:
+    """What an engine tells: greedy texts, and how often it asked our class since each prompt was read."""
+    model = load_model(request["engine"]["model"])
+    texts, passes = [], 0
+    drafts = request["engine"].get("speculative_config", {})
+    extra = request["engine"].get("additional_config", {})
+    assert plain == (not drafts)
+    for ids in request["prompts"]:
+        text = model.generate(torch.tensor([ids]), max_new_tokens=request["new_tokens"], do_sample=False)[0].tolist()
+        texts.append(text[len(ids) :])
+        if not plain:
+            proposer = getattr(vllm, drafts["model"].rpartition(".")[2])(config_of(request["engine"], model, extra))
+            passes += passes_of(proposer, len(ids) + 1, text)
+    return {"texts": texts, "seconds": 6.0 if plain else 2.0, "drafts": None, "passes": passes}
+
+
+def passes_of(proposer: Any, done: int, text: list[int]) -> int:
+    """Of an engine that accepts what a text goes on with, and adds a token of its own."""
+    passes = 0
+    while done < len(text):
+        [draft] = proposer.propose([text[done - 1 : done]], torch.tensor([done]), torch.tensor([text[:done]]))
+        kept = next((i for i, (a, b) in enumerate(zip(draft, text[done:], strict=False)) if a != b), len(draft))
+        done += kept + 1
+        passes += 1
+    return passes
+
+
+def config_of(engine: dict[str, Any], model: Any, extra: dict[str, Any]) -> Any:
+    """What is read of vLLM's."""
+    return SimpleNamespace(
+        speculative_config=SimpleNamespace(
+            num_speculative_tokens=engine["speculative_config"]["num_speculative_tokens"]
+        ),
+        model_config=SimpleNamespace(
+            model=engine["model"],
+            dtype=torch.float32,
+            max_model_len=engine["max_model_len"],
+            get_vocab_size=lambda: model.config.vocab_size,
+            hf_config=model.config,
+        ),
+        device_config=SimpleNamespace(device="cpu"),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        additional_config=extra,
+    )
