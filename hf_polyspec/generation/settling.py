@@ -123,9 +123,10 @@ def _measured(job: Job, found: Checked, ranks: Ranks, tokenizers: tuple[Any, Any
         placed = Placed(places)
         try:
             own = _members(job, found, placed, ranks, tokenizers)
-        except ValueError:  # as the copy says that cannot be made there, in all processes alike
+        except ValueError as error:  # as the copy says that cannot be made there, in all processes alike
             if places == possible[0]:
                 raise
+            _LOG.info("assistant_models cannot run %s: %s", ", ".join(places), error)
             continue
         took = max(ranks.gathered(_seconds_of_drafts(job, own, placed, ranks)))
         seconds[places] = min(seconds.get(places, took), took)

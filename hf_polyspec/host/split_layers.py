@@ -38,7 +38,7 @@ class Part:
 
 
 def parts_of(model: Any) -> dict[str, Part]:
-    """The split linear layers of a model by name; collective.
+    """The split linear layers of a model by name, as far as they can be computed with other numbers; collective.
 
     Raises:
         ValueError: a layer is split in a way that is not known, or a module around it is called in a way of its own.
@@ -48,8 +48,9 @@ def parts_of(model: Any) -> dict[str, Part]:
         inside = [name for name, one in module.named_modules() if name and _is_split_linear(one)]
         if inside and "forward" in module.__dict__:
             raise ValueError(f"{type(module).__name__} is called in a way of its own around what is split")
-        if _is_split_linear(module):
-            found[name] = _part(module)
+        part = _part(module) if _is_split_linear(module) else None
+        if part is not None:
+            found[name] = part
     if not found:
         raise ValueError("none of its linear layers is split")
     return found
@@ -64,16 +65,14 @@ def _is_split_linear(module: Any) -> bool:
     return type(module) is nn.Linear and is_part(module.weight)
 
 
-def _part(module: Any) -> Part:
+def _part(module: Any) -> Part | None:
+    """None for one whose outputs are put side by side, and are not as many in all processes."""
     weight: Any = module.weight
     sharded = [getattr(place, "dim", None) for place in weight.placements]
     if len(sharded) != 1 or sharded[0] not in (0, 1):
         raise ValueError("a layer is split over more than its rows or its columns")
     own, group = own_part(weight.detach()), weight.device_mesh.get_group()
-    rows, columns = weight.shape
-    size = dist.get_world_size(group)
-    if (rows if sharded[0] == 0 else columns) % size:
-        raise ValueError(f"a layer of {rows} rows and {columns} columns is not split evenly")
+    rows = weight.shape[0]
     with torch.no_grad():
         tried = module(own.new_zeros(1, 1, own.shape[1]))
     width = own_part(tried).shape[-1]
@@ -85,7 +84,7 @@ def _part(module: Any) -> Part:
     if width == own.shape[0]:
         return Part(own, bias, APART, group)
     if width == rows:
-        return Part(own, bias, JOINED, group)
+        return None if rows % dist.get_world_size(group) else Part(own, bias, JOINED, group)
     raise ValueError("the outputs of a layer that is split by rows are neither apart nor side by side")
 
 

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class Line:
             `TIE` of each other, relative to the likelier.
         passes: of the target; tokens: steps of one text.
         errors: of the processes that raised any.
+        placement: where levels ran, and by arrangement the seconds of a draft that this was chosen by.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Line:
     passes: int
     tokens: int
     errors: tuple[str, ...] = ()
+    placement: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if self.errors:
@@ -78,8 +80,14 @@ class Line:
         others = self.texts - self.equal - self.ties
         return (
             f"  {self.name:22} {self.equal:3} of {self.texts} equal, {self.ties} differ by a tie, {others} otherwise; "
-            f"{self.passes} passes for {self.tokens} tokens"
+            f"{self.passes} passes for {self.tokens} tokens{self._where()}"
         )
+
+    def _where(self) -> str:
+        if not self.placement.get("seconds"):
+            return ""
+        told = "; ".join(f"{places}: {1e3 * took:.2f} ms" for places, took in self.placement["seconds"].items())
+        return f"\n  {'':22} runs {', '.join(self.placement['places'])}, by drafts of ({told})"
 
 
 class Together:
@@ -217,7 +225,9 @@ class Together:
                 equal += 1
             elif "rule" not in call and all(text == own[0] for text in own):
                 ties += self._apart(row, wanted, own[0], sampled) <= TIE
-        return Line(call["name"], count, equal, ties, answers[0]["passes"], self.new_tokens)
+        return Line(
+            call["name"], count, equal, ties, answers[0]["passes"], self.new_tokens, (), answers[0]["placement"]
+        )
 
     @torch.no_grad()
     def _apart(self, row: int, one: list[int], other: list[int], sampled: bool) -> float:
@@ -301,7 +311,8 @@ def _measure(name: str, sizes: Sequence[int], given: argparse.Namespace, scratch
     )
     text = both.target.config.get_text_config(decoder=True)
     heads = f"{text.num_attention_heads} query and {text.num_key_value_heads} key-value heads"
-    calls = [call for call in CALLS if head or "head" not in call["levels"]]
+    asked = [call for call in CALLS if not given.call or call["name"] in given.call]
+    calls = [call for call in asked if head or "head" not in call["levels"]]
     for size in sizes:
         print(f"{name} ({heads}) in {size} processes, {given.prompts} prompts, {given.new_tokens} new tokens each:")
         lines = both.lines(size, calls)
@@ -311,7 +322,7 @@ def _measure(name: str, sizes: Sequence[int], given: argparse.Namespace, scratch
             continue
         for line in lines:
             print(line, flush=True)
-        for how in ("killed", "stopped"):
+        for how in () if given.call else ("killed", "stopped"):
             for seconds, error in both.ending(size, how):
                 print(f"  process {size - 1} {how}: another ended after {seconds:.1f} s with {error}", flush=True)
 
@@ -330,6 +341,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=arguments.count, default=12)
     parser.add_argument("--new-tokens", type=arguments.count, default=32)
     parser.add_argument("--temperature", type=float, default=0.8)
+    names = [call["name"] for call in CALLS]
+    parser.add_argument("--call", action="append", choices=names, help="only this one (may be given several times)")
     parser.add_argument("--timeout", type=arguments.count, default=20, help="seconds, where one process ends")
     given = parser.parse_args(words)
     quiet()

@@ -70,7 +70,8 @@ def run(folder: Path, rank: int) -> None:
             torch.manual_seed(call["seeds"][rank])
         found = generate(target, assistant_models=list(call["levels"]), **options)
         passes = found.polyspec.levels[0].forward_passes
-        return {"rows": found.sequences[:, width:].tolist(), "passes": passes}
+        placement = found.polyspec.placement.to_dict()
+        return {"rows": found.sequences[:, width:].tolist(), "passes": passes, "placement": placement}
 
     for call in request["calls"]:
         _note(folder / f"seen-{rank}", call["name"], lambda call=call: answer(call))  # type: ignore[misc]
