@@ -225,9 +225,8 @@ class Together:
                 equal += 1
             elif "rule" not in call and all(text == own[0] for text in own):
                 ties += self._apart(row, wanted, own[0], sampled) <= TIE
-        return Line(
-            call["name"], count, equal, ties, answers[0]["passes"], self.new_tokens, (), answers[0]["placement"]
-        )
+        placement = answers[0].get("placement", {})
+        return Line(call["name"], count, equal, ties, answers[0]["passes"], self.new_tokens, (), placement)
 
     @torch.no_grad()
     def _apart(self, row: int, one: list[int], other: list[int], sampled: bool) -> float:
