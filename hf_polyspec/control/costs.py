@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from ..planning.theory.cost_model import SecondsTable
@@ -20,6 +20,8 @@ PAYS = 1.03
 """What a middle must promise while it runs: what is done between passes is in no table."""
 FORGETS = 0.9
 """What a round leaves of the counts before it."""
+PROVEN, RIGHT = 6.0, 0.8
+"""Tokens of late, and the share of those that were tried, from which on what was kept is no luck."""
 SURE = 0.8
 """Of what a suffix drafter offers, the share that is expected to be right."""
 HEAD = -1
@@ -47,6 +49,11 @@ class Share:
     def value(self) -> float:
         """0 to 1."""
         return (self.kept + self.weight * self.expected) / (self.tried + self.weight)
+
+    @property
+    def proven(self) -> bool:
+        """Whether it was seen to be high, and not only expected."""
+        return self.kept >= PROVEN and self.kept >= RIGHT * self.tried
 
     def add(self, drafted: int, accepted: int) -> None:
         """One draft: those behind the first that was refused say nothing."""
@@ -113,6 +120,10 @@ class Standing:
     passed: float = 0.0
     due: dict[int, float] = field(default_factory=dict)
     waits: dict[int, float] = field(default_factory=dict)
+
+    def copied(self, last: int) -> Standing:
+        """The same for one generation, whose ladder ends at a place."""
+        return replace(self, place=min(self.place, last), due=dict(self.due), waits=dict(self.waits))
 
 
 class Costs:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 START = 0.7
 """Plain tokens that a generation may be behind at first: 4.4 % of an answer of 16."""
+TRUSTED, OF_ROOM = 1.5, 0.023
+"""The same where what is tried was right in the answers before: so many, or this share of the tokens that an answer may
+have, whichever is less."""
 CREDIT = 0.5
 """Plain tokens that a setup may lose at first."""
 SHARE = 0.02
@@ -32,13 +35,13 @@ class Ledger:
         self.won += gain
         self.elapsed += seconds
 
-    def left(self, plain: float) -> float:
+    def left(self, plain: float, start: float = START) -> float:
         """What the next round may lose: nobody asked for a trial, so an answer is never far behind.
 
         Args:
-            plain: seconds of a plain token.
+            plain: seconds of a plain token; start: plain tokens that the generation may be behind at first.
         """
-        return max(START * plain, SHARE * self.elapsed) + self.won
+        return max(start * plain, SHARE * self.elapsed) + self.won
 
 
 @dataclass

@@ -36,6 +36,7 @@ class Pace:
         self.now = 1.0
         self._tables = tables
         self._learnt: dict[int, PassSeconds] = {}
+        self._met: set[tuple[int, int]] = set()
         self._seen = 0
 
     def table_seconds(self, level: int, columns: float) -> float:
@@ -56,6 +57,10 @@ class Pace:
         """
         behind = offered is not None and columns > offered + 1 + BEHIND  # judged were only those of the draft
         if level >= len(self._tables) or not 0 < columns <= WIDEST or behind:
+            return
+        if level and (level, columns) not in self._met:
+            # The first pass of a size pays for what is set up once; a level that rests would never be seen without.
+            self._met.add((level, columns))
             return
         learnt = self._learnt.get(level)
         if level == 0 or (learnt is not None and learnt.passes >= SETTLED):

@@ -20,11 +20,11 @@ from ..host.lending import FEW, WORTH
 from ..levels.emission import Emission
 from ..levels.verifier import Verifier
 from ..telemetry.counters import Check, Decision
-from .costs import BLOCKS, DRAFTS, Costs, Standing
+from .costs import BLOCKS, DRAFTS, Costs
 from .cutting import Cut
 from .heads import Heads
 from .ladder import ladder_of, passes_by, smaller, tells
-from .ledger import CREDIT, SHARE, START, Account, Ledger
+from .ledger import CREDIT, OF_ROOM, SHARE, START, TRUSTED, Account, Ledger
 from .pace import BEHIND
 from .readiness import missing
 from .setups import PLAIN, Chain, Setup, spine
@@ -86,23 +86,20 @@ class SteadyControl:
         self.clock = clock
         self.decisions: list[Decision] = []
         self._several = False
-        self._steps = ladder_of(self.chain)
-        before = costs.standing
-        self.standing = Standing(
-            min(before.place, len(self.ladder) - 1), before.tokens, before.passed, dict(before.due)
-        )
-        self.standing.waits = dict(before.waits)
-        self.heads = Heads(self.chain.leaf, costs, self.standing)
-        self._passes_by = passes_by(self.chain)
         self._cuts: list[Cut] = []
         if tells(self.chain.leaf):  # whoever asks it
             self._cuts = [Cut(verifier, partial(self._checked, verifier.index)) for verifier in self.chain.verifiers]
+        self._steps = ladder_of(self.chain)
+        self.standing = costs.standing.copied(len(self.ladder) - 1)
+        self.heads = Heads(self.chain.leaf, costs, self.standing)
+        self._passes_by = passes_by(self.chain)
         self.setup = self._own = PLAIN
         self.emitted = 0.0
         self.ledger = Ledger()
         self._account: Account | None = None
         self._before: tuple[int, Account] | None = None
         self._rows = 1
+        self._start = 0.0
         self._reason = "start"
         self._began = clock()
         for level in self.chain.verifiers:
@@ -113,6 +110,7 @@ class SteadyControl:
     def before(self, context: Context, limits: list[int]) -> None:
         """Choose how the next round is run."""
         self._rows = max(1, sum(limit > 0 for limit in limits))
+        self._start = self._start or max(START, min(TRUSTED, OF_ROOM * max(limits, default=1)))
         self._meet(len(limits) > 1)
         if not self._joining:
             tell_left(self.columns, limits)
@@ -191,7 +189,8 @@ class SteadyControl:
         """Setups, from the whole chain down."""
         leaf = self.chain.leaf
         # Where what does not pay is left out token by token, the target need not be left alone for that.
-        return self._steps[:-1] if self._several and leaf is not None and leaf.tells_chances else self._steps
+        without = leaf is not None and leaf.tells_chances if self._several else bool(self._cuts)
+        return self._steps[:-1] if without else self._steps
 
     @property
     def _cutting(self) -> bool:
@@ -209,7 +208,7 @@ class SteadyControl:
     def _step(self, context: Context, room: int) -> None:
         account, place = self._account, self.standing.place
         assert account is not None
-        last, left = len(self.ladder) - 1, self._left()
+        last, left = len(self.ladder) - 1, self._left(place)
         if place < last and (account.overdrawn or self._hopeless(place)):
             proven = account.most is None
             least = (FIRST_WAIT if proven else SHORTEST_WAIT) if account.overdrawn else UNSEEN_WAIT
@@ -226,7 +225,7 @@ class SteadyControl:
         elif account.most is not None and account.rounds >= ENOUGH and account.balance >= 0:
             self.standing.waits.pop(place, None)
             account.most, self._reason = None, "it pays again"
-        elif room >= LAST and (due := [above for above in range(place) if self._may_try(above, context, left)]):
+        elif room >= LAST and (due := [above for above in range(place) if self._may_try(above, context)]):
             above = due[-1]
             if self._hopeless(above):
                 self.costs.middle.hope(HOPED)  # what is not asked is never seen to be right again
@@ -243,9 +242,9 @@ class SteadyControl:
         """Whether a setup that lost has waited long enough."""
         return self.standing.passed >= self.standing.due.get(place, 0.0)
 
-    def _may_try(self, place: int, context: Context, left: float) -> bool:
-        """Whether a setup is to be tried again, for which so many seconds are left."""
-        return self._due(place) and self._may_win(place) and self._risk(place, context) <= left
+    def _may_try(self, place: int, context: Context) -> bool:
+        """Whether a setup is to be tried again."""
+        return self._due(place) and self._may_win(place) and self._risk(place, context) <= self._left(place)
 
     def _may_win(self, place: int) -> bool:
         """Whether a setup could save some of the time that rounds of one token take now, were its middle a good one."""
@@ -274,11 +273,12 @@ class SteadyControl:
     def _has_middle(self, place: int) -> bool:
         return len(self.ladder[place]) > 2
 
-    def _left(self) -> float:
-        """Seconds that the next round may lose."""
+    def _left(self, place: int) -> float:
+        """Seconds that the next round may lose at a place."""
         if self._rows > 1 or self._several:
             return math.inf
-        left = self.ledger.left(self._plain_seconds())
+        start = self._start if self._has_middle(place) and self.costs.middle.proven else START
+        left = self.ledger.left(self._plain_seconds(), start)
         account = self._account
         if account is None or account.most is None or account.balance <= 0:
             return left
@@ -294,7 +294,7 @@ class SteadyControl:
 
     def _afforded(self, context: Context) -> Setup:
         """The setup at this place, or as much of it as may be lost."""
-        left = self._left()
+        left = self._left(self.standing.place)
         if left == math.inf or self._own == PLAIN:
             return self._own
         left -= self._catching_up(self.standing.place, context)
@@ -303,8 +303,8 @@ class SteadyControl:
         found = self._own
         for found in smaller(self._own, BLOCKS, drafts, leaf=not self._cutting):
             if self._worst(found) <= left:
-                break
-        return found
+                return found
+        return PLAIN if self.standing.place == len(self.ladder) - 1 else found
 
     def _worst(self, setup: Setup) -> float:
         """Seconds that a round of one row takes longer than the target alone, where nothing of it is kept."""
