@@ -41,6 +41,7 @@ class PassSeconds:
         trust: float = TRUST,
     ) -> None:
         self._known = shape
+        self._shapes: dict[int, float] = {}
         self._trust = trust
         self._one = one = 1.0 if shape is None else max(1e-9, shape(1))
         slope = ELSEWHERE if device is not None and device.type != "cpu" else ON_CPU
@@ -56,7 +57,13 @@ class PassSeconds:
 
     def _shape(self, columns: float) -> float:
         """In passes over one column."""
-        return 1.0 if self._known is None else self._known(columns) / self._one
+        if self._known is None:
+            return 1.0
+        if not isinstance(columns, int):
+            return self._known(columns) / self._one
+        if (found := self._shapes.get(columns)) is None:  # a shape stays what it is, and is asked for all the time
+            found = self._shapes[columns] = self._known(columns) / self._one
+        return found
 
     def add(self, columns: int, seconds: float) -> None:
         """A pass over so many columns took so long."""

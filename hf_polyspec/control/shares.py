@@ -50,6 +50,21 @@ def tell_left(columns: Sequence[Columns], left: Sequence[int]) -> None:
             own.worth = worths(left, own.seconds.seconds)
 
 
+def valued(columns: Sequence[Columns], emission: Emission, tokens: float) -> float:
+    """Tokens of a row, as many as they are worth (`Columns.worth`): most rows may only have waited for the last.
+
+    Args:
+        columns: of the target first; emission: of a round; tokens: of a row in it, on average.
+    """
+    worth = columns[0].worth
+    if worth is None:
+        return tokens
+    of_rows = zip(worth, emission.counted, emission.tokens, strict=True)
+    rows = [(value, row.emitted) for value, row, own in of_rows if own]
+    whole = sum(value for value, _ in rows)
+    return sum(value * emitted for value, emitted in rows) / whole if whole else tokens
+
+
 class Shares:
     """Shares out the columns of one loop, past a middle where its drafter alone promises more, and does nothing else.
 

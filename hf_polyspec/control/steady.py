@@ -28,7 +28,7 @@ from .ledger import CREDIT, OF_ROOM, SHARE, START, TRUSTED, Account, Ledger
 from .pace import BEHIND
 from .readiness import missing
 from .setups import PLAIN, Chain, Setup, spine
-from .shares import shared_out, tell_left
+from .shares import shared_out, tell_left, valued
 
 FIRST_WAIT = 12.0
 """Tokens after which what had paid until now is tried again: two unlucky rounds are no change of the text."""
@@ -109,6 +109,9 @@ class SteadyControl:
 
     def before(self, context: Context, limits: list[int]) -> None:
         """Choose how the next round is run."""
+        if self._rests(limits):
+            self._began = self.clock()
+            return
         self._rows = max(1, sum(limit > 0 for limit in limits))
         self._start = self._start or max(START, min(TRUSTED, OF_ROOM * max(limits, default=1)))
         self._meet(len(limits) > 1)
@@ -130,7 +133,8 @@ class SteadyControl:
         self.emitted += tokens
         self.standing.tokens += tokens
         reads = emission.passed.fed > 1 + self._offered(emission)
-        gain = self._valued(emission, tokens) * self._plain_seconds() - seconds
+        worth = valued(self.columns, emission, tokens) if self._several else tokens
+        gain = worth * self._plain_seconds() - seconds
         if len(self.setup.levels) < 3 and not any(emission.drafted) and self._rows == 1:
             gain = 0.0  # it was a round of the target alone, whatever was expected of that
         if not reads:
@@ -140,19 +144,6 @@ class SteadyControl:
             self._account.book(gain, seconds, tokens)
             if self._account.most is not None and gain >= 0:
                 self._account.most *= 2
-
-    def _valued(self, emission: Emission, tokens: float) -> float:
-        """Tokens of a row, as many as they are worth (`Columns.worth`): most rows may only have waited for the last."""
-        worth = self.columns[0].worth if self._several else None
-        if worth is None:
-            return tokens
-        rows = [
-            (value, row.emitted)
-            for value, row, own in zip(worth, emission.counted, emission.tokens, strict=True)
-            if own
-        ]
-        whole = sum(value for value, _ in rows)
-        return sum(value * emitted for value, emitted in rows) / whole if whole else tokens
 
     def finish(self) -> None:
         """The generation is over: keep what was learnt, and give drafters back as they came."""
@@ -204,6 +195,14 @@ class SteadyControl:
             cut.idle = self._several
         if self.standing.place >= len(self.ladder):
             self.standing.place, self._account = len(self.ladder) - 1, None
+
+    def _rests(self, limits: list[int]) -> bool:
+        """Whether the target goes on alone as it did, and nothing is to be tried again yet."""
+        account, last = self._account, len(self._steps) - 1
+        settled = account is not None and account.most is None and self.setup == PLAIN == self._own
+        if not (settled and self.decisions and self._rows == len(limits) == 1 and self.standing.place == last):
+            return False
+        return limits[0] < LAST or not any(map(self._due, range(last)))
 
     def _step(self, context: Context, room: int) -> None:
         account, place = self._account, self.standing.place

@@ -251,6 +251,7 @@ def pack(model: Model) -> Model:
         _install(product)
     for block in blocks:
         block.__dict__["forward"] = FusedBlock(block)
+    _STAY.add(model)
     return model
 
 
@@ -303,6 +304,7 @@ def _install(product: PackedProduct) -> None:
 # Packed matrices of assistants between two generations, for as long as their layers live.
 _KEPT: WeakKeyDictionary[nn.Linear, Kept] = WeakKeyDictionary()
 _SHORT: WeakKeyDictionary[nn.Module, Shortage] = WeakKeyDictionary()
+_STAY: WeakSet[nn.Module] = WeakSet()  # models that are packed between generations too
 
 
 @contextmanager
@@ -317,7 +319,7 @@ def packed_assistants(assistants: Iterable[object], target: nn.Module | None = N
         target: The model above them.
     """
     products: dict[int, PackedProduct] = {}
-    models = [one for one in assistants if isinstance(one, nn.Module) and not is_compiled(one)]
+    models = [one for one in assistants if isinstance(one, nn.Module) and one not in _STAY and not is_compiled(one)]
     alone = set(map(id, modules_of(target))) if models and target is not None else set()
     for assistant in models:
         groups = [layers for layers in _packable(assistant) if not any(id(one) in alone for one in layers)]
@@ -366,6 +368,7 @@ def unfuse(model: Model) -> Model:
         The same model.
     """
     require_model("unpack", model)
+    _STAY.discard(model)
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), FusedBlock):
             del module.__dict__["forward"]

@@ -8,7 +8,10 @@ stays exact (law 1). Keys and values of many tokens are taken; a few are compute
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +55,42 @@ def is_copy(model: Any, target: Any) -> bool:
         return False  # each process holds the keys and values of some heads only
     if type(one).__name__ != type(other).__name__ or not _set_alike(one, other):
         return False
-    return all(map(_is_same, _edges(one), _edges(other))) and _same_vectors(one, other)
+    known = _KNOWN.get(one)
+    if known is None or not known.holds(other):
+        mine, theirs = _vectors(one), _vectors(other)
+        same = all(map(_is_same, _edges(one), _edges(other))) and mine.keys() == theirs.keys()
+        same = same and all(_is_same(mine[name], theirs[name]) for name in mine)
+        compared = [_embeddings(one), _embeddings(other), *mine.values(), *theirs.values()]
+        known = _KNOWN[one] = _Known(ref(other), [ref(tensor) for tensor in compared], _marks(compared), same)
+    return known.same
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Whether a model was found to be a copy of another.
+
+    A wrong answer costs time and never a text, so it is not looked whether the tensors still are the model's.
+
+    Attributes:
+        other: the target; compared: tensors of both; marks: theirs, then; same: what was found.
+    """
+
+    other: ref[nn.Module]
+    compared: Sequence[ref[Tensor]]
+    marks: list[tuple[int, int]]
+    same: bool
+
+    def holds(self, other: nn.Module) -> bool:
+        """Whether the same is asked again, and no tensor has been written to."""
+        tensors = [one() for one in self.compared]
+        return self.other() is other and _marks([one for one in tensors if one is not None]) == self.marks
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+
+
+def _marks(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    return [(one.data_ptr(), -1 if one.is_inference() else one._version) for one in tensors]
 
 
 def _set_alike(one: Any, other: Any) -> bool:
@@ -67,18 +105,18 @@ def _settings(config: Any) -> dict[str, Any]:
 
 
 def _edges(model: Any) -> tuple[Tensor, Tensor]:
-    weight = model.get_input_embeddings().weight
+    weight = _embeddings(model)
     return weight[:_ROWS], weight[-_ROWS:]
+
+
+def _embeddings(model: Any) -> Tensor:
+    weight: Tensor = model.get_input_embeddings().weight
+    return weight
 
 
 def _vectors(model: nn.Module) -> dict[str, Tensor]:
     """Norms, and other parameters with one number a channel, but for biases, which layers with integers hold apart."""
     return {name: p for name, p in named_parameters_of(model) if p.dim() == 1 and not name.endswith("bias")}
-
-
-def _same_vectors(model: nn.Module, other: nn.Module) -> bool:
-    mine, theirs = _vectors(model), _vectors(other)
-    return mine.keys() == theirs.keys() and all(_is_same(mine[name], theirs[name]) for name in mine)
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

@@ -35,13 +35,19 @@ class Stamp:
         modules = modules_of(model)
         tensors = _tensors(modules, unsaved)
         self._facts = _facts(modules, tensors)
-        self._samples = _samples([place for tensor in tensors for place in _places(tensor)])
+        self._samples: _Samples = _Read([place for tensor in tensors for place in _places(tensor)])
 
     def holds(self, model: Any) -> bool:
         """Whether the model still is what it was."""
         modules = modules_of(model)
         # Numbers last: the others make sure that they lie where they lay.
-        return _facts(modules, _tensors(modules, self._unsaved)) == self._facts and self._samples.same()
+        if _facts(modules, _tensors(modules, self._unsaved)) != self._facts or not self._samples.same():
+            return False
+        compiled: Any = sys.modules.get(_COMPILED)
+        # What compares all of them at once takes a second to compile where nothing else has needed it.
+        if isinstance(self._samples, _Read) and compiled is not None and compiled.is_loaded():
+            self._samples = compiled.Samples(self._samples.places)
+        return True
 
 
 class _Samples(Protocol):
@@ -52,17 +58,11 @@ class _Read:
     """Some bytes of a process, read one piece after another; see `Samples`."""
 
     def __init__(self, places: Sequence[tuple[int, int]]) -> None:
-        self._places = places
+        self.places = places
         self._kept = [string_at(*place) for place in places]
 
     def same(self) -> bool:
-        return all(string_at(*place) == kept for place, kept in zip(self._places, self._kept, strict=True))
-
-
-def _samples(places: Sequence[tuple[int, int]]) -> _Samples:
-    compiled: Any = sys.modules.get(_COMPILED)
-    # What compares all of them at once takes a second to compile where nothing else has needed it.
-    return compiled.Samples(places) if compiled is not None and compiled.is_loaded() else _Read(places)
+        return all(string_at(*place) == kept for place, kept in zip(self.places, self._kept, strict=True))
 
 
 def _facts(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:

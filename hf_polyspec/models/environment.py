@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ def describe() -> str:
     return ", ".join(parts)
 
 
+@cache
 def processor() -> str:
     """The processor's name as the system tells it."""
     information = Path("/proc/cpuinfo")

@@ -229,6 +229,14 @@ def test_a_packed_models_profile_is_not_that_of_the_model(model: PreTrainedModel
     assert len(list(profile.kept())) == 2
 
 
+def test_the_copy_is_packed_once_where_packing_is_allowed(model: PreTrainedModel, timed: list[Any]) -> None:
+    for _ in range(2):
+        for option, wanted in ({}, True), ({"polyspec_pack": False}, False):
+            assert run(model, **option).sequences.tolist() == plain(model)
+            assert is_packed(side_of(model).copies["int8"]) is wanted, option
+        assert not is_packed(model)
+
+
 def test_what_the_host_leaves_on_a_model_is_nobodys_hook(model: PreTrainedModel, timed: list[Any]) -> None:
     """Once a model was asked for hidden states, as a chain with a head asks, transformers' hooks stay on it."""
     model(**prompts(1), output_hidden_states=True)

@@ -285,6 +285,17 @@ def test_a_group_that_shares_a_layer_with_the_target_is_left_alone(model: PreTra
         assert is_packed(other)
 
 
+@pytest.mark.parametrize("packs", [True, False])
+def test_an_assistant_is_after_a_call_as_it_was_before(model: PreTrainedModel, packs: bool) -> None:
+    pack(model)
+    if not packs:
+        unpack(model)
+    for _ in range(2):
+        with packing.packed_assistants([model]):
+            assert is_packed(model)
+        assert is_packed(model) is packs
+
+
 def test_threads_share_a_packed_model(model: PreTrainedModel) -> None:
     """Parts wait for the thread that asked: others neither take them nor make siblings part ways."""
     mlp = pack(model).model.layers[0].mlp

@@ -90,6 +90,24 @@ def test_what_is_no_copy(tiny: Tiny, change: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("place", ["copy", "target", "another target", "another norm", "config"])
+def test_a_copy_that_was_one_is_looked_at_again(tiny: Tiny, place: str) -> None:
+    target = tiny("llama")
+    other = copy.deepcopy(target)
+    assert is_copy(other, target)
+    assert is_copy(other, target)
+    if place == "another target":
+        target = noisy(target)
+    elif place == "another norm":
+        target.model.norm.weight = nn.Parameter(2 * target.model.norm.weight)
+    elif place == "config":
+        target.config.rms_norm_eps = 0.5
+    else:
+        (other if place == "copy" else target).model.layers[1].input_layernorm.weight[3] += 0.01
+    assert not is_copy(other, target)
+
+
+@torch.no_grad()
 def test_columns_are_those_of_the_lender(pair: tuple[PreTrainedModel, PreTrainedModel]) -> None:
     """Rows of different length, of which the borrower has read different numbers already."""
     target, middle = pair
