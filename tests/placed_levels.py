@@ -16,7 +16,7 @@ from tiny_models import head_for
 import hf_polyspec
 from hf_polyspec import SuffixDrafter
 from hf_polyspec.exactness.proposal import Proposal
-from hf_polyspec.generation import settling
+from hf_polyspec.generation import placements, settling
 from hf_polyspec.host.ranks import Team
 from hf_polyspec.levels.base import Drafter
 from hf_polyspec.levels.elsewhere import DIFFERED
@@ -147,6 +147,7 @@ def choices(folder: str, notes: Notes, rank: int) -> None:
         clock.a_message, drafter = a_message, Timed(name, clock, seconds)
         first = text.told(drafter, **options)
         clock.a_message, again = 1e6, Timed(name, clock, 1e6)
+        placements.forget()  # as another run of the script would
         return [*first, text.told(again, **options)[1], drafter.asked > 0]
 
     notes.put("nothing takes time", lambda: chosen("none", 0.0, 0.0))
@@ -179,6 +180,7 @@ def refused(folder: str, clock: Clock) -> list[tuple[str, list[Any], dict[str, A
 
 
 def everything(folder: str, notes: Notes, rank: int) -> None:
+    os.environ["XDG_CACHE_HOME"] = f"{folder}/cache-{rank}"
     texts(folder, notes, rank)
     choices(folder, notes, rank)
 

@@ -55,6 +55,11 @@ class Placed:
 _known: WeakKeyDictionary[Any, dict[Hashable, Placed]] = WeakKeyDictionary()
 
 
+def forget() -> None:
+    """What was measured in this process; what is kept on its disk is looked up again."""
+    _known.clear()
+
+
 class Placing:
     """The arrangements of one call.
 
@@ -148,9 +153,10 @@ def _mark(member: Any) -> Hashable:
     """Which member this is, for as long as a target lives: names, kinds and sizes, since objects come and go."""
     if isinstance(member, (str, os.PathLike)):
         return os.fspath(member)
-    model = inner_model(member) if isinstance(member, nn.Module) else member
-    size = sum(weight.numel() for weight in model.parameters()) if isinstance(model, nn.Module) else 0
-    return (type(model).__name__, name_of(member), size)
+    if isinstance(member, nn.Module):
+        model = inner_model(member)
+        return (type(model).__name__, name_of(member), sum(weight.numel() for weight in model.parameters()))
+    return (type(member).__name__, str(getattr(member, "name", "")))
 
 
 def _tied(options: PolySpecOptions, samples: bool) -> str | None:

@@ -30,6 +30,7 @@ from ..models.assistants import forget_copies, is_copy_name
 from ..telemetry.counters import Check
 from ..telemetry.stats import Placement
 from . import automatic
+from . import kept_placements as kept
 from .chain import build_chain
 from .checked import Checked, located
 from .kernels import packed
@@ -97,10 +98,7 @@ def settled(job: Job, found: Checked, meeting: Meeting, tokenizers: tuple[Any, A
     if not placing.open or job.encoded is not None or job.extras.any or prompt.embeds is not None:
         return found.assistants
     agree("to be placed")
-    from ..auto.measuring import generators_kept  # quantisation, which most calls never need
-
-    with generators_kept():
-        placing.keep(_measured(job, found, ranks, tokenizers))
+    placing.keep(_known_here(job, found, ranks) or _measured(job, found, ranks, tokenizers))
     job.placed = placing.placed
     for name in filter(is_copy_name, placing.told):
         forget_copies(job.model, name, job.placed.places[placing.told.index(name)])
@@ -114,9 +112,34 @@ def _members(job: Job, found: Checked, placed: Placed, ranks: Ranks, tokenizers:
     return own
 
 
+def _known_here(job: Job, found: Checked, ranks: Ranks) -> Placed | None:
+    """What an earlier process has measured, as the first one finds it."""
+    placing = found.placing
+    said = kept.load(kept.path_of(job.model, placing.key), placing.possible) if ranks.leads else None
+    known: Placed | None = ranks.told(said)
+    return known
+
+
 @torch.no_grad()
 def _measured(job: Job, found: Checked, ranks: Ranks, tokenizers: tuple[Any, Any]) -> Placed:
-    """Every possible arrangement twice, in turns, and the one that process 0 chooses of them."""
+    """Every possible arrangement twice, in turns, and the one that process 0 chooses of them and keeps."""
+    from ..auto.measuring import generators_kept  # quantisation, which most calls never need
+
+    with generators_kept():
+        seconds, possible = _seconds_of_all(job, found, ranks, tokenizers)
+    first, best = possible[0], min(seconds, key=seconds.__getitem__)
+    chosen: Placed = ranks.told(Placed(best if seconds[best] <= GAIN * seconds[first] else first, seconds))
+    if ranks.leads:
+        told = "; ".join(f"{', '.join(way)}: {1e3 * took:.3f} ms" for way, took in chosen.seconds.items())
+        _LOG.info("assistant_models run %s; a draft takes %s", ", ".join(chosen.places), told)
+        kept.save(kept.path_of(job.model, found.placing.key), chosen)
+    return chosen
+
+
+def _seconds_of_all(
+    job: Job, found: Checked, ranks: Ranks, tokenizers: tuple[Any, Any]
+) -> tuple[dict[Arrangement, float], list[Arrangement]]:
+    """By arrangement, the seconds of a draft in the process where it took longest; and the arrangements in order."""
     possible = _fitting(job.model, found, ranks)
     seconds: dict[Arrangement, float] = {}
     for places in (*possible, *reversed(possible)):
@@ -130,12 +153,7 @@ def _measured(job: Job, found: Checked, ranks: Ranks, tokenizers: tuple[Any, Any
             continue
         took = max(ranks.gathered(_seconds_of_drafts(job, own, placed, ranks)))
         seconds[places] = min(seconds.get(places, took), took)
-    first, best = possible[0], min(seconds, key=seconds.__getitem__)
-    chosen: Placed = ranks.told(Placed(best if seconds[best] <= GAIN * seconds[first] else first, seconds))
-    if ranks.leads:
-        told = "; ".join(f"{', '.join(way)}: {1e3 * took:.3f} ms" for way, took in chosen.seconds.items())
-        _LOG.info("assistant_models run %s; a draft takes %s", ", ".join(chosen.places), told)
-    return chosen
+    return seconds, possible
 
 
 def _fitting(model: Any, found: Checked, ranks: Ranks) -> list[Arrangement]:

@@ -50,9 +50,11 @@ def run(folder: Path, rank: int) -> None:
     from transformers import AutoModelForCausalLM, LogitsProcessorList
 
     from hf_polyspec.generation.doors import generate
+    from hf_polyspec.generation.kept_placements import measure_anew
     from hf_polyspec.host.generation import quiet
 
     quiet(errors_only=True)
+    measure_anew()
     request = json.loads((folder / "request.json").read_text())
     # By a file: a port that was free when the processes were started may not be by the time that they are here.
     where, patience = f"file://{folder.absolute()}/meeting", timedelta(seconds=request["timeout"])
