@@ -20,6 +20,8 @@ OUTPUTS = 4 if LANES == 16 else 2
 """Outputs of a tile: with half as many registers, half as many."""
 ROWS = 4
 """Rows of a tile."""
+AHEAD = 32
+"""Keys or values from those that are computed with to those that the memory is asked for meanwhile."""
 
 
 def _tile(rows: int) -> Any:
@@ -50,8 +52,8 @@ def _tile(rows: int) -> Any:
             start = context.get_constant(types.int64, 0)
             with cgutils.for_range_slice(builder, start, count, step, intp=ir.IntType(64)) as (index, _):
                 weights = [load(builder, stored, builder.add(base, builder.mul(index, size))) for base in inputs]
-                for base in inputs:  # the memory brings the next tile while this one is computed
-                    ahead = builder.add(row(base, OUTPUTS, width, size), builder.mul(index, size))
+                for base in inputs:  # the memory brings a later tile while this one is computed
+                    ahead = builder.add(row(base, AHEAD, width, size), builder.mul(index, size))
                     prefetch(builder, ahead)
                 for r, base in enumerate(active):
                     numbers = load(builder, types.float32, builder.add(base, builder.mul(index, four)))
@@ -100,6 +102,9 @@ def _means(registers: int) -> Any:
                 begin = builder.add(values, builder.mul(builder.mul(index, width), size))
                 steps = [builder.mul(number(part * LANES), size) for part in range(registers)]
                 parts = [load(builder, stored, builder.add(begin, step)) for step in steps]
+                ahead = builder.add(begin, builder.mul(builder.mul(number(AHEAD), width), size))
+                for step in steps:
+                    prefetch(builder, builder.add(ahead, step))
                 for base, of_row in zip(rows, found, strict=True):
                     address = builder.add(base, builder.mul(index, four))
                     weight = builder.load(place(builder, address, ir.FloatType()), align=4)
