@@ -71,7 +71,7 @@ def _facts(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> tuple[lis
     adapting = {kind for kind in set(map(type, modules)) if _adapts(kind)}
     return (
         list(map(id, modules)),
-        [state["training"] for state in own],
+        [module.training for module in modules],  # a compiled one asks the module inside
         ["forward" in state for state in own],
         [_adapters(module) for module in modules if type(module) in adapting] if adapting else [],
         list(map(id, tensors)),

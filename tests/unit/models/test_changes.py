@@ -79,6 +79,16 @@ def test_what_is_seen(tiny: Tiny, what: str, compiled: bool, monkeypatch: pytest
     assert Stamp(model).holds(model)
 
 
+def test_a_module_inside_that_was_compiled(tiny: Tiny) -> None:
+    """`torch.compile` puts a module around one, which asks that for what others keep; no pass is run here."""
+    model: Any = tiny("llama")
+    model.model = torch.compile(model.model)
+    found = Stamp(model)
+    assert found.holds(model)
+    model.model.train()
+    assert not found.holds(model)
+
+
 def test_buffers_that_no_checkpoint_holds(tiny: Tiny) -> None:
     model: Any = tiny("llama")
     whole, saved = Stamp(model), Stamp(model, unsaved=False)
