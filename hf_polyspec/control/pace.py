@@ -14,6 +14,11 @@ TRUST = 0.05
 """Passes that the columns of a table stand for: what judging takes for each is in none."""
 SETTLED = 8
 """Passes after which a level below the target says something of the machine, and not only of itself."""
+DOUBTED = 2.0
+"""A pass of a level before it has settled counts for at most this many times what its table says: it may have compiled
+something."""
+RESTED = 24
+"""Passes of the target after which what a level that has not settled seemed to cost is to be found out anew."""
 BEHIND = 4
 """Columns beyond those of a draft from which on a pass has read what its level had missed."""
 
@@ -37,6 +42,7 @@ class Pace:
         self._tables = tables
         self._learnt: dict[int, PassSeconds] = {}
         self._met: set[tuple[int, int]] = set()
+        self._resting: dict[int, int] = {}
         self._seen = 0
 
     def table_seconds(self, level: int, columns: float) -> float:
@@ -68,8 +74,22 @@ class Pace:
             ratio = seconds / max(1e-9, self.table_seconds(level, columns))
             bounded = ratio if self._seen == 1 else min(2 * self.now, max(self.now / 2, ratio))
             self.now += max(NEWEST, 1 / self._seen) * (bounded - self.now)
+            if level == 0:
+                self._forget_resting()
         elif not self._seen:  # whether it is this level or the machine, the target's next pass will say
             return
         if learnt is None:
             learnt = self._learnt[level] = PassSeconds(self._tables[level], trust=TRUST)
-        learnt.add(columns, seconds / self.now)
+        seconds /= self.now
+        if level:
+            self._resting[level] = 0
+            if learnt.passes < SETTLED:
+                seconds = min(seconds, DOUBTED * self._tables[level](columns))
+        learnt.add(columns, seconds)
+
+    def _forget_resting(self) -> None:
+        """What is not asked, since it seemed dear in a few passes, would never be seen to be quick."""
+        for level in [level for level, one in self._learnt.items() if level and one.passes < SETTLED]:
+            self._resting[level] = self._resting.get(level, 0) + 1
+            if self._resting[level] > RESTED:
+                del self._learnt[level], self._resting[level]

@@ -11,7 +11,7 @@ from clockwork import VOCABULARY, Clock, ClockedDrafter, ClockedRunner, Run, tru
 
 from hf_polyspec.control import Costs, SteadyControl
 from hf_polyspec.control.ledger import OF_ROOM, START, TRUSTED
-from hf_polyspec.control.pace import Pace
+from hf_polyspec.control.pace import DOUBTED, RESTED, SETTLED, Pace
 from hf_polyspec.exactness.context import Context
 from hf_polyspec.exactness.distributions import LawMaker
 from hf_polyspec.exactness.proposal import Proposal
@@ -115,5 +115,28 @@ def test_the_first_pass_of_a_size_says_nothing_of_a_level_below() -> None:
     for columns in (1, 3):
         pace.observe(1, columns, 400.0, offered=columns - 1)
     assert pace.seconds(1, 1) == pytest.approx(4.0)
-    pace.observe(1, 1, 8.0, offered=0)
-    assert pace.seconds(1, 1) > 7
+    pace.observe(1, 1, 7.0, offered=0)
+    assert pace.seconds(1, 1) == pytest.approx(7.0, rel=0.05)
+
+
+def test_a_few_slow_passes_do_not_shut_a_level_out_for_good() -> None:
+    """Another one of its kernels was compiled; whether it is quick is only seen where it is asked."""
+    pace = Pace([lambda columns: 10.0, lambda columns: 4.0])
+    for _ in range(12):
+        pace.observe(0, 1, 10.0, offered=0)
+    for _ in range(3):
+        pace.observe(1, 1, 60.0, offered=0)
+    assert 7 < pace.seconds(1, 1) <= DOUBTED * 4.0
+    for _ in range(RESTED + 1):
+        pace.observe(0, 1, 10.0, offered=0)
+    assert pace.seconds(1, 1) == pytest.approx(4.0)
+
+
+def test_what_a_level_has_cost_in_many_passes_is_remembered_while_it_rests() -> None:
+    pace = Pace([lambda columns: 10.0, lambda columns: 4.0])
+    pace.observe(0, 1, 10.0, offered=0)
+    for _ in range(SETTLED + 4):
+        pace.observe(1, 1, 7.0, offered=0)
+    for _ in range(3 * RESTED):
+        pace.observe(0, 1, 10.0, offered=0)
+    assert pace.seconds(1, 1) == pytest.approx(7.0, rel=0.1)
