@@ -109,7 +109,7 @@ class SteadyControl:
 
     def before(self, context: Context, limits: list[int]) -> None:
         """Choose how the next round is run."""
-        if self._rests(limits):
+        if self._goes_on(context, limits):
             self._began = self.clock()
             return
         self._rows = max(1, sum(limit > 0 for limit in limits))
@@ -196,13 +196,16 @@ class SteadyControl:
         if self.standing.place >= len(self.ladder):
             self.standing.place, self._account = len(self.ladder) - 1, None
 
-    def _rests(self, limits: list[int]) -> bool:
-        """Whether the target goes on alone as it did, and nothing is to be tried again yet."""
-        account, last = self._account, len(self._steps) - 1
-        settled = account is not None and account.most is None and self.setup == PLAIN == self._own
-        if not (settled and self.decisions and self._rows == len(limits) == 1 and self.standing.place == last):
+    def _goes_on(self, context: Context, limits: list[int]) -> bool:
+        """Whether a row goes on as it did, without a middle or a head: no step down is near, and none up is due."""
+        account, place, setup = self._account, self.standing.place, self.setup
+        if account is None or account.most is not None or self._several or not len(limits) == self._rows == 1:
             return False
-        return limits[0] < LAST or not any(map(self._due, range(last)))
+        same = len(setup.levels) < 3 and setup == self._own and setup.levels == self._steps[place]
+        if not same or (limits[0] >= LAST and any(self._may_try(above, context) for above in range(place))):
+            return False
+        usual = self._cutting and not self.heads.known and not account.overdrawn
+        return len(setup.levels) == 1 or (usual and self._worst(setup) <= self._left(place))
 
     def _step(self, context: Context, room: int) -> None:
         account, place = self._account, self.standing.place

@@ -17,11 +17,17 @@ class ByRows:
         few: Kernel for up to `limit` rows.
         many: Builds the kernel for more.
         limit: Rows, the product of all leading sizes.
+
+    Attributes:
+        ever: whether there was one.
     """
+
+    ever = False
 
     def __init__(self, few: Kernel, many: Callable[[], Kernel], limit: int) -> None:
         self._few, self._build, self._limit = few, many, limit
         self._many: Kernel | None = None
+        ByRows.ever = True
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.numel() <= self._limit * x.shape[-1]:

@@ -17,7 +17,13 @@ def megabytes(size: float) -> str:
 
 
 class Shortage:
-    """What the products of one model share: that nobody has been told yet that memory is short."""
+    """What the products of one model share: that nobody has been told yet that memory is short.
+
+    Attributes:
+        ever: whether that was said of any model.
+    """
+
+    ever = False
 
     def __init__(self, name: str = "model") -> None:
         self._name, self._told = name, False
@@ -26,7 +32,7 @@ class Shortage:
         """Warn, the first time, that the matrix of some layers is not packed."""
         if self._told:
             return
-        self._told = True
+        self._told = Shortage.ever = True
         seen = memory()
         sizes = f"{sum(layer.out_features for layer in layers)} x {layers[0].in_features}"
         warnings.warn(

@@ -60,4 +60,5 @@ def choose(job: Job, named: Mapping[str, Any], ranks: Ranks) -> list[Any]:
         job.costs = ready.costs
     job.model, job.chosen = ready.target, ready.line
     with refusals():
-        return checked_members(job.model, here(job.model, ready.assistants, ranks))
+        mine = here(job.model, ready.assistants, ranks) if ranks.in_step else ready.assistants
+        return checked_members(job.model, mine)

@@ -193,3 +193,35 @@ def test_a_middle_that_promises_next_to_nothing_is_left_alone() -> None:
     costs.tables[1] = costs.tables[1].scaled(1.03)
     assert 1 < costs.speed_of_block(16) < 1.03
     assert costs.block(1) == 0
+
+
+@pytest.mark.parametrize("tells", [False, True])
+@pytest.mark.parametrize("right", [(0.0, 0.0), (0.0, 0.9), (0.95, 0.0)])
+def test_what_goes_on_without_deliberation_is_what_would_have_been_chosen(
+    tells: bool, right: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether or not a drafter's drafts are cut by what it says of them."""
+    asked: list[bool] = []
+    goes_on = SteadyControl._goes_on
+
+    def counted(control: SteadyControl, context: Context, limits: list[int]) -> bool:
+        asked.append(goes_on(control, context, limits))
+        return asked[-1]
+
+    def told(way: Callable[[SteadyControl, Context, list[int]], bool]) -> Any:
+        monkeypatch.setattr(SteadyControl, "_goes_on", way)
+        stage = Stage(*right, believed=0.9)
+        stage.top.below.below.tells_chances = tells  # type: ignore[attr-defined]
+
+        def turning(emitted: int) -> None:
+            if 200 <= emitted < 210 or 400 <= emitted < 410:
+                stage.turn(0.95 if emitted < 300 else 0.0)
+                stage.right["leaf"] = 0.0 if emitted < 300 else 0.9
+
+        runs = [stage.run(600, turning), stage.run(24)]
+        stage.right["leaf"] = 0.0  # what paid in the text before
+        runs.append(stage.run(96))
+        return [(run.log, run.seconds, run.control.decisions) for run in runs]
+
+    assert told(counted) == told(lambda *_: False)
+    assert any(asked) or right[0], "a middle that is right leaves nothing to go on without"
