@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hf_polyspec.cpu.block_parts import BlockParts, matters, plain_turns, readable_mask, readable_turns
 from hf_polyspec.cpu.block_products import block_products, block_shape, joint_output, new_states
 from hf_polyspec.cpu.compiled import computes, left_to_torch
+from hf_polyspec.cpu.freed import keep_freed
 from hf_polyspec.cpu.fused_stack import Link, Plan, follow_trail, leave_trail, outputs_of, stack_output, waiting_output
 from hf_polyspec.cpu.own_rows import apart_of, takes_rows
 from hf_polyspec.host.attention import plain_sdpa
@@ -82,6 +83,7 @@ class FusedBlock:
         """
         from hf_polyspec.cpu.compiled.tasks import profiling
 
+        keep_freed()
         # One task would be one bar in a profile; the steps show what the time goes to.
         one_task = not (self._left_to_torch(x) or profiling())
         if one_task and grows(past) and self._writes_into(past, x, mask):
