@@ -155,6 +155,9 @@ def choices(folder: str, notes: Notes, rank: int) -> None:
     notes.put("messages take time", lambda: chosen("told", 0.0, 1.0))
     notes.put("a little", lambda: chosen("little", 1.0, 0.01))
     notes.put("clocks disagree", lambda: chosen("apart", 2.0 * rank, 5.0))
+    hopeless = Timed("hopeless", clock, 30.0 * rank)
+    clock.a_message = 1.0
+    notes.put("hopeless", lambda: [*text.told(hopeless), hopeless.asked])
     clock.a_message = 0.0
     for name, levels, options in refused(folder, clock):
         notes.put(name, lambda levels=levels, options=options: text(*levels, **options))

@@ -10,6 +10,7 @@ where it takes longest. Process 0 chooses, and all remember.
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -43,6 +44,8 @@ ROUNDS, WARM = 4, 1
 """Rounds of a text that are timed, after some that pay for what is set up once."""
 GAIN = 0.95
 """An arrangement that is not the first takes at most this share of the first one's time."""
+HOPELESS = 3.0
+"""One whose draft takes more than so many times the quickest one's is left after its first that is timed."""
 UNLIMITED = 1 << 62
 """Positions of a model that names no end."""
 _READ = 64
@@ -143,7 +146,9 @@ def _seconds_of_all(
     possible = _fitting(job.model, found, ranks)
     seconds: dict[Arrangement, float] = {}
     for places in (*possible, *reversed(possible)):
-        placed = Placed(places)
+        placed, best = Placed(places), min(seconds.values(), default=math.inf)
+        if seconds.get(places, 0.0) > HOPELESS * best:
+            continue
         try:
             own = _members(job, found, placed, ranks, tokenizers)
         except ValueError as error:  # as the copy says that cannot be made there, in all processes alike
@@ -151,7 +156,7 @@ def _seconds_of_all(
                 raise
             _LOG.info("assistant_models cannot run %s: %s", ", ".join(places), error)
             continue
-        took = max(ranks.gathered(_seconds_of_drafts(job, own, placed, ranks)))
+        took = max(ranks.gathered(_seconds_of_drafts(job, own, placed, ranks, best)))
         seconds[places] = min(seconds.get(places, took), took)
     return seconds, possible
 
@@ -176,8 +181,9 @@ def _has_room(model: Any, processes: int) -> bool:
     return bool(on_device and memory().available > processes * _TIMES * whole)
 
 
-def _seconds_of_drafts(job: Job, own: list[Any], placed: Placed, ranks: Ranks) -> float:
-    """What the target waits for a draft in this process, in the middle of a few rounds; collective."""
+def _seconds_of_drafts(job: Job, own: list[Any], placed: Placed, ranks: Ranks, best: float) -> float:
+    """What the target waits for a draft in this process, in the middle of a few rounds, or in one where it is hopeless
+    beside the best so far; collective."""
     device = job.device
     # What a schedule learns here is not carried into the call.
     options = replace(job.options, num_assistant_tokens_schedule="constant", polyspec_bias_budget=0.0)
@@ -197,7 +203,9 @@ def _seconds_of_drafts(job: Job, own: list[Any], placed: Placed, ranks: Ranks) -
         chain.observer = told
         law = LawMaker([], False, device)
         try:
-            for _ in range(WARM + ROUNDS):
+            for done in range(WARM + ROUNDS):
+                if done > WARM and max(ranks.gathered(statistics.median(waited[WARM:]))) > HOPELESS * best:
+                    break
                 if max(map(len, context.ids)) + room >= places:
                     context = beginning
                 context = context.extended(chain.round(context, [room] * context.batch, law).tokens)

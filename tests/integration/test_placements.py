@@ -14,6 +14,8 @@ from ranks import together
 from tiny_models import noisy, tiny
 from transformers import PreTrainedModel
 
+from hf_polyspec.generation import settling
+
 # Whichever test comes first waits for all that the processes do (`ranks.together` has a limit of its own).
 pytestmark = pytest.mark.timeout(960)
 SCRIPT = Path(placed_levels.__file__)
@@ -135,6 +137,14 @@ def test_the_choice_follows_the_slowest_clock(
         assert list(placement["seconds"].values()) == pytest.approx(seconds)
         assert again == placement  # what takes long later is not measured
         assert asked or (rank and place == "one")
+
+
+def test_an_arrangement_without_hope_is_left_after_a_draft(seen: list[dict[str, Any]]) -> None:
+    """One draft beside that which pays for what is set up once, and no second turn."""
+    _, placement, asked = seen[1]["hopeless"]
+    assert placement["places"] == ["one"]
+    assert list(placement["seconds"].values()) == pytest.approx([1.0, 30.0])
+    assert asked == settling.WARM + 1
 
 
 @pytest.mark.parametrize(
