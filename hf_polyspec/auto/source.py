@@ -93,7 +93,7 @@ def layout_of(model: Any) -> str:
         state = module.__dict__
         if "forward" in state and is_packing(state["forward"]):
             return PACKED
-        off = any(weight is not None and not weight.is_cpu for weight in state["_parameters"].values())
-        if state["training"] or "forward" in state or is_hooked(module) or off:
+        off = any(weight is not None and not weight.is_cpu for weight in module._parameters.values())
+        if module.training or "forward" in state or is_hooked(module) or off:
             found = AS_IT_IS
     return found

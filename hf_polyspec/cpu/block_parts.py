@@ -33,6 +33,8 @@ _HARMLESS = {
 
 def looks_like_llama(module: nn.Module) -> bool:
     """Whether a module has the parts of Llama's decoder layer, under its names and of sizes that fit together."""
+    if not isinstance(module._modules, dict):
+        return False  # a scripted one
     for name, parts in _PARTS.items():
         # Asked of every module of a model in every call of generate(): without torch's detours.
         part = module._modules.get(name) if name else module

@@ -262,7 +262,7 @@ def _packable(model: nn.Module) -> Iterator[list[nn.Linear]]:
     if not any(type(module) is nn.Linear for module in modules):
         return  # as in a copy with integer weights
     for parent in modules:
-        for names in SIBLINGS if parent._modules else ():
+        for names in SIBLINGS if isinstance(parent._modules, dict) and parent._modules else ():  # none of a script
             layers = [parent._modules.get(name) for name in names]  # what is missing costs getattr an exception
             found = [layer for layer in layers if isinstance(layer, nn.Linear) and _is_plain(layer)]
             alike = len(found) == len(names) and len({_kind(layer) for layer in found}) == 1

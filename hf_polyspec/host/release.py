@@ -63,7 +63,7 @@ def is_compiled(model: Any) -> bool:
     """
     for module in modules_of(model):
         own = module.__dict__  # without the detour through `nn.Module.__getattr__`
-        if "_orig_mod" in own["_modules"] or own.get("_compiled_call_impl") is not None:
+        if "_orig_mod" in module._modules or own.get("_compiled_call_impl") is not None:
             return True
         if "forward" in own and _compiled_forward(module):
             return True

@@ -64,19 +64,33 @@ _plans: WeakKeyDictionary[Any, tuple[list[dict[str, Any]], list[Any]]] = WeakKey
 
 def layer_plan(model: Any) -> list[Any]:
     """`planned_layers`, to look at only: made once for as long as the model's config says the same."""
-    inner = inner_model(model)
-    config: Any = getattr(inner, "config", None)
-    if not hasattr(config, "get_text_config"):
+    inner, configs = inner_model(model), _configs(model)
+    if not configs:
         return planned_layers(model)
-    parts = {id(part): part for part in (config, config.get_text_config(decoder=True))}
     said = [
-        {name: list(value) if isinstance(value, list) else value for name, value in vars(part).items()}
-        for part in parts.values()
+        {name: list(value) if isinstance(value, list) else value for name, value in vars(config).items()}
+        for config in configs
     ]
     known = _plans.get(inner)
     if known is None or known[0] != said:
         known = _plans[inner] = said, planned_layers(model)
     return known[1]
+
+
+def plain_settings(model: Any) -> list[dict[str, Any]]:
+    """Numbers and words in a model's config, and in that of its text."""
+    return [
+        {name: value for name, value in vars(config).items() if isinstance(value, (bool, int, float, str))}
+        for config in _configs(model)
+    ]
+
+
+def _configs(model: Any) -> list[Any]:
+    config: Any = getattr(inner_model(model), "config", None)
+    if not hasattr(config, "get_text_config"):
+        return []
+    text = config.get_text_config(decoder=True)
+    return [config] if text is config else [config, text]
 
 
 def keeps_states(model: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..cpu.joint_product import change_count, sampled
+from ..host.states import plain_settings
 from ..host.walking import modules_of
 
 _COMPILED = "hf_polyspec.cpu.compiled.samples"
@@ -19,15 +20,17 @@ _dtype, _device = attrgetter("dtype"), attrgetter("device")
 
 
 class Stamp:
-    """What a model is now, as far as a copy of it depends on that: weights (where they lie, torch's counts of writes,
-    some of their numbers), their type and place, modules, adapters, training. Nothing of the model is kept alive.
+    """What a model is now, as far as a copy of it depends on that: weights (where and how they lie, torch's counts of
+    writes, some of their numbers), their type and place, modules, adapters, training. Nothing of the model is kept
+    alive.
 
     Asked before every call, so all of a kind is compared as one list.
 
     Args:
         model: that something was made of.
-        unsaved: whether buffers count that no checkpoint holds. Some models set them anew by themselves while they run,
-            as the frequencies of a `dynamic` RoPE.
+        unsaved: whether that counts too which no checkpoint's weights hold: all buffers, the fractions that modules
+            compute with, the config. Some models set some of it anew by themselves while they run, as the frequencies
+            of a `dynamic` RoPE.
     """
 
     def __init__(self, model: Any, *, unsaved: bool = True) -> None:
@@ -35,6 +38,8 @@ class Stamp:
         modules = modules_of(model)
         tensors = _tensors(modules, unsaved)
         self._facts = _facts(modules, tensors)
+        self._names = _names_of_fractions(modules) if unsaved else []
+        self._unsaid = self._unsaid_of(model, modules)
         self._samples: _Samples = _Read([place for tensor in tensors for place in _places(tensor)])
 
     def holds(self, model: Any) -> bool:
@@ -43,11 +48,20 @@ class Stamp:
         # Numbers last: the others make sure that they lie where they lay.
         if _facts(modules, _tensors(modules, self._unsaved)) != self._facts or not self._samples.same():
             return False
+        if self._unsaid_of(model, modules) != self._unsaid:
+            return False
         compiled: Any = sys.modules.get(_COMPILED)
         # What compares all of them at once takes a second to compile where nothing else has needed it.
         if isinstance(self._samples, _Read) and compiled is not None and compiled.is_loaded():
             self._samples = compiled.Samples(self._samples.places)
         return True
+
+    def _unsaid_of(self, model: Any, modules: Sequence[nn.Module]) -> list[Any]:
+        """What a model computes with that is in no tensor."""
+        if not self._unsaved:
+            return []
+        found = [modules[i].__dict__.get(name) for i, name in self._names]
+        return [*plain_settings(model), [one if type(one) is float else None for one in found]]
 
 
 class _Samples(Protocol):
@@ -71,12 +85,13 @@ def _facts(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> tuple[lis
     adapting = {kind for kind in set(map(type, modules)) if _adapts(kind)}
     return (
         list(map(id, modules)),
+        list(map(id, map(type, modules))),
         [module.training for module in modules],  # a compiled one asks the module inside
         ["forward" in state for state in own],
         [_adapters(module) for module in modules if type(module) in adapting] if adapting else [],
         list(map(id, tensors)),
         [tensor.data_ptr() for tensor in tensors],
-        [tensor.numel() for tensor in tensors],
+        [(tensor.shape, tensor.stride()) for tensor in tensors],
         list(map(change_count, tensors)),
         list(map(_dtype, tensors)),
         list(map(_device, tensors)),
@@ -86,12 +101,18 @@ def _facts(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> tuple[lis
 def _tensors(modules: Iterable[nn.Module], unsaved: bool) -> list[Tensor]:
     found: list[Tensor] = []
     for module in modules:
-        own = module.__dict__
-        found += [one for one in own["_parameters"].values() if one is not None]
-        if buffers := own["_buffers"]:
-            left_out = () if unsaved else own["_non_persistent_buffers_set"]
+        found += [one for one in module._parameters.values() if one is not None]
+        if buffers := module._buffers:
+            left_out = () if unsaved else module._non_persistent_buffers_set
             found += [one for name, one in buffers.items() if one is not None and name not in left_out]
     return found
+
+
+def _names_of_fractions(modules: Sequence[nn.Module]) -> list[tuple[int, str]]:
+    """Which module computes with which, as norms do and attention."""
+    return [
+        (i, name) for i, module in enumerate(modules) for name, value in module.__dict__.items() if type(value) is float
+    ]
 
 
 def _adapts(kind: Any) -> bool:
@@ -99,7 +120,10 @@ def _adapts(kind: Any) -> bool:
 
 
 def _adapters(module: Any) -> tuple[Any, ...]:
-    return (module.disable_adapters, *(_named(module, name) for name in ("active_adapters", "merged_adapters")))
+    scaling = getattr(module, "scaling", None)
+    factors = {name: value for name, value in scaling.items() if type(value) is float} if type(scaling) is dict else {}
+    names = (_named(module, name) for name in ("active_adapters", "merged_adapters"))
+    return (module.disable_adapters, factors, *names)
 
 
 def _named(module: Any, name: str) -> tuple[str, ...]:
@@ -110,4 +134,4 @@ def _named(module: Any, name: str) -> tuple[str, ...]:
 def _places(tensor: Tensor) -> tuple[tuple[int, int], ...]:
     """Where a few numbers of a tensor lie that this process can read."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.is_contiguous()
-    return sampled(tensor) if plain and tensor.numel() else ()
+    return sampled(tensor) if plain and tensor.numel() and tensor.data_ptr() else ()  # memory may have been given back

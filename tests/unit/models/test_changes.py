@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_polyspec import attach
+from hf_polyspec.auto.source import PACKED, layout_of
 from hf_polyspec.models import changes
 from hf_polyspec.models.changes import Stamp
 
@@ -44,11 +46,22 @@ def added(model: Any) -> None:
     model.model.layers[1].mlp.register_buffer("scale", torch.ones(1))
 
 
+def transposed(model: Any) -> None:
+    weight = model.model.layers[0].self_attn.o_proj.weight
+    assert weight.shape[0] == weight.shape[1], "as large as before, and at the same place"
+    weight.data = weight.data.t()
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "a number": step,
     "behind torch's back": behind,
     "another parameter": other,
     "numbers elsewhere": moved,
+    "numbers in another order": transposed,
+    "a norm's addend": lambda model: setattr(model.model.norm, "variance_epsilon", 1.0),
+    "attention's factor": lambda model: setattr(model.model.layers[1].self_attn, "scaling", 1.0),
+    "a class": lambda model: setattr(model.model.norm, "__class__", type("Other", (type(model.model.norm),), {})),
+    "the config": lambda model: setattr(model.config, "rms_norm_eps", 1.0),
     "another module": replaced,
     "one more buffer": added,
     "type": lambda model: model.to(torch.bfloat16),
@@ -89,10 +102,47 @@ def test_a_module_inside_that_was_compiled(tiny: Tiny) -> None:
     assert not found.holds(model)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # which peft asks for
+def test_an_adapter_that_counts_otherwise(tiny: Tiny) -> None:
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(tiny("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"])).eval()
+    found = Stamp(adapted, unsaved=False)
+    assert found.holds(adapted)
+    adapted.model.model.layers[1].self_attn.q_proj.scale_layer(2.0)
+    assert not found.holds(adapted)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("traced", [True, False])
+def test_a_module_inside_that_is_a_script(tiny: Tiny, traced: bool) -> None:
+    """What it holds lies elsewhere than other modules keep theirs; every look at modules meets it."""
+    model: Any = tiny("llama")
+    mlp, ids = model.model.layers[0].mlp, torch.tensor([[1, 2, 3, 1, 2]])
+    inside = nn.Sequential(nn.SiLU(), nn.Dropout(0.0)).eval()
+    mlp.act_fn = torch.jit.trace(mlp.act_fn, torch.zeros(1, 1, 2)) if traced else torch.jit.script(inside)
+    assert Stamp(model).holds(model)
+    assert layout_of(model) != PACKED
+    wanted = model.generate(ids, max_new_tokens=6, do_sample=False)
+    attach(model)
+    assert torch.equal(
+        model.generate(ids, max_new_tokens=6, do_sample=False, assistant_models=["early-exit:1"]), wanted
+    )
+
+
+def test_memory_that_was_given_back(tiny: Tiny) -> None:
+    model: Any = tiny("llama")
+    model.model.norm.weight.untyped_storage().resize_(0)
+    assert Stamp(model).holds(model)
+
+
 def test_buffers_that_no_checkpoint_holds(tiny: Tiny) -> None:
     model: Any = tiny("llama")
     whole, saved = Stamp(model), Stamp(model, unsaved=False)
     model.model.rotary_emb.inv_freq.mul_(2)
+    assert saved.holds(model)
+    assert not whole.holds(model)
+    whole = Stamp(model)
+    model.model.rotary_emb.attention_scaling = 2.0
     assert saved.holds(model)
     assert not whole.holds(model)
 
