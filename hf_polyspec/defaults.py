@@ -35,6 +35,13 @@ def require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} must be one of {listed}, got {value!r}.")
 
 
+def require_places(value: Any) -> None:
+    """Raises a `ValueError` for what is neither a placement nor a list of them."""
+    several = isinstance(value, (list, tuple))
+    for place in value if several else [value]:
+        require_choice("polyspec_placement", place, ("auto", ONE, REPLICATED, SHARDED))
+
+
 def require_model(function: str, model: Any) -> None:
     """Raises a `TypeError` for what is no torch module, with the name of the function it was given to."""
     if not isinstance(model, nn.Module):

@@ -49,7 +49,7 @@ def load(path: Path, possible: Sequence[Arrangement]) -> Placed | None:
         said = read_json(path, remedy=REMEDY)
         seconds = {tuple(places.split(", ")): float(took) for places, took in said["seconds"].items()}
         found = Placed(tuple(said["places"]), seconds)
-    except (OSError, DamagedFileError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, DamagedFileError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
         return None
     return found if found.places in possible else None
 

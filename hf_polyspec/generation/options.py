@@ -15,11 +15,9 @@ from ..defaults import (
     DEFAULT_DIRECT_TOKENS,
     DEFAULT_TREE_DEPTH,
     DEFAULT_TREE_TOP_K,
-    ONE,
-    REPLICATED,
-    SHARDED,
     require_choice,
     require_count,
+    require_places,
     require_temperature,
 )
 from ..host.generation import host_defaults, keep_options
@@ -122,9 +120,7 @@ class PolySpecOptions:
                 f'polyspec_verification="{self.polyspec_verification}" out with it.'
             )
         self._check_seed()
-        several = isinstance(self.polyspec_placement, (list, tuple))
-        for place in self.polyspec_placement if several else [self.polyspec_placement]:
-            require_choice("polyspec_placement", place, ("auto", ONE, REPLICATED, SHARDED))
+        require_places(self.polyspec_placement)
 
     @property
     def couples(self) -> bool:

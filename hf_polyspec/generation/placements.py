@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from ..defaults import ONE, REPLICATED, SHARDED
+from ..defaults import ONE, REPLICATED, SHARDED, require_places
 from ..eagle.modeling import EagleHead
 from ..host.ranks import Ranks, is_split
 from ..host.release import inner_model
@@ -137,8 +137,9 @@ def _wanted(option: Any, count: int) -> list[str]:
     """What the caller wants for each member.
 
     Raises:
-        ValueError: not as many as there are members.
+        ValueError: not as many as there are members, or no word for a place.
     """
+    require_places(option)
     if isinstance(option, (list, tuple)):
         if len(option) != count:
             raise ValueError(

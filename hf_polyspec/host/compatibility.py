@@ -51,9 +51,16 @@ def other_strategy(*options: Mapping[str, Any]) -> tuple[str, str] | None:
     """
     for name, neutral, what in _REFUSED_OPTIONS:
         value = next((some[name] for some in options if some.get(name) is not None), None)
-        if value is not None and value is not False and value != neutral and value != 0:
+        if value is not None and value is not False and _asks(value, neutral):
             return name, f"{name}={value!r} asks for {what}, which assistant_models cannot serve"
     return None
+
+
+def _asks(value: Any, neutral: Any) -> bool:
+    try:
+        return bool(value != neutral and value != 0)
+    except (ValueError, RuntimeError):  # an array of several numbers is neither
+        return True
 
 
 def check_options(config: GenerationConfig) -> None:

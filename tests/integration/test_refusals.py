@@ -7,6 +7,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import VOCABULARY, noisy, prompts, tiny
@@ -61,6 +62,7 @@ REFUSED_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha"),
     ({"num_beams": 2, "force_words_ids": [[5]]}, "beam|force_words"),
     ({"dola_layers": "high"}, "dola"),
+    ({"dola_layers": np.array([1, 2])}, "dola"),
     ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
     ({"cache_implementation": "paged"}, "paged"),
     ({"synced_gpus": True}, "synced_gpus"),

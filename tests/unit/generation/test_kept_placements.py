@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from transformers import PreTrainedModel
 
 from hf_polyspec.generation.kept_placements import load, path_of, save
-from hf_polyspec.generation.placements import Placed
+from hf_polyspec.generation.placements import Placed, Placing
+from hf_polyspec.host.ranks import Ranks
 
 WAYS = [("one", "one"), ("sharded", "one")]
 PLACED = Placed(WAYS[1], {WAYS[0]: 0.5, WAYS[1]: 0.25})
@@ -30,7 +33,13 @@ def test_what_is_not_possible_now_is_measured_anew(tmp_path: Path) -> None:
     assert load(tmp_path / "kept.json", WAYS[:1]) is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"places": 1, "seconds": {}}', '{"places": [], "seconds": 2}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", "{}", '{"places": 1, "seconds": {}}', '{"places": [], "seconds": 2}'),
+        '{"places": ["one"], "seconds": {"one": 1' + 400 * "0" + "}}",
+    ],
+)
 def test_a_damaged_file_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "kept.json").write_text(text)
     assert load(tmp_path / "kept.json", WAYS) is None
@@ -43,3 +52,9 @@ def test_a_folder_that_cannot_be_written_to_is_a_line_in_the_log(
     with caplog.at_level(logging.WARNING):
         save(tmp_path / "file" / "kept.json", PLACED)
     assert "could not be kept" in caplog.text
+
+
+@pytest.mark.parametrize("wanted", [[["one"]], [{"one": 1}], ["garbage"], "everywhere", 3])
+def test_words_are_looked_at_before_anything_is_made(target: PreTrainedModel, wanted: object) -> None:
+    with pytest.raises(ValueError, match="polyspec_placement must be one of"):
+        Placing(target, ["int8"], wanted, (), cast("Ranks", SimpleNamespace(in_step=True)))
