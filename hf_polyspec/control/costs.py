@@ -173,6 +173,10 @@ class Costs:
         """A pass took so long (`Pace.observe`)."""
         self._pace.observe(level, columns, seconds, offered)
 
+    def take_set_up(self) -> float:
+        """Seconds of late in which kernels were compiled and the like (`Pace.take_set_up`)."""
+        return self._pace.take_set_up()
+
     @property
     def step_seconds(self) -> float:
         """Of a token of a head, at the machine's pace."""

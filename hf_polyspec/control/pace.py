@@ -35,10 +35,12 @@ class Pace:
 
     Attributes:
         now: seconds of a pass in those at the pace of the tables.
+        set_up: seconds that first passes of a size took more than they were to, until somebody asks (`take_set_up`).
     """
 
     def __init__(self, tables: Sequence[Callable[[float], float]]) -> None:
         self.now = 1.0
+        self.set_up = 0.0
         self._tables = tables
         self._learnt: dict[int, PassSeconds] = {}
         self._met: set[tuple[int, int]] = set()
@@ -54,6 +56,11 @@ class Pace:
         """The same now."""
         return self.now * self.table_seconds(level, columns)
 
+    def take_set_up(self) -> float:
+        """Seconds since the last time that say nothing of the passes to come."""
+        taken, self.set_up = self.set_up, 0.0
+        return taken
+
     def observe(self, level: int, columns: int, seconds: float, offered: int | None = None) -> None:
         """A pass took so long.
 
@@ -64,15 +71,21 @@ class Pace:
         behind = offered is not None and columns > offered + 1 + BEHIND  # judged were only those of the draft
         if level >= len(self._tables) or not 0 < columns <= WIDEST or behind:
             return
-        if level and (level, columns) not in self._met:
-            # The first pass of a size pays for what is set up once; a level that rests would never be seen without.
+        if (level or self._seen) and (level, columns) not in self._met:
+            # The first pass of a size pays for what is set up once: the machine is no slower for that, and a level that
+            # rests would never be seen without.
             self._met.add((level, columns))
+            self.set_up += max(0.0, seconds - self.seconds(level, columns))
             return
         learnt = self._learnt.get(level)
         if level == 0 or (learnt is not None and learnt.passes >= SETTLED):
             self._seen += 1
             ratio = seconds / max(1e-9, self.table_seconds(level, columns))
-            bounded = ratio if self._seen == 1 else min(2 * self.now, max(self.now / 2, ratio))
+            if self._seen == 1 or (
+                self._seen == 2 and ratio < self.now
+            ):  # the first of all may have compiled something
+                self.now = ratio
+            bounded = min(2 * self.now, max(self.now / 2, ratio))
             self.now += max(NEWEST, 1 / self._seen) * (bounded - self.now)
             if level == 0:
                 self._forget_resting()
@@ -86,6 +99,18 @@ class Pace:
             if learnt.passes < SETTLED:
                 seconds = min(seconds, DOUBTED * self._tables[level](columns))
         learnt.add(columns, seconds)
+        if level == 0:
+            self._tie(learnt)
+
+    def _tie(self, target: PassSeconds) -> None:
+        """What the target takes does not say how much of it is the machine's pace: its pass over one column is what the
+        table says, or both would drift apart. Nothing changes by that but what is believed of a level that has not run.
+        """
+        factor = target.seconds(1) / self._tables[0](1)
+        if factor > 0:
+            self.now *= factor
+            for learnt in self._learnt.values():
+                learnt.scale(1 / factor)
 
     def _forget_resting(self) -> None:
         """What is not asked, since it seemed dear in a few passes, would never be seen to be quick."""

@@ -81,6 +81,12 @@ class PassSeconds:
         self._sums = [KEPT * old + weight * new for old, new in zip(self._sums, news, strict=True)]
         self._solve()
 
+    def scale(self, factor: float) -> None:
+        """As if every pass had taken so many times what it took."""
+        self.pace, self.cost = self.pace * factor, self.cost * factor
+        powers = (2, 2, 2, 1, 1)  # a pass weighs by its seconds
+        self._sums = [old / factor**power for old, power in zip(self._sums, powers, strict=True)]
+
     def _solve(self) -> None:
         """The pace and cost of least relative squares; neither is ever negative."""
         of_shape, of_both, of_columns, shape_seconds, column_seconds = self._sums

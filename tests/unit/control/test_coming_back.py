@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -134,9 +136,65 @@ def test_a_few_slow_passes_do_not_shut_a_level_out_for_good() -> None:
 
 def test_what_a_level_has_cost_in_many_passes_is_remembered_while_it_rests() -> None:
     pace = Pace([lambda columns: 10.0, lambda columns: 4.0])
-    pace.observe(0, 1, 10.0, offered=0)
+    for _ in range(2):
+        pace.observe(0, 1, 10.0, offered=0)
     for _ in range(SETTLED + 4):
         pace.observe(1, 1, 7.0, offered=0)
     for _ in range(3 * RESTED):
         pace.observe(0, 1, 10.0, offered=0)
     assert pace.seconds(1, 1) == pytest.approx(7.0, rel=0.1)
+
+
+class Compiled:
+    """The seconds of a pass, which takes far longer the first time that a size comes."""
+
+    def __init__(self, seconds: Callable[[int], float]) -> None:
+        self.seconds, self.met = seconds, set[int]()
+
+    def __call__(self, columns: int) -> float:
+        first = columns not in self.met
+        self.met.add(columns)
+        return (50.0 if first else 1.0) * self.seconds(columns)
+
+
+def test_kernels_that_are_compiled_on_the_way_shut_nobody_out() -> None:
+    """A good middle runs from the first answer on, though the first pass of each size took fifty times the others'."""
+    pair = Pair()
+    for level in (pair.top, pair.below):
+        level.runner.seconds = Compiled(level.runner.seconds)  # type: ignore[attr-defined]
+    rounds_of(pair, 64)
+    passes = len(pair.top.runner.fed)  # type: ignore[attr-defined]
+    assert passes < 0.6 * 64
+    assert pair.costs.standing.place == 0
+
+
+def test_a_slow_first_pass_of_the_target_makes_nobody_slow() -> None:
+    """A middle that has not run is believed to take its table at the pace of the machine, not of one pass."""
+    pace = Pace([lambda columns: 10.0, lambda columns: 4.0])
+    pace.observe(0, 1, 90.0, offered=0)
+    for _ in range(3):
+        pace.observe(0, 2, 10.0, offered=1)
+    assert pace.seconds(1, 1) == pytest.approx(4.0, rel=0.05)
+
+
+def test_what_a_first_pass_takes_besides_is_told_once() -> None:
+    pace = Pace([lambda columns: 10.0, lambda columns: 4.0])
+    pace.observe(0, 1, 20.0, offered=0)
+    assert pace.take_set_up() == 0.0, "the machine may be as slow"
+    pace.observe(1, 1, 90.0, offered=0)
+    pace.observe(0, 3, 25.0, offered=2)
+    pace.observe(0, 3, 95.0, offered=2)
+    assert pace.take_set_up() == pytest.approx(90 - 8 + 25 - 20)
+    assert pace.take_set_up() == 0.0
+
+
+def test_the_machines_pace_and_what_the_target_takes_do_not_drift_apart() -> None:
+    pace = Pace([lambda columns: 10.0, lambda columns: 4.0])
+    dice = random.Random(3)
+    for _ in range(2000):  # slow and quick in turns: each leaves its trace in both
+        for seconds in (10.0, 10.0, 35.0 * dice.random() + 8):
+            pace.observe(0, 1, seconds, offered=0)
+    for _ in range(80):
+        pace.observe(0, 1, 10.0, offered=0)
+    assert pace.seconds(0, 1) == pytest.approx(10.0, rel=0.05)
+    assert pace.seconds(1, 1) == pytest.approx(4.0, rel=0.05)
