@@ -127,7 +127,7 @@ class SteadyControl:
 
     def after(self, emission: Emission) -> None:
         """Book the round."""
-        seconds = self.clock() - self._began - self.costs.take_set_up()  # which says nothing of the rounds to come
+        seconds = max(0.0, self.clock() - self._began - self.costs.take_set_up())  # which says nothing of later rounds
         emitting = [row.emitted for row, tokens in zip(emission.counted, emission.tokens, strict=True) if tokens]
         tokens = sum(emitting) / max(1, len(emitting))
         self.emitted += tokens
