@@ -169,13 +169,9 @@ class Costs:
         """Of a pass of a level over so many columns, its judgement included."""
         return self._pace.seconds(level, columns)
 
-    def observe(self, level: int, columns: int, seconds: float, offered: int | None = None) -> None:
-        """A pass took so long (`Pace.observe`)."""
-        self._pace.observe(level, columns, seconds, offered)
-
-    def take_set_up(self) -> float:
-        """Seconds of late in which kernels were compiled and the like (`Pace.take_set_up`)."""
-        return self._pace.take_set_up()
+    def observe(self, level: int, columns: int, seconds: float, offered: int | None = None) -> float:
+        """A pass took so long; how much of that says nothing of the passes to come (`Pace.observe`)."""
+        return self._pace.observe(level, columns, seconds, offered)
 
     @property
     def step_seconds(self) -> float:

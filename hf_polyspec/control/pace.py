@@ -35,12 +35,10 @@ class Pace:
 
     Attributes:
         now: seconds of a pass in those at the pace of the tables.
-        set_up: seconds that first passes of a size took more than they were to, until somebody asks (`take_set_up`).
     """
 
     def __init__(self, tables: Sequence[Callable[[float], float]]) -> None:
         self.now = 1.0
-        self.set_up = 0.0
         self._tables = tables
         self._learnt: dict[int, PassSeconds] = {}
         self._met: set[tuple[int, int]] = set()
@@ -56,34 +54,34 @@ class Pace:
         """The same now."""
         return self.now * self.table_seconds(level, columns)
 
-    def take_set_up(self) -> float:
-        """Seconds since the last time that say nothing of the passes to come."""
-        taken, self.set_up = self.set_up, 0.0
-        return taken
-
-    def observe(self, level: int, columns: int, seconds: float, offered: int | None = None) -> None:
+    def observe(self, level: int, columns: int, seconds: float, offered: int | None = None) -> float:
         """A pass took so long.
 
         Args:
             level: whose; columns: that were read, of all rows; seconds: with its judgement.
             offered: tokens of the draft that was read, None for as many as there may have been.
+
+        Returns:
+            How many of the seconds say nothing of the passes to come: something was compiled, or read from disk.
         """
         behind = offered is not None and columns > offered + 1 + BEHIND  # judged were only those of the draft
         if level >= len(self._tables) or not 0 < columns <= WIDEST or behind:
-            return
+            return 0.0
         if (level or self._seen) and (level, columns) not in self._met:
             # The first pass of a size pays for what is set up once: the machine is no slower for that, and a level that
             # rests would never be seen without.
             self._met.add((level, columns))
-            self.set_up += max(0.0, seconds - self.seconds(level, columns))
-            return
+            return max(0.0, seconds - self.seconds(level, columns))
+        self._learn(level, columns, seconds)
+        return 0.0
+
+    def _learn(self, level: int, columns: int, seconds: float) -> None:
         learnt = self._learnt.get(level)
         if level == 0 or (learnt is not None and learnt.passes >= SETTLED):
             self._seen += 1
             ratio = seconds / max(1e-9, self.table_seconds(level, columns))
-            if self._seen == 1 or (
-                self._seen == 2 and ratio < self.now
-            ):  # the first of all may have compiled something
+            # The first pass of all may have compiled something: the quicker of two counts.
+            if self._seen == 1 or (self._seen == 2 and ratio < self.now):
                 self.now = ratio
             bounded = min(2 * self.now, max(self.now / 2, ratio))
             self.now += max(NEWEST, 1 / self._seen) * (bounded - self.now)

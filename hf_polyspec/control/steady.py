@@ -127,7 +127,7 @@ class SteadyControl:
 
     def after(self, emission: Emission) -> None:
         """Book the round."""
-        seconds = max(0.0, self.clock() - self._began - self.costs.take_set_up())  # which says nothing of later rounds
+        seconds = self.clock() - self._began
         emitting = [row.emitted for row, tokens in zip(emission.counted, emission.tokens, strict=True) if tokens]
         tokens = sum(emitting) / max(1, len(emitting))
         self.emitted += tokens
@@ -154,7 +154,8 @@ class SteadyControl:
         """A verifier has judged a proposal: learn the machine's pace, and acceptance."""
         for columns in self.columns:
             columns.observe(check)
-        self.costs.observe(check.level, check.columns, check.seconds, check.offered if self._rows == 1 else None)
+        once = self.costs.observe(check.level, check.columns, check.seconds, check.offered if self._rows == 1 else None)
+        self._began += once  # what is compiled on the way is nobody's loss: as if the round had begun later
         if check.source is None or not any(check.drafted):
             return
         source = self.chain.levels[check.source]

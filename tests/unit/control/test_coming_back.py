@@ -14,7 +14,7 @@ from clockwork import VOCABULARY, Clock, ClockedDrafter, ClockedRunner, Run, tru
 from hf_polyspec.control import Costs, SteadyControl
 from hf_polyspec.control.ledger import OF_ROOM, START, TRUSTED
 from hf_polyspec.control.pace import DOUBTED, RESTED, SETTLED, Pace
-from hf_polyspec.exactness.context import Context
+from hf_polyspec.exactness.context import Context, Prompt
 from hf_polyspec.exactness.distributions import LawMaker
 from hf_polyspec.exactness.proposal import Proposal
 from hf_polyspec.levels.verifier import Verifier
@@ -157,14 +157,15 @@ class Compiled:
         return (50.0 if first else 1.0) * self.seconds(columns)
 
 
-def test_kernels_that_are_compiled_on_the_way_shut_nobody_out() -> None:
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_kernels_that_are_compiled_on_the_way_shut_nobody_out(everywhere: bool) -> None:
     """A good middle runs from the first answer on, though the first pass of each size took fifty times the others'."""
     pair = Pair()
-    for level in (pair.top, pair.below):
+    for level in (pair.top, pair.below) if everywhere else (pair.below,):
         level.runner.seconds = Compiled(level.runner.seconds)  # type: ignore[attr-defined]
     rounds_of(pair, 64)
     passes = len(pair.top.runner.fed)  # type: ignore[attr-defined]
-    assert passes < 0.6 * 64
+    assert passes < 0.4 * 64
     assert pair.costs.standing.place == 0
 
 
@@ -177,15 +178,12 @@ def test_a_slow_first_pass_of_the_target_makes_nobody_slow() -> None:
     assert pace.seconds(1, 1) == pytest.approx(4.0, rel=0.05)
 
 
-def test_what_a_first_pass_takes_besides_is_told_once() -> None:
+def test_what_a_first_pass_takes_besides_is_told() -> None:
     pace = Pace([lambda columns: 10.0, lambda columns: 4.0])
-    pace.observe(0, 1, 20.0, offered=0)
-    assert pace.take_set_up() == 0.0, "the machine may be as slow"
-    pace.observe(1, 1, 90.0, offered=0)
-    pace.observe(0, 3, 25.0, offered=2)
-    pace.observe(0, 3, 95.0, offered=2)
-    assert pace.take_set_up() == pytest.approx(90 - 8 + 25 - 20)
-    assert pace.take_set_up() == 0.0
+    assert pace.observe(0, 1, 20.0, offered=0) == 0.0, "the machine may be as slow"
+    assert pace.observe(1, 1, 90.0, offered=0) == pytest.approx(90 - 8)
+    assert pace.observe(0, 3, 25.0, offered=2) == pytest.approx(25 - 20)
+    assert pace.observe(0, 3, 95.0, offered=2) == 0.0
 
 
 def test_the_machines_pace_and_what_the_target_takes_do_not_drift_apart() -> None:
@@ -198,3 +196,17 @@ def test_the_machines_pace_and_what_the_target_takes_do_not_drift_apart() -> Non
         pace.observe(0, 1, 10.0, offered=0)
     assert pace.seconds(0, 1) == pytest.approx(10.0, rel=0.05)
     assert pace.seconds(1, 1) == pytest.approx(4.0, rel=0.05)
+
+
+def test_an_answer_that_is_far_behind_goes_on_with_the_target_alone() -> None:
+    """Though the setup that runs has lost nothing: what an answer may lose is counted over all of them."""
+    clock = Clock()
+    drafter = Copier(clock, lambda: 0.0, lambda: 0.0)
+    drafter.begun = True
+    top = Verifier(ClockedRunner(clock, lambda k: 1 + 0.05 * (k - 1), lambda: 1.0, 4), drafter, name="target")
+    found = Run(clock, top, 256, control=partial(SteadyControl, costs=Costs([table(1.0)], 0.0)))
+    control, context = found.control, Context([list(range(4))], Prompt(4, None, None))
+    for won, levels in ((control.ledger.won, (0, 1)), (-10.0, (0,))):
+        control.ledger.won = won
+        control.before(context, [64])
+        assert control.setup.levels == levels
