@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from typing import Any
 
 import torch
-from ranks import Notes, meet
+from ranks import Notes, run_task
 from split_target import PLAIN, PROMPTS, SAMPLED, SEED, Failing, split, whole
 from tiny_models import head_for
 
@@ -189,6 +188,4 @@ def everything(folder: str, notes: Notes, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    place, task, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    meet(place, task)
-    globals()[task](place, Notes(place, task, number), number)
+    run_task(globals())

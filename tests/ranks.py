@@ -91,3 +91,10 @@ class Notes:
             found = f"{type(error).__name__}: {error}"
         with self._path.open("a") as file:
             file.write(json.dumps([name, found]) + "\n")
+
+
+def run_task(tasks: dict[str, Any]) -> None:
+    """What a script that `together` runs does: the task of its command line, `task(folder, notes, rank)`."""
+    folder, name, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    meet(folder, name)
+    tasks[name](folder, Notes(folder, name, rank), rank)

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from companion_models import dflash
-from ranks import Notes, meet
+from ranks import Notes, run_task
 from tiny_models import head_for, noisy, prompts
 from torch import nn
 from transformers import AutoModelForCausalLM, LogitsProcessor, StoppingCriteria, modeling_layers
@@ -288,6 +287,4 @@ def everything(folder: str, notes: Notes, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    place, task, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    meet(place, task)
-    globals()[task](place, Notes(place, task, number), number)
+    run_task(globals())

@@ -312,9 +312,7 @@ class SteadyControl:
     def _worst(self, setup: Setup) -> float:
         """Seconds that a round of one row takes longer than the target alone, where nothing of it is kept."""
         *blocks, draft = setup.sizes
-        drawn = 0
-        if self.heads.known:
-            drawn = draft if setup.head is None else setup.head
+        drawn = (draft if setup.head is None else setup.head) if self.heads.known else 0
         if self._cutting:
             draft = min(draft, 1)  # how long one is follows from its chances, and what becomes of it moves those
         drafting = drawn * self.costs.step_seconds
