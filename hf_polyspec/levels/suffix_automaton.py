@@ -9,14 +9,19 @@ that occurred before.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from ..exactness.context import common_prefix
 
-# What was changed: container, key, and the value before (None: the key was not there).
-_Change = tuple["list[int] | dict[int, int]", int, "int | None"]
+_EDGE, _LINK, _COUNT, _LIKELIEST = range(4)
+CHANGE = 4
+"""Ints for what an append changed: kind, state, id (of an edge) and the value before (-1: there was no edge).
+
+They stand in one list: as many tuples and lists would have the interpreter look for garbage among all of its objects
+every few batches, which takes a fifth of a second beside a model."""
+_MARK = 3
+"""Ints for an append: the state of the text before it, how many states there were, and how many changes."""
 
 Seen = tuple[int, int, int]
 """Of a token that may come again: how often it followed, how often anything did, how many ids matched before it."""
@@ -62,12 +67,15 @@ class SuffixAutomaton:
         self.counts = [0]
         self.likeliest = [-1]
         self.last = ROOT
-        self._undo: deque[tuple[int, int, list[_Change]]] = deque(maxlen=undo)
+        self._most = undo
+        self._marks: list[int] = []
+        self._changes: list[int] = []
+        self._forgotten = 0
 
     @property
     def undoable(self) -> int:
         """Appends that `pop` can take back."""
-        return len(self._undo)
+        return min(self._most, len(self._marks) // _MARK)
 
     def extend(self, tokens: Iterable[int]) -> None:
         """Append ids one by one."""
@@ -76,18 +84,19 @@ class SuffixAutomaton:
 
     def append(self, token: int) -> None:
         """Append one id."""
-        changes: list[_Change] = []
-        previous = self.last
-        self._undo.append((previous, len(self.lengths), changes))
+        changes, previous = self._changes, self.last
+        self._marks += (previous, len(self.lengths), self._forgotten + len(changes))
         self.size += 1
         self.last = self._add_state(self.lengths[previous] + 1, {}, 0, -1)
         state = previous
         while state >= 0 and token not in self.edges[state]:
-            changes.append((self.edges[state], token, None))
+            changes += (_EDGE, state, token, -1)
             self.edges[state][token] = self.last
             state = self.links[state]
-        self.links[self.last] = ROOT if state < 0 else self._exactly(state, token, changes)
-        self._count(previous, token, changes)
+        self.links[self.last] = ROOT if state < 0 else self._exactly(state, token)
+        self._count(previous, token)
+        if len(self._marks) > 2 * _MARK * self._most:
+            self._forget()
 
     def pop(self, count: int = 1) -> None:
         """Take the last `count` appends back, as if they had never happened.
@@ -95,18 +104,39 @@ class SuffixAutomaton:
         Raises:
             IndexError: more than `undoable`.
         """
-        if count > len(self._undo):
-            raise IndexError(f"{count} appends cannot be taken back, the last {len(self._undo)} can.")
+        if count > self.undoable:
+            raise IndexError(f"{count} appends cannot be taken back, the last {self.undoable} can.")
         for _ in range(count):
-            self.last, states, changes = self._undo.pop()
-            for container, key, old in reversed(changes):
-                if old is None:
-                    del container[key]
-                else:
-                    container[key] = old
+            self.last, states, changes = self._marks[-_MARK:]
+            del self._marks[-_MARK:]
+            self._restore(changes - self._forgotten)
             for column in (self.lengths, self.links, self.edges, self.counts, self.likeliest):
                 del column[states:]
             self.size -= 1
+
+    def _restore(self, first: int) -> None:
+        """What was there before all changes from this place of the list on."""
+        undone = self._changes[first:]
+        del self._changes[first:]
+        for at in range(len(undone) - CHANGE, -1, -CHANGE):
+            kind, state, token, old = undone[at : at + CHANGE]
+            if kind == _COUNT:
+                self.counts[state] = old
+            elif kind == _LIKELIEST:
+                self.likeliest[state] = old
+            elif kind == _LINK:
+                self.links[state] = old
+            elif old < 0:
+                del self.edges[state][token]
+            else:
+                self.edges[state][token] = old
+
+    def _forget(self) -> None:
+        """Appends before the last that may be taken back."""
+        del self._marks[: len(self._marks) - _MARK * self._most]
+        kept = self._marks[_MARK - 1] - self._forgotten if self._marks else len(self._changes)
+        del self._changes[:kept]
+        self._forgotten += kept
 
     def repeated(self) -> tuple[int, int]:
         """The longest suffix of the text that occurred before, as (state, length); (root, 0) if none did."""
@@ -192,7 +222,7 @@ class SuffixAutomaton:
         self.likeliest.append(likeliest)
         return len(self.lengths) - 1
 
-    def _exactly(self, state: int, token: int, changes: list[_Change]) -> int:
+    def _exactly(self, state: int, token: int) -> int:
         """The state whose longest substring is that of `state` followed by `token`, split off if need be."""
         target = self.edges[state][token]
         if self.lengths[target] == self.lengths[state] + 1:
@@ -201,28 +231,28 @@ class SuffixAutomaton:
             self.lengths[state] + 1, dict(self.edges[target]), self.counts[target], self.likeliest[target]
         )
         self.links[clone] = self.links[target]
-        changes.append((self.links, target, self.links[target]))
+        self._changes += (_LINK, target, 0, self.links[target])
         self.links[target] = clone
         while state >= 0 and self.edges[state].get(token) == target:
-            changes.append((self.edges[state], token, target))
+            self._changes += (_EDGE, state, token, target)
             self.edges[state][token] = clone
             state = self.links[state]
         return clone
 
-    def _count(self, previous: int, token: int, changes: list[_Change]) -> None:
+    def _count(self, previous: int, token: int) -> None:
         """The suffixes of the text before `token` were followed by it once more."""
         state, counted = previous, -1
-        counts, likeliest = self.counts, self.likeliest
+        counts, likeliest, changes = self.counts, self.likeliest, self._changes
         for _ in range(COUNTED):
             edges = self.edges[state]
             target = edges[token]
             if target != counted:
-                changes.append((counts, target, counts[target]))
+                changes += (_COUNT, target, 0, counts[target])
                 counts[target] += 1
                 counted = target
             best = likeliest[state]
             if token >= 0 and best != token and (best < 0 or counts[target] >= counts[edges[best]]):
-                changes.append((likeliest, state, best))
+                changes += (_LIKELIEST, state, 0, best)
                 likeliest[state] = token
             state = self.links[state]
             if state < 0:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections import Counter
 
@@ -209,3 +210,18 @@ def test_cost_of_a_token_stays_flat(kind) -> None:
 def test_the_cost_count_notices_unbounded_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suffix_automaton, "COUNTED", 10**9)
     assert reads_per_token(loop(1_600)) > 3 * reads_per_token(loop(400))
+
+
+def test_a_text_leaves_nothing_that_garbage_collection_has_to_look_through() -> None:
+    def containers(length: int) -> int:
+        found: dict[int, object] = {}
+        automaton = SuffixAutomaton()
+        automaton.extend(words(length))
+        automaton.pop(20)
+        reached: list[object] = list(vars(automaton).values())
+        while reached:
+            found |= {id(one): one for one in reached if gc.is_tracked(one) and not isinstance(one, dict)}
+            reached = [one for one in gc.get_referents(*reached) if id(one) not in found and not isinstance(one, int)]
+        return len(found)
+
+    assert containers(900) == containers(30)
