@@ -164,13 +164,21 @@ class EagleRotaryEmbedding(nn.Module):
         if self.rope_type in _CHANGING or position_ids.device.type != "cpu" or not position_ids.numel():
             angles: Rotary = self.forward(hidden, position_ids.to(hidden.device))
             return angles
-        highest, kind = int(position_ids.max()), (hidden.dtype, hidden.device)
-        table = self._table
+        cos, sin = self._until(hidden, int(position_ids.max()))
+        places = position_ids.to(hidden.device)
+        return cos[places], sin[places]
+
+    @torch.no_grad()
+    def table(self, hidden: torch.Tensor, highest: int) -> Rotary | None:
+        """The angles `[P, r]` of all positions up to one and some more; None where they depend on how far it is."""
+        return None if self.rope_type in _CHANGING else self._until(hidden, highest)
+
+    def _until(self, hidden: torch.Tensor, highest: int) -> Rotary:
+        kind, table = (hidden.dtype, hidden.device), self._table
         if table is None or table.made_of is not self.inv_freq or table.kind != kind or len(table.cos) <= highest:
             places = torch.arange(2 * highest + _GROWTH, device=hidden.device)
             table = self._table = _AngleTable(self.inv_freq, kind, *self._angles(hidden, places))
-        places = position_ids.to(hidden.device)
-        return table.cos[places], table.sin[places]
+        return table.cos, table.sin
 
 
 def sdpa(

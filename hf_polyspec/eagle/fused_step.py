@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 _ROWS_KEPT = 256
 """Positions of all shapes of steps together for which a thread keeps tasks, with the memory that they write to."""
 
-_plans: WeakKeyDictionary[nn.Module, _Plan] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What is kept from step to step, as long as the layers and their weights stay what they are.
 
     Attributes:
@@ -48,17 +48,19 @@ class _Plan:
     shape: BlockShape
     own: Any
 
-    def task(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, room: Any) -> PairTask:
-        """The task for a step of this shape."""
+    def task(self, x: Tensor, mask: Tensor | None, room: Any) -> tuple[PairTask, Tensor]:
+        """The task for a step of this shape, and room for its angles, `[2, B, T, d]`."""
         from hf_polyspec.cpu.compiled.whole_stack import PairTask
 
-        tasks: dict[object, PairTask] = self.own.__dict__
+        tasks: dict[object, tuple[PairTask, Tensor]] = self.own.__dict__
         key = f"{tuple(x.shape)} {torch.get_num_threads()}"
         found = tasks.get(key)
         if found is None:
-            if sum(map(_rows, (x, *(task.read for task in tasks.values())))) > _ROWS_KEPT:
+            if sum(map(_rows, (x, *(task.read for task, _ in tasks.values())))) > _ROWS_KEPT:
                 tasks.clear()
-            found = tasks[key] = PairTask(x, self.products, self.shape, rotary, mask, room)
+            turned = x.new_zeros(2, *x.shape[:2], self.shape.size)
+            turns = turned[0], turned[1]
+            found = tasks[key] = PairTask(x, self.products, self.shape, turns, mask, room), turned
         return found
 
 
@@ -84,9 +86,9 @@ def fused_step(
     if cache is None or not (computes(stream) and computes(embedded)):
         return None
     batch, count = stream.shape[:2]
-    if (mask is None and count > 1 and not (causal and cache.length == 0)) or not _reads(mask, batch, count):
+    if (mask is None and count > 1 and not (causal and cache.length == 0)) or not reads_mask(mask, batch, count):
         return None
-    plan = _plan(head, stream, rotary[0].shape[2])
+    plan = plan_of(head, stream, rotary[0].shape[2])
     if plan is None:
         return None
     from hf_polyspec.cpu.compiled.attention import plain_mask
@@ -98,7 +100,7 @@ def fused_step(
     keys, values = cache.reserve(0, (batch, shape.shared, count, shape.size), stream)
     room = (keys, values, cache.length)
     seen = None if mask is None else plain_mask(mask)
-    task = plan.task(stream, turns, seen, room)
+    task, _ = plan.task(stream, seen, room)
     norms = layer.input_layernorm, layer.hidden_norm
     parts = [
         rms_norm(x.contiguous(), norm.weight, norm.eps)[0] for norm, x in zip(norms, (embedded, stream), strict=True)
@@ -114,7 +116,7 @@ def _rows(x: Tensor) -> int:
     return x.shape[0] * x.shape[1]
 
 
-def _reads(mask: Tensor | None, batch: int, count: int) -> bool:
+def reads_mask(mask: Tensor | None, batch: int, count: int) -> bool:
     """Whether a mask is one for all heads, bool or added."""
     return mask is None or (
         mask.dim() == 4
@@ -125,7 +127,7 @@ def _reads(mask: Tensor | None, batch: int, count: int) -> bool:
     )
 
 
-def _plan(head: Any, x: Tensor, turned: int) -> _Plan | None:
+def plan_of(head: Any, x: Tensor, turned: int) -> Plan | None:
     """What is kept for a head, made anew if anything has changed; None where it cannot be computed as one task."""
     from hf_polyspec.cpu.compiled.blocks import FEW
 
@@ -190,7 +192,7 @@ def _mark(layer: Any, dtype: torch.dtype) -> tuple[object, ...] | None:
     return tuple(found)
 
 
-def _made(layer: Any, dtype: torch.dtype, mark: tuple[object, ...]) -> _Plan | None:
+def _made(layer: Any, dtype: torch.dtype, mark: tuple[object, ...]) -> Plan | None:
     from hf_polyspec.cpu.compiled.whole_block import BlockProducts, BlockShape
 
     found = [compiled_product(group, dtype, 1) for group in _linears(layer)]
@@ -204,4 +206,4 @@ def _made(layer: Any, dtype: torch.dtype, mark: tuple[object, ...]) -> _Plan | N
     size = attention.head_dim
     heads, shared = attention.q_proj.out_features // size, attention.k_proj.out_features // size
     norms = (first.weight, first.eps), (second.weight, second.eps)
-    return _Plan(mark, products, BlockShape(heads, shared, size, size**-0.5, norms), local())
+    return Plan(mark, products, BlockShape(heads, shared, size, size**-0.5, norms), local())

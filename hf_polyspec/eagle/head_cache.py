@@ -62,8 +62,11 @@ class HeadCache:
         Raises:
             ValueError: If the batch size differs from that of the entries already held.
         """
-        new = like.new_empty(shape)
-        self.append(layer, new, new)
+        if layer >= len(self._keys) or self._keys[layer].shape[2] < self.length + shape[2]:
+            new = like.new_empty(shape)
+            self.append(layer, new, new)
+        elif self._keys[layer].shape[0] != shape[0]:
+            raise ValueError(f"The head's cache holds {self._keys[layer].shape[0]} rows and was given {shape[0]}.")
         return self._keys[layer], self._values[layer]
 
     def append_positions(self, position_ids: torch.Tensor) -> torch.Tensor:

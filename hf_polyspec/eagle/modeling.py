@@ -330,9 +330,11 @@ class EagleHead(SavedHead):
         Raises:
             ValueError: If the head is not bound to a target whose lm_head it needs.
         """
-        if self.config.final_norm and not self.config.norm_output:
-            hidden = self.norm(hidden)
-        return lm_head_logits(self, hidden, rows)
+        return lm_head_logits(self, self.normed(hidden), rows)
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What an lm_head reads of what `step` returned."""
+        return self.norm(hidden) if self.config.final_norm and not self.config.norm_output else hidden
 
     def vocabulary_slice(self, target_ids: torch.Tensor) -> VocabularySlice:
         """Copies the lm_head rows of some target ids, so that only they are scored.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -185,6 +186,11 @@ class VocabularySlice:
         return self._rows.score(hidden)
 
     @cached_property
+    def columns(self) -> dict[int, int]:
+        """The column of each target id."""
+        return {token: column for column, token in enumerate(self.target_ids.tolist())}
+
+    @cached_property
     def _rows(self) -> RowScores:
         return RowScores(self.weight, self.bias)
 
@@ -290,6 +296,14 @@ def lm_head_logits(head: Scorer, hidden: torch.Tensor, rows: Rows | None) -> tor
     else:
         scores = rows.score(hidden)
     return scores if head.config.own_lm_head else _as_target(head.borrowed, scores)
+
+
+def lm_head_pieces(
+    head: Scorer, hidden: torch.Tensor, score: Callable[[torch.Tensor], list[torch.Tensor]]
+) -> list[torch.Tensor]:
+    """The same by a slice that scores `[..., H]` in pieces, which belong side by side."""
+    pieces = score(hidden)
+    return pieces if head.config.own_lm_head else [_as_target(head.borrowed, piece) for piece in pieces]
 
 
 def _scores_by(lm_head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

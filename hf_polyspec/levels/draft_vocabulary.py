@@ -16,7 +16,7 @@ import torch
 from ..cpu.row_scores import RowScores
 from ..eagle.configuration import EagleHeadConfig
 from ..eagle.modeling import EagleHead
-from ..eagle.vocabulary import SLICES, VocabularySlice, lm_head_logits
+from ..eagle.vocabulary import SLICES, VocabularySlice, lm_head_logits, lm_head_pieces
 from ..exactness.processors import DraftVocabularyProcessor
 from ..exactness.row_tensors import fit_vocabulary
 
@@ -66,6 +66,7 @@ class WorkingVocabulary:
             self._usable = (known < vocabulary).nonzero().flatten()
             known = known[self._usable]
         self._ids = None if known is None else known.to(device)
+        self._columns: dict[int, int] | None = None  # of a head's own ids, none of which join or leave
         count = min(vocabulary, head.config.vocab_size) if known is None else len(known)
         if size is None and head.config.frequent_tokens:
             size = "auto"
@@ -109,6 +110,27 @@ class WorkingVocabulary:
         if self._usable is not None and self._rows is None:
             return logits.index_select(-1, self._usable.to(logits.device))
         return logits if self._ids is not None else logits[..., : self.vocabulary]
+
+    def pieces(self, hidden: torch.Tensor) -> list[torch.Tensor] | None:
+        """The same side by side, `[..., N1]` and perhaps `[..., N2]`, as the head's rows give them.
+
+        Returns:
+            None where columns that they have are not scored.
+        """
+        if self._rows is not None:
+            return lm_head_pieces(self.head, self.head.normed(hidden), self._rows.pieces)
+        whole = self.size == self.head.config.draft_vocab_size
+        return [self.head.logits(hidden)] if self._usable is None and whole else None
+
+    def columns_of(self, tokens: Iterable[int]) -> list[int | None]:
+        """The column that each id is scored in at present, None for those that are not."""
+        if self._rows is not None:
+            return self._rows.columns_of(tokens)
+        if self._ids is None:
+            return [token if token < self.size else None for token in tokens]
+        if self._columns is None:
+            self._columns = {token: column for column, token in enumerate(self._ids.tolist())}
+        return [self._columns.get(token) for token in tokens]
 
     def likeliest(self, final: torch.Tensor) -> torch.Tensor | None:
         """What the level above holds likeliest among the ids scored at present.
@@ -181,6 +203,7 @@ class GrowingSlice:
         self._pinned = 0
         self._next = 0  # place in the ring behind the pinned ones that the next id takes
         self._rows: RowScores | None = None
+        self._places: dict[int, int] | None = None  # columns of those that have joined
 
     def pin(self, ids: Iterable[int]) -> bool:
         """Have ids join for good; says whether any did. What was `seen` before is forgotten."""
@@ -216,11 +239,21 @@ class GrowingSlice:
 
     def score(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[..., H]` -> `[..., N]`, one column for each of `target_ids`."""
-        scores = self.fixed.score(hidden)
-        count = len(self._joined)
-        if not count or self._rows is None:
-            return scores
-        return torch.cat([scores, self._rows.score(hidden, count)], dim=-1)
+        pieces = self.pieces(hidden)
+        return torch.cat(pieces, dim=-1) if len(pieces) > 1 else pieces[0]
+
+    def pieces(self, hidden: torch.Tensor) -> list[torch.Tensor]:
+        """The same of the fixed rows, and of those that have joined, if any have."""
+        scores, count = self.fixed.score(hidden), len(self._joined)
+        return [scores] if not count or self._rows is None else [scores, self._rows.score(hidden, count)]
+
+    def columns_of(self, tokens: Iterable[int]) -> list[int | None]:
+        """The column of each id, None for those that are not held."""
+        if self._places is None:
+            first = len(self.fixed)
+            self._places = {token: first + place for place, token in enumerate(self._joined)}
+        fixed, joined = self.fixed.columns, self._places
+        return [fixed.get(token, joined.get(token)) for token in tokens]
 
     def _new(self, ids: Iterable[int], besides: Container[int] = ()) -> list[int]:
         """Those of the ids that may join: not held, or only among `besides`."""
@@ -230,6 +263,7 @@ class GrowingSlice:
     def _list(self) -> None:
         joined = torch.tensor(self._joined, dtype=torch.long, device=self.fixed.target_ids.device)
         self.target_ids = torch.cat([self.fixed.target_ids, joined])
+        self._places = None
 
 
 def _buffer(rows: VocabularySlice, count: int) -> RowScores:

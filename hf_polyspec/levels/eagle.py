@@ -25,8 +25,10 @@ from .draft_memory import DraftMemory
 from .draft_vocabulary import WorkingVocabulary
 from .drawn_tree import grow_drawn
 from .eagle_memory import FeatureMemo, PairMemo, Pairs, left_mask, own_columns, padding_of
-from .eagle_tree import Grown, Limits, first_in_race, grow
+from .eagle_tree import Limits, first_in_race, grow
 from .foreseen import PromptStates
+from .guessing import Guesser
+from .host_tree import grow_on_host
 from .late_rows import aligned_laws, column_of
 from .pointers import PointerMixture
 from .sequential import SequentialDrafter
@@ -284,7 +286,8 @@ class EagleDrafter(SequentialDrafter):
         already draft: each step is one column for all rows.
         """
         hidden, pointed, working = self._catch_up(rows), self._pointed(rows), self._working
-        ids, late = working.target_ids, [row.late for row in rows]
+        guesser, late = Guesser(working, pointed), [row.late for row in rows]
+        plainly = self.draws_likeliest(law)
         going = [places > 0 for places in room]
         laws: list[torch.Tensor | None] = []
         step = 0
@@ -292,9 +295,12 @@ class EagleDrafter(SequentialDrafter):
             drawing = [alive and step >= len(more) for alive, more in zip(going, late, strict=True)]
             if any(drawing):
                 pointed.extend(tokens)
-                scored = ids, pointed.mixed(working.score(hidden), ids)
-                laws.append(self.draw_scored(context, tokens, scored, working.spread, drawing, going, law))
-            else:
+                if plainly:
+                    self.take(guesser.first(hidden), tokens, drawing, going)
+                else:
+                    scores = working.spread(guesser.scores(hidden))
+                    laws.append(self.draw(context, tokens, scores, drawing, going, law))
+            elif not plainly:
                 laws.append(None)
             for b, places in enumerate(room):
                 going[b] = going[b] and len(tokens[b]) < places
@@ -316,41 +322,50 @@ class EagleDrafter(SequentialDrafter):
         hidden, seen = self._take_in(rows)
         first = torch.tensor([[max(0, len(row.ids) - 1 - row.padding)] for row in rows])
         total, working, pointed = [size.nodes for size in self._sizes], self._working, self._pointed(rows)
-        ids = working.target_ids
+        guesser, ids = Guesser(working, pointed), working.target_ids
         limits: Limits = {"top_k": self.tree_top_k, "threshold": self.confidence_threshold, "ends": self.eos}
 
         depth = 0  # tokens between the context and what is asked for next
 
-        def step_level(tokens: torch.Tensor, features: torch.Tensor, level: int, sees: torch.Tensor) -> torch.Tensor:
+        def run(tokens: torch.Tensor, features: torch.Tensor, level: int, sees: torch.Tensor) -> torch.Tensor:
             nonlocal depth
             depth = level
             before = seen[:, None].expand(-1, tokens.shape[1], -1).to(sees.device)
             places = (first + level - 1).expand(-1, tokens.shape[1])
-            pointed.descend(tokens, sees)
             return self._step(tokens, features, places, torch.cat([before, sees], dim=2)[:, None])
 
-        def score(states: torch.Tensor) -> torch.Tensor:
-            return pointed.mixed(working.score(states), ids)
+        def step_level(tokens: torch.Tensor, features: torch.Tensor, level: int, sees: torch.Tensor) -> torch.Tensor:
+            pointed.descend(tokens, sees)
+            return run(tokens, features, level, sees)
+
+        def step_nodes(
+            tokens: list[list[int]], above: list[list[int]], features: torch.Tensor, level: int, sees: torch.Tensor
+        ) -> torch.Tensor:
+            pointed.go_on(tokens, above)
+            return run(torch.tensor(tokens), features, level, sees)
 
         def guess(states: torch.Tensor) -> torch.Tensor:
-            return law.probabilities(law.tempered(law.proposal_scores(score(states)), self.draft_temperature))
+            return law.probabilities(law.tempered(law.proposal_scores(guesser.scores(states)), self.draft_temperature))
 
         def best(states: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
             if not law.do_sample:
-                return working.best(score(states), count)
+                return guesser.likeliest(states, count)
             ahead = [[min(depth, deepest - 1)] for deepest in room]
             arrivals = law.race(guess(states), context, ahead, active, ids)
             return first_in_race(arrivals, ids, count)
 
         if not law.draws:
             active = [places > 0 for places in room]
-            grown = grow(hidden, room, total, best, step_level, **limits)
-            return TreeProposal(grown.tokens, grown.parents, self._own(grown))
+            if hidden.device.type == self.device.type == "cpu":
+                grown = grow_on_host(hidden, room, total, best, step_nodes, **limits)
+            else:
+                grown = grow(hidden, room, total, best, step_level, **limits)
+            return TreeProposal(grown.tokens, grown.parents, [[self.index] * len(row) for row in grown.tokens])
 
         grown, drawn = grow_drawn(hidden, room, total, guess, ids, step_level, law.draw_distinct, **limits)
         q = drawn.laws.new_zeros(*drawn.laws.shape[:2], self.vocabulary)
-        q.index_copy_(-1, ids, drawn.laws)
-        return TreeProposal(grown.tokens, grown.parents, self._own(grown), drawn.nodes, q)
+        own = [[self.index] * len(row) for row in grown.tokens]
+        return TreeProposal(grown.tokens, grown.parents, own, drawn.nodes, q.index_copy_(-1, ids, drawn.laws))
 
     def _pointed(self, rows: list[Pairs]) -> PointerMixture:
         if self.memory is None:
@@ -360,31 +375,16 @@ class EagleDrafter(SequentialDrafter):
     def _take_in(self, rows: list[Pairs]) -> tuple[torch.Tensor, torch.Tensor]:
         """The head's output after each context, `[B, 1, H]`, and which columns of its cache belong to it, `[B, S]`."""
         hidden = self._catch_up(rows)
-        width = self.pairs.width
-        seen = torch.arange(width)[None, :] >= torch.tensor(self.pairs.unused)[:, None]  # [B, S]
-        # Rows with late tokens take them in first; the last of each row's goes into the last of these columns.
-        late = [row.late for row in rows]
-        most = max(len(more) for more in late)
-        for step in range(most):
-            own = [step - most + len(more) for more in late]  # index of the row's late token, negative for none
-            fresh = torch.tensor([place >= 0 for place in own])
-            column = torch.tensor([[more[max(0, at)] if more else 0] for more, at in zip(late, own, strict=True)])
-            places = torch.tensor([[max(0, r.end - r.padding + at)] for r, at in zip(rows, own, strict=True)])
-            itself = torch.ones(len(rows), 1, dtype=torch.bool)
-            out = self._step(column, hidden, places, torch.cat([seen, itself], dim=1)[:, None, None])
-            hidden = torch.where(fresh.to(hidden.device)[:, None, None], out, hidden)
-            seen = torch.cat([seen, fresh[:, None]], dim=1)
+        with level_failures(f"the forward pass of {self.name} failed"):
+            hidden, seen, passes = self.pairs.take_in(hidden)
+        self.stats.forward_passes += passes
         return hidden, seen
-
-    def _own(self, grown: Grown) -> list[list[int]]:
-        """The origin of each node: this level."""
-        return [[self.index] * len(nodes) for nodes in grown.tokens]
 
     def _step(
         self, tokens: torch.Tensor, features: torch.Tensor, places: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         with level_failures(f"the forward pass of {self.name} failed"):
-            hidden = self.head.step(self.pairs.allowed(tokens), features, places, mask, self.pairs.cache)
+            hidden = self.pairs.step(self.pairs.allowed(tokens), features, places, mask)
         self.stats.forward_passes += 1
         return hidden
 

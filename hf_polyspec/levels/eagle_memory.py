@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..eagle.head_cache import HeadCache
+from ..eagle.head_steps import HeadSteps
 from ..eagle.modeling import EagleHead
 from ..exactness.context import Context, common_prefix
 from ..exactness.passes import Pass
@@ -113,11 +114,15 @@ class PairMemo:
 
     Args:
         head: a bound head.
+
+    Attributes:
+        step: the head's steps over the cache, from one `catch_up` to the next.
     """
 
     def __init__(self, head: EagleHead) -> None:
         self.head = head
         self.cache: HeadCache = head.new_cache()
+        self.step = HeadSteps(head, self.cache)
         self.width = 0
         self.rows: list[Pairs] = []
 
@@ -138,6 +143,7 @@ class PairMemo:
         """
         kept, fed = self._plan(rows)
         past = self._roll_back(kept)
+        self.step = HeadSteps(self.head, self.cache)
         self.rows, self.width = [], 0  # nothing is certain until every piece went through
         tokens, features, positions = self._inputs(rows, fed)
         unused = [past + fed - row.count for row in rows]
@@ -145,16 +151,36 @@ class PairMemo:
         passes, hidden = 0, features
         for start in range(0, fed, chunk):
             end = min(fed, start + chunk)
-            hidden = self.head.step(
-                tokens[:, start:end],
-                features[:, start:end],
-                positions[:, start:end],
-                None if mask is None else mask[:, : past + end],
-                self.cache,
-            )
+            seen = None if mask is None else mask[:, : past + end]
+            hidden = self.step(tokens[:, start:end], features[:, start:end], positions[:, start:end], seen)
             passes += 1
         self.rows, self.width = rows, past + fed
         return hidden[:, -1:], passes
+
+    def take_in(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Run the late tokens of the rows last caught up with; the last of each row's goes into the last of columns.
+
+        Args:
+            hidden: `[B, 1, H]`, from `catch_up`.
+
+        Returns:
+            The head's output after each context, `[B, 1, H]`, which columns of the cache belong to it, `[B, S]`, and
+            the number of forward passes.
+        """
+        rows = self.rows
+        seen = torch.arange(self.width)[None, :] >= torch.tensor(self.unused)[:, None]  # [B, S]
+        late = [row.late for row in rows]
+        most = max(len(more) for more in late)
+        for step in range(most):
+            own = [step - most + len(more) for more in late]  # index of the row's late token, negative for none
+            fresh = torch.tensor([place >= 0 for place in own])
+            column = torch.tensor([[more[max(0, at)] if more else 0] for more, at in zip(late, own, strict=True)])
+            places = torch.tensor([[max(0, r.end - r.padding + at)] for r, at in zip(rows, own, strict=True)])
+            itself = torch.ones(len(rows), 1, dtype=torch.bool)
+            out = self.step(self.allowed(column), hidden, places, torch.cat([seen, itself], dim=1)[:, None, None])
+            hidden = torch.where(fresh.to(hidden.device)[:, None, None], out, hidden)
+            seen = torch.cat([seen, fresh[:, None]], dim=1)
+        return hidden, seen, most
 
     def keep_rows(self, rows: list[int]) -> None:
         """Only these rows go on."""

@@ -13,7 +13,7 @@ q being the head's law, m what a pointer suggests, and w its weight, which follo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -101,11 +101,39 @@ class PointerMixture:
         # the nearest ancestor is the last one; 0 for none
         number = torch.arange(1, before + 1, device=sees.device)
         above = (sees[:, :, :before] * number).amax(dim=2) if before else torch.zeros_like(tokens)
-        for b, ids in enumerate(torch.cat([tokens, above.to(tokens.device)], dim=1).tolist()):
-            places = [self._roots[b], *self._fed[b]]
-            pairs = zip(ids[:width], ids[width:], strict=True)
-            self._asked[b] = [self._step(b, places[parent], token) for token, parent in pairs]
-            self._fed[b] += self._asked[b]
+        packed = torch.cat([tokens, above.to(tokens.device) - 1], dim=1).tolist()
+        self.go_on([row[:width] for row in packed], [row[width:] for row in packed])
+
+    def go_on(self, tokens: list[list[int]], above: list[list[int]]) -> None:
+        """`descend` where it is known what is above.
+
+        Args:
+            tokens: `[B][k]`; above: the number of each one's parent among the nodes fed before, -1 for none.
+        """
+        for b, root in enumerate(self._roots):
+            fed = self._fed[b]
+            pairs = zip(tokens[b], above[b], strict=True)
+            self._asked[b] = [self._step(b, fed[parent] if parent >= 0 else root, token) for token, parent in pairs]
+            self._fed[b] = fed + self._asked[b]
+
+    def raised(self, columns_of: Callable[[list[int]], list[int | None]]) -> tuple[list[int], list[int], list[float]]:
+        """What is to be raised: nodes by their number, row after row, columns, and what is added to probabilities.
+
+        Args:
+            columns_of: the columns of ids, None for those without.
+        """
+        nodes, columns, shares = list[int](), list[int](), list[float]()
+        node = 0
+        for b, asked in enumerate(self._asked):
+            for places in asked:
+                found = self._shares(b, places)
+                for column, share in zip(columns_of(list(found)), found.values(), strict=True) if found else ():
+                    if column is not None and share > 0:
+                        nodes.append(node)
+                        columns.append(column)
+                        shares.append(share)
+                node += 1
+        return nodes, columns, shares
 
     def mixed(self, scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The head's scores with those of suggested ids raised.

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from transformers import LogitsProcessor
 
@@ -131,31 +129,16 @@ class SequentialDrafter(Drafter):
                 going[b] = int(token) not in self.eos and probability >= self.confidence_threshold
         return q
 
-    def draw_scored(
-        self,
-        context: Context,
-        tokens: list[list[int]],
-        scored: tuple[torch.Tensor, torch.Tensor],
-        spread: Callable[[torch.Tensor], torch.Tensor],
-        drawing: list[bool],
-        going: list[bool],
-        law: LawMaker,
-    ) -> torch.Tensor:
-        """`draw` where only some ids are scored.
+    def draws_likeliest(self, law: LawMaker) -> bool:
+        """Whether `draw` comes to the likeliest id by a drafter's own scores, whatever they are."""
+        return law.picks_likeliest and self.restriction is None and self.confidence_threshold == 0
 
-        Args:
-            scored: ids `[N]`, and their logits `[B, 1, N]`; spread: from these to `[B, 1, V]`.
-            context, tokens, drawing, going, law: see `draw`.
-        """
-        ids, logits = scored
-        if not law.picks_likeliest or self.restriction is not None or self.confidence_threshold > 0:
-            return self.draw(context, tokens, spread(logits), drawing, going, law)
-        chosen = ids[logits[:, 0].argmax(-1)].tolist()
+    def take(self, chosen: list[int], tokens: list[list[int]], drawing: list[bool], going: list[bool]) -> None:
+        """`draw` where the ids are known, one a row."""
         for b, token in enumerate(chosen):
             if drawing[b]:
                 tokens[b].append(token)
                 going[b] = token not in self.eos
-        return logits[:, 0]
 
     def _scores(self, context: Context, logits: torch.Tensor, law: LawMaker, drawing: list[bool]) -> torch.Tensor:
         if self.restriction is not None:

@@ -25,9 +25,11 @@ from hf_polyspec.host.release import cache_of, with_cache
 
 from ...eagle import EagleHead, feature_layers, init_for, select_features
 from ...eagle.features import bind, target_parts
+from ...eagle.head_steps import HeadSteps
 from ...exactness.tree_geometry import ROOT
 from ...levels.draft_memory import DraftMemory
 from ...levels.draft_vocabulary import WorkingVocabulary
+from ...levels.guessing import Guesser
 from ...levels.pointers import PointerMixture
 from ...models.environment import describe
 from ...storage.atomic import write_json
@@ -135,14 +137,13 @@ class _Rounds:
 
 def _head_step(target: Any, head: EagleHead, working: WorkingVocabulary, context: int) -> Callable[[], Any]:
     cache, hidden = _filled(target, head, context)
-    token, place, rounds = _ids(target, 1), torch.tensor([[context]]), _Rounds(target, context)
-    ids = working.target_ids
+    token, place, rounds = _ids(target, 1).cpu(), torch.tensor([[context]]), _Rounds(target, context)
+    steps = HeadSteps(head, cache)
 
     def step() -> None:
         pointed, drafted = rounds.next()
         pointed.extend([drafted])
-        out = head.step(token, hidden, place, None, cache)
-        working.spread(pointed.mixed(working.score(out), ids)).argmax(-1).tolist()
+        Guesser(working, pointed).first(steps(token, hidden, place, None))
         cache.crop(context)
 
     return step
@@ -152,18 +153,17 @@ def _tree_level(
     target: Any, head: EagleHead, working: WorkingVocabulary, context: int, width: int
 ) -> Callable[[], Any]:
     cache, hidden = _filled(target, head, context)
-    tokens, features = _ids(target, width), hidden.expand(-1, width, -1)
+    tokens, features = _ids(target, width).cpu(), hidden.expand(-1, width, -1)
     places = torch.full((1, width), context)
     own = torch.eye(width, dtype=torch.bool)
     sees = torch.cat([torch.ones(width, context, dtype=torch.bool), own], dim=1)[None, None].to(target.device)
-    rounds, ids = _Rounds(target, context), working.target_ids
+    rounds, steps = _Rounds(target, context), HeadSteps(head, cache)
 
     def step() -> None:
         pointed, drafted = rounds.next()
         level = torch.full_like(tokens, drafted[-1])
-        pointed.descend(level, own.repeat(1, len(drafted))[None].to(target.device))
-        out = head.step(tokens, features, places, sees, cache)
-        working.best(pointed.mixed(working.score(out), ids), width)[1].tolist()
+        pointed.descend(level, own.repeat(1, len(drafted))[None])
+        Guesser(working, pointed).likeliest(steps(tokens, features, places, sees), width)[1].tolist()
         cache.crop(context)
 
     return step

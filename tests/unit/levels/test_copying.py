@@ -15,7 +15,7 @@ from hf_polyspec.exactness.tree_geometry import ROOT, path_to
 from hf_polyspec.levels.copying import MOST, copy_weight
 from hf_polyspec.levels.draft_memory import DraftMemory
 from hf_polyspec.levels.eagle import EagleDrafter
-from hf_polyspec.levels.pointers import PointerMixture
+from hf_polyspec.levels.guessing import Guesser
 
 IDS = torch.arange(VOCABULARY)
 
@@ -165,10 +165,10 @@ def test_the_mixture_is_what_is_drawn_from_and_handed_up(trees: int, monkeypatch
     for name in ("mixtures", "draws", "seen"):
         monkeypatch.setattr(Watched, name, [], raising=False)
     changed: list[float] = []
-    mix, draw = PointerMixture.mixed, LawMaker.draw
+    mix, draw = Guesser.scores, LawMaker.draw
 
-    def mixed(self: PointerMixture, scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        found = mix(self, scores, ids)
+    def mixed(self: Guesser, states: torch.Tensor) -> torch.Tensor:
+        found, scores = mix(self, states), self.working.score(states)
         changed.append(float((found.softmax(-1) - scores.softmax(-1)).abs().max()))
         Watched.mixtures.append(found.softmax(-1))
         return found
@@ -177,7 +177,7 @@ def test_the_mixture_is_what_is_drawn_from_and_handed_up(trees: int, monkeypatch
         Watched.draws.append(weights.clone())
         return draw(self, weights, *active)
 
-    monkeypatch.setattr(PointerMixture, "mixed", mixed)
+    monkeypatch.setattr(Guesser, "scores", mixed)
     monkeypatch.setattr(LawMaker, "draw", drawn)
     monkeypatch.setattr("hf_polyspec.generation.chain.EagleDrafter", Watched)
     target, ids = in_circles(tiny()), prompts(1)["input_ids"]

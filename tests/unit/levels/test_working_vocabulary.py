@@ -22,6 +22,7 @@ from hf_polyspec.host.runner import ModelRunner
 from hf_polyspec.levels import draft_vocabulary as module
 from hf_polyspec.levels.causal_lm import CausalLMDrafter
 from hf_polyspec.levels.draft_vocabulary import WorkingVocabulary
+from hf_polyspec.levels.guessing import Guesser
 from hf_polyspec.quantization import quantize_model
 
 CPU = torch.device("cpu")
@@ -116,14 +117,14 @@ def test_greedy_text_is_the_targets_own(trees: int, batch: int, middles: int, mo
 def test_only_ids_of_the_slice_of_the_prompt_and_of_late_are_drafted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RECENT", 2)
     seen: list[tuple[list[int], list[int]]] = []
-    genuine = module.WorkingVocabulary.best
+    genuine = Guesser.likeliest
 
-    def spy(self: WorkingVocabulary, scored: torch.Tensor, count: int) -> Any:
-        found = genuine(self, scored, count)
-        seen.append((self.target_ids.tolist(), found[1].flatten().tolist()))
+    def spy(self: Guesser, states: torch.Tensor, count: int) -> Any:
+        found = genuine(self, states, count)
+        seen.append((self.ids.tolist(), found[1].flatten().tolist()))
         return found
 
-    monkeypatch.setattr(module.WorkingVocabulary, "best", spy)
+    monkeypatch.setattr(Guesser, "likeliest", spy)
     target, inputs = tiny(), prompts(1)
     run(target, [head_for(target)], inputs, polyspec_draft_vocabulary=6, polyspec_tree_tokens=6)
     prompt = set(inputs["input_ids"][0].tolist())
