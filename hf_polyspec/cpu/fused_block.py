@@ -19,11 +19,13 @@ from hf_polyspec.cpu.block_parts import BlockParts, matters, plain_turns, readab
 from hf_polyspec.cpu.block_products import block_products, block_shape, joint_output, new_states
 from hf_polyspec.cpu.compiled import computes, left_to_torch
 from hf_polyspec.cpu.freed import keep_freed
-from hf_polyspec.cpu.fused_stack import Link, Plan, follow_trail, leave_trail, outputs_of, stack_output, waiting_output
+from hf_polyspec.cpu.fused_stack import follow_trail, leave_trail, outputs_of, stack_output, waiting_output
 from hf_polyspec.cpu.own_rows import apart_of, takes_rows
+from hf_polyspec.cpu.stack_plan import Link, Plan
 from hf_polyspec.host.attention import plain_sdpa
 from hf_polyspec.host.cache import RollbackCache
 from hf_polyspec.host.growing import GrowingLayer, Past, growing_layer, grows
+from hf_polyspec.host.moments import Moment
 from hf_polyspec.host.ragged_cache import RaggedCache
 from hf_polyspec.host.release import named_cache, parameters_of
 from hf_polyspec.host.spans import pass_under_way
@@ -99,13 +101,20 @@ class FusedBlock:
         return self._in_steps(x, mask, past, plain_turns(turns, x))
 
     def outputs_of(
-        self, layers: Sequence[nn.Module], x: Tensor, mask: Tensor | None, past: Any, turns: tuple[Tensor, Tensor]
+        self,
+        layers: Sequence[nn.Module],
+        x: Tensor,
+        mask: Tensor | None,
+        past: Any,
+        turns: tuple[Tensor, Tensor],
+        moment: Moment | None = None,
     ) -> list[Tensor] | None:
         """The outputs of several layers computed together, which stay what they are until the next pass.
 
         Args:
             layers: this block's and those behind it; x: `[B, F, H]`, what the first of them reads.
             mask, past, turns: as for `compute`.
+            moment: of which one look at the layers is enough, if the thread is in one.
 
         Returns:
             `[B, F, H]` of each; None, and nothing has changed, where they cannot be computed together.
@@ -116,7 +125,7 @@ class FusedBlock:
         readable = computes(x) and readable_mask(mask, x) and readable_turns(turns, x, size)
         if not readable or profiling() or not grows(past) or not self._writes_into(past, x, mask):
             return None
-        return outputs_of(self, layers, x.contiguous(), mask, past, turns)
+        return outputs_of(self, layers, x.contiguous(), mask, past, turns, moment)
 
     def _left_to_torch(self, x: Tensor) -> bool:
         """Whether the matrices are better multiplied by torch: they are float, and the rows are many."""

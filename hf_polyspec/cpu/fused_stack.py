@@ -10,115 +10,31 @@ together with the block before, and computes by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from operator import is_
 from threading import local
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import torch
 from torch import Tensor
 
-from hf_polyspec.cpu.block_parts import BlockParts, plain_turns
+from hf_polyspec.cpu.block_parts import plain_turns
 from hf_polyspec.cpu.block_products import block_products, block_shape, new_states
 from hf_polyspec.cpu.compiled.places import held
 from hf_polyspec.cpu.joint_product import change_count
 from hf_polyspec.cpu.own_rows import apart_of
+from hf_polyspec.cpu.stack_plan import Block, Plan, Turns
+from hf_polyspec.host.cache import RollbackCache
 from hf_polyspec.host.growing import Past, growing_layer
+from hf_polyspec.host.moments import Moment
+from hf_polyspec.host.ragged_cache import RaggedCache
 
 if TYPE_CHECKING:
-    from hf_polyspec.cpu.compiled.whole_block import Apart, BlockProducts, BlockShape
-    from hf_polyspec.cpu.compiled.whole_stack import Room, StackTask
+    from hf_polyspec.cpu.compiled.whole_stack import StackTask
 
-Turns = tuple[Tensor, Tensor]
-_PATIENCE = 64
 _ROWS = 128
 """More than so many rows are computed block by block: there the memory in between is large, and Python's part small."""
-_ROWS_KEPT = 1024
-"""Rows of all shapes of inputs together for which a thread keeps tasks, with the memory that they write to."""
-
-
-class Block(Protocol):
-    """What is read of a fused block: its parts, who follows it, and what is kept for those that go together."""
-
-    @property
-    def parts(self) -> BlockParts:
-        """Of its layer."""
-        ...
-
-    @property
-    def link(self) -> Link:
-        """To the block that follows."""
-        ...
-
-    @property
-    def plans(self) -> dict[int, Plan]:
-        """By how many blocks go together."""
-        ...
-
-
-class Link:
-    """Which block follows another one.
-
-    After each time that what waited was not asked for, it takes twice as many passes to believe it again.
-    """
-
-    def __init__(self) -> None:
-        self._next: Callable[[], Block | None] | None = None
-        self._patience, self._seen = 1, 0
-
-    def next(self) -> Block | None:
-        """The block that follows, None if there is none, or it is not known yet."""
-        return None if self._next is None else self._next()
-
-    def meet(self, block: Block) -> None:
-        """A block was called with what this link's block gave."""
-        if self.next() is not block:
-            self._seen += 1
-            if self._seen >= self._patience:
-                self._next, self._seen = ref(block), 0
-
-    def cut(self, wasted: bool) -> None:
-        """The block that follows cannot be computed together with this one, or has been and nobody asked for it."""
-        self._next, self._seen = None, 0
-        if wasted:
-            self._patience = min(2 * self._patience, _PATIENCE)
-
-
-class Plan:
-    """What is kept from pass to pass of blocks that are computed together.
-
-    Args:
-        blocks: At least two, all ready.
-        products: Their matrices.
-        watch: Whether all of it still is what it was, for inputs like a tensor.
-    """
-
-    def __init__(
-        self, blocks: Sequence[Block], products: Sequence[BlockProducts], watch: Callable[[Tensor], bool]
-    ) -> None:
-        self.blocks = list(blocks)
-        self.same = watch
-        self._matrices: list[tuple[BlockProducts, BlockShape]] = [
-            (product, block_shape(block.parts)) for product, block in zip(products, blocks, strict=True)
-        ]
-        self._own = local()  # a task and its memory belong to one thread
-
-    def run(
-        self, x: Tensor, turns: Turns, mask: Tensor | None, rooms: Sequence[Room], apart: Apart | None
-    ) -> StackTask:
-        """Compute the blocks, see `StackTask`."""
-        from hf_polyspec.cpu.compiled.whole_stack import StackTask
-
-        tasks: dict[str, StackTask] = self._own.__dict__
-        key = f"{tuple(x.shape)} {torch.get_num_threads()}"
-        task = tasks.get(key)
-        if task is None:
-            if sum(map(_rows, (x, *(kept.outputs[0] for kept in tasks.values())))) > _ROWS_KEPT:
-                tasks.clear()
-            task = tasks[key] = StackTask(x, self._matrices, turns, mask, rooms)
-        task.run(x, turns, mask, rooms, apart)
-        return task
 
 
 class _Waiting:
@@ -252,12 +168,19 @@ def stack_output(block: Block, x: Tensor, mask: Tensor | None, past: Past, turns
 
 
 def outputs_of(
-    block: Block, layers: Sequence[Any], x: Tensor, mask: Tensor | None, past: Past, turns: Turns
+    block: Block,
+    layers: Sequence[Any],
+    x: Tensor,
+    mask: Tensor | None,
+    past: Past,
+    turns: Turns,
+    moment: Moment | None = None,
 ) -> list[Tensor] | None:
     """The outputs of all of these layers at once, which are written to again in the next pass.
 
     Args:
         block: of the first layer; layers: all of them; x, mask, past, turns: as for `stack_output`.
+        moment: of which one look is enough, if the thread is in one.
 
     Returns:
         `[B, F, H]` of each layer; None, and nothing has changed, if they are not known to follow each other.
@@ -267,15 +190,48 @@ def outputs_of(
     """
     if _own.waiting is not None:
         return None
+    again = _again(block, layers, x, mask, past, turns, moment)
+    if again is not None:
+        return again.outputs
     found = _computed(block, x, mask, past, turns, layers)
     if found is None:
         return None
     plan, task = found
     held = [growing_layer(past, member.parts.attention.layer_idx) for member in plan.blocks]
     claimed = [layer is not None and layer.claim(x.shape[1]) for layer in held]
-    if not all(claimed):
-        raise RuntimeError("The cache of keys and values was changed during the pass that was to extend it.")
+    _claimed(all(claimed))
     return task.outputs
+
+
+def _again(
+    block: Block,
+    layers: Sequence[Any],
+    x: Tensor,
+    mask: Tensor | None,
+    past: Past,
+    turns: Turns,
+    moment: Moment | None,
+) -> StackTask | None:
+    """The same layers as in an earlier pass, over a cache of ours: what was found then is not looked for anew."""
+    from hf_polyspec.cpu.compiled.attention import plain_mask
+
+    plan = block.plans.get(len(layers))
+    if plan is None or not plan.in_order or type(past) not in (RollbackCache, RaggedCache) or _rows(x) > _ROWS:
+        return None
+    if not all(map(is_, plan.layers, layers)) or not plan.same(x, moment):
+        return None
+    rooms = past.rooms(len(layers), new_states(plan.shape, x), x)
+    if rooms is None:
+        return None
+    apart = apart_of(past, plan.shape.heads // plan.shape.shared)
+    task = plan.run(x, plain_turns(turns, x), None if mask is None else plain_mask(mask), rooms, apart)
+    _claimed(past.claim(rooms, x.shape[1]))
+    return task
+
+
+def _claimed(found: bool) -> None:
+    if not found:
+        raise RuntimeError("The cache of keys and values was changed during the pass that was to extend it.")
 
 
 def _computed(

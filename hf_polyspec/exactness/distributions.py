@@ -128,6 +128,11 @@ class LawMaker:
         return not (self.do_sample or self.processors)
 
     @property
+    def asks_nobody(self) -> bool:
+        """Whether no code of the caller's runs where a text is judged: all processors are transformers' own."""
+        return all(type(p) in POINTWISE | PREFIX for p in self.processors)
+
+    @property
     def takes_trees(self) -> bool:
         """Whether several continuations can be judged at once: not where processors keep state."""
         return not self.in_order

@@ -129,6 +129,10 @@ class RowLaws(LawMaker):
         return all(law.picks_likeliest for law in self.laws)
 
     @property
+    def asks_nobody(self) -> bool:
+        return all(law.asks_nobody for law, _ in self.groups)
+
+    @property
     def takes_trees(self) -> bool:
         return not self.draws and all(law.takes_trees for law in self.laws)
 

@@ -134,6 +134,11 @@ class Course:
         """Whether all rows have ended."""
         return all(row.finished for row in self.rows)
 
+    @property
+    def asks_nobody(self) -> bool:
+        """Whether no code of the caller's is told of steps."""
+        return self.streamer is None and not self.stopping.others
+
     def limit(self, index: int) -> int:
         """Tokens the row may still emit; 0 once its end is in sight."""
         row = self.rows[index]

@@ -8,12 +8,15 @@ end, is a `Course`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Protocol
 
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
 from ..exactness.row_laws import RowLaws
+from ..host.moments import one_moment
 from ..levels.emission import Emission
+from ..levels.undisturbed import asks_nobody
 from ..levels.verifier import Verifier
 from .course import Course
 
@@ -71,13 +74,25 @@ class DecodingLoop:
         self.seats = [(course, index) for index in range(context.batch)]
         self.context = context
         in_step = self.law.in_order and context.batch > 1
-        while not course.finished:
-            self.round()
-            if in_step:
-                self._put_in_step(course)
-            elif self.may_drop_rows:
-                self.drop_finished()
+        self._round_of(course, in_step)
+        with one_moment() if not course.finished and self._is_alone(course) else nullcontext():
+            while not course.finished:
+                self._round_of(course, in_step)
         course.close(self.target.stats)
+
+    def _round_of(self, course: Course, in_step: bool) -> None:
+        if course.finished:
+            return
+        self.round()
+        if in_step:
+            self._put_in_step(course)
+        elif self.may_drop_rows:
+            self.drop_finished()
+
+    def _is_alone(self, course: Course) -> bool:
+        """Whether no code of the caller's runs until all rows have ended, so that nothing needs to be looked through
+        in every pass again."""
+        return course.asks_nobody and self.law.asks_nobody and asks_nobody(self.target)
 
     def admit(self, course: Course, context: Context) -> None:
         """Rows join behind the others; the law maker has to follow.

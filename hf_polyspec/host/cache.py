@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import memmove
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -18,8 +20,10 @@ from transformers import cache_utils
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import RollbackError
+from .rooms import Rooms, rooms_of
 
 _FIRST_CAPACITY = 64
+_KEYS, _VALUES, _LENGTH = attrgetter("_key_buffer"), attrgetter("_value_buffer"), attrgetter("_length")
 
 
 class RollbackLayer(DynamicLayer):
@@ -229,6 +233,7 @@ class RollbackCache(DynamicCache):
         self.floor = 0
         self.apart: dict[int, int] = {}
         self._looks = 2
+        self._rooms: Rooms | None = None
 
     def set_apart(self, expected: int) -> None:
         """After a pass of a model that sees: layers that do not grow with the text are set apart.
@@ -260,6 +265,37 @@ class RollbackCache(DynamicCache):
         layer = self.layers[index]
         assert isinstance(layer, RollbackLayer)
         return layer.extend(shape, like)
+
+    def rooms(self, count: int, shape: tuple[int, int, int, int], like: torch.Tensor) -> Rooms | None:
+        """The buffers of all layers for new columns, which count only once they are claimed.
+
+        Args:
+            count: of layers; shape, like: as for `RollbackLayer.extend`.
+
+        Returns:
+            The same object for as long as they are the same; None where they have to be made or widened first.
+        """
+        layers: list[Any] = self.layers
+        if self.apart or len(layers) != count or set(map(type, layers)) != {RollbackLayer}:
+            return None
+        lengths = set(map(_LENGTH, layers))
+        if len(lengths) > 1:
+            return None
+        found = self._rooms
+        if found is None or not all(map(is_, chain(*found.pairs), chain(map(_KEYS, layers), map(_VALUES, layers)))):
+            found = self._rooms = rooms_of(list(zip(map(_KEYS, layers), map(_VALUES, layers), strict=True)))
+        if found is not None:
+            found.start = lengths.pop()
+        return found if found is not None and found.take(shape, like) else None
+
+    def claim(self, rooms: Rooms, fed: int) -> bool:
+        """`fed` columns were written to the buffers; False if those are others by now."""
+        layers: list[Any] = self.layers
+        if self._rooms is not rooms or set(map(_LENGTH, layers)) != {rooms.start}:
+            return False
+        for layer in layers:
+            layer._length = rooms.start + fed
+        return True
 
     @property
     def rollable(self) -> list[Any]:

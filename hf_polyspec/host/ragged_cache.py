@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .cache import RollbackCache
 from .release import inner_model
+from .rooms import Rooms, rooms_of
 from .span import Span
 from .spans import pass_under_way
 
@@ -38,6 +39,7 @@ class Regions:
         bases: first column of each row's region; rooms: columns of it.
         dropped: columns of each row's text that its region no longer holds, the oldest.
         capacity: columns of all regions, and of what is between them.
+        changes: how often a layer was given other buffers.
     """
 
     def __init__(self, rows: int, window: int | None = None) -> None:
@@ -46,6 +48,7 @@ class Regions:
         self.rooms = [0] * rows
         self.dropped = [0] * rows
         self.capacity = 0
+        self.changes = 0
 
     def usable(self, row: int, held: int) -> int:
         """How many of the first `held` columns of a row's text need not be read again: all of them, or none."""
@@ -138,6 +141,7 @@ class RaggedLayer(DynamicLayer):
         capacity = self.regions.capacity
         if self.keys is None or self.keys.shape[2] < capacity:
             self.keys, self.values = _wider(self.keys, keys, capacity), _wider(self.values, values, capacity)
+            self.regions.changes += 1
 
     def holds(self, shape: tuple[int, int, int, int], like: torch.Tensor) -> bool:
         """Whether there are buffers for the pass under way, of new keys and values of a shape `(1, H, N, D)`."""
@@ -193,6 +197,7 @@ class RaggedCache(DynamicCache):
         super().__init__()
         self.windows = windows_of(model)
         self.regions = {window: Regions(rows, window) for window in {None, *self.windows}}
+        self._rooms: tuple[Any, Rooms | None] = (), None
         self.layer_class_to_replicate: Any = lambda *_args, **_kwargs: self._layer(len(self.layers))
 
     def _layer(self, index: int) -> RaggedLayer:
@@ -204,6 +209,29 @@ class RaggedCache(DynamicCache):
         """A layer's buffers, for whoever writes the pass's columns to their places at once."""
         layer = self.ragged_layers[index]
         return layer.keys, layer.values, 0
+
+    def rooms(self, count: int, shape: tuple[int, int, int, int], like: torch.Tensor) -> Rooms | None:
+        """The buffers of the first layers, for whoever writes the columns of the pass under way to all of them.
+
+        Args:
+            count: of layers, all of which hold whole texts; shape, like: as for `RaggedLayer.holds`.
+
+        Returns:
+            The same object for as long as they are the same; None where not all of them take such columns.
+        """
+        regions, layers = self.regions[None], self.ragged_layers[:count]
+        mark = count, regions.changes, regions.capacity
+        if self._rooms[0] != mark:
+            fit = len(layers) == count and all(
+                type(layer) is RaggedLayer and layer.regions is regions for layer in layers
+            )
+            self._rooms = mark, rooms_of([(layer.keys, layer.values) for layer in layers]) if fit else None
+        found = self._rooms[1]
+        return found if found is not None and layers[0].holds(shape, like) else None
+
+    def claim(self, rooms: Rooms, fed: int) -> bool:
+        """The columns of the pass were written to the buffers; False if there are others by now."""
+        return self._rooms[1] is rooms
 
     @property
     def ragged_layers(self) -> list[Any]:

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache import RollbackCache
 from .hooks import is_hooked
+from .moments import Moment, is_known, this_moment
 from .ragged_cache import RaggedCache
 from .release import cache_argument
 
@@ -48,6 +49,7 @@ class Straight:
         self._parts = _parts(model)
         self._model = model
         self._misses = 0
+        self._looked: tuple[Moment, object] | None = None
 
     def __call__(self, inputs: Mapping[str, Any], record: Mapping[str, Any]) -> Any:
         """One pass.
@@ -63,7 +65,7 @@ class Straight:
         past: Any = inputs.get(self._cache or "")
         if not self._takes(inputs, record, past):
             return None
-        mark = _mark(self._model, self._parts)
+        mark, moment = self._marked()
         if mark is None:
             return None
         known = _tried.setdefault(self._model, {})
@@ -73,8 +75,23 @@ class Straight:
         kind = mark, ids.shape[1] > 1, mask is None, shown, type(past)
         same = known.get(kind)
         if same:
-            return self._run(inputs, record, past)
+            return self._run(inputs, record, past, moment)
         return self._try(inputs, record, past, known, kind) if same is None else None
+
+    def _marked(self) -> tuple[object, Moment | None]:
+        """What the way of computing depends on, None where the model has to be called itself; and the moment for which
+        one look is enough, None where somebody else's code is called around the layers."""
+        assert self._parts is not None
+        moment = this_moment()
+        if moment is not None and self._looked is not None and self._looked[0] is moment:
+            return self._looked[1], moment
+        around = _around(self._model, self._parts[0])
+        # A hook is to be called once a pass, also where a pass is tried both ways.
+        mark = None if any(map(is_hooked, around)) else _mark(self._model, self._parts)
+        if moment is None or mark is None or not all(map(is_known, around)):
+            return mark, None
+        self._looked = moment, mark
+        return mark, moment
 
     def _try(
         self,
@@ -118,7 +135,9 @@ class Straight:
             and not torch.is_grad_enabled()
         )
 
-    def _run(self, inputs: Mapping[str, Any], record: Mapping[str, Any], past: Past) -> Any:
+    def _run(
+        self, inputs: Mapping[str, Any], record: Mapping[str, Any], past: Past, moment: Moment | None = None
+    ) -> Any:
         assert self._parts is not None
         inner, layers = self._parts
         run = getattr(layers[0].__dict__.get("forward"), "outputs_of", None)
@@ -131,7 +150,7 @@ class Straight:
         if mask is None and fed > 1 and isinstance(past, RollbackCache):
             held = past.length
             mask = torch.ones(fed, held + fed, dtype=torch.bool).tril(held)[None, None]
-        outputs = run(layers, x, mask, past, turns)
+        outputs = run(layers, x, mask, past, turns, moment)
         if outputs is None:
             return None
         states = inner.norm(outputs[-1])
@@ -151,6 +170,11 @@ def _parts(model: Any) -> tuple[Any, Sequence[Any]] | None:
     if any(not callable(getattr(inner, name, None)) for name in ("norm", "rotary_emb", "get_input_embeddings")):
         return None
     return inner, list(layers)
+
+
+def _around(model: Any, inner: Any) -> tuple[Any, ...]:
+    """What is called around the layers."""
+    return inner.get_input_embeddings(), inner.rotary_emb, inner.norm, model.get_output_embeddings()
 
 
 def _mark(model: Any, parts: tuple[Any, Sequence[Any]]) -> object:

@@ -45,6 +45,9 @@ class Drafter(ABC):
     """Whether all chances of a draft come from `law.choose` and `law.race`, or none are taken. While others draft,
     torch's default generator is lent to them, and stands where it stood when they are done."""
 
+    asks_nobody: bool = False
+    """Whether no code but this package's runs while it drafts; said anew by every subclass."""
+
     def __init__(self) -> None:
         self.index = 1
         self.stats = LevelStats(self.name, self.index)
@@ -64,6 +67,11 @@ class Drafter(ABC):
     def role(self) -> str:
         """How messages call this level: its place in the caller's list, and its name."""
         return "the target" if self.index == 0 else f"assistant_models[{self.index - 1}] ({self.name})"
+
+    @property
+    def drafts_alone(self) -> bool:
+        """`asks_nobody`, which a subclass does not inherit."""
+        return bool(type(self).__dict__.get("asks_nobody", False))
 
     @property
     def most_tokens(self) -> int | None:

@@ -153,6 +153,7 @@ class SuffixDrafter(Drafter):
     name = "suffix"
     shares_noise = True
     tells_chances = True
+    asks_nobody = True
 
     def __init__(
         self,

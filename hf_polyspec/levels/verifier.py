@@ -19,6 +19,7 @@ from ..exactness.row_tensors import fit_vocabulary
 from ..exactness.tree_geometry import depths
 from ..exactness.tree_judgement import judge_tree, record_tree
 from ..host.lending import WORTH
+from ..host.moments import one_moment
 from ..host.runner import ModelRunner
 from ..telemetry.counters import Check, Counted
 from .asking import ask, ask_for_tree
@@ -255,18 +256,23 @@ class Verifier(Drafter):
         if not any(limits) or not self.runner.can_read(context):
             return block.proposal()
         held = context
-        while any(room := self.runner.within(held, self._rooms(block, limits))):
-            emission = (
-                self._round_or_close(held, room, law, block) if self.direct_tokens else self.round(held, room, law)
-            )
-            if emission is None:
-                break
-            for b, emitted in enumerate(emission.tokens):
-                taken = self._until_end(emitted)
-                p = None if emission.p is None else emission.p[b, :taken]
-                block.add(b, emitted[:taken], emission.origins[b][:taken], p)
-            held = context.extended(block.tokens)
+        with one_moment() if self._is_alone(law) else nullcontext():
+            while any(room := self.runner.within(held, self._rooms(block, limits))):
+                emission = (
+                    self._round_or_close(held, room, law, block) if self.direct_tokens else self.round(held, room, law)
+                )
+                if emission is None:
+                    break
+                for b, emitted in enumerate(emission.tokens):
+                    taken = self._until_end(emitted)
+                    p = None if emission.p is None else emission.p[b, :taken]
+                    block.add(b, emitted[:taken], emission.origins[b][:taken], p)
+                held = context.extended(block.tokens)
         return block.proposal()
+
+    def _is_alone(self, law: LawMaker) -> bool:
+        """Whether no code of the caller's runs between this level's passes over a block."""
+        return law.asks_nobody and self.below.drafts_alone and self.source.drafts_alone
 
     def _round_or_close(self, context: Context, limits: list[int], law: LawMaker, block: Block) -> Emission | None:
         """A round of the rows whose draft is short or was drawn; the others' blocks end with what they were offered.
@@ -377,6 +383,7 @@ class NoDraft(Drafter):
 
     name = "no draft"
     shares_noise = True
+    asks_nobody = True
 
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
         return Proposal([[] for _ in limits], None, [[] for _ in limits])

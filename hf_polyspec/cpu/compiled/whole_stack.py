@@ -8,10 +8,14 @@ memory in between. Only a few columns of the table of all blocks change, and tho
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from hf_polyspec.host.rooms import Rooms
 
 from .attention import attend_numbers
 from .places import address
@@ -70,8 +74,8 @@ class StackTask:
         self._shape, self._column_size = blocks[0][1], blocks[0][1].size * x.element_size()
         self._table = np.array(tasks, np.int64)  # counters and gates are 0 in this one
         self._task = np.empty_like(self._table)
-        self._places = np.empty((2, len(blocks)), np.int64)
-        self._capacities = np.empty(len(blocks), np.int64)
+        self._rooms: ref[Any] | None = None
+        self._held = np.zeros((len(blocks), 2), np.int64)
 
     def run(
         self,
@@ -91,21 +95,28 @@ class StackTask:
             RuntimeError: Something has lost its memory.
             MemoryError: There is no memory to work in.
         """
-        task, start, fed = self._task, rooms[0][2], x.shape[1]
+        task, fed = self._task, x.shape[1]
+        start = rooms.start if type(rooms) is Rooms else rooms[0][2]
         cos, sin = turns
+        if self._rooms is None or self._rooms() is not rooms:
+            self._settle(rooms)
         task[:] = self._table
         task[0, _INPUT] = address(x, "hidden states")
         task[:, _TURNS] = cos.shape[0], address(cos, "cosines"), address(sin, "sines")
-        self._places[0] = [address(room[0], "keys") for room in rooms]
-        self._places[1] = [address(room[1], "values") for room in rooms]
-        self._capacities[:] = [room[0].shape[2] for room in rooms]
-        task[:, _HELD] = self._places.T
-        task[:, _NEW] = self._places.T + start * self._column_size
-        task[:, _PITCH] = self._capacities[:, None]
+        task[:, _NEW] = self._held + start * self._column_size
         task[:, _COLUMNS] = 0 if apart is None else address(apart.columns, "columns to write to")
         task[:, _MASK] = self._mask(x, mask, start + fed, apart)
         run_blocks(*self._kinds, len(task), task.strides[0], task.ctypes.data)
         check_counter(task[:, HEADER::SLOT].max())
+
+    def _settle(self, rooms: Sequence[Room]) -> None:
+        """Write down where keys and values are; once for those of a cache that keeps them there."""
+        held = np.array(
+            [(address(keys, "keys"), address(values, "values"), keys.shape[2]) for keys, values, _ in rooms], np.int64
+        )
+        self._held = self._table[:, _HELD] = held[:, :2]
+        self._table[:, _PITCH] = held[:, 2:]
+        self._rooms = ref(rooms) if type(rooms) is Rooms else None
 
     def _mask(self, x: Tensor, mask: Tensor | None, seen: int, apart: Apart | None) -> tuple[int, ...]:
         """The numbers of attention's task that tell what is seen."""

@@ -18,7 +18,7 @@ if not compiles():
 
 from stacked_blocks import DEPTH, IDS, Tiny, learned, packed_model, passes, run, same, together
 
-from hf_polyspec.cpu import fused_stack
+from hf_polyspec.cpu import fused_stack, stack_plan
 from hf_polyspec.cpu.compiled import support
 from hf_polyspec.cpu.compiled.samples import Samples
 
@@ -111,7 +111,7 @@ def test_long_pieces_are_computed_block_by_block(tiny: Tiny, tasks: list[int], m
 
 
 def test_memory_kept_for_shapes_is_limited(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_stack, "_ROWS_KEPT", 10)
+    monkeypatch.setattr(stack_plan, "_ROWS_KEPT", 10)
     model = packed_model(tiny)
     cache, kept = learned(model), set()
     for fed in (1, 2, 3, 4, 5, 1):

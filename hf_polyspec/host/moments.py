@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moments in which nothing but this library runs in a thread, so that what was looked through once is as it was.
+
+A pass of a fused model begins with a look at all that its numbers depend on: modules, hooks, settings, weights. On a
+small model that takes a tenth of the pass. Between two passes of a middle that collects a block nobody else's code runs
+where there is none: no processor, no drafter and no hook of the caller's. Such a stretch is a moment, and one look is
+enough for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import local
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .hooks import is_hooked
+from .walking import modules_of
+
+_KNOWN = frozenset(name.partition(".")[0] for name in (PreTrainedModel.__module__, torch.__name__, __name__))
+"""Packages whose modules run no code of a user's."""
+
+
+class Moment:
+    """One stretch; no two are the same."""
+
+    __slots__ = ()
+
+
+class _Own(local):
+    """Of one thread."""
+
+    moment: Moment | None = None
+
+
+_own = _Own()
+
+
+def this_moment() -> Moment | None:
+    """The moment that this thread is in, None where anything may have happened since the last look."""
+    return _own.moment
+
+
+@contextmanager
+def one_moment() -> Iterator[None]:
+    """Within, this thread runs nothing but this library's code; a moment inside another is part of it."""
+    before = _own.moment
+    _own.moment = before or Moment()
+    try:
+        yield
+    finally:
+        _own.moment = before
+
+
+def is_known(module: Any) -> bool:
+    """Whether nobody else's code runs where a module is called, those inside it left aside."""
+    forward = module.__dict__.get("forward")
+    # what takes the place of a forward to compute it in another layout says so by its product
+    own = forward is None or hasattr(forward, "product") or _is_of(type(forward))
+    return own and _is_of(type(module)) and not is_hooked(module)
+
+
+def runs_known_code(model: Any) -> bool:
+    """Whether nobody else's code runs in a pass of a model: no module, forward or hook of a user's."""
+    return all(map(is_known, modules_of(model)))
+
+
+def _is_of(kind: type) -> bool:
+    return str(kind.__module__).partition(".")[0] in _KNOWN

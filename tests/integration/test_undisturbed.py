@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is packed is looked through in every pass wherever somebody else's code may have run since the last one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import prompts, tiny
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+import hf_polyspec
+from hf_polyspec.cpu.compiled import compiles
+from hf_polyspec.cpu.packing import pack
+
+if not compiles():
+    pytest.skip("nothing is packed in this way here", allow_module_level=True)
+
+from hf_polyspec.cpu.watch import Watch
+
+TOKENS = 12
+GREEDY: dict[str, Any] = {"max_new_tokens": TOKENS, "do_sample": False}
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return pack(copy.deepcopy(tiny("llama", num_hidden_layers=3, initializer_range=0.3)))
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for every look at what is packed."""
+    found: list[int] = []
+    original = Watch._same_modules
+    monkeypatch.setattr(Watch, "_same_modules", lambda self: found.append(1) or original(self))
+    return found
+
+
+class Changing:
+    """Doubles some weights when it is called for the third time."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.calls = model, 0
+
+    def change(self) -> None:
+        self.calls += 1
+        if self.calls == 3:
+            with torch.no_grad():
+                self.model.model.layers[1].mlp.down_proj.weight.mul_(-2)
+
+
+class Streamer(Changing, BaseStreamer):
+    def put(self, value: torch.Tensor) -> None:
+        self.change()
+
+    def end(self) -> None: ...
+
+
+class Criterion(Changing, StoppingCriteria):
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self.change()
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+class Processor(Changing, LogitsProcessor):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.change()
+        return scores
+
+
+def _by_streamer(model: Any) -> dict[str, Any]:
+    return {"streamer": Streamer(model)}
+
+
+def _by_criterion(model: Any) -> dict[str, Any]:
+    return {"stopping_criteria": StoppingCriteriaList([Criterion(model)])}
+
+
+def _by_processor(model: Any) -> dict[str, Any]:
+    return {"logits_processor": LogitsProcessorList([Processor(model)])}
+
+
+def _by_hook(model: Any) -> dict[str, Any]:
+    changing = Changing(model)
+    model.model.norm.register_forward_hook(lambda *_: changing.change())
+    return {}
+
+
+def _by_function(model: Any) -> dict[str, Any]:
+    changing = Changing(model)
+
+    def allowed(_row: int, _ids: torch.Tensor) -> list[int]:
+        changing.change()
+        return list(range(model.config.vocab_size))
+
+    return {"prefix_allowed_tokens_fn": allowed}
+
+
+@pytest.mark.parametrize("by", [_by_streamer, _by_criterion, _by_processor, _by_hook, _by_function])
+def test_what_the_callers_code_changes_counts_from_the_next_pass(
+    enabled: None, model: PreTrainedModel, by: Callable[[Any], dict[str, Any]]
+) -> None:
+    plain, unchanged = copy.deepcopy(model), copy.deepcopy(model)
+    wanted = plain.generate(**prompts(1), **GREEDY, **by(plain)).tolist()
+    assert wanted != unchanged.generate(**prompts(1), **GREEDY).tolist()
+    assert model.generate(**prompts(1), **GREEDY, **by(model), assistant_models=[]).tolist() == wanted
+
+
+def test_what_nobody_can_have_changed_is_looked_at_once(
+    enabled: None, model: PreTrainedModel, looks: list[int]
+) -> None:
+    model.generate(**prompts(1), **GREEDY, assistant_models=[])  # what is packed and tried the first time
+    looks.clear()
+    model.generate(**prompts(1), **GREEDY, assistant_models=[])
+    few = len(looks)
+    looks.clear()
+    model.generate(**prompts(1), **GREEDY, assistant_models=[], streamer=Streamer(copy.deepcopy(model)))
+    assert len(looks) >= TOKENS - 1 > 3 >= few
+
+
+class _Drafter(hf_polyspec.SuffixDrafter):
+    """Somebody's."""
+
+
+@pytest.mark.parametrize("mine", [False, True])
+def test_a_middle_is_looked_at_once_a_block(
+    enabled: None, model: PreTrainedModel, looks: list[int], mine: bool
+) -> None:
+    drafter = _Drafter() if mine else hf_polyspec.SuffixDrafter()
+    middle = pack(copy.deepcopy(model))
+    given = {**GREEDY, "assistant_models": [middle, drafter], "polyspec_block_size": 6}
+    streamer = {"streamer": Streamer(copy.deepcopy(model))}  # so that only blocks are moments
+    model.generate(**prompts(1), **given, **streamer)
+    looks.clear()
+    out = model.generate(**prompts(1), **given, **streamer, return_dict_in_generate=True)
+    target, level = (level.forward_passes for level in out.polyspec.levels[:2])
+    blocks = target - 1  # the first pass reads the prompt
+    assert level > blocks + 2
+    if mine:
+        assert len(looks) >= level - 1
+    else:
+        assert len(looks) <= target + blocks + 2
