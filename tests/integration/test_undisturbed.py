@@ -41,14 +41,14 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 class Changing:
-    """Doubles some weights when it is called for the third time."""
+    """Changes some weights when it is called for the sixth time."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.calls = model, 0
 
     def change(self) -> None:
         self.calls += 1
-        if self.calls == 3:
+        if self.calls == 6:
             with torch.no_grad():
                 self.model.model.layers[1].mlp.down_proj.weight.mul_(-2)
 
