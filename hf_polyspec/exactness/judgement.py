@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 
@@ -71,8 +72,8 @@ def judge(
     if isinstance(law, RowLaws):
         return _apart(law, context, proposal, logits, active, rule, pad, bias_budget)
     if isinstance(logits, RowTensors):
-        if not (law.in_order or law.draws or law.bound_to_rows) and len(logits.alike()) > 1:
-            return _by_length(law, context, proposal, logits, active)
+        if not (law.in_order or law.draws or law.bound_to_rows) and len(set(logits.sizes)) > 1:
+            return _by_column(law, context, proposal, logits, active)
         logits = logits.rectangle()
     if law.in_order:
         return _in_order(law, context, proposal, logits, active, pad, bias_budget, going)
@@ -139,22 +140,20 @@ def spread(like: torch.Tensor | RowTensors, parts: Sequence[tuple[list[int], tor
     return whole
 
 
-def _by_length(
+def _by_column(
     law: LawMaker, context: Context, proposal: Proposal, logits: RowTensors, active: list[bool]
 ) -> Judgement:
-    """Rows of about the same length at once, so that hardly a position is looked at which no row has."""
-    accepted, tokens = [0] * context.batch, [list[int]()] * context.batch
-    found: list[tuple[list[int], Judgement]] = []
-    for rows in logits.alike():
-        if not any(active[b] for b in rows):
-            continue  # of rows that have ended nothing is asked, their noise least of all
-        own, offered = context.select(rows), proposal.select(rows)
-        scores = law.scores(own, offered.tokens, logits.select(rows).rectangle())
-        part = _compared(law, own, offered, scores, [active[b] for b in rows])
-        for place, b in enumerate(rows):
-            accepted[b], tokens[b] = part.accepted[place], part.tokens[place]
-        found.append((rows, part))
-    return Judgement(accepted, tokens, _scores_of(context.batch, found), None)
+    """As `_compared`; every position is a row of its own, so that none is looked at which no row has."""
+    sizes = [size if alive else 0 for size, alive in zip(logits.sizes, active, strict=True)]
+    # Of rows that have ended nothing is asked, their noise least of all.
+    alive = [b for b, size in enumerate(sizes) if size]
+    alone = context.select([b for b in alive for _ in range(sizes[b])])
+    ahead = [[place] for b in alive for place in range(sizes[b])]
+    scores = law.scores(alone, [[] for _ in ahead], logits.columns(alive)[:, None])  # [M, 1, V]
+    choices = law.choose(scores, alone, ahead)[:, 0].tolist()
+    places = list(zip(accumulate(sizes, initial=0), sizes, strict=False))
+    kept = RowTensors.of(scores[:, 0], places, logits.device)
+    return _alike(law, proposal, [choices[first : first + size] for first, size in places], kept, active)
 
 
 def _compared(
@@ -163,11 +162,21 @@ def _compared(
     """Keeps what equals the verifier's own choices."""
     width = scores.shape[1]
     ahead = [[min(i, len(row)) for i in range(width)] for row in proposal.tokens]
-    choices = law.choose(scores, context, ahead, active).tolist()  # [B][K + 1]
+    return _alike(law, proposal, law.choose(scores, context, ahead, active).tolist(), scores, active)
+
+
+def _alike(
+    law: LawMaker,
+    proposal: Proposal,
+    choices: Sequence[list[int]],
+    scores: torch.Tensor | RowTensors,
+    active: list[bool],
+) -> Judgement:
+    """What was proposed as far as it is what a verifier says at each position of each row, and its next word."""
     accepted, tokens = [], []
     for b, (drafted, chosen, alive) in enumerate(zip(proposal.tokens, choices, active, strict=True)):
         kept = 0
-        while kept < len(drafted) and drafted[kept] == chosen[kept]:
+        while alive and kept < len(drafted) and drafted[kept] == chosen[kept]:
             kept += 1
         if alive and chosen[kept] < 0:
             law.refuse(scores[b, kept])

@@ -8,6 +8,7 @@ thousand ids, filling it takes longer than a small model's pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import overload
 
 import torch
@@ -20,7 +21,7 @@ class RowTensors:
     Args:
         rows: parts of what a model said, on its device and in its type.
         device: where they are looked at, as float32 or wider.
-        whole: `[B k, V]`, of which the rows are equal parts, one behind the other; None where they are not.
+        whole: `[M, V]`, of which the rows are the parts, one behind the other; None where they are not.
     """
 
     def __init__(self, rows: Sequence[torch.Tensor], device: torch.device, whole: torch.Tensor | None = None) -> None:
@@ -35,9 +36,9 @@ class RowTensors:
         Args:
             places: per row, its first position and how many it has.
         """
-        size = places[0][1]
-        equal = all(place == (b * size, size) for b, place in enumerate(places)) and len(values) == len(places) * size
-        return cls([values[first : first + count] for first, count in places], device, values if equal else None)
+        ends = [0, *accumulate(count for _, count in places)]
+        parts = ends[-1] == len(values) and all(first == end for (first, _), end in zip(places, ends, strict=False))
+        return cls([values[first : first + count] for first, count in places], device, values if parts else None)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -61,19 +62,22 @@ class RowTensors:
 
     def rectangle(self) -> torch.Tensor:
         """`[B, K, V]` with K of the longest row; what is beyond a row's own repeats its last and means nothing."""
-        if self.whole is not None:
-            return self._seen(self.whole).reshape(len(self.rows), -1, self.whole.shape[-1])
-        width = max(map(len, self.rows))
-        if all(len(row) == width for row in self.rows):
-            return self._seen(torch.stack(self.rows))
+        sizes = self.sizes
+        width = max(sizes)
+        if min(sizes) == width:
+            return self.columns(range(len(sizes))).reshape(len(sizes), width, -1)
         return self._seen(torch.stack([torch.cat([row, row[-1:].expand(width - len(row), -1)]) for row in self.rows]))
 
-    def alike(self) -> list[list[int]]:
-        """Rows in groups, in each of which none is more than twice as long as another."""
-        found: dict[int, list[int]] = {}
-        for b, row in enumerate(self.rows):
-            found.setdefault((len(row) - 1).bit_length(), []).append(b)
-        return list(found.values())
+    def columns(self, rows: Sequence[int]) -> torch.Tensor:
+        """`[M, V]`, the positions of some rows, one row behind the other."""
+        if self.whole is not None and list(rows) == list(range(len(self.rows))):
+            return self._seen(self.whole)
+        return self._seen(torch.cat([self.rows[row] for row in rows]))
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many positions each row has."""
+        return [len(row) for row in self.rows]
 
     def _seen(self, values: torch.Tensor) -> torch.Tensor:
         return values.to(device=self.device, dtype=torch.promote_types(values.dtype, torch.float32))
