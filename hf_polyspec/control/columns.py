@@ -19,17 +19,20 @@ from ..levels.base import Drafter
 from ..levels.elsewhere import asking_here
 from ..levels.verifier import NoDraft, Verifier
 from ..telemetry.counters import Check
-from .allotment import allotted
+from .allotment import allotted, worths
 from .pass_seconds import PassSeconds
 from .row_rates import RowRates
+from .sureness import Sureness
 
-SHARE = 0.01
+SHARE = 0.005
 """Of the time, what may go into drafts that are not expected to pay."""
 LONGEST = 24
 """Most tokens of a row's draft, where the drafter sets no end."""
 PATIENCE = 8
 """Rounds that a row waits, at least, before what did not pay is tried again."""
 NEWEST = 0.25
+HOPE = 0.5
+"""Tokens that drafts are expected to win in a row and round, at first."""
 UNTIMED = 2
 """Most tokens of a draft before one was timed."""
 GUESS = 0.3
@@ -44,7 +47,7 @@ class _Source:
     """What is known of one level below.
 
     Attributes:
-        rates: acceptance by row.
+        rates: acceptance by row; sureness: of what it says of its drafts itself.
         seconds: of a draft, by token of the longest (of a tree, by node; where chances are told, as a whole); None
             before one was timed. rows: that those drafts were of.
         gain: seconds that a round of drafts wins, expected of late, where chances are told; looks: drafts it is of.
@@ -53,6 +56,7 @@ class _Source:
     """
 
     rates: RowRates = field(default_factory=RowRates)
+    sureness: Sureness = field(default_factory=Sureness)
     seconds: float | None = None
     rows: float = 1.0
     gain: float = 0.0
@@ -80,8 +84,8 @@ class Columns:
         passes_by: whether that verifier may be passed by, where the drafter below it promises more (`_shortcut`).
 
     Attributes:
-        worth: of a token of each row (`worths`), set anew every round; None where others take the place of rows that
-            end, and all tokens are worth the same.
+        worth, hoped: of a token of each row (`worths`), set anew every round, as drafts go and if they were right; None
+            where others take the place of rows that end, and all tokens are worth the same.
     """
 
     def __init__(
@@ -104,6 +108,14 @@ class Columns:
         self._fresh = False
         self._on_trial = False
         self.worth: list[float] | None = None
+        self.hoped: list[float] | None = None
+        self._promise = HOPE
+
+    def tell_left(self, left: Sequence[int]) -> None:
+        """So many tokens may each row emit yet."""
+        won = self._promise / (1 + self._promise)
+        seconds = self.seconds.seconds
+        self.worth, self.hoped = worths(left, seconds, won * max(left, default=0)), worths(left, seconds)
 
     # What the verifier calls
 
@@ -165,8 +177,10 @@ class Columns:
         if check.columns and check.columns <= sum(drafted) + len(check.asked):  # else a prompt was read as well
             self.seconds.add(check.columns, check.seconds)
         known = self._sources.get(-1 if check.source is None else check.source)
-        if known is None:
+        if known is None or known.looks:  # where chances are told, those are what counts
             return
+        won = sum(check.accepted) / max(1, len(check.asked))
+        self._promise += NEWEST / 2 * (won - self._promise)
         for place, count, accepted in zip(self._places, check.drafted, check.accepted, strict=True):
             if count:
                 known.rates.add(place, count, accepted)
@@ -236,6 +250,7 @@ class Columns:
             rival: seconds that a round wins without it.
         """
         known = self._known(source, context, rooms)
+        known.sureness.came(context)
         tells, self._on_trial = source.tells_chances, False
         wanted = self._worthwhile(rooms) if tells else self._granted(source, known, rooms, 0, rival)
         if not any(wanted) or (tells and not self._may_look(known)):
@@ -244,7 +259,7 @@ class Columns:
         began = self.level.stats.clock()
         offered = self._ask(source, context, wanted, law, vocabulary, eos)
         if tells:
-            offered = self._cut(source, known, rooms, offered)
+            offered = self._cut(source, known, context, rooms, offered, sum(count > 0 for count in wanted))
         self._time(known, began, 1 if tells else offered.width, wanted)
         return offered
 
@@ -282,11 +297,11 @@ class Columns:
 
     def _worthwhile(self, rooms: list[int]) -> list[int]:
         """The room of rows in which a token that is surely right would be worth its column, 0 of others."""
-        if self.worth is None or not self.level.runner.own_rows:
+        if self.hoped is None or not self.level.runner.own_rows:
             return rooms
         rows = sum(room > 0 for room in rooms)
         one, more = self.seconds.seconds(rows), self.seconds.seconds(rows + 1)
-        return [room if worth * one > rows * (more - one) else 0 for room, worth in zip(rooms, self.worth, strict=True)]
+        return [room if worth * one > rows * (more - one) else 0 for room, worth in zip(rooms, self.hoped, strict=True)]
 
     def _draft_seconds(self, source: Drafter, known: _Source, rows: int, nodes: int) -> float:
         """Of a token of a draft of so many rows."""
@@ -319,13 +334,18 @@ class Columns:
         self._credit -= seconds
         return True
 
-    def _cut(self, source: Drafter, known: _Source, rooms: list[int], offered: Proposal) -> Proposal:
-        """The columns of a draft that nobody drew which are worth their seconds."""
+    def _cut(
+        self, source: Drafter, known: _Source, context: Context, rooms: list[int], offered: Proposal, asked: int
+    ) -> Proposal:
+        """The columns of a draft that nobody drew, by as many rows as were asked, which are worth their seconds."""
         if offered.q is not None or offered.chances is None:
             return offered
         rows = max(1, sum(room > 0 for room in rooms))
-        chances = [row[: len(own)] for row, own in zip(offered.chances(), offered.tokens, strict=True)]
+        told = [row[: len(own)] for row, own in zip(offered.chances(), offered.tokens, strict=True)]
+        known.sureness.offered(context, offered.tokens, told)
+        chances = [known.sureness.corrected(row) for row in told]
         wanted = self._allotted(chances, rows, 0.0)
+        self._promise += NEWEST / 2 * (sum(map(sum, chances)) / asked - self._promise)
         known.looks += 1
         known.gain += max(NEWEST / 2, 1 / known.looks) * (self._gain(chances, wanted, rows) - known.gain)
         left = sum(len(own) - count for own, count in zip(offered.tokens, wanted, strict=True))

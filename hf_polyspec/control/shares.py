@@ -12,7 +12,6 @@ from ..host.separate import SeparateRunner
 from ..levels.emission import Emission
 from ..levels.verifier import NoDraft, Verifier
 from ..telemetry.counters import Check, Decision
-from .allotment import worths
 from .columns import Columns
 from .pass_seconds import PassSeconds
 from .setups import spine
@@ -47,7 +46,7 @@ def tell_left(columns: Sequence[Columns], left: Sequence[int]) -> None:
     """Tell the target's columns how many tokens each row may emit yet; levels below draft for rows that it asks for."""
     for own in columns:
         if own.level.index == 0:
-            own.worth = worths(left, own.seconds.seconds)
+            own.tell_left(left)
 
 
 def valued(columns: Sequence[Columns], emission: Emission, tokens: float) -> float:

@@ -132,6 +132,38 @@ def test_rows_that_are_alike_draft_as_where_rows_join() -> None:
     assert whole_batch(mixed, seconds, weighed=True) < 0.94 * whole_batch(mixed, seconds, weighed=False)
 
 
+@pytest.mark.parametrize(("rows", "column"), [(8, 1.0), (16, 0.5)])
+def test_few_tokens_that_come_by_chance_win_no_pass(rows: int, column: float) -> None:
+    """Of 64 tokens each row wins one or two, and some row none: the batch takes as many passes as without."""
+    dice, seconds, spent = random.Random(rows), straight(9.0, column), {"told": 0.0, "not told": 0.0}
+    for _ in range(60):
+        offers = [[[0.55] if dice.random() < 0.08 else [] for _ in range(rows)] for _ in range(64)]
+        right = [[dice.random() < 0.55 for _ in range(rows)] for _ in range(64)]
+        for way in spent:
+            left = [64] * rows
+            for offered, comes in zip(offers, right, strict=True):
+                if not any(left):
+                    break
+                coming = 0.044 * max(left) if way == "told" else math.inf
+                chances = [own if count > 1 else [] for own, count in zip(offered, left, strict=True)]
+                going = sum(count > 0 for count in left)
+                counts = allotted(chances, seconds, going, worth=worths(left, seconds, coming))
+                spent[way] += seconds(going + sum(counts))
+                won = [bool(count and one) for count, one in zip(counts, comes, strict=True)]
+                left = [max(0, count - 1 - more) for count, more in zip(left, won, strict=True)]
+    plain = 60 * 64 * seconds(rows)
+    assert spent["told"] <= (1 + 1e-9) * plain < 1.005 * plain < spent["not told"]
+
+
+def test_what_all_rows_win_is_worth_as_much_as_one_row_has_to_win() -> None:
+    even, seconds = [50, 50, 50, 50], straight(9, 0.25)
+    assert worths(even, seconds, math.inf) == pytest.approx([1.0] * 4)
+    assert worths(even, seconds, 0.0) == pytest.approx([1 - 9.25 / 10] * 4)  # a column of its own is saved all the same
+    few, many = worths(even, seconds, 4.0)[0], worths(even, seconds, 400.0)[0]
+    assert 1 - 9.25 / 10 < few < many < 1
+    assert worths([50, 0, 0, 1], seconds, 0.5) == pytest.approx(worths([50, 0, 0, 1], seconds), rel=0.05)
+
+
 def test_a_token_is_worth_a_pass_in_the_row_that_ends_last() -> None:
     assert worths([50, 50, 50, 50], straight(9, 0.25)) == pytest.approx([1.0] * 4)
     assert worths([1 << 62, (1 << 62) - 900], straight(9, 0.25)) == pytest.approx([1.0, 1.0])
@@ -436,3 +468,27 @@ def test_a_draft_that_nobody_drew_is_cut_where_its_tokens_do_not_pay() -> None:
         assert [len(row) for row in found.tokens] == [wanted, 0]
         assert found.origins == [[1] * wanted, []]
         assert drafter.stats.drafted == wanted, "what was left out was not offered"
+
+
+class Late(Teller):
+    """Its rows begin to repeat themselves when they are half done."""
+
+    def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
+        begun = [len(ids) > 60 for ids in context.ids]
+        return super().propose(context, [limit * one for limit, one in zip(limits, begun, strict=True)], law)
+
+
+def test_what_has_promised_nothing_for_long_is_looked_at_again() -> None:
+    clock = Clock()
+    drafter = Late(clock, lambda: 0.0, lambda: 1.0)
+    runner = OwnRows(clock, lambda columns: 0.52 + 0.066 * columns, lambda: 1.0, 4)
+    top = Verifier(runner, drafter, name="target")
+    top.begin(0, 8, 8)
+    for level in (top, drafter):
+        level.stats.clock = clock
+    shares = Shares(top, lambda index: PassSeconds(lambda columns: 0.52 + 0.066 * columns))
+    context = Context([[truth(i) for i in range(4)] for _ in range(8)], Prompt(4, None, torch.arange(4).expand(8, -1)))
+    while any(limits := [max(0, 132 - len(row)) for row in context.ids]):
+        shares.before(context, limits)
+        context = context.extended(top.round(context, limits, LAW).tokens)
+    assert clock.now < 0.85 * 128 * (0.52 + 0.066 * 8)

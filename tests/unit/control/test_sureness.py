@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A drafter that says more than comes true is believed less, by how sure it said it was."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from hf_polyspec.control.sureness import TRUST, Sureness
+from hf_polyspec.exactness.context import Context, Prompt
+
+
+def rows(*ids: list[int]) -> Context:
+    return Context(list(ids), Prompt.apart([1] * len(ids), range(len(ids))))
+
+
+def shown(sureness: Sureness, chance: float, right: list[bool]) -> None:
+    """So many drafts of one token, and whether the text went on with it."""
+    for one in right:
+        sureness.offered(rows([7]), [[3]], [[chance]])
+        sureness.came(rows([7, 3 if one else 4]))
+
+
+def test_what_is_said_with_a_chance_comes_true_as_often_as_it_did() -> None:
+    sureness, dice = Sureness(), random.Random(0)
+    assert sureness.corrected([0.6, 0.3]) == pytest.approx([0.6, 0.3])
+    shown(sureness, 0.6, [dice.random() < 0.2 for _ in range(400)])
+    # about 50 count, of which 8 or 12 came true, and so many are taken on trust
+    assert sureness.corrected([0.6])[0] == pytest.approx(0.2 + 0.4 * TRUST / 54, abs=0.1)
+    assert sureness.corrected([0.9])[0] == pytest.approx(0.9)
+    # a second token is as sure as its own share of the chance says
+    assert sureness.corrected([0.9, 0.54])[1] == pytest.approx(0.9 * sureness.corrected([0.6])[0])
+
+
+def test_nothing_is_believed_more_than_it_says() -> None:
+    sureness = Sureness()
+    shown(sureness, 0.4, [True] * 50)
+    assert sureness.corrected([0.4]) == pytest.approx([0.4])
+    assert sureness.corrected([0.0, 0.0]) == [0.0]
+
+
+def test_a_row_is_known_by_its_name_and_looked_at_once() -> None:
+    sureness = Sureness()
+    sureness.offered(rows([1], [2], [3]), [[5], [], [6]], [[0.5], [], [0.5]])
+    one = Prompt.apart([1], [2])
+    sureness.came(Context([[3]], one))  # it has not gone on
+    sureness.came(Context([[3, 9]], one))
+    assert sureness.corrected([0.5]) == [0.5]
+    sureness.offered(rows([1], [2], [3]), [[5], [], [6]], [[0.5], [], [0.5]])
+    sureness.came(Context([[3, 9, 9]], Prompt(1, None, torch.zeros(1, 1), rows=(2,))))
+    assert sureness.corrected([0.5])[0] == pytest.approx(TRUST * 0.5 / (1 + TRUST))
