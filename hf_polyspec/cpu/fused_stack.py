@@ -23,7 +23,7 @@ from hf_polyspec.cpu.block_parts import plain_turns
 from hf_polyspec.cpu.block_products import block_products, block_shape, new_states
 from hf_polyspec.cpu.compiled.places import held
 from hf_polyspec.cpu.joint_product import change_count
-from hf_polyspec.cpu.own_rows import apart_of
+from hf_polyspec.cpu.own_rows import apart_of, takes_rows
 from hf_polyspec.cpu.stack_plan import Block, Plan, Turns
 from hf_polyspec.host.cache import RollbackCache
 from hf_polyspec.host.growing import Past, growing_layer
@@ -203,6 +203,23 @@ def outputs_of(
     return task.outputs
 
 
+def seen_again(
+    block: Block,
+    layers: Sequence[Any],
+    x: Tensor,
+    mask: Tensor | None,
+    past: Past,
+    turns: Turns,
+    moment: Moment,
+) -> list[Tensor] | None:
+    """`outputs_of` where all was looked at in this moment already; None where it was not."""
+    plan = block.plans.get(len(layers))
+    if plan is None or not plan.seen(x, moment) or _own.waiting is not None:
+        return None
+    task = _again(block, layers, x, mask, past, turns, moment)
+    return None if task is None else task.outputs
+
+
 def _again(
     block: Block,
     layers: Sequence[Any],
@@ -220,12 +237,15 @@ def _again(
         return None
     if not all(map(is_, plan.layers, layers)) or not plan.same(x, moment):
         return None
-    rooms = past.rooms(len(layers), new_states(plan.shape, x), x)
-    if rooms is None:
+    new, fed = new_states(plan.shape, x), x.shape[1]
+    if type(past) is RaggedCache and not takes_rows(past, 0, new, x, mask):
+        return None
+    rooms = past.rooms(len(layers), new, x)
+    if rooms is None or (mask is not None and mask.shape[2:] != (fed, rooms.start + fed)):
         return None
     apart = apart_of(past, plan.shape.heads // plan.shape.shared)
     task = plan.run(x, plain_turns(turns, x), None if mask is None else plain_mask(mask), rooms, apart)
-    _claimed(past.claim(rooms, x.shape[1]))
+    _claimed(past.claim(rooms, fed))
     return task
 
 

@@ -99,10 +99,14 @@ class Plan:
         """Of the first block; those that follow fit to it."""
         return self._matrices[0][1]
 
+    def seen(self, x: Tensor, moment: Moment | None) -> bool:
+        """Whether all was looked at in this moment already, for inputs like `x`."""
+        seen = self._seen
+        return moment is not None and seen is not None and seen[0] is moment and seen[1] is x.dtype
+
     def same(self, x: Tensor, moment: Moment | None = None) -> bool:
         """Whether all of it still is what it was, for inputs like `x`; looked at once a moment."""
-        seen = self._seen
-        if moment is not None and seen is not None and seen[0] is moment and seen[1] is x.dtype:
+        if self.seen(x, moment):
             return True
         found = self._watch(x)
         self._seen = (moment, x.dtype) if found and moment is not None else None

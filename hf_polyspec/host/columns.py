@@ -27,6 +27,9 @@ def mask_of(context: Context, unused: list[int], width: int) -> torch.Tensor | N
 def positions_of(context: Context, sequences: list[list[int]], fed: int) -> torch.Tensor:
     """Position ids `[B, F]` of the fed columns: the prompt's own, then counting on; 0 where a row has no token."""
     prompt = context.prompt
+    if len(sequences) == 1 and (first := len(sequences[0]) - fed) >= prompt.width:  # nearly all passes of one row
+        onward = prompt.following[0] + first - prompt.width
+        return torch.arange(onward, onward + fed)[None]
     positions = torch.zeros(len(sequences), fed, dtype=torch.long)
     for row, ids in enumerate(sequences):
         first = max(0, len(ids) - fed)  # index in the row of its first fed token

@@ -11,12 +11,12 @@ bit is run this way.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache import RollbackCache
 from .hooks import is_hooked
@@ -28,6 +28,7 @@ MOST = 64
 """Positions of a pass. Where there are more, what is done around the layers is a small part of it."""
 
 Past = RollbackCache | RaggedCache
+Around = tuple[Any, Any, Any, Any]
 _HOST = PreTrainedModel.__module__.partition(".")[0]
 _HIDDEN = "output_hidden_states"
 _PATIENCE = 16
@@ -35,6 +36,14 @@ _PATIENCE = 16
 _KINDS = 24
 _tried: WeakKeyDictionary[Any, dict[object, bool]] = WeakKeyDictionary()
 """By model: whether passes of a kind, of the model as it was, give the same numbers both ways."""
+
+
+@dataclass(slots=True)
+class Said:
+    """What a pass gave, by the names of the model's own output."""
+
+    logits: torch.Tensor
+    hidden_states: tuple[Any, ...] | None
 
 
 class Straight:
@@ -49,7 +58,7 @@ class Straight:
         self._parts = _parts(model)
         self._model = model
         self._misses = 0
-        self._looked: tuple[Moment, object] | None = None
+        self._looked: tuple[Moment, object, Around] | None = None
 
     def __call__(self, inputs: Mapping[str, Any], record: Mapping[str, Any]) -> Any:
         """One pass.
@@ -58,14 +67,14 @@ class Straight:
             inputs: forward arguments; record: those that say what is to be shown besides.
 
         Returns:
-            What the model returns; None, and nothing has changed, where it has to be called itself.
+            What the model returns, its cache left out; None, and nothing has changed, where it has to be called itself.
         """
         if self._parts is None or "forward" not in self._parts[1][0].__dict__ or self._misses > _PATIENCE:
             return None  # nothing is fused, or not all of it together
         past: Any = inputs.get(self._cache or "")
         if not self._takes(inputs, record, past):
             return None
-        mark, moment = self._marked()
+        mark, moment, around = self._marked()
         if mark is None:
             return None
         known = _tried.setdefault(self._model, {})
@@ -75,23 +84,23 @@ class Straight:
         kind = mark, ids.shape[1] > 1, mask is None, shown, type(past)
         same = known.get(kind)
         if same:
-            return self._run(inputs, record, past, moment)
-        return self._try(inputs, record, past, known, kind) if same is None else None
+            return self._run(inputs, record, past, around, moment)
+        return self._try(inputs, record, past, known, kind, around) if same is None else None
 
-    def _marked(self) -> tuple[object, Moment | None]:
-        """What the way of computing depends on, None where the model has to be called itself; and the moment for which
-        one look is enough, None where somebody else's code is called around the layers."""
+    def _marked(self) -> tuple[object, Moment | None, Around]:
+        """What the way of computing depends on, None where the model has to be called itself; the moment for which one
+        look is enough, None where somebody else's code is called around the layers; and what is called there."""
         assert self._parts is not None
         moment = this_moment()
         if moment is not None and self._looked is not None and self._looked[0] is moment:
-            return self._looked[1], moment
+            return self._looked[1], moment, self._looked[2]
         around = _around(self._model, self._parts[0])
         # A hook is to be called once a pass, also where a pass is tried both ways.
         mark = None if any(map(is_hooked, around)) else _mark(self._model, self._parts)
         if moment is None or mark is None or not all(map(is_known, around)):
-            return mark, None
-        self._looked = moment, mark
-        return mark, moment
+            return mark, None, around
+        self._looked = moment, mark, around
+        return mark, moment, around
 
     def _try(
         self,
@@ -100,13 +109,14 @@ class Straight:
         past: Past,
         known: dict[Any, bool],
         kind: Any,
+        around: Around,
     ) -> Any:
         """A pass both ways, of which the model's own counts."""
         if len(known) >= _KINDS:
             known.clear()
         length = past.length if isinstance(past, RollbackCache) else 0
         try:
-            found = self._run(inputs, record, past)
+            found = self._run(inputs, record, past, around)
         except Exception:  # of a model that only looks as if it were one of these
             found, known[kind] = None, False
         if isinstance(past, RollbackCache):  # in a cache of rows apart the same columns are written once more
@@ -136,16 +146,22 @@ class Straight:
         )
 
     def _run(
-        self, inputs: Mapping[str, Any], record: Mapping[str, Any], past: Past, moment: Moment | None = None
+        self,
+        inputs: Mapping[str, Any],
+        record: Mapping[str, Any],
+        past: Past,
+        around: Around,
+        moment: Moment | None = None,
     ) -> Any:
         assert self._parts is not None
-        inner, layers = self._parts
+        layers = self._parts[1]
+        embedding, rotary, norm, head = around
         run = getattr(layers[0].__dict__.get("forward"), "outputs_of", None)
         if run is None:
             return None
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        x = inner.get_input_embeddings()(ids)
-        turns = inner.rotary_emb(x, position_ids=inputs["position_ids"])
+        x = embedding(ids)
+        turns = rotary(x, position_ids=inputs["position_ids"])
         fed = ids.shape[1]
         if mask is None and fed > 1 and isinstance(past, RollbackCache):
             held = past.length
@@ -153,10 +169,10 @@ class Straight:
         outputs = run(layers, x, mask, past, turns, moment)
         if outputs is None:
             return None
-        states = inner.norm(outputs[-1])
+        states = norm(outputs[-1])
         kept = inputs["logits_to_keep"]
-        logits = self._model.get_output_embeddings()(states[:, slice(-kept, None) if isinstance(kept, int) else kept])
-        return CausalLMOutputWithPast(logits=logits, hidden_states=_shown(record, x, outputs, states))
+        logits = head(states[:, slice(-kept, None) if isinstance(kept, int) else kept])
+        return Said(logits, _shown(record, x, outputs, states))
 
 
 def _parts(model: Any) -> tuple[Any, Sequence[Any]] | None:
@@ -172,8 +188,8 @@ def _parts(model: Any) -> tuple[Any, Sequence[Any]] | None:
     return inner, list(layers)
 
 
-def _around(model: Any, inner: Any) -> tuple[Any, ...]:
-    """What is called around the layers."""
+def _around(model: Any, inner: Any) -> Around:
+    """What is called around the layers: embedding, angles, norm and lm_head."""
     return inner.get_input_embeddings(), inner.rotary_emb, inner.norm, model.get_output_embeddings()
 
 

@@ -34,10 +34,11 @@ def _column(stage: int, number: int) -> int:
 _INPUT = [_column(0, 4), _column(5, 4)]
 _TURNS = [_column(2, 6), _column(2, 8), _column(2, 9)]
 _COLUMNS = _column(2, 14)
-_NEW = [_column(2, 11), _column(2, 12)]
+_NEW = np.array([_column(2, 11), _column(2, 12)])
 _HELD = [_column(3, 13), _column(3, 14)]
 _PITCH = [_column(2, 13), _column(3, 7)]
 _MASK = [_column(3, 5), _column(3, 8), _column(3, 9), _column(3, 10), _column(3, 15)]
+_ALIKE = np.array([*_TURNS, _COLUMNS, *_MASK])  # the same in all blocks
 
 
 class StackTask:
@@ -102,10 +103,12 @@ class StackTask:
             self._settle(rooms)
         task[:] = self._table
         task[0, _INPUT] = address(x, "hidden states")
-        task[:, _TURNS] = cos.shape[0], address(cos, "cosines"), address(sin, "sines")
         task[:, _NEW] = self._held + start * self._column_size
-        task[:, _COLUMNS] = 0 if apart is None else address(apart.columns, "columns to write to")
-        task[:, _MASK] = self._mask(x, mask, start + fed, apart)
+        task[:, _ALIKE] = (
+            *(cos.shape[0], address(cos, "cosines"), address(sin, "sines")),
+            0 if apart is None else address(apart.columns, "columns to write to"),
+            *self._mask(x, mask, start + fed, apart),
+        )
         run_blocks(*self._kinds, len(task), task.strides[0], task.ctypes.data)
         check_counter(task[:, HEADER::SLOT].max())
 

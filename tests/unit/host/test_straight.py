@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from hf_polyspec.cpu.packing import pack
 from hf_polyspec.exactness.context import Context, Prompt
 from hf_polyspec.exactness.proposal import TreeProposal
 from hf_polyspec.host.generation import CHOOSES_HIDDEN_STATES
+from hf_polyspec.host.moments import one_moment
 from hf_polyspec.host.ragged import RaggedRunner
 from hf_polyspec.host.runner import ModelRunner
 from hf_polyspec.host.straight import Straight
@@ -75,6 +76,12 @@ def passes_of_rows(model: Any) -> list[Any]:
         runner.asked = [True, True]
         passed = runner.run(context, [[7, 8], [9]] if more % 2 else [[], []], stats)
         found.extend(passed.logits[row, 0] for row in range(2))
+    for more in (6, 7):
+        context = Context([TEXT[: 9 + more], TEXT[5 : 11 + more]], prompt)
+        tree = TreeProposal([[3, 4, 5], [6]], [[-1, -1, 0], [-1]], [[1, 1, 1], [1]])
+        passed = runner.run_tree(context, tree, stats)
+        found += [*passed.logits[0], *passed.logits[1, :2]]
+        runner.keep_paths(passed, context, tree, [[0, 2], [0]])
     return found
 
 
@@ -104,15 +111,19 @@ if CHOOSES_HIDDEN_STATES:
     RECORDS.append({"output_hidden_states": [1, -1]})
 
 
+WITHIN = pytest.mark.parametrize("within", [nullcontext, one_moment])
+
+
+@WITHIN
 @pytest.mark.parametrize("record", RECORDS)
 def test_the_numbers_are_those_of_the_models_own_forward(
-    tiny: Tiny, record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, record: dict[str, Any], within: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = packed(tiny)
     with monkeypatch.context() as patched:
         patched.setattr(Straight, "__call__", lambda *_: None)
         wanted = passes(model, **record)
-    with counted(monkeypatch) as calls:
+    with counted(monkeypatch) as calls, within():
         same(passes(model, **record), wanted)
         tried = len(calls)
         same(passes(model, **record), wanted)
@@ -120,16 +131,25 @@ def test_the_numbers_are_those_of_the_models_own_forward(
     assert tried == 1 + 3, "each kind of pass is tried once"
 
 
-def test_rows_with_regions_of_their_own(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+@WITHIN
+def test_rows_with_regions_of_their_own(tiny: Tiny, within: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = packed(tiny)
     with monkeypatch.context() as patched:
         patched.setattr(Straight, "__call__", lambda *_: None)
         wanted = passes_of_rows(model)
-    with counted(monkeypatch) as calls:
+    with counted(monkeypatch) as calls, within():
         same(passes_of_rows(model), wanted)
         tried = len(calls)
         same(passes_of_rows(model), wanted)
         assert len(calls) - tried < tried, "what was tried is not called again"
+
+
+def test_a_hook_around_the_layers_is_called_once_a_pass(tiny: Tiny) -> None:
+    model, calls = packed(tiny), []
+    for module in (model.model.embed_tokens, model.model.norm, model.lm_head):
+        module.register_forward_hook(lambda module, *_: calls.append(module))
+    passes(model)
+    assert [calls.count(module) for module in (model.model.embed_tokens, model.model.norm, model.lm_head)] == [10] * 3
 
 
 def test_a_forward_that_does_more_is_called(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
