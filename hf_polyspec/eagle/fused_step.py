@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import local
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -52,8 +53,8 @@ class Plan:
         """The task for a step of this shape, and room for its angles, `[2, B, T, d]`."""
         from hf_polyspec.cpu.compiled.whole_stack import PairTask
 
-        tasks: dict[object, tuple[PairTask, Tensor]] = self.own.__dict__
-        key = f"{tuple(x.shape)} {torch.get_num_threads()}"
+        tasks: dict[object, tuple[PairTask, Tensor]] = self.own.__dict__.setdefault("tasks", {})
+        key = x.shape[0], x.shape[1], torch.get_num_threads()
         found = tasks.get(key)
         if found is None:
             if sum(map(_rows, (x, *(task.read for task, _ in tasks.values())))) > _ROWS_KEPT:
@@ -147,14 +148,14 @@ def plan_of(head: Any, x: Tensor, turned: int) -> Plan | None:
 
 
 def _is_plain(head: Any, turned: int) -> bool:
-    config = head.config
+    config = SimpleNamespace(**vars(head.config))  # a config's own way to an attribute takes microseconds
     return (
         config.algorithm == "eagle3"
-        and len(head.layers) == 1
+        and config.num_hidden_layers == 1
         and not (config.norm_before_residual or config.qk_norm or head.training)
         and config.hidden_act == "silu"
         and turned == config.head_dim
-        and attention_name(config) == "sdpa"
+        and attention_name(head.config) == "sdpa"
     )
 
 

@@ -138,8 +138,8 @@ class EagleHead(SavedHead):
 
     @property
     def _first_weight(self) -> torch.Tensor:
-        layer: Any = self.layers[0]
-        weight: torch.Tensor = layer.post_attention_layernorm.weight
+        layers: Any = self._modules["layers"]  # without the detours of `nn.Module.__getattr__`
+        weight: torch.Tensor = layers._modules["0"]._modules["post_attention_layernorm"]._parameters["weight"]
         return weight
 
     # -- the target's modules --------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from transformers import LogitsProcessor
 from .context import Context
 from .forks import AllowedTokens, Lent, duplicate
 from .id_rows import IdRows
+from .largest import largest
 from .noise import Noise
 from .processors import DraftVocabularyProcessor
 from .randomness import Deciding, Randomness, TorchRandomness, decided_here
@@ -231,7 +232,7 @@ class LawMaker:
             `[B, N]`; -1 for a law that cannot be drawn from.
         """
         if self.noise is None:
-            return scores.argmax(-1)
+            return largest(scores)
         best = self.race(self.probabilities(scores.to(self.noise.dtype)), context, ahead, active).max(-1)
         return torch.where(best.values.isnan(), -1, best.indices)
 

@@ -47,6 +47,10 @@ class RowTensors:
         """`[V]`, of a row and a position of it."""
         return self._seen(self.rows[place[0]][place[1]])
 
+    def at(self, places: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """`[n, V]`, of rows and positions of them; a row's last stands for those that it has not."""
+        return self._seen(torch.stack([self.rows[b][min(i, len(self.rows[b]) - 1)] for b, i in places]))
+
     def select(self, rows: Sequence[int]) -> RowTensors:
         """Of some rows, in this order."""
         return RowTensors([self.rows[row] for row in rows], self.device)
@@ -81,6 +85,13 @@ class RowTensors:
 
     def _seen(self, values: torch.Tensor) -> torch.Tensor:
         return values.to(device=self.device, dtype=torch.promote_types(values.dtype, torch.float32))
+
+
+def picked(values: torch.Tensor | RowTensors, places: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """`[n, V]`, of each row and position of `[B, K, V]`; at least one, and none of the others is touched."""
+    if isinstance(values, RowTensors):
+        return values.at(places)
+    return torch.stack([values[place] for place in places])
 
 
 @overload

@@ -118,10 +118,14 @@ def judge_tree(
             law.refuse(scores[b, path[-1] + 1 if path else 0])
     places = _emitted_columns(paths).to(logits.device)
 
-    def pick(values: torch.Tensor) -> torch.Tensor:
-        return values.gather(1, places[:, :, None].expand(-1, -1, values.shape[2]))
+    rows = torch.arange(len(places), device=places.device)[:, None]
 
-    return TreeJudgement(paths, tokens, pick(logits), pick(scores), None if p is None else pick(p), chances)
+    def pick(values: torch.Tensor) -> torch.Tensor:
+        return values[rows, places]  # `gather` would be told the same place for each of V numbers
+
+    said = pick(logits)
+    processed = said if scores is logits else pick(scores)
+    return TreeJudgement(paths, tokens, said, processed, None if p is None else pick(p), chances)
 
 
 def _drawn_walk(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..exactness.row_tensors import RowTensors, picked
 from ..exactness.tree_geometry import path_to
 from .copying import CopyPointer
 from .foreseen import ForeseenPointer
@@ -63,7 +64,7 @@ class DraftMemory:
         tokens: Sequence[list[int]],
         parents: Sequence[list[int]],
         paths: Sequence[list[int]],
-        logits: torch.Tensor,
+        logits: torch.Tensor | RowTensors,
         sampled: Sequence[bool],
     ) -> None:
         """Take in what the level above said after the nodes that it rejected.
@@ -77,9 +78,8 @@ class DraftMemory:
         rejected = [
             [node for node in range(len(row)) if node not in path] for row, path in zip(tokens, paths, strict=True)
         ]
-        rows = [b for b, nodes in enumerate(rejected) for _ in nodes]
-        columns = [node + 1 for nodes in rejected for node in nodes]
-        laws = iter(said_after(logits[rows, columns], [sampled[b] for b in rows]) if rows else [])
+        places = [(b, node + 1) for b, nodes in enumerate(rejected) for node in nodes]
+        laws = iter(said_after(picked(logits, places), [sampled[b] for b, _ in places]) if places else [])
         for b, (pointer, nodes) in enumerate(zip(self._recycled, rejected, strict=True)):
             said: dict[Place, Said] = {}
             for node in nodes:

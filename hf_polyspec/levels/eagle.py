@@ -19,6 +19,7 @@ from ..exactness.context import Context, Prompt
 from ..exactness.distributions import LawMaker
 from ..exactness.passes import Pass
 from ..exactness.proposal import Proposal, TreeProposal
+from ..exactness.row_tensors import picked
 from ..exactness.tree_geometry import ROOT, depths
 from .carried import CarriedSizes
 from .draft_memory import DraftMemory
@@ -119,6 +120,7 @@ class EagleDrafter(SequentialDrafter):
         self._shown: Pass | None = None  # the last pass above, for what it said
         self._chains: list[list[int]] = []  # drafted last
         self._samples: list[bool] = []
+        self._likely: list[int] = []  # ids that join the working vocabulary at the next draft
         self._prompt: Prompt | None = None
         self._padding: list[int] = []
         self._prompt_states = PromptStates(0)
@@ -208,8 +210,7 @@ class EagleDrafter(SequentialDrafter):
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
         rows = self._known_pairs(context)
         room = [min(limit, self.draft_tokens) if row.count else 0 for limit, row in zip(limits, rows, strict=True)]
-        tokens: list[list[int]] = [[] for _ in rows]
-        q = None
+        tokens, q = [list[int]() for _ in rows], None
         if any(room):
             with self.stats.timed():
                 q = self._draft(context, rows, tokens, room, law)
@@ -239,8 +240,8 @@ class EagleDrafter(SequentialDrafter):
         self.pairs = PairMemo(self.head)
         self._sizes = [self._new_size() for _ in range(batch)]
         self._shown, self._prompt, self._padding = None, None, []
-        self._chains = [[] for _ in range(batch)]
-        self._unread, self._columns, self._prompt_states = [], 0, PromptStates(batch)
+        self._chains, self._likely, self._unread = [[] for _ in range(batch)], [], []
+        self._columns, self._prompt_states = 0, PromptStates(batch)
         if self.memory is not None:
             self.memory.begin(batch)
 
@@ -255,10 +256,10 @@ class EagleDrafter(SequentialDrafter):
         shown, self._shown = self._shown, None
         if self.working.sliced:
             # the likeliest ids where it drew its last token
-            at = shown.logits[list(range(len(paths))), [path[-1] + 1 if path else 0 for path in paths]]
-            self.working.see(at.topk(min(_LIKELY, at.shape[-1]), dim=-1).indices.flatten().tolist())
+            at = picked(shown.given, [(b, path[-1] + 1 if path else 0) for b, path in enumerate(paths)])
+            self._likely = at.topk(min(_LIKELY, at.shape[-1]), dim=-1).indices.flatten().tolist()
         if self.memory is not None:
-            self.memory.learn(tokens, parents, paths, shown.logits, self._samples)
+            self.memory.learn(tokens, parents, paths, shown.given, self._samples)
 
     def _known_pairs(self, context: Context) -> list[Pairs]:
         """Per row, all pairs of this context whose features the level above has computed."""
@@ -267,11 +268,12 @@ class EagleDrafter(SequentialDrafter):
             self._prompt, self._padding = context.prompt, padding_of(context)
             for ids in context.ids:
                 self._working.pin(ids)
+        self._working.see([*self._likely, *(token for ids in context.ids for token in ids[-_LATEST:])])
+        self._likely = []
         if self.memory is not None:
             self._prompt_states.tell(self.memory.foreseen, self._working, self._padding)
         rows = []
         for ids, memo, padding in zip(context.ids, self.features, self._padding, strict=True):
-            self._working.see(ids[-_LATEST:])
             end = min(memo.known(ids), len(ids) - 1)
             rows.append(Pairs(ids, max(memo.begin, padding), end, padding, memo))
         self.stats.draft_vocabulary = self._working.size if self._working.sliced else None
@@ -324,7 +326,6 @@ class EagleDrafter(SequentialDrafter):
         total, working, pointed = [size.nodes for size in self._sizes], self._working, self._pointed(rows)
         guesser, ids = Guesser(working, pointed), working.target_ids
         limits: Limits = {"top_k": self.tree_top_k, "threshold": self.confidence_threshold, "ends": self.eos}
-
         depth = 0  # tokens between the context and what is asked for next
 
         def run(tokens: torch.Tensor, features: torch.Tensor, level: int, sees: torch.Tensor) -> torch.Tensor:
@@ -368,9 +369,8 @@ class EagleDrafter(SequentialDrafter):
         return TreeProposal(grown.tokens, grown.parents, own, drawn.nodes, q.index_copy_(-1, ids, drawn.laws))
 
     def _pointed(self, rows: list[Pairs]) -> PointerMixture:
-        if self.memory is None:
-            return PointerMixture([])
-        return self.memory.follow([row.ids[row.padding :] for row in rows])
+        texts = [row.ids[row.padding :] for row in rows]
+        return PointerMixture([]) if self.memory is None else self.memory.follow(texts)
 
     def _take_in(self, rows: list[Pairs]) -> tuple[torch.Tensor, torch.Tensor]:
         """The head's output after each context, `[B, 1, H]`, and which columns of its cache belong to it, `[B, S]`."""

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from ..exactness.tree_geometry import ROOT
@@ -119,7 +120,7 @@ def _run(fronts: list[list[_Node]], out: torch.Tensor, fed: int, level: int, ste
     """The head's output `[B, k, H]` after the nodes of a level, of which `fed` were before; `out` is that above."""
     width = max(map(len, fronts))
     tokens, above, places = ([[fill] * width for _ in fronts] for fill in (0, -1, 0))
-    sees = torch.zeros(len(fronts), width, fed + width, dtype=torch.bool)
+    sees = np.zeros((len(fronts), width, fed + width), dtype=np.bool_)  # torch takes microseconds to set one of them
     for b, front in enumerate(fronts):
         for i in range(width):
             node = front[i] if i < len(front) else None
@@ -132,4 +133,4 @@ def _run(fronts: list[list[_Node]], out: torch.Tensor, fed: int, level: int, ste
                 node.fed = path
             sees[b, i, path] = True
     batch = torch.arange(len(fronts))[:, None]
-    return step(tokens, above, out[batch, torch.tensor(places)], level, sees)
+    return step(tokens, above, out[batch, torch.tensor(places)], level, torch.from_numpy(sees))

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..exactness.largest import largest
 from .pointers import Place, Suggestion, TailPointer
 
 WEIGHTS = (0.35, 0.6, 0.75)
@@ -40,7 +41,9 @@ class RecyclePointer(TailPointer):
 
     def __init__(self) -> None:
         super().__init__(len(WEIGHTS))
-        self._rounds: deque[dict[Place, Said]] = deque(maxlen=KEPT)  # latest first
+        self._round = 0
+        self._latest: dict[Place, tuple[int, Said]] = {}  # the last round in which it was known, and what was said then
+        self._known: deque[list[Place]] = deque(maxlen=KEPT + 1)  # in each of the last rounds
 
     def learn(self, said: dict[Place, Said]) -> None:
         """Take in a round.
@@ -48,24 +51,28 @@ class RecyclePointer(TailPointer):
         Args:
             said: by the last ids before it, as many as `WEIGHTS` has or fewer where a text has no more.
         """
-        known: dict[Place, Said] = {}
-        for tail, law in said.items():
-            for length in range(1, len(tail) + 1):
-                known[tail[-length:]] = law
-        self._rounds.appendleft(known)
+        self._round += 1
+        known = {tail[-length:]: law for tail, law in said.items() for length in range(1, len(tail) + 1)}
+        for tail, law in known.items():
+            self._latest[tail] = self._round, law
+        self._known.append(list(known))
+        if len(self._known) > KEPT:
+            for tail in self._known.popleft():
+                if tail in self._latest and self._latest[tail][0] <= self._round - KEPT:
+                    del self._latest[tail]
 
     def copied(self) -> RecyclePointer:
         """Another one that knows as much."""
         other = RecyclePointer()
-        other._rounds = self._rounds.copy()
+        other._round, other._latest, other._known = self._round, self._latest.copy(), self._known.copy()
         return other
 
     def suggestion(self, place: Place) -> Suggestion | None:
         for length in range(len(place), 0, -1):
-            for age, known in enumerate(self._rounds):
-                said = known.get(place[-length:])
-                if said is not None:
-                    return WEIGHTS[length - 1] * 0.5 ** (age / HALVED), *said
+            found = self._latest.get(place[-length:])
+            if found is not None:
+                age, said = self._round - found[0], found[1]
+                return WEIGHTS[length - 1] * 0.5 ** (age / HALVED), *said
         return None
 
 
@@ -75,7 +82,9 @@ def said_after(laws: torch.Tensor, sampled: Sequence[bool]) -> list[Said]:
     Args:
         laws: `[n, V]` logits; sampled: of each, whether text is drawn from it, or is its likeliest id.
     """
-    values, ids = laws.topk(min(LIKELIEST, laws.shape[1]) if any(sampled) else 1, dim=-1)
+    if not any(sampled):
+        return [([token], [1.0]) for token in largest(laws).tolist()]
+    values, ids = laws.topk(min(LIKELIEST, laws.shape[1]), dim=-1)
     # float64 holds every id
     packed = torch.cat([ids.double(), values.double().softmax(-1)], dim=1).tolist()
     return [
