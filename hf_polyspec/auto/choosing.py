@@ -223,7 +223,7 @@ def _measured(
     (words if bits else left).append(about)
     drafter: Tried | None = None
     if tries is not None:
-        drafter, why = try_drafters(model, target, prompt, passes["target"], tries, progress, ranks)
+        drafter, why = try_drafters(model, target, prompt, passes["target"], tries, progress, ranks, key.pack)
         left += why
     keeps_copy, keeps_drafter, why = joint(passes["target"], bits, passes.get(bits or ""), agreed, drafter)
     left += why

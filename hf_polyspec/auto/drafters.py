@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..control.costs import STEPS, Costs, Head, Trial
+from ..cpu.packing import packed_assistants
 from ..eagle.configuration import EagleHeadConfig
 from ..eagle.features import check_fit, lend_parts, target_parts
 from ..host.hub_cache import cached_folders
@@ -87,6 +88,7 @@ def try_drafters(
     tries: Tries,
     progress: Callable[[str], None],
     ranks: Ranks = ALONE,
+    packs: bool = True,
 ) -> tuple[Tried | None, list[str]]:
     """The drafter that promises most, and sentences on those that promise too little.
 
@@ -95,6 +97,7 @@ def try_drafters(
         prompt: ids to go on from; passes: of the target.
         tries: runs one; progress: told of what is tried.
         ranks: the processes that take part in passes of the target; what is read beside it on its own is left out.
+        packs: whether a drafter is packed where it runs, as it then is here.
     """
     best: Tried | None = None
     left: list[str] = []
@@ -106,7 +109,8 @@ def try_drafters(
         progress(f"trying {name}")
         try:
             member = load_drafter(name, target, ranks)
-            head = tries(target, member, prompt).head(table)
+            with packed_assistants([member] if packs else [], target):
+                head = tries(target, member, prompt).head(table)
         except (ValueError, OSError) as error:
             if name != MTP:  # most models have none
                 left.append(f"{name}: {' '.join(str(error).split()).rstrip('.')}")

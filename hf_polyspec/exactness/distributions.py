@@ -220,8 +220,8 @@ class LawMaker:
         ahead: Sequence[Sequence[int]],
         active: Sequence[bool] | None = None,
     ) -> torch.Tensor:
-        """What a level says at some positions, where it does not draw by itself: the zero-temperature limit, the
-        likeliest id; else the id that wins plain generation's race at that step.
+        """What a level says at some positions, where it does not draw by itself: the likeliest id, which is the
+        zero-temperature limit, or the one that wins plain generation's race at that step.
 
         Args:
             scores: `[B, N, V]`, processed.
@@ -229,12 +229,11 @@ class LawMaker:
             active: rows that matter; None for all.
 
         Returns:
-            `[B, N]`; -1 for a law that cannot be drawn from.
-        """
+            `[B, N]`; -1 for a law that cannot be drawn from."""
         if self.noise is None:
             return largest(scores)
-        best = self.race(self.probabilities(scores.to(self.noise.dtype)), context, ahead, active).max(-1)
-        return torch.where(best.values.isnan(), -1, best.indices)
+        best, ids = self.race(self.probabilities(scores.to(self.noise.dtype)), context, ahead, active).max(-1)
+        return torch.where(best.isnan(), -1, ids)
 
     def refuse(self, scores: torch.Tensor) -> None:
         """Raise what plain generation raises where it is to draw from such scores.

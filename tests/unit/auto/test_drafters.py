@@ -212,3 +212,29 @@ def test_the_level_is_the_drafter_that_was_tried(
     monkeypatch.setattr(EagleDrafter, "propose", lambda self, *given: (asked.append(1), genuine(self, *given))[1])
     run(model, polyspec_control="fixed")
     assert asked
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_head_is_tried_as_it_will_run(
+    model: PreTrainedModel,
+    timed: list[Any],
+    trials: dict[str, Any],
+    folder: str,
+    packs: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What packing makes of its steps is part of what they cost."""
+    seen: list[list[bool]] = []
+    genuine = drafters.try_drafters
+
+    def watched(model: Any, target: Any, prompt: Any, passes: Any, tries: Any, *more: Any) -> Any:
+        def looked_at(target: Any, member: Any, ids: Any) -> Any:
+            linears = [module for module in member.layers.modules() if isinstance(module, torch.nn.Linear)]
+            seen.append(["forward" in linear.__dict__ for linear in linears])
+            return tries(target, member, ids)
+
+        return genuine(model, target, prompt, passes, looked_at, *more)
+
+    monkeypatch.setattr(choosing, "try_drafters", watched)
+    run(model, polyspec_pack=packs)
+    assert seen == [[packs] * len(seen[0])]
