@@ -14,6 +14,7 @@ import torch
 from ..exactness.context import EMBEDDED, Context, Prompt
 from ..host.encoded import Encoded
 from ..host.manners import runner_for
+from ..host.moments import one_moment
 from ..host.positions import positions_told
 from ..host.ranks import ALONE, Ranks
 from ..host.release import input_device
@@ -138,15 +139,16 @@ def time_passes(
         name: {columns: [] for columns in _within(sizes[name], clock)} for name, clock in clocks.items()
     }
     spent = dict.fromkeys(models, 0.0)
-    for repeat in range(_MOST_REPEATS):
-        for name, clock in clocks.items():
-            for columns, times in found[name].items():
-                done = spent[name] > budget or (repeat >= _REPEATS and _settled(times))
-                if repeat and ranks.first([done])[0]:
-                    continue
-                progress(f"timing {name}")
-                times.append(clock.seconds(columns))
-                spent[name] += times[-1]
+    with one_moment():  # as in a generation that calls nobody else's code
+        for repeat in range(_MOST_REPEATS):
+            for name, clock in clocks.items():
+                for columns, times in found[name].items():
+                    done = spent[name] > budget or (repeat >= _REPEATS and _settled(times))
+                    if repeat and ranks.first([done])[0]:
+                        continue
+                    progress(f"timing {name}")
+                    times.append(clock.seconds(columns))
+                    spent[name] += times[-1]
     return ranks.told({name: _rising(of) for name, of in found.items()})  # type: ignore[no-any-return]
 
 
