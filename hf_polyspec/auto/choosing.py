@@ -28,7 +28,7 @@ from ..quantization.modules import sharing_copy
 from . import profile as profiles
 from .copying import copy_hindrance
 from .drafters import MTP, Tried, Tries, joint, load_drafter, try_drafters
-from .measuring import FEW, SIZES, Progress, agreement, generators_kept, time_passes
+from .measuring import FEW, SIZES, Alike, Progress, agreement, generators_kept, time_passes
 from .profile import Key, Profile
 from .source import MAY, identity_of, layout_of
 from .worth import ASSUMED, PACKED_GAIN, milliseconds, sizes_of, worth
@@ -177,7 +177,8 @@ def _made(model: Any, found: Profile, side: _Side, changed: bool, mode: Hashable
     if place not in side.costs:
         tables = [found.passes["target"], *(found.passes[name] for name in members if name in _BITS)]
         head = next((found.head_of(name) for name in members if name not in (*_BITS, SUFFIX)), None)
-        side.costs[place] = Costs(tables, found.agreement.get(middle or "", ASSUMED), head)
+        agreed, scale = found.agreement.get(middle or "", ASSUMED), found.scales.get(middle or "")
+        side.costs[place] = Costs(tables, agreed, head, scale)
     return Ready(target, assistants, dict(found.options), side.costs[place], line)
 
 
@@ -216,10 +217,12 @@ def _measured(
     if manner_of(model) in (Manner.STEPS, Manner.NONE):
         passes = time_passes({"target": model}, {"target": FEW}, progress, encoded, ranks=ranks)
         line = "the model alone: it goes on exactly only one token a pass"
-        return _profile(model, key, False, [], passes, {}, [line], [], progress)
+        return _profile(model, key, False, [], passes, ({}, {}), [line], [], progress)
     packed, passes, words, left = _target(model, key, side, progress, encoded, ranks)
     target = side.twin if packed else model
-    bits, agreed, about = _copy(model, target, prompt, passes, side, progress, encoded, ranks)
+    bits, alike, about = _copy(model, target, prompt, passes, side, progress, encoded, ranks)
+    agreed = {} if bits is None or alike is None else {bits: alike.share}
+    scales = {} if bits is None or alike is None or alike.scale is None else {bits: alike.scale}
     (words if bits else left).append(about)
     drafter: Tried | None = None
     if tries is not None:
@@ -231,6 +234,7 @@ def _measured(
         words.remove(about)
         left.append(f"{about}, which promises less")
         side.copies.clear()
+        scales.clear()
         passes.pop(bits)
     members = [bits] if bits and keeps_copy else []
     if drafter is not None and keeps_drafter:
@@ -241,7 +245,7 @@ def _measured(
         members.append(drafter.name)
     if MTP not in members:
         members.append(SUFFIX)
-    return _profile(model, key, packed, members, passes, agreed, words, left, progress)
+    return _profile(model, key, packed, members, passes, (agreed, scales), words, left, progress)
 
 
 def _target(
@@ -275,8 +279,8 @@ def _copy(
     progress: Progress,
     encoded: Encoded | None,
     ranks: Ranks,
-) -> tuple[str | None, dict[str, float], str]:
-    """The quantised copy that pays, if one does; its passes are added to those of the target."""
+) -> tuple[str | None, Alike | None, str]:
+    """The quantised copy that pays, if one does, and how alike it is; its passes are added to those of the target."""
     reason = "int8: it does not pay"
     for name, bits in _BITS.items():
         hindrance = ranks.told(copy_hindrance(model, bits) if ranks.leads else None)
@@ -291,19 +295,19 @@ def _copy(
             failure = " ".join(str(error).split()).rstrip(".")
         failure = ranks.told(failure)
         if failure is not None:
-            return None, {}, f"{name}: {failure}"
+            return None, None, f"{name}: {failure}"
         with packed_assistants([copy], target):  # as it runs in a chain
             found = _times_of(name, copy, progress, encoded, ranks)
-            share = agreement(copy, target, prompt, encoded, ranks)
-        gain = worth(passes["target"], found[name], share)
+            alike = agreement(copy, target, prompt, encoded, ranks)
+        gain = worth(passes["target"], found[name], None if alike is None else alike.share)
         told = f"its pass takes {milliseconds(found[name][0][1])}"
-        told += "" if share is None else f", it agrees in {share:.0%}"
+        told += "" if alike is None else f", it agrees in {alike.share:.0%}"
         if gain > 1:
             side.copies[name] = copy
             passes |= found
-            return name, {} if share is None else {name: share}, f"{name} ({told})"
-        return None, {}, f"{name}: {told}, which would not pay"
-    return None, {}, reason
+            return name, alike, f"{name} ({told})"
+        return None, None, f"{name}: {told}, which would not pay"
+    return None, None, reason
 
 
 def _times_of(
@@ -324,11 +328,12 @@ def _profile(
     packed: bool,
     members: list[str],
     passes: dict[str, list[list[float]]],
-    agreed: dict[str, float],
+    alike: tuple[dict[str, float], dict[str, float]],
     words: list[str],
     left: list[str],
     progress: Progress,
 ) -> Profile:
+    agreed, scales = alike
     chain = [*words, *([SUFFIX] if SUFFIX in members else [])]
     middle = next((name for name in members if name in _BITS), None)
     drafter = next((name for name in members if name not in (*_BITS, SUFFIX)), None)
@@ -342,6 +347,7 @@ def _profile(
         sizes_of(passes["target"], passes.get(middle or ""), agreed.get(middle or ""), head),
         passes,
         agreed,
+        scales,
         " + ".join(chain),
         tuple(left),
         round(progress.seconds, 3),

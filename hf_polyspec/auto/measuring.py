@@ -7,10 +7,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..control.leads import scale_of
 from ..exactness.context import EMBEDDED, Context, Prompt
 from ..host.encoded import Encoded
 from ..host.manners import runner_for
@@ -170,18 +172,31 @@ def _within(sizes: Sequence[int], clock: Clock) -> list[int]:
     return [columns for columns in sizes if columns <= clock.longest] or [1]
 
 
+@dataclass(frozen=True)
+class Alike:
+    """How a copy of a model compares with it.
+
+    Attributes:
+        share: of a prompt's places at which its likeliest token is the model's, 0 to 1.
+        scale: of its errors, in logits (`control.leads`).
+    """
+
+    share: float
+    scale: float | None = None
+
+
 @torch.no_grad()
 def agreement(
     model: Any, target: Any, ids: Sequence[int], encoded: Encoded | None = None, ranks: Ranks = ALONE
-) -> float | None:
-    """The share of a prompt's places at which a copy's likeliest token is the target's.
+) -> Alike | None:
+    """How alike a copy and the target are at the places of a prompt.
 
     Args:
         model: the copy; target: the model; ids: of a prompt; encoded: see `Clock`.
         ranks: the processes that take part in passes of the target; the copy is in the first of them.
 
     Returns:
-        0 to 1; None where there is too little of a prompt to tell.
+        None where there is too little of a prompt to tell.
     """
     some = [token for token in ids if token != EMBEDDED][-_READ:]
     if len(some) < 8:
@@ -189,8 +204,14 @@ def agreement(
 
     def said(one: Any) -> torch.Tensor:
         runner = runner_for(one, "a copy", input_device(one), encoded=encoded)
-        return runner.run(_context(some[:1]), [some[1:]], LevelStats("reading", 0)).logits[0].argmax(-1)
+        return runner.run(_context(some[:1]), [some[1:]], LevelStats("reading", 0)).logits[0]
 
-    by_target = said(target)
-    share: float = ranks.told(ranks.attempted(lambda: float((by_target == said(model)).float().mean()), 0.0))
-    return share
+    by_target = said(target).argmax(-1)
+
+    def compared() -> Alike:
+        logits = said(model)
+        right = (by_target == logits.argmax(-1)).tolist()
+        first, second = logits.float().topk(min(2, logits.shape[-1]), -1).values[:, [0, -1]].unbind(-1)
+        return Alike(sum(right) / len(right), scale_of((first - second).tolist(), right))
+
+    return ranks.told(ranks.attempted(compared, Alike(0.0)))  # type: ignore[no-any-return]

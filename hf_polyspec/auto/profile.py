@@ -24,7 +24,7 @@ from ..storage.atomic import write_json
 from ..storage.reading import read_json
 from ..version import __version__
 
-FORMAT = 2
+FORMAT = 3
 REMEDY = "forget it with `polyspec profile forget`; the next call measures anew"
 
 
@@ -86,6 +86,7 @@ class Profile:
         passes: by level, [columns, seconds] of passes, of a drafter those of drafts; "target" is the chosen one,
             "unpacked" the other.
         agreement: by member, the share of tokens in which it said what the target said.
+        scales: by copy, the scale of its errors in logits (`control.leads`).
         line: what was chosen and why; left_out: sentences on what was not.
         seconds: that measuring took.
     """
@@ -98,6 +99,7 @@ class Profile:
     options: dict[str, int]
     passes: dict[str, list[list[float]]]
     agreement: dict[str, float]
+    scales: dict[str, float]
     line: str
     left_out: tuple[str, ...] = ()
     seconds: float = 0.0
@@ -129,6 +131,7 @@ class Profile:
             named = all(isinstance(name, str) for name in (*given["members"], *given["left_out"], given["line"]))
             sizes = all(isinstance(size, int) and size >= 0 for size in values["options"].values())
             shares = all(0 <= float(share) <= 1 for share in values["agreement"].values())
+            shares = shares and all(0 < float(scale) < float("inf") for scale in values["scales"].values())
         except (TypeError, AttributeError, KeyError, ValueError) as error:
             raise ValueError("it has not the form of a profile") from error
         if not (good and named and sizes and shares and values["passes"].get("target")):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from ..planning.theory.cost_model import SecondsTable
+from .leads import Leads
 from .pace import Pace
 from .pass_seconds import PassSeconds
 
@@ -133,17 +134,22 @@ class Costs:
         tables: [columns, seconds] of every level with a model that checks, the target first.
         agreed: the share of a middle's tokens that the target is expected to keep.
         head: what is known of a head below, if there is one.
+        scale: of the errors of a middle that is a copy, in logits (`Leads`); None where it is not known.
 
     Attributes:
         tables: of passes as they were measured beforehand.
+        leads: how likely a token of the middle is right, by how far it was ahead.
         middle, leaf, head: shares that were kept: of a middle, of what costs nothing to draft, of a head.
         step, extra: seconds of a token of a head, and of a round with some besides, at the pace of the tables.
     """
 
-    def __init__(self, tables: Sequence[Points], agreed: float, head: Head | None = None) -> None:
+    def __init__(
+        self, tables: Sequence[Points], agreed: float, head: Head | None = None, scale: float | None = None
+    ) -> None:
         self.tables = [SecondsTable(tuple((int(columns), float(seconds)) for columns, seconds in p)) for p in tables]
         self._pace = Pace([partial(self._table_seconds, level) for level in range(len(self.tables))])
         self.middle = Share(agreed, 16.0)
+        self.leads = Leads(scale)
         self.leaf = Share(SURE, 24.0, least=6.0)
         self.head = None if head is None else Share(head.share, 6.0, least=1.0)
         self.step, self.extra = (0.0, 0.0) if head is None else (head.step, head.extra)
@@ -191,7 +197,7 @@ class Costs:
         """
         target = partial(self._pace.table_seconds, 0)
         whole = target(rows * (block + 1)) + block * self._middle_token(rows)
-        return _emitted(self.middle.value if right is None else right, block) * target(rows) / whole
+        return mean_emitted(self.middle.value if right is None else right, block) * target(rows) / whole
 
     def most_of_blocks(self, right: float, rows: int = 1) -> float:
         """The speed of the best block if such a share of its tokens were kept."""
@@ -207,7 +213,7 @@ class Costs:
         assert self.head is not None
         table = partial(self._pace.table_seconds, level)
         whole = table(rows * (size + 1)) + size * self.step + (self.extra if size else 0.0)
-        return _emitted(self.head.value, size) * table(rows) / whole
+        return mean_emitted(self.head.value, size) * table(rows) / whole
 
     def steps(self, level: int, rows: int) -> int:
         """Tokens of a head's drafts that promise most under a level; 0 where none pays."""
@@ -221,7 +227,7 @@ class Costs:
         """
         table = partial(self._pace.table_seconds, level)
         kept = self.leaf.value if sure is None else sure
-        return _emitted(kept, size) * table(rows) / table(rows * (size + 1))
+        return mean_emitted(kept, size) * table(rows) / table(rows * (size + 1))
 
     def passing_by_pays(self, rows: int) -> bool:
         """Whether what costs nothing to draft is better checked by the target at once than by a middle before it.
@@ -231,13 +237,13 @@ class Costs:
         target, middle = (partial(self._pace.table_seconds, level) for level in (0, 1))
         kept = self.leaf.value
         size = self.draft(0, rows)
-        at_once = _emitted(kept, size) / target(rows * (size + 1))
+        at_once = mean_emitted(kept, size) / target(rows * (size + 1))
         size = self.draft(1, rows)
-        emitted, seconds = _emitted(kept, size), middle(rows * (size + 1))
+        emitted, seconds = mean_emitted(kept, size), middle(rows * (size + 1))
         for block in BLOCKS:
             checks = math.ceil(block / emitted)
             whole = checks * seconds + target(rows * (checks * emitted + 1))
-            if _emitted(self.middle.value, checks * emitted) / whole > at_once:
+            if mean_emitted(self.middle.value, checks * emitted) / whole > at_once:
                 return False
         return True
 
@@ -251,6 +257,6 @@ class Costs:
         return max(DRAFTS, key=lambda size: self.speed_of_draft(size, level=level, rows=rows))
 
 
-def _emitted(kept: float, size: float) -> float:
+def mean_emitted(kept: float, size: float) -> float:
     """Tokens of a round over a proposal of this size, each of which is kept with the same chance."""
     return float(size + 1) if kept >= 1 else (1 - kept ** (size + 1)) / (1 - kept)

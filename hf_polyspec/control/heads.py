@@ -15,7 +15,9 @@ HOPED = 0.75
 TRIAL = 1
 """Tokens of its drafts at most until it has paid again."""
 ENOUGH = 8
-"""Drafts in a row that were worth their time, after which what was lost before is forgotten."""
+"""Drafts of which something was kept, after which what was lost before is forgotten."""
+MISSED = 2
+"""How many of them one counts for of which nothing was."""
 
 
 class Heads:
@@ -42,6 +44,11 @@ class Heads:
         """Whether a row's last draft came from the head."""
         return self.known and not (isinstance(self.leaf, JoinedDrafter) and self.leaf.is_sure(row))
 
+    @property
+    def on_trial(self) -> bool:
+        """Whether it has yet to pay again, or for the first time."""
+        return self.known and (HEAD in self.standing.waits or self._paid < ENOUGH)
+
     def tokens(self, level: int, rows: int) -> int:
         """Tokens of its next drafts under a level; 0 for none."""
         share, standing = self.costs.head, self.standing
@@ -61,4 +68,4 @@ class Heads:
         """A draft of the head was judged."""
         assert self.costs.head is not None
         self.costs.head.add(drafted, accepted)
-        self._paid += 1
+        self._paid = max(0, self._paid + (1 if accepted else -MISSED))

@@ -12,10 +12,20 @@ TRUSTED, OF_ROOM = 1.5, 0.023
 have, whichever is less."""
 CREDIT = 0.5
 """Plain tokens that a setup may lose at first."""
+RISE, MOST = 0.042, 1.6
+"""Of the time generated in, what may be lost early on, up to so many plain tokens: 4.4 % of an answer of 16 are allowed
+behind its 16th token too, and 2.5 % of 64."""
 SHARE = 0.02
 """Of the time generated in, what may be lost besides."""
 FADES = 0.8
 """What a round leaves of the seconds before it."""
+
+FIRST_WAIT = 12.0
+"""Tokens after which what had paid until now is tried again: two unlucky rounds are no change of the text."""
+SHORTEST_WAIT = 24.0
+LONGEST_WAIT = 1024.0
+UNSEEN_WAIT = 96.0
+"""The shortest where nothing was lost, since what was known promised nothing: a middle that is tried reads the text."""
 
 
 @dataclass
@@ -41,7 +51,8 @@ class Ledger:
         Args:
             plain: seconds of a plain token; start: plain tokens that the generation may be behind at first.
         """
-        return max(start * plain, SHARE * self.elapsed) + self.won
+        early = min(RISE * self.elapsed, MOST * plain)
+        return max(start * plain, early, SHARE * self.elapsed) + self.won
 
 
 @dataclass
@@ -54,6 +65,7 @@ class Account:
         missed: whether its levels may have to read, in its first round, what they have missed.
         total: won and lost in all.
         share: of the time it runs, what may be lost besides.
+        patience: rounds in a row that must have lost before it counts as overdrawn; lost: how many have.
     """
 
     credit: float
@@ -63,6 +75,8 @@ class Account:
     missed: bool = False
     total: float = 0.0
     share: float = SHARE
+    patience: int = 1
+    lost: int = 0
     _seconds: float = 0.0
     _idle: float = 0.0
 
@@ -70,6 +84,7 @@ class Account:
         """A round that took so long and emitted so many tokens has won or lost against the target alone."""
         self.rounds += 1
         self.total += gain
+        self.lost = self.lost + 1 if gain < 0 else 0
         self._seconds = FADES * self._seconds + seconds
         self._idle = FADES * self._idle + (seconds if tokens <= 1 else 0.0)
         gain += self.share * seconds
@@ -84,4 +99,25 @@ class Account:
 
     @property
     def overdrawn(self) -> bool:
-        return self.balance < -self.credit
+        return self.balance < -self.credit and self.lost >= self.patience
+
+
+def wait_after(account: Account, plain: float, before: float, several: bool, believed: bool) -> float:
+    """Plain tokens after which a setup that is left now is tried again.
+
+    Args:
+        account: of the setup; plain: seconds of a plain token; before: what it had to wait the last time.
+        several: whether there are several rows.
+        believed: whether more is known of its middle than how its last rounds went.
+    """
+    proven = account.most is None
+    if not account.overdrawn:
+        return max(UNSEEN_WAIT, 2 * before if several else 0.0)
+    least = FIRST_WAIT if proven else SHORTEST_WAIT
+    # So long that what was lost is only a share of the time; less at first where a middle is believed.
+    wait = max(least, 0.0 if proven else -account.total / plain / account.share)
+    if several:
+        wait = max(wait, 2 * before)
+    elif believed:
+        wait = min(wait, max(FIRST_WAIT, 2 * before))
+    return min(LONGEST_WAIT, wait)

@@ -22,22 +22,23 @@ from ..levels.verifier import Verifier
 from ..telemetry.counters import Check, Decision
 from .costs import BLOCKS, DRAFTS, Costs
 from .cutting import Cut
+from .ending import ending_of
 from .heads import Heads
-from .ladder import ladder_of, passes_by, smaller, tells
-from .ledger import CREDIT, OF_ROOM, SHARE, START, TRUSTED, Account, Ledger
+from .ladder import ladder_of, passes_by, tells
+from .ledger import CREDIT, OF_ROOM, SHARE, SHORTEST_WAIT, START, TRUSTED, Account, Ledger, wait_after
 from .pace import BEHIND
-from .readiness import missing
+from .risks import Risks
 from .setups import PLAIN, Chain, Setup, spine
 from .shares import shared_out, tell_left, valued
 
-FIRST_WAIT = 12.0
-"""Tokens after which what had paid until now is tried again: two unlucky rounds are no change of the text."""
-SHORTEST_WAIT = 24.0
-LONGEST_WAIT = 1024.0
-UNSEEN_WAIT = 96.0
-"""The shortest where nothing was lost, since what was known promised nothing: a middle that is tried reads the text."""
+SURELY = 1.5
+"""Plain tokens that may be lost besides to drafts that say themselves how likely they are."""
+PATIENCE = 2
+"""Rounds in a row that a middle may lose which is expected to be right."""
 TRIAL = 1
 """Most tokens of blocks and drafts in a trial; they double with every round that does not lose."""
+WATCHED = 4
+"""Tokens of blocks at most while a head below the middle is on trial."""
 ROWS_TRIAL = 2
 """The same where there are several rows, whose rounds nothing limits by what they may lose."""
 ENOUGH = 6
@@ -87,11 +88,13 @@ class SteadyControl:
         self.decisions: list[Decision] = []
         self._several = False
         self._cuts: list[Cut] = []
+        self._ending = ending_of(self.chain, costs)
         if tells(self.chain.leaf):  # whoever asks it
             self._cuts = [Cut(verifier, partial(self._checked, verifier.index)) for verifier in self.chain.verifiers]
         self._steps = ladder_of(self.chain)
         self.standing = costs.standing.copied(len(self.ladder) - 1)
         self.heads = Heads(self.chain.leaf, costs, self.standing)
+        self._risks = Risks(self.chain, costs, self.heads)
         self._passes_by = passes_by(self.chain)
         self.setup = self._own = PLAIN
         self.emitted = 0.0
@@ -148,6 +151,8 @@ class SteadyControl:
     def finish(self) -> None:
         """The generation is over: keep what was learnt, and give drafters back as they came."""
         self.costs.standing = self.standing
+        if self._ending is not None:
+            self._ending.level.ending = None
         self.chain.restore()
 
     def observe(self, check: Check) -> None:
@@ -161,6 +166,8 @@ class SteadyControl:
         source = self.chain.levels[check.source]
         # Where a long draft has passed a middle by, only what came before it is the middle's own.
         own = source.checked if isinstance(source, Verifier) else [0] * len(check.drafted)
+        if self._ending is not None and source is self._ending.level and len(own) == 1:
+            self._ending.judged(min(own[0], check.accepted[0]))
         for row, (drafted, accepted, first) in enumerate(zip(check.drafted, check.accepted, own, strict=True)):
             first = min(first, drafted)
             if first:
@@ -193,7 +200,7 @@ class SteadyControl:
         """Rows share out their columns where there are several."""
         self._several = several and bool(self.columns)
         for cut in self._cuts:
-            cut.idle = self._several
+            cut.idle = self._several or (cut.level.ending is not None and not several)
         if self.standing.place >= len(self.ladder):
             self.standing.place, self._account = len(self.ladder) - 1, None
 
@@ -206,20 +213,15 @@ class SteadyControl:
         if not same or (limits[0] >= LAST and any(self._may_try(above, context) for above in range(place))):
             return False
         usual = self._cutting and not self.heads.known and not account.overdrawn
-        return len(setup.levels) == 1 or (usual and self._worst(setup) <= self._left(place))
+        return len(setup.levels) == 1 or (usual and self._risks.worst(setup, cutting=True) <= self._left(place))
 
     def _step(self, context: Context, room: int) -> None:
         account, place = self._account, self.standing.place
         assert account is not None
         last, left = len(self.ladder) - 1, self._left(place)
         if place < last and (account.overdrawn or self._hopeless(place)):
-            proven = account.most is None
-            least = (FIRST_WAIT if proven else SHORTEST_WAIT) if account.overdrawn else UNSEEN_WAIT
-            lost = 0.0 if proven else -account.total / self._plain_seconds()
-            if self._rows > 1:
-                least = max(least, 2 * self.standing.waits.get(place, 0.0))
-            wait = min(LONGEST_WAIT, max(least, lost / account.share))
-            self.standing.waits[place] = wait
+            told = self._plain_seconds(), self.standing.waits.get(place, 0.0), self._rows > 1, self._believes(place)
+            wait = self.standing.waits[place] = wait_after(account, *told)
             self.standing.due[place] = self.standing.passed + wait
             below = next(lower for lower in range(place + 1, last + 1) if lower == last or self._due(lower))
             self._move(below, "it loses" if account.overdrawn else "the middle does not pay")
@@ -267,11 +269,17 @@ class SteadyControl:
 
     def _opened(self, most: int | None) -> Account:
         share = SHARE if self._rows == 1 else SHARE_OF_ROWS
-        return Account(CREDIT * self._plain_seconds(), most=most, missed=self._reason == "trial", share=share)
+        found = Account(CREDIT * self._plain_seconds(), most=most, missed=self._reason == "trial", share=share)
+        found.patience = PATIENCE if self._believes(self.standing.place) else 1
+        return found
 
     def _hopeless(self, place: int) -> bool:
         """Whether a setup has a middle that promises nothing, whatever the drafter wins."""
         return self._has_middle(place) and self.costs.block(self._rows) == 0
+
+    def _believes(self, place: int) -> bool:
+        """Whether a setup has a middle of which more is known than how its last rounds went."""
+        return self._ending is not None and self._rows == 1 and self._has_middle(place)
 
     def _has_middle(self, place: int) -> bool:
         return len(self.ladder[place]) > 2
@@ -281,6 +289,8 @@ class SteadyControl:
         if self._rows > 1 or self._several:
             return math.inf
         start = self._start if self._has_middle(place) and self.costs.middle.proven else START
+        if self._cutting and not self._has_middle(place) and not self.heads.known:
+            start += SURELY  # each draft is expected to win
         left = self.ledger.left(self._plain_seconds(), start)
         account = self._account
         if account is None or account.most is None or account.balance <= 0:
@@ -289,47 +299,18 @@ class SteadyControl:
 
     def _risk(self, place: int, context: Context) -> float:
         """Seconds that the smallest round of a setup may lose."""
-        if len(self.ladder[place]) == 1 or self._rows > 1 or self._several:
+        if self._rows > 1 or self._several:
             return 0.0
-        levels = self.ladder[place]
-        smallest = Setup(levels, (1,) * (len(levels) - 1), head=0 if self.heads.beside else None)
-        return self._worst(smallest) + self._catching_up(place, context)
+        return self._risks.least(self.ladder[place], context, cutting=self._cutting)
 
     def _afforded(self, context: Context) -> Setup:
         """The setup at this place, or as much of it as may be lost."""
         left = self._left(self.standing.place)
         if left == math.inf or self._own == PLAIN:
             return self._own
-        left -= self._catching_up(self.standing.place, context)
-        # A draft that is cut by its own chances may be longer than what stands above it, and all lengths risk as much.
-        drafts = DRAFTS[:1] if self._cutting and not self.heads.known else DRAFTS
-        found = self._own
-        for found in smaller(self._own, BLOCKS, drafts, leaf=not self._cutting):
-            if self._worst(found) <= left:
-                return found
-        return PLAIN if self.standing.place == len(self.ladder) - 1 else found
-
-    def _worst(self, setup: Setup) -> float:
-        """Seconds that a round of one row takes longer than the target alone, where nothing of it is kept."""
-        *blocks, draft = setup.sizes
-        drawn = (draft if setup.head is None else setup.head) if self.heads.known else 0
-        if self._cutting:
-            draft = min(draft, 1)  # how long one is follows from its chances, and what becomes of it moves those
-        drafting = drawn * self.costs.step_seconds
-        if not blocks:
-            return self.costs.seconds(0, 1 + draft) + drafting - self._plain_seconds()
-        passed_by = draft if self.chain.verifiers[-1].direct_tokens else 0
-        middle = blocks[0] * (self.costs.seconds(1, 1 + drawn) + drafting)
-        return middle + self.costs.seconds(0, 1 + blocks[0] + passed_by) - self._plain_seconds()
-
-    def _catching_up(self, place: int, context: Context) -> float:
-        """Seconds in which a middle reads what it has missed."""
-        if not self._has_middle(place):
-            return 0.0
-        runner, behind = self.chain.verifiers[-1].runner, missing(self.chain.verifiers[-1], context)
-        if behind <= 1 or (runner.lender is not None and behind >= runner.borrows_from):
-            return 0.0
-        return self.costs.seconds(1, behind) - self.costs.seconds(1, 1)
+        found = self._risks.afforded(self._own, left, context, cutting=self._cutting)
+        last = self.standing.place == len(self.ladder) - 1
+        return PLAIN if found is None and last else found or self._risks.smallest(self._own.levels)
 
     def _at_most(self, setup: Setup, most: int | None) -> Setup:
         return setup if most is None else setup.at_most(most, leaf=not self._cutting)
@@ -348,7 +329,7 @@ class SteadyControl:
             middle.runner.borrows_from = FEW if middle.direct_tokens else WORTH
         for above, level in itertools.pairwise(levels):
             if isinstance(self.chain.levels[level], Verifier):
-                sizes.append(max(1, self.costs.block(rows)))
+                sizes.append(self._block(rows))
             elif self.heads.known and not self.heads.beside:
                 sizes.append(max(1, self.heads.tokens(above, rows)))
             else:
@@ -358,6 +339,14 @@ class SteadyControl:
                 if self.heads.known:  # it can only guess under the level whose states it reads
                     head = self.heads.tokens(above, rows) if above == level - 1 else 0
         return Setup(levels, tuple(sizes), head=head)
+
+    def _block(self, rows: int) -> int:
+        """Most tokens of a middle's blocks."""
+        best = self.costs.block(rows)
+        if not best or self._ending is None or rows > 1:
+            return max(1, best)
+        # An `Ending` looks at every token, but whether a head is worth its time is looked at between two blocks.
+        return min(best, WATCHED) if self.heads.on_trial else max(BLOCKS)
 
     def _checks_long_drafts(self, above: int) -> int:
         """The level that checks a drafter's long drafts: they pass a middle by."""

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-from ..exactness.distributions import SCORES_ALONE, LawMaker
+from ..exactness.distributions import LawMaker
+from ..exactness.kinds import SCORES_ALONE
 from ..exactness.noise import SharedNoise
 from ..exactness.row_laws import OneRow, RowNoise
 from ..generation.chances import Chances

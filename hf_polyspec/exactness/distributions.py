@@ -13,7 +13,6 @@ that may have different lengths. Three kinds of processors are told apart, by ex
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 
@@ -23,50 +22,10 @@ from transformers import LogitsProcessor
 from .context import Context
 from .forks import AllowedTokens, Lent, duplicate
 from .id_rows import IdRows
+from .kinds import FUNCTIONS, POINTWISE, PREFIX, SCORES_ALONE, STATELESS
 from .largest import largest
 from .noise import Noise
-from .processors import DraftVocabularyProcessor
 from .randomness import Deciding, Randomness, TorchRandomness, decided_here
-
-
-def _types(*names: str) -> frozenset[type]:
-    """Those of the named classes that the installed transformers has beside the base class of all processors."""
-    beside = sys.modules[LogitsProcessor.__module__]
-    return frozenset(getattr(beside, name) for name in names if hasattr(beside, name))
-
-
-POINTWISE = _types(
-    "TemperatureLogitsWarper",
-    "TopHLogitsWarper",
-    "TopKLogitsWarper",
-    "TopPLogitsWarper",
-    "MinPLogitsWarper",
-    "TypicalLogitsWarper",
-    "EpsilonLogitsWarper",
-    "EtaLogitsWarper",
-    "InfNanRemoveLogitsProcessor",
-    "LogitNormalization",
-    "SuppressTokensLogitsProcessor",
-) | {DraftVocabularyProcessor}
-SCORES_ALONE = POINTWISE - _types("SuppressTokensLogitsProcessor") - {DraftVocabularyProcessor}
-"""Pointwise ones that do not ask which id a score is of: they may be run on some of the ids."""
-PREFIX = _types(
-    "MinLengthLogitsProcessor",
-    "MinNewTokensLengthLogitsProcessor",
-    "RepetitionPenaltyLogitsProcessor",
-    "EncoderRepetitionPenaltyLogitsProcessor",
-    "NoRepeatNGramLogitsProcessor",
-    "EncoderNoRepeatNGramLogitsProcessor",
-    "SequenceBiasLogitsProcessor",
-    "NoBadWordsLogitsProcessor",
-    "ForcedBOSTokenLogitsProcessor",
-    "ForcedEOSTokenLogitsProcessor",
-    "ExponentialDecayLengthPenalty",
-    "SuppressTokensAtBeginLogitsProcessor",
-)
-FUNCTIONS = _types("PrefixConstrainedLogitsProcessor")
-"""Ones that ask a function of the caller's of the row and its ids, by its contract of nothing else."""
-STATELESS = POINTWISE | PREFIX | {AllowedTokens}
 
 
 class LawMaker:
@@ -229,11 +188,34 @@ class LawMaker:
             active: rows that matter; None for all.
 
         Returns:
-            `[B, N]`; -1 for a law that cannot be drawn from."""
+            `[B, N]`; -1 for a law that cannot be drawn from.
+        """
+        return self.choose_with_lead(scores, context, ahead, active, leads=False)[0]
+
+    def choose_with_lead(
+        self,
+        scores: torch.Tensor,
+        context: Context,
+        ahead: Sequence[Sequence[int]],
+        active: Sequence[bool] | None = None,
+        *,
+        leads: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`choose`, and how far each choice is ahead of what comes second: a model that says nearly the same of every
+        id, as a copy in fewer bits does, is likely to choose alike where that is much.
+
+        Args:
+            scores, context, ahead, active: as for `choose`; leads: whether to look.
+
+        Returns:
+            The choices `[B, N]`, and their leads `[B, N]` in logits: differences of scores, to which a race adds noise
+            (the logarithm of exponential noise is Gumbel's); None if nobody asked.
+        """
         if self.noise is None:
-            return largest(scores)
-        best, ids = self.race(self.probabilities(scores.to(self.noise.dtype)), context, ahead, active).max(-1)
-        return torch.where(best.isnan(), -1, ids)
+            return largest(scores), _lead(scores) if leads else None
+        race = self.race(self.probabilities(scores.to(self.noise.dtype)), context, ahead, active)
+        best = race.max(-1)
+        return torch.where(best.values.isnan(), -1, best.indices), _lead(race, logs=False) if leads else None
 
     def refuse(self, scores: torch.Tensor) -> None:
         """Raise what plain generation raises where it is to draw from such scores.
@@ -394,6 +376,12 @@ class LawMaker:
             for b, i in members:
                 logits[b, i] = scores[b]
         return logits
+
+
+def _lead(values: torch.Tensor, *, logs: bool = True) -> torch.Tensor:
+    """By how much the largest of `[..., V]` is ahead of the second, `[...]`; of weights, by their logarithms."""
+    first, second = values.topk(min(2, values.shape[-1]), -1).values.float()[..., [0, -1]].unbind(-1)
+    return (first - second if logs else first.log() - second.log()).nan_to_num(0.0)
 
 
 def _name(processor: LogitsProcessor) -> str:

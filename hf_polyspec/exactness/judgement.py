@@ -10,7 +10,7 @@ last: one a position, it cannot know less).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -37,6 +37,8 @@ class Judgement:
         scores: `[B, E, V]` processed scores of the emitted positions, as `RowTensors` where rows differ in length.
         p: `[B, E, V]` the law each emitted token follows, where the level above is to test against it; else None.
         bias: per row, the total variation introduced by a bias budget, summed over the positions judged; empty without.
+        leads: per row, how far each token was ahead of the second (`LawMaker.choose_with_lead`), where somebody asked
+            and choices are compared; else empty.
     """
 
     accepted: list[int]
@@ -44,6 +46,7 @@ class Judgement:
     scores: torch.Tensor | RowTensors
     p: torch.Tensor | None
     bias: list[float] = field(default_factory=list)
+    leads: list[list[float]] = field(default_factory=list)
 
 
 def judge(
@@ -56,6 +59,8 @@ def judge(
     pad: int,
     bias_budget: float = 0.0,
     going: Going | None = None,
+    *,
+    leads: bool = False,
 ) -> Judgement:
     """Decide what to keep of a proposal and draw the token after it.
 
@@ -68,9 +73,10 @@ def judge(
         bias_budget: 0 to 1, see `verification.verify_tokens`; above 0 rules out block verification.
         going: where processors keep state, asked after each position which rows go on; None: those without one of the
             law's `ends`.
+        leads: whether to look how far each choice was ahead, where it can be told.
     """
     if isinstance(law, RowLaws):
-        return _apart(law, context, proposal, logits, active, rule, pad, bias_budget)
+        return _apart(law, context, proposal, logits, active, rule, pad, bias_budget, leads)
     if isinstance(logits, RowTensors):
         if not (law.in_order or law.draws or law.bound_to_rows) and len(set(logits.sizes)) > 1:
             return _by_column(law, context, proposal, logits, active)
@@ -80,7 +86,7 @@ def judge(
     scores = law.scores(context, proposal.tokens, logits)
     if law.draws:
         return _sampled(law, proposal, scores, active, rule, bias_budget)
-    return _compared(law, context, proposal, scores, active)
+    return _compared(law, context, proposal, scores, active, leads)
 
 
 def _apart(
@@ -92,6 +98,7 @@ def _apart(
     rule: str,
     pad: int,
     bias_budget: float,
+    leads: bool,
 ) -> Judgement:
     """Each row by its own law maker; rows that failed emit nothing."""
 
@@ -101,7 +108,7 @@ def _apart(
         of_rows = of_rows if isinstance(of_rows, RowTensors) else of_rows[:, : offered.width + 1]
         going = law.going.get(law.places[rows[0]])
         alive = [True] * len(rows)
-        return judge(own, context.select(rows), offered, of_rows, alive, rule, pad, bias_budget, going)
+        return judge(own, context.select(rows), offered, of_rows, alive, rule, pad, bias_budget, going, leads=leads)
 
     found = list(law.parts(of, active))
     if len(found) == 1 and len(found[0][0]) == context.batch:
@@ -157,12 +164,21 @@ def _by_column(
 
 
 def _compared(
-    law: LawMaker, context: Context, proposal: Proposal, scores: torch.Tensor, active: list[bool]
+    law: LawMaker,
+    context: Context,
+    proposal: Proposal,
+    scores: torch.Tensor,
+    active: list[bool],
+    leads: bool = False,
 ) -> Judgement:
     """Keeps what equals the verifier's own choices."""
     width = scores.shape[1]
     ahead = [[min(i, len(row)) for i in range(width)] for row in proposal.tokens]
-    return _alike(law, proposal, law.choose(scores, context, ahead, active).tolist(), scores, active)
+    chosen, lead = law.choose_with_lead(scores, context, ahead, active, leads=leads)
+    found = _alike(law, proposal, chosen.tolist(), scores, active)
+    if lead is None:
+        return found
+    return replace(found, leads=[row[: len(own)] for row, own in zip(lead.tolist(), found.tokens, strict=True)])
 
 
 def _alike(

@@ -28,6 +28,7 @@ class Emission:
         passed: the forward pass behind it.
         bias: per row, the total variation that a lossy verification introduced; empty when it was exact.
         counted: per row, what `drafted` and `accepted` come to as far as the text goes.
+        leads: per row, how far each token was ahead of the second, where somebody asked (`Judgement.leads`).
     """
 
     tokens: list[list[int]]
@@ -40,6 +41,7 @@ class Emission:
     passed: Pass
     bias: list[float] = field(default_factory=list)
     counted: list[Counted] = field(default_factory=list)
+    leads: list[list[float]] = field(default_factory=list)
 
     def select(self, rows: list[int]) -> Emission:
         """Of some rows, in this order; without the laws and the pass's own output, which are for levels."""

@@ -26,6 +26,7 @@ from .asking import ask, ask_for_tree
 from .base import Drafter
 from .block import Block
 from .emission import Emission
+from .ending import Ending
 
 
 class Verifier(Drafter):
@@ -52,6 +53,7 @@ class Verifier(Drafter):
         going: says which rows go on behind a token, where processors keep state; None: all but those that it ends.
         borrowers: models below that take this one's keys and values instead of reading a prompt (see `lending`).
         ask, ask_for_tree: how `source` is asked (see `asking`); in several processes, see `elsewhere`.
+        ending: decides when the block of a row that is alone goes up; None where `block_size` and `direct_tokens` do.
         watchers: levels that are shown this model's reading of a prompt, since the model above them does not read it.
     """
 
@@ -87,6 +89,7 @@ class Verifier(Drafter):
         self.source: Drafter = below
         self.observer: Callable[[Check], None] | None = None
         self.going: Going | None = None
+        self.ending: Ending | None = None
         self.borrowers: list[ModelRunner] = []
         self.watchers: list[Drafter] = []
         self.vocabulary = 0
@@ -150,7 +153,8 @@ class Verifier(Drafter):
             with self._watched(law):
                 passed = self.runner.run(context, proposal.tokens, self.stats)
             logits = fit_vocabulary(passed.given, self.vocabulary)
-            judgement = judge(law, context, proposal, logits, active, self.rule, self.pad, self.bias_budget, self.going)
+            rules = self.rule, self.pad, self.bias_budget, self.going
+            judgement = judge(law, context, proposal, logits, active, *rules, leads=bool(self._ending(len(active))))
             counted = record(self.stats, proposal, judgement, active, self.eos)
             self.stats.bias += sum(judgement.bias)
         return Emission(
@@ -164,6 +168,7 @@ class Verifier(Drafter):
             passed,
             judgement.bias,
             counted,
+            judgement.leads,
         )
 
     def reads_for_others(self, context: Context, active: list[bool] | None = None) -> bool:
@@ -256,40 +261,52 @@ class Verifier(Drafter):
         if not any(limits) or not self.runner.can_read(context):
             return block.proposal()
         held = context
+        ending = self._ending(context.batch)
+        closes = self.direct_tokens > 0 or ending is not None
         with one_moment() if self._is_alone(law) else nullcontext():
             while any(room := self.runner.within(held, self._rooms(block, limits))):
-                emission = (
-                    self._round_or_close(held, room, law, block) if self.direct_tokens else self.round(held, room, law)
-                )
+                emission = self._round_or_close(held, room, law, block) if closes else self.round(held, room, law)
                 if emission is None:
                     break
                 for b, emitted in enumerate(emission.tokens):
                     taken = self._until_end(emitted)
                     p = None if emission.p is None else emission.p[b, :taken]
                     block.add(b, emitted[:taken], emission.origins[b][:taken], p)
+                    if ending is not None:
+                        ending.add(taken, emission.leads[b][:taken] if emission.leads else [])
                 held = context.extended(block.tokens)
         return block.proposal()
+
+    def _ending(self, rows: int) -> Ending | None:
+        return self.ending if rows == 1 else None
 
     def _is_alone(self, law: LawMaker) -> bool:
         """Whether no code of the caller's runs between this level's passes over a block."""
         return law.asks_nobody and self.below.drafts_alone and self.source.drafts_alone
 
     def _round_or_close(self, context: Context, limits: list[int], law: LawMaker, block: Block) -> Emission | None:
-        """A round of the rows whose draft is short or was drawn; the others' blocks end with what they were offered.
+        """A round of the rows whose draft is to be checked here; the others' blocks end with what they were offered.
 
-        Which way a draft goes is decided by its length, which says nothing about a draw: nobody drew it (law 2).
+        Which way a draft goes is decided by its length, or by an `Ending`: nobody drew it (law 2).
         """
         rooms = self._rooms_below(context, limits)
         began = self.stats.clock()
         offered = self.ask(self.source, context, rooms, law, self.vocabulary, self.eos)
-        tokens, origins, active = list(offered.tokens), list(offered.origins), [limit > 0 for limit in limits]
-        for b, draft in enumerate(offered.tokens):
-            if offered.q is None and active[b] and len(draft) >= self.direct_tokens and self.source.is_sure(b):
-                block.close(b, draft, offered.origins[b])
-                tokens[b], origins[b], active[b], rooms[b] = [], [], False, 0
-        if not any(active):
+        going, ending = [limit > 0 for limit in limits], self._ending(context.batch)
+        if ending is not None:
+            ends, offered = ending.choose(self.source, len(block.tokens[0]), offered)
+            going = [not ends]
+        elif offered.q is None:
+            long = [len(draft) >= self.direct_tokens for draft in offered.tokens]
+            going = [on and not (long[b] and self.source.is_sure(b)) for b, on in enumerate(going)]
+        tokens, origins = list(offered.tokens), list(offered.origins)
+        for b, on in enumerate(going):
+            if limits[b] > 0 and not on:
+                block.close(b, tokens[b], origins[b])
+                tokens[b], origins[b], rooms[b] = [], [], 0
+        if not any(going):
             return None  # nothing was fed: there is no pass to tell of
-        return self._check(context, Proposal(tokens, offered.q, origins), active, law, rooms, began)
+        return self._check(context, Proposal(tokens, offered.q, origins), going, law, rooms, began)
 
     @property
     def checked(self) -> list[int]:
@@ -342,13 +359,7 @@ class Verifier(Drafter):
 
     def _rooms(self, block: Block, limits: list[int]) -> list[int]:
         """Per row, how many tokens its block may still take; 0 once it is complete."""
-        rows = zip(block.tokens, block.unchecked, limits, strict=True)
-        return [0 if unchecked else self._room(held, limit) for held, unchecked, limit in rows]
-
-    def _room(self, block: list[int], limit: int) -> int:
-        if len(block) >= min(self.block_size, limit) or (block and block[-1] in self.eos):
-            return 0
-        return limit - len(block)
+        return block.rooms(limits, None if self._ending(len(limits)) else self.block_size, self.eos)
 
     def _rooms_below(self, context: Context, limits: list[int]) -> list[int]:
         """Per row, tokens the level below may propose, so that this model can still be fed all of them."""

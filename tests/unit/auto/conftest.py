@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import hf_polyspec
 from hf_polyspec.auto import choosing, copying
+from hf_polyspec.auto.measuring import Alike
 
 
 @pytest.fixture
@@ -40,6 +41,6 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return {name: [[k, 1e-3 * seconds[name] * (1 + k / 50)] for k in sizes[name]] for name in models}
 
     monkeypatch.setattr(choosing, "time_passes", told)
-    monkeypatch.setattr(choosing, "agreement", lambda *arguments: 0.9)
+    monkeypatch.setattr(choosing, "agreement", lambda *arguments: Alike(0.9))
     monkeypatch.setattr(copying, "MOST_SECONDS", float("inf"))  # on a busy machine anything may take 20 seconds
     return asked
