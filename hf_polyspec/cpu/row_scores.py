@@ -44,12 +44,19 @@ class RowScores:
     def score(self, hidden: Tensor, count: int | None = None) -> Tensor:
         """`[..., H]` -> `[..., count]`, by all rows unless told."""
         count = len(self.weight) if count is None else count
-        if self._compiles(hidden):
-            assert self._product is not None
-            self._product = product = self._product.of_first(count, self.bias, self._written)
-            return product(hidden)  # not what another thread may have put there meanwhile
+        product = self.product(hidden, count)
+        if product is not None:
+            return product(hidden)
         bias = None if self.bias is None else self.bias[:count]
         return nn.functional.linear(hidden, self.weight[:count], bias)
+
+    def product(self, hidden: Tensor, count: int) -> GrowingProduct | None:
+        """The compiled product of such states with the first `count` rows, None where torch is to multiply."""
+        if not self._compiles(hidden):
+            return None
+        assert self._product is not None
+        self._product = product = self._product.of_first(count, self.bias, self._written)
+        return product  # not what another thread may have put there meanwhile
 
     def _compiles(self, hidden: Tensor) -> bool:
         """Whether the compiled product serves these states; it is made when it first does, if there is memory."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from hf_polyspec.cpu.block_parts import has_hooks
 from hf_polyspec.cpu.compiled import computes
 from hf_polyspec.eagle.configuration import EagleHeadConfig
 from hf_polyspec.host.attention import ACT2FN, ROPE_INIT_FUNCTIONS, dynamic_rope_update
@@ -42,6 +43,13 @@ class EagleRMSNorm(nn.Module):
         wide = hidden.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(hidden.dtype)
+
+
+def plain_norm(norm: nn.Module) -> tuple[torch.Tensor, float] | None:
+    """Weights `[H]` and epsilon of a head's norm; None where it is somebody else's code."""
+    if type(norm) is not EagleRMSNorm or "forward" in norm.__dict__ or has_hooks(norm):
+        return None
+    return norm.weight, norm.eps
 
 
 class EagleAttention(nn.Module):

@@ -121,6 +121,11 @@ class Borrowed:
                 f"The head was made for a vocabulary of {config.vocab_size}; this lm_head scores {rows} ids."
             )
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the lm_head's scores are the target's logits."""
+        return self.logit_scale == 1.0 and self.logit_softcap is None
+
     def need_embedding(self) -> nn.Module:
         """Returns the embedding.
 
@@ -183,7 +188,7 @@ class VocabularySlice:
 
     def score(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores `[..., H]` with these rows: `[..., N]`."""
-        return self._rows.score(hidden)
+        return self.rows.score(hidden)
 
     @cached_property
     def columns(self) -> dict[int, int]:
@@ -191,7 +196,8 @@ class VocabularySlice:
         return {token: column for column, token in enumerate(self.target_ids.tolist())}
 
     @cached_property
-    def _rows(self) -> RowScores:
+    def rows(self) -> RowScores:
+        """What scores by them."""
         return RowScores(self.weight, self.bias)
 
     @classmethod

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 
 from ..cpu.row_scores import RowScores
+from ..cpu.score_task import Norm, ScoreTask
+from ..eagle.attention import plain_norm
 from ..eagle.configuration import EagleHeadConfig
 from ..eagle.modeling import EagleHead
 from ..eagle.vocabulary import SLICES, VocabularySlice, lm_head_logits, lm_head_pieces
@@ -59,6 +61,9 @@ class WorkingVocabulary:
         self.vocabulary = vocabulary
         self.device = device
         self.note: str | None = None
+        config = head.config  # whether scores are those of a norm and some rows
+        plain = config.own_lm_head or head.borrowed.is_plain
+        self._simple = bool(plain and config.final_norm and not config.norm_output)
         self._rows: GrowingSlice | None = None
         known = head.target_ids() if head.config.maps_vocabulary else None
         self._usable: torch.Tensor | None = None  # columns of ids that the chain knows, None for all
@@ -121,6 +126,13 @@ class WorkingVocabulary:
             return lm_head_pieces(self.head, self.head.normed(hidden), self._rows.pieces)
         whole = self.size == self.head.config.draft_vocab_size
         return [self.head.logits(hidden)] if self._usable is None and whole else None
+
+    def task(self, states: torch.Tensor, count: int) -> ScoreTask | None:
+        """What finds the `count` likeliest after states `[B, n, H]` at once, None where that is not so simple."""
+        if self._rows is None or not self._simple:
+            return None
+        norm = plain_norm(self.head.norm)
+        return None if norm is None else self._rows.task(states, norm, count)
 
     def columns_of(self, tokens: Iterable[int]) -> list[int | None]:
         """The column that each id is scored in at present, None for those that are not."""
@@ -204,6 +216,7 @@ class GrowingSlice:
         self._next = 0  # place in the ring behind the pinned ones that the next id takes
         self._rows: RowScores | None = None
         self._places: dict[int, int] | None = None  # columns of those that have joined
+        self._tasks: dict[tuple[int, int], ScoreTask] = {}
 
     def pin(self, ids: Iterable[int]) -> bool:
         """Have ids join for good; says whether any did. What was `seen` before is forgotten."""
@@ -246,6 +259,26 @@ class GrowingSlice:
         """The same of the fixed rows, and of those that have joined, if any have."""
         scores, count = self.fixed.score(hidden), len(self._joined)
         return [scores] if not count or self._rows is None else [scores, self._rows.score(hidden, count)]
+
+    def task(self, states: torch.Tensor, norm: Norm, count: int) -> ScoreTask | None:
+        """What finds the likeliest after such states by compiled products, None where torch multiplies.
+
+        Args:
+            states: `[B, n, H]`; norm: of them; count: of the likeliest.
+        """
+        nodes, joined = states.shape[0] * states.shape[1], len(self._joined)
+        fixed = self.fixed.rows.product(states, len(self.fixed))
+        rows = self._rows if joined else None
+        more = None if rows is None else rows.product(states, joined)
+        if fixed is None or (rows is not None and more is None):
+            return None
+        room = 0 if self._rows is None else len(self._rows.weight)
+        made_of = (norm[0].data_ptr(), norm[1], id(fixed), room, torch.get_num_threads())
+        found = self._tasks.get((nodes, count))
+        if found is None or found.made_of != made_of:
+            found = self._tasks[nodes, count] = ScoreTask(nodes, count, norm, fixed, room)
+        found.join(more)
+        return found
 
     def columns_of(self, tokens: Iterable[int]) -> list[int | None]:
         """The column of each id, None for those that are not held."""

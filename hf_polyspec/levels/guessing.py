@@ -31,21 +31,32 @@ class Guesser:
     def likeliest(self, states: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the ids likeliest after each node: log-probabilities and ids, each `[B, n, min(count, N)]`."""
         count = min(count, len(self.ids))
-        found = self._compiled(states, count) if count > 1 else None
+        found = self._found(states, count) if count > 1 else None
         if found is None:
             return self.working.best(self.pointed.mixed(self.working.score(states), self.ids), count)
-        _, best, columns = found
+        best, columns = found
         return best, self.ids[columns]
 
     def first(self, states: torch.Tensor) -> list[int]:
         """The likeliest id after each of `[B, 1, H]`."""
-        found = self._compiled(states, 1)
+        found = self._found(states, 1)
         if found is None:
             columns = self.pointed.mixed(self.working.score(states), self.ids)[:, 0].argmax(-1)
         else:
-            columns = found[2][:, 0, 0]
+            columns = found[1][:, 0, 0]
         ids: list[int] = self.ids[columns].tolist()
         return ids
+
+    def _found(self, states: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Log-probabilities (scores of one) and columns, each `[B, n, count]`, by compiled functions."""
+        here = computes(states) and self.working.device.type == "cpu"
+        task = self.working.task(states, count) if here else None
+        if task is None:
+            found = self._compiled(states, count)
+            return None if found is None else found[1:]
+        best, columns = task.run(states.contiguous(), self.pointed.raised(self.working.columns_of))
+        shape = (*states.shape[:2], count)
+        return best.clone().view(shape), columns.view(shape)
 
     def _compiled(self, states: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """See `compiled.guesses`; None where that does not run."""

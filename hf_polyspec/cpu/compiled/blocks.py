@@ -190,6 +190,11 @@ def _function(step: Callable[[Any], Callable[[Any], None]], dtype: torch.dtype, 
     return (together if many else alone)(compiled(step(LIKE[dtype])))
 
 
+def norming(dtype: torch.dtype) -> Launch:
+    """What normalises a few rows, see `norm_numbers`."""
+    return _function(_normalizing, dtype, False)
+
+
 def norm_numbers(
     rows: int, weight: Tensor, epsilon: float, x: int, y: int, update: int = 0, total: int = 0
 ) -> tuple[int, ...]:

@@ -145,6 +145,11 @@ def _function(dtype: torch.dtype, many: bool) -> Launch:
     return (together if many else alone)(compiled(_task(LIKE[dtype])))
 
 
+def guessing(dtype: torch.dtype, nodes: int) -> Launch:
+    """What does the task of so many nodes."""
+    return _function(dtype, nodes >= SEVERAL)
+
+
 def guesses(pieces: Sequence[Tensor], raised: Raised, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Scores with some of them raised, and the likeliest.
 
@@ -173,5 +178,5 @@ def guesses(pieces: Sequence[Tensor], raised: Raised, count: int) -> tuple[Tenso
     given = address(left, "scores"), 0 if right is None else address(right, "scores")
     written = best.data_ptr(), count, found.data_ptr()
     numbers = (batch * fed, first, second, pitch, *given, len(added), which.buffer_info()[0], added.buffer_info()[0])
-    run("compiled::guesses", _function(left.dtype, batch * fed >= SEVERAL), *numbers, out.data_ptr(), *written)
+    run("compiled::guesses", guessing(left.dtype, batch * fed), *numbers, out.data_ptr(), *written)
     return out[..., :width], best, found

@@ -153,6 +153,11 @@ def _function(weight: torch.dtype, active: torch.dtype) -> Launch:
     return together(compiled(_task(LIKE[weight], LIKE[active])))
 
 
+def multiplying(dtype: torch.dtype) -> Launch:
+    """What multiplies rows with a matrix of their own dtype, see `CompiledProduct.task`."""
+    return _function(dtype, dtype)
+
+
 class CompiledProduct:
     """A matrix multiplied in float32 whatever it is stored as, for any number of rows.
 
