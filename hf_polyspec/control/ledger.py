@@ -112,7 +112,7 @@ def wait_after(account: Account, plain: float, before: float, several: bool, bel
     """
     proven = account.most is None
     if not account.overdrawn:
-        return max(UNSEEN_WAIT, 2 * before if several else 0.0)
+        return SHORTEST_WAIT if believed else max(UNSEEN_WAIT, 2 * before if several else 0.0)
     least = FIRST_WAIT if proven else SHORTEST_WAIT
     # So long that what was lost is only a share of the time; less at first where a middle is believed.
     wait = max(least, 0.0 if proven else -account.total / plain / account.share)

@@ -18,7 +18,7 @@ DOUBTED = 2.0
 """A pass of a level before it has settled counts for at most this many times what its table says: it may have compiled
 something."""
 RESTED = 24
-"""Passes of the target after which what a level that has not settled seemed to cost is to be found out anew."""
+"""Passes of the target after which what a level that rests seemed to cost is to be found out anew."""
 BEHIND = 4
 """Columns beyond those of a draft from which on a pass has read what its level had missed."""
 
@@ -110,9 +110,13 @@ class Pace:
             for learnt in self._learnt.values():
                 learnt.scale(1 / factor)
 
+    def _doubted(self, level: int, learnt: PassSeconds) -> bool:
+        return learnt.passes < SETTLED or learnt.seconds(1) > DOUBTED * self._tables[level](1)
+
     def _forget_resting(self) -> None:
-        """What is not asked, since it seemed dear in a few passes, would never be seen to be quick."""
-        for level in [level for level, one in self._learnt.items() if level and one.passes < SETTLED]:
+        """What is not asked, since it seemed dear once, would never be seen to be quick: a moment in which the machine
+        had other work, between two passes of the target, looks like a dear level."""
+        for level in [level for level, one in self._learnt.items() if level and self._doubted(level, one)]:
             self._resting[level] = self._resting.get(level, 0) + 1
             if self._resting[level] > RESTED:
                 del self._learnt[level], self._resting[level]

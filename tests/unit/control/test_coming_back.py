@@ -145,6 +145,21 @@ def test_what_a_level_has_cost_in_many_passes_is_remembered_while_it_rests() -> 
     assert pace.seconds(1, 1) == pytest.approx(7.0, rel=0.1)
 
 
+def test_what_a_busy_moment_made_of_a_level_is_not() -> None:
+    """Between two passes of the target nobody says that it is the machine which is slow."""
+    pace = Pace([lambda columns: 10.0, lambda columns: 4.0])
+    pace.observe(0, 1, 10.0, offered=0)
+    pace.observe(0, 1, 10.0, offered=0)
+    for seconds in [4.0] * (SETTLED + 1) + [60.0] * 40:
+        pace.observe(1, 1, seconds, offered=0)
+    for _ in range(4):
+        pace.observe(0, 1, 10.0, offered=0)
+    assert pace.seconds(1, 1) > 10
+    for _ in range(RESTED + 1):
+        pace.observe(0, 1, 10.0, offered=0)
+    assert pace.seconds(1, 1) == pytest.approx(4.0, rel=0.05)
+
+
 class Compiled:
     """The seconds of a pass, which takes far longer the first time that a size comes."""
 
