@@ -42,7 +42,7 @@ class _Found:
 
 
 class HeadSteps:
-    """`EagleHead.step` over one cache, again and again, with the head as it is when this is made.
+    """`EagleHead.step` over one cache, again and again, with the head as it is at the first step.
 
     Args:
         head: bound.
@@ -52,10 +52,13 @@ class HeadSteps:
     def __init__(self, head: EagleHead, cache: HeadCache) -> None:
         self.head = head
         self.cache = cache
-        self._found = _looked_up(head)
+        self._found: _Found | None = None
+        self._began = False
 
     def __call__(self, tokens: Tensor, features: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         """`[B, T, H]`, see `EagleHead.step`; tokens and positions are on the host."""
+        if not self._began:
+            self._found, self._began = _looked_up(self.head), True
         out = None if self._found is None else self._fused(self._found, tokens, features, positions, mask)
         return self.head.step(tokens, features, positions, mask, self.cache) if out is None else out
 

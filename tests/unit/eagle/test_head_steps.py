@@ -105,3 +105,24 @@ def test_an_embedding_with_a_hook_of_somebodys_is_called() -> None:
     with packed_assistants([head]):
         run(head, 1, once=True)
     assert len(calls) == 5
+
+
+@torch.no_grad()
+def test_what_changes_between_two_drafts_counts() -> None:
+    """A head is bound, packed, trained and cast between drafts, and steps are made anew for each."""
+    head = head_of(torch.float32)
+    with packed_assistants([head]):
+        before = run(head, 1, once=True)
+        head.layers[0].mlp.down_proj.weight.mul_(2)
+        head.get_input_embeddings().weight.mul_(0.5)
+        found = run(head, 1, once=True)
+    wanted = run(head, 1, once=False)
+    assert not torch.allclose(found[2], before[2], atol=1e-3)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_that_is_not_bound_yet_is_not_looked_at() -> None:
+    head = head_of(torch.float32)
+    head._borrowed = type(head._borrowed)()
+    HeadSteps(head, head.new_cache())
