@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -113,6 +114,34 @@ class ClockedDrafter(Drafter):
         self.asked.append(width)
         self.clock.now += width * self.seconds()
         return Proposal(tokens, None, [[self.index] * len(row) for row in tokens])
+
+
+class OwnRows(ClockedRunner):
+    """Feeds every row that is asked what it has not read, and no other columns."""
+
+    own_rows = True
+
+    def run(self, context: Context, drafts: list[list[int]], stats: Any, *, columns: int = 0) -> Pass:
+        before, began, asked = self.memo or [[] for _ in drafts], self.clock.now, self.asked or [True] * len(drafts)
+        passed = super().run(context, drafts, stats, columns=columns)
+        counts = []
+        for b, (have, ids, draft) in enumerate(zip(before, context.ids, drafts, strict=True)):
+            whole = ids + draft
+            counts.append(asked[b] * max(len(whole) - common_prefix(have, whole), 1 + len(draft)))
+            self.memo[b] = whole if asked[b] else have
+        self.clock.now = began + self.seconds(sum(counts))
+        return replace(passed, counts=counts)
+
+
+class Teller(ClockedDrafter):
+    """Says how likely its tokens are, and is right about it."""
+
+    tells_chances = True
+
+    def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
+        offered = super().propose(context, [min(limit, 4) for limit in limits], law)
+        chances = [[self.agreement() ** depth for depth in range(1, 1 + len(row))] for row in offered.tokens]
+        return replace(offered, chances=lambda: chances)
 
 
 class Run:

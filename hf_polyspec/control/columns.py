@@ -10,7 +10,6 @@ columns with nobody: it drafts what it would in a call of its own, and what is s
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
@@ -20,9 +19,9 @@ from ..levels.elsewhere import asking_here
 from ..levels.verifier import NoDraft, Verifier
 from ..telemetry.counters import Check
 from .allotment import allotted, worths
+from .known import NEWEST, Known
 from .pass_seconds import PassSeconds
-from .row_rates import RowRates
-from .sureness import Sureness
+from .speaking import branch_of, may_rest, rest, rounds_ahead, speaker
 
 SHARE = 0.005
 """Of the time, what may go into drafts that are not expected to pay."""
@@ -30,7 +29,6 @@ LONGEST = 24
 """Most tokens of a row's draft, where the drafter sets no end."""
 PATIENCE = 8
 """Rounds that a row waits, at least, before what did not pay is tried again."""
-NEWEST = 0.25
 HOPE = 0.5
 """Tokens that drafts are expected to win in a row and round, at first."""
 UNTIMED = 2
@@ -40,38 +38,6 @@ SOON, LATER = 4, 16
 """Rounds after which a drafter below a verifier is asked past that again: at first, and later."""
 _IDLE = 4.0
 """Passes after which a pause is no time of this chain."""
-
-
-@dataclass
-class _Source:
-    """What is known of one level below.
-
-    Attributes:
-        rates: acceptance by row; sureness: of what it says of its drafts itself.
-        seconds: of a draft, by token of the longest (of a tree, by node; where chances are told, as a whole); None
-            before one was timed. rows: that those drafts were of.
-        gain: seconds that a round of drafts wins, expected of late, where chances are told; looks: drafts it is of.
-        asked: the turn in which it was asked last.
-        tried: by row, the turn of its last draft; known: rows that it has read.
-    """
-
-    rates: RowRates = field(default_factory=RowRates)
-    sureness: Sureness = field(default_factory=Sureness)
-    seconds: float | None = None
-    rows: float = 1.0
-    gain: float = 0.0
-    looks: int = 0
-    asked: int = 0
-    tried: dict[int, int] = field(default_factory=dict)
-    known: set[int] = field(default_factory=set)
-
-    def time(self, seconds: float, rows: int) -> None:
-        """A draft of so many rows took so long."""
-        if self.seconds is None:
-            self.seconds, self.rows = seconds, rows
-        else:
-            self.seconds += NEWEST * (min(3 * self.seconds, seconds) - self.seconds)
-            self.rows += NEWEST * (rows - self.rows)
 
 
 class Columns:
@@ -99,13 +65,14 @@ class Columns:
         asking = asking_here(level)
         self._ask, self._ask_for_tree = asking.ask, asking.ask_for_tree
         asking.ask, asking.ask_for_tree = self.ask, self.ask_for_tree
-        self._sources: dict[int, _Source] = {}
+        self._sources: dict[int, Known] = {}
         self._places: Sequence[int] = ()
+        self._lengths: list[int] = []
         self._turn = 0
         self._credit = 0.0
         self._asked_at: float | None = None
         self._nothing = False
-        self._fresh = False
+        self._asked: Known | None = None
         self._on_trial = False
         self.worth: list[float] | None = None
         self.hoped: list[float] | None = None
@@ -126,7 +93,7 @@ class Columns:
         nothing, self._nothing = self._nothing, False
         if self._home is not None:  # a round was given up
             source = self._come_home()
-        self._places = context.places
+        self._places, self._lengths = context.places, list(map(len, context.ids))
         if isinstance(source, NoDraft) or not any(rooms):
             return self._ask(source, context, rooms, law, vocabulary, eos)
         if nothing:
@@ -138,12 +105,15 @@ class Columns:
         if shortcut is None:
             offered = self._offered(source, context, rooms, law, vocabulary, eos)
             return _empty(context) if offered is None else offered
-        known = self._sources.setdefault(shortcut.index, _Source())
+        rests = shortcut is source  # a part of it
+        known = self._sources.setdefault((branch_of(source) if rests else shortcut).index, Known())
         offered, rival = None, known.gain - (known.seconds or 0.0)
         if self._turn - known.asked < (SOON if known.looks < SOON else LATER):
             offered = self._offered(source, context, rooms, law, vocabulary, eos, max(0.0, rival))
         if offered is None:
             self._home, self.level.source = source, shortcut  # until the check is over
+            if rests:
+                rest(source, True)
             offered = self._offered(shortcut, context, rooms, law, vocabulary, eos)
         return _empty(context) if offered is None else offered
 
@@ -152,7 +122,7 @@ class Columns:
     ) -> TreeProposal | None:
         """See `asking.ask_for_tree`: a row grows a tree or none."""
         nodes = source.tree_nodes
-        self._places = context.places
+        self._places, self._lengths = context.places, list(map(len, context.ids))
         if not nodes or not source.grows_trees or not any(rooms):
             return self._ask_for_tree(source, context, rooms, law, vocabulary)
         self._begin(rooms)
@@ -176,8 +146,8 @@ class Columns:
         drafted = check.nodes or check.drafted
         if check.columns and check.columns <= sum(drafted) + len(check.asked):  # else a prompt was read as well
             self.seconds.add(check.columns, check.seconds)
-        known = self._sources.get(-1 if check.source is None else check.source)
-        if known is None or known.looks:  # where chances are told, those are what counts
+        known = self._asked
+        if check.source is None or known is None or known.looks:  # where chances are told, those are what counts
             return
         won = sum(check.accepted) / max(1, len(check.asked))
         self._promise += NEWEST / 2 * (won - self._promise)
@@ -196,7 +166,7 @@ class Columns:
         known.tried[context.places[0]] = self._turn
         began = self.level.stats.clock()
         offered = self._ask(source, context, rooms, law, vocabulary, eos)
-        self._time(known, began, 1 if source.tells_chances else offered.width, rooms)
+        self._time(known, began, 1 if speaker(source).tells_chances else offered.width, rooms)
         return offered
 
     def _begin(self, rooms: list[int]) -> None:
@@ -207,20 +177,22 @@ class Columns:
         self._credit = min(2 * one, self._credit + SHARE * min(elapsed, _IDLE * one))
         self._asked_at, self._turn = now, self._turn + 1
 
-    def _known(self, source: Drafter, context: Context, rooms: list[int]) -> _Source:
+    def _known(self, source: Drafter, context: Context, rooms: list[int]) -> Known:
         """What is known of the level that is to draft."""
-        known = self._sources.setdefault(source.index, _Source())
+        known = self._asked = self._sources.setdefault(speaker(source).index, Known())
         going = {place for place, room in zip(context.places, rooms, strict=True) if room}
-        self._fresh = not going <= known.known
-        known.known = known.known.intersection(context.places) | going
-        known.rates.keep(known.known)
-        for place in going:
-            known.tried.setdefault(place, self._turn)
-        known.tried = {place: turn for place, turn in known.tried.items() if place in known.known}
+        here = going.union(known.tried).intersection(context.places)
+        if len(known.tried) != len(here) or not going <= known.tried.keys():
+            known.known.intersection_update(here)
+            known.rates.keep(here)
+            known.tried = {place: known.tried.get(place, self._turn) for place in here}
         return known
 
     def _shortcut(self, source: Drafter) -> Drafter | None:
-        """The drafter below a verifier, where its drafts may go up unchecked by that: nobody draws them."""
+        """The drafter below a verifier, where its drafts may go up unchecked by that: nobody draws them; or a level
+        itself, of which a part may rest."""
+        if may_rest(source):
+            return source
         if not self.passes_by or not isinstance(source, Verifier):
             return None
         found: Drafter = source
@@ -231,6 +203,8 @@ class Columns:
     def _come_home(self) -> Drafter:
         """The verifier is asked again, after its drafter was asked past it."""
         assert self._home is not None
+        if self.level.source is self._home:
+            rest(self._home, False)
         self.level.source, self._home = self._home, None
         return self.level.source
 
@@ -251,7 +225,7 @@ class Columns:
         """
         known = self._known(source, context, rooms)
         known.sureness.came(context)
-        tells, self._on_trial = source.tells_chances, False
+        tells, self._on_trial = speaker(source).tells_chances, False
         wanted = self._worthwhile(rooms) if tells else self._granted(source, known, rooms, 0, rival)
         if not any(wanted) or (tells and not self._may_look(known)):
             return None
@@ -264,10 +238,12 @@ class Columns:
         return offered
 
     def _granted(
-        self, source: Drafter, known: _Source, rooms: list[int], nodes: int = 0, rival: float = 0.0
+        self, source: Drafter, known: Known, rooms: list[int], nodes: int = 0, rival: float = 0.0
     ) -> list[int]:
         """Tokens of every row's draft, before there is one; of trees, the room of rows that grow one."""
         timed = nodes or known.seconds is not None
+        if not timed and not isinstance(source, Verifier):  # those take what the level above has read
+            return self._first(known, rooms)
         rooms_now = rooms if timed else [min(room, UNTIMED) for room in rooms]
         most = LONGEST if source.most_tokens is None else source.most_tokens
         chances = [known.rates.chances(p, min(r, most)) for p, r in zip(self._places, rooms_now, strict=True)]
@@ -276,6 +252,8 @@ class Columns:
         rows = sum(room > 0 for room in rooms)
         seconds = self._draft_seconds(source, known, rows, nodes)
         wanted = self._allotted(chances, rows, seconds)
+        if any(self._reading(known, b) for b, count in enumerate(wanted) if count):
+            wanted = self._worth_reading(known, chances, wanted, rooms, seconds)
         if nodes:
             wanted = [room if 2 * count >= nodes else 0 for count, room in zip(wanted, rooms, strict=True)]
         elif self._gain(chances, wanted, rows) - max(wanted) * seconds < rival:
@@ -286,14 +264,37 @@ class Columns:
         due = [b for b, room in enumerate(rooms) if room and not wanted[b] and self._is_due(known, b)]
         self._on_trial = not any(wanted)
         for b in sorted(due, key=lambda b: known.tried[self._places[b]]):
-            if costs > self._credit:
+            if costs + self._reading(known, b) > self._credit:
                 break
-            self._credit -= costs
+            self._credit -= costs + self._reading(known, b)
             wanted[b], costs = rooms[b] if nodes else 1, cost
         for place, count in zip(self._places, wanted, strict=True):
             if count:
                 known.tried[place] = self._turn
         return wanted
+
+    def _first(self, known: Known, rooms: list[int]) -> list[int]:
+        """A level that was never timed drafts for one row, the shortest: it may have to read it."""
+        going = [b for b, room in enumerate(rooms) if room]
+        one = min(going, key=lambda b: (self._places[b] not in known.known, self._lengths[b]))
+        known.tried[self._places[one]] = self._turn
+        return [min(room, UNTIMED) if b == one else 0 for b, room in enumerate(rooms)]
+
+    def _reading(self, known: Known, row: int) -> float:
+        """Seconds in which a level reads a row's text, if it has not."""
+        return 0.0 if self._places[row] in known.known else known.reading * self._lengths[row]
+
+    def _worth_reading(
+        self, known: Known, chances: list[list[float]], wanted: list[int], rooms: list[int], seconds: float
+    ) -> list[int]:
+        """The same without rows that would have to be read, unless they win that back in what is left of them."""
+        rows = sum(room > 0 for room in rooms)
+        price = sum(self._reading(known, b) for b, count in enumerate(wanted) if count)
+        read = [[] if self._reading(known, b) else row for b, row in enumerate(chances)]
+        others = self._allotted(read, rows, seconds)
+        more = self._gain(chances, wanted, rows) - self._gain(read, others, rows)
+        more -= (max(wanted) - max(others)) * seconds
+        return wanted if more * rounds_ahead(rooms) > price else others
 
     def _worthwhile(self, rooms: list[int]) -> list[int]:
         """The room of rows in which a token that is surely right would be worth its column, 0 of others."""
@@ -303,7 +304,7 @@ class Columns:
         one, more = self.seconds.seconds(rows), self.seconds.seconds(rows + 1)
         return [room if worth * one > rows * (more - one) else 0 for room, worth in zip(rooms, self.hoped, strict=True)]
 
-    def _draft_seconds(self, source: Drafter, known: _Source, rows: int, nodes: int) -> float:
+    def _draft_seconds(self, source: Drafter, known: Known, rows: int, nodes: int) -> float:
         """Of a token of a draft of so many rows."""
         if known.seconds is None:
             # Before a draft was timed a token of it is taken to cost a good part of a pass.
@@ -321,10 +322,10 @@ class Columns:
         )
         return expected * plain / rows - (self._pass_seconds(rows, wanted) - plain)
 
-    def _is_due(self, known: _Source, row: int) -> bool:
+    def _is_due(self, known: Known, row: int) -> bool:
         return self._turn - known.tried[self._places[row]] >= PATIENCE
 
-    def _may_look(self, known: _Source) -> bool:
+    def _may_look(self, known: Known) -> bool:
         """Whether to ask a level that tells its drafts' chances: what it wins pays for it, or has to be found out."""
         seconds = known.seconds or 0.0
         if known.gain >= seconds or self._turn <= PATIENCE:
@@ -335,7 +336,7 @@ class Columns:
         return True
 
     def _cut(
-        self, source: Drafter, known: _Source, context: Context, rooms: list[int], offered: Proposal, asked: int
+        self, source: Drafter, known: Known, context: Context, rooms: list[int], offered: Proposal, asked: int
     ) -> Proposal:
         """The columns of a draft that nobody drew, by as many rows as were asked, which are worth their seconds."""
         if offered.q is not None or offered.chances is None:
@@ -349,7 +350,7 @@ class Columns:
         known.looks += 1
         known.gain += max(NEWEST / 2, 1 / known.looks) * (self._gain(chances, wanted, rows) - known.gain)
         left = sum(len(own) - count for own, count in zip(offered.tokens, wanted, strict=True))
-        source.stats.drafted -= left
+        speaker(source).stats.drafted -= left
         return offered.cut(wanted) if left else offered
 
     def _allotted(self, chances: Sequence[Sequence[float]], rows: int, depth_seconds: float) -> list[int]:
@@ -362,13 +363,20 @@ class Columns:
             return self.seconds.seconds(rows + sum(wanted))
         return self.seconds.seconds(rows * (1 + max(wanted)))
 
-    def _time(self, known: _Source, began: float, size: int, wanted: Sequence[int]) -> None:
+    def _time(self, known: Known, began: float, size: int, wanted: Sequence[int]) -> None:
         """A draft is over; one for which a text was read is no measure of others."""
         seconds = self.level.stats.clock() - began
         if self._on_trial:  # what it had to read of what it had missed is lost as well
             self._credit -= max(0.0, seconds - size * (known.seconds or 0.0))
-        if size and not self._fresh:
-            known.time(seconds / size, sum(count > 0 for count in wanted))
+        if not size:
+            return
+        asked = {place: ids for place, ids, count in zip(self._places, self._lengths, wanted, strict=True) if count}
+        unread = [ids for place, ids in asked.items() if place not in known.known]
+        if unread:
+            known.read(seconds, size, sum(unread))
+        else:
+            known.time(seconds / size, len(asked))
+        known.known.update(asked)
 
 
 def _empty(context: Context) -> Proposal:

@@ -100,7 +100,7 @@ class JoinedDrafter(Drafter):
 
     def begin(self, index: int, batch: int, vocabulary: int) -> None:
         super().begin(index, batch, vocabulary)
-        self._from_branch = [False] * batch
+        self._from_branch, self.rests = [False] * batch, False
         self.head.begin(index, batch, vocabulary)
         self.branch.begin(index + 1, batch, vocabulary)
 

@@ -7,21 +7,18 @@ import itertools
 import math
 import random
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from clockwork import LAW, Clock, ClockedDrafter, ClockedRunner, Run, truth
+from clockwork import LAW, Clock, ClockedDrafter, ClockedRunner, OwnRows, Run, Teller, truth
 
 from hf_polyspec.control import Costs, PassSeconds, Shares, SteadyControl
 from hf_polyspec.control.allotment import LEAST, allotted, worths
 from hf_polyspec.control.columns import Columns
 from hf_polyspec.control.row_rates import RowRates
 from hf_polyspec.control.shares import MANY, shares_of
-from hf_polyspec.exactness.context import Context, Prompt, common_prefix
+from hf_polyspec.exactness.context import Context, Prompt
 from hf_polyspec.exactness.distributions import LawMaker
-from hf_polyspec.exactness.passes import Pass
 from hf_polyspec.exactness.proposal import Proposal
 from hf_polyspec.levels.suffix import SuffixDrafter
 from hf_polyspec.levels.verifier import Verifier
@@ -325,34 +322,6 @@ def test_what_a_level_reads_before_a_trial_is_part_of_its_cost() -> None:
     # A hundredth of the time is for trials: one of ten passes in a thousand, and the first on credit.
     assert 1 <= reads[0] <= 2
     assert clock.now - began <= (1.01 + 10 / 360) * 360 * pass_seconds(8)
-
-
-class OwnRows(ClockedRunner):
-    """Feeds every row that is asked what it has not read, and no other columns."""
-
-    own_rows = True
-
-    def run(self, context: Context, drafts: list[list[int]], stats: Any, *, columns: int = 0) -> Pass:
-        before, began, asked = self.memo or [[] for _ in drafts], self.clock.now, self.asked or [True] * len(drafts)
-        passed = super().run(context, drafts, stats, columns=columns)
-        counts = []
-        for b, (have, ids, draft) in enumerate(zip(before, context.ids, drafts, strict=True)):
-            whole = ids + draft
-            counts.append(asked[b] * max(len(whole) - common_prefix(have, whole), 1 + len(draft)))
-            self.memo[b] = whole if asked[b] else have
-        self.clock.now = began + self.seconds(sum(counts))
-        return replace(passed, counts=counts)
-
-
-class Teller(ClockedDrafter):
-    """Says how likely its tokens are, and is right about it."""
-
-    tells_chances = True
-
-    def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
-        offered = super().propose(context, [min(limit, 4) for limit in limits], law)
-        chances = [[self.agreement() ** depth for depth in range(1, 1 + len(row))] for row in offered.tokens]
-        return replace(offered, chances=lambda: chances)
 
 
 class OfRows(Teller):
