@@ -335,7 +335,8 @@ def module_shape(module: nn.Module) -> tuple[int | None, int | None]:
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
     rows, width = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    weight = getattr(module, "weight", None)
-    if rows is None and torch.is_tensor(weight) and weight.dim() == 2 and weight.is_floating_point():
+    # A layer of integers builds its whole matrix when it is asked for its weight, and tells its shape without.
+    weight = getattr(module, "weight", None) if rows is None else None
+    if torch.is_tensor(weight) and weight.dim() == 2 and weight.is_floating_point():
         rows, width = weight.shape
     return rows, width

@@ -12,6 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_polyspec.eagle import EagleHead, EagleHeadConfig, bind, feature_layers, init_for, select_features, target_parts
+from hf_polyspec.integers.linear import QuantizedLinear
+from hf_polyspec.integers.weights import QuantizedWeight
+from hf_polyspec.quantization import quantize_model
 
 V, LAYERS = 61, 7
 COMMON = {
@@ -218,3 +221,18 @@ def test_states_of_several_streams_are_refused() -> None:
     """Gemma-3n keeps several versions of each state side by side."""
     with pytest.raises(ValueError, match="batch, tokens, width"):
         select_features((torch.zeros(2, 1, 6, 32),), [-1])
+
+
+def test_binding_to_a_copy_of_integers_builds_none_of_its_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads are bound in every call, and the lm_head of a copy is its largest layer."""
+    model = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**COMMON | {"vocab_size": 64})).eval()
+    head = init_for(model, "eagle1")
+    assert not head.config.own_lm_head
+    copy = quantize_model(model, 8)
+    lm_head = copy.get_output_embeddings()
+    assert isinstance(lm_head, QuantizedLinear)
+    asked: list[str] = []
+    own = QuantizedWeight.dequantize
+    monkeypatch.setattr(QuantizedWeight, "dequantize", lambda self: asked.append("whole matrix") or own(self))
+    assert bind(head, copy).is_bound
+    assert not asked
