@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from ctypes import string_at
+from ctypes import c_char
 from operator import attrgetter
 from typing import Any, Protocol
 
@@ -73,10 +73,11 @@ class _Read:
 
     def __init__(self, places: Sequence[tuple[int, int]]) -> None:
         self.places = places
-        self._kept = [string_at(*place) for place in places]
+        self._pieces = [(c_char * size).from_address(address) for address, size in places]
+        self._kept = b"".join(self._pieces)
 
     def same(self) -> bool:
-        return all(string_at(*place) == kept for place, kept in zip(self.places, self._kept, strict=True))
+        return b"".join(self._pieces) == self._kept
 
 
 def _facts(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
