@@ -153,7 +153,7 @@ def decode(
             chain = job.chain(own)
             job.decided = share(chain, own, ranks, job.placed.everywhere)
             job.shared = shared_levels(chain, own)
-            meeting.begin(facts_of(input_ids, job.context.prompt.mask, generation_config, options, own))
+            meeting.begin(lambda: facts_of(input_ids, job.context.prompt.mask, generation_config, options, own))
             try:
                 with packed(own if options.polyspec_pack else [], model):
                     rows, origins = job.run(chain, streamer, meeting)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
@@ -84,11 +84,12 @@ class Meeting:
         except LevelError:
             return  # nobody is left to be told
 
-    def begin(self, facts: dict[str, Any]) -> None:
+    def begin(self, facts: Callable[[], dict[str, Any]]) -> None:
         """Everything has been checked here; go on when it has everywhere.
 
         Args:
-            facts: what has to be the same in all processes that run this generation in step.
+            facts: tells what has to be the same in all processes that run this generation in step; asked where there
+                are several.
 
         Raises:
             ValueError: another process refused, or was called with something else.
@@ -109,9 +110,11 @@ class Meeting:
             else:
                 self.turns.refuse(" ".join(str(error).split()))
 
-    def agree(self, facts: dict[str, Any]) -> None:
+    def agree(self, facts: Callable[[], dict[str, Any]]) -> None:
         """The same, for what comes before that and takes all processes."""
-        said = self.ranks.gathered((None, facts))
+        if self.ranks.size == 1:
+            return
+        said = self.ranks.gathered((None, facts()))
         self._apart = True  # everybody knows of what is raised here
         for rank, (refusal, _) in enumerate(said):
             if refusal is not None:

@@ -83,14 +83,13 @@ def settled(job: Job, found: Checked, meeting: Meeting, tokenizers: tuple[Any, A
     """
     job.vocabularies, placing, ranks = found.vocabularies, found.placing, meeting.ranks
     prompt = job.context.prompt
-    ids = torch.tensor([job.context.visible(b) for b in range(job.context.batch)])
 
-    def agree(what: str) -> None:
-        facts = facts_of(ids, prompt.mask, job.config, job.options, ())
-        meeting.agree({**facts, "assistant_models": what})
+    def facts(what: str) -> dict[str, Any]:
+        ids = torch.tensor([job.context.visible(b) for b in range(job.context.batch)])
+        return {**facts_of(ids, prompt.mask, job.config, job.options, ()), "assistant_models": what}
 
     if found.chosen_here:
-        agree("auto")
+        meeting.agree(lambda: facts("auto"))
         chosen = automatic.choose(job, found.named, ranks)
         if ranks.in_step:
             job.placed = Placed(
@@ -100,7 +99,7 @@ def settled(job: Job, found: Checked, meeting: Meeting, tokenizers: tuple[Any, A
     job.placed = placing.placed
     if not placing.open or job.encoded is not None or job.extras.any or prompt.embeds is not None:
         return found.assistants
-    agree("to be placed")
+    meeting.agree(lambda: facts("to be placed"))
     placing.keep(_known_here(job, found, ranks) or _measured(job, found, ranks, tokenizers))
     job.placed = placing.placed
     for name in filter(is_copy_name, placing.told):

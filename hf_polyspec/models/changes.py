@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from ctypes import c_char
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -16,7 +16,9 @@ from ..host.states import plain_settings
 from ..host.walking import modules_of
 
 _COMPILED = "hf_polyspec.cpu.compiled.samples"
-_dtype, _device = attrgetter("dtype"), attrgetter("device")
+# Of hundreds of tensors, which are not in the processor's cache after a pass: each is looked up in one piece.
+_address, _strides = methodcaller("data_ptr"), methodcaller("stride")
+_kind, _uncounted = attrgetter("_version", "shape", "dtype", "device"), attrgetter("shape", "dtype", "device")
 
 
 class Stamp:
@@ -91,12 +93,18 @@ def _facts(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> tuple[lis
         ["forward" in state for state in own],
         [_adapters(module) for module in modules if type(module) in adapting] if adapting else [],
         list(map(id, tensors)),
-        [tensor.data_ptr() for tensor in tensors],
-        [(tensor.shape, tensor.stride()) for tensor in tensors],
-        list(map(change_count, tensors)),
-        list(map(_dtype, tensors)),
-        list(map(_device, tensors)),
+        list(map(_address, tensors)),
+        list(map(_strides, tensors)),
+        _kinds(tensors),
     )
+
+
+def _kinds(tensors: Sequence[Tensor]) -> list[Any]:
+    """Shape, type and place of each, and how often it was written to."""
+    try:
+        return list(map(_kind, tensors))
+    except RuntimeError:  # inference tensors count nothing
+        return [(change_count(tensor), *_uncounted(tensor)) for tensor in tensors]
 
 
 def _tensors(modules: Iterable[nn.Module], unsaved: bool) -> list[Tensor]:
