@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 from ..exactness.proposal import Proposal
 from ..levels.base import Drafter
+from ..levels.elsewhere import asking_here
 from ..levels.ending import Ending
+from ..levels.joined import JoinedDrafter
 from ..levels.verifier import Verifier
-from .costs import Costs, mean_emitted
+from .costs import DRAFTS, Costs, mean_emitted
 from .setups import Chain
 
 OF_SPEED = 0.9
@@ -44,8 +46,12 @@ class WorthEnding(Ending):
         told = offered.q is None and offered.chances is not None
         chances = offered.chances()[0][: offered.width] if told and offered.chances is not None else []
         if len(chances) < offered.width:  # a head's, which may be drawn: it is checked, or none of it goes up
-            emitted = 1.0 if self.costs.head is None else mean_emitted(self.costs.head.value, offered.width)
-            ends = held >= self.level.block_size or self._going(held, emitted, offered.width) < 0
+            drafter = _who(source)
+            # How many tokens were drawn may follow from their values, how many were to be drawn does not (law 2).
+            count = offered.width if offered.q is None else min(drafter.most_tokens or 1, max(DRAFTS))
+            emitted = 1.0 if self.costs.head is None else mean_emitted(self.costs.head.value, count)
+            ends = held >= self.level.block_size or self._going(held, emitted, count) < 0
+            drafter.stats.drafted -= offered.width if ends else 0
             return ends, offered.cut([0]) if ends else offered
         sums = [0.0]
         for chance in chances:
@@ -55,7 +61,7 @@ class WorthEnding(Ending):
         more = self._going(held, 1 + sums[checked], checked) if held < self.level.block_size else -1.0
         ends = more <= self._behind(held, sums[behind], behind)
         size = behind if ends else checked
-        getattr(source, "branch", source).stats.drafted -= offered.width - size
+        _who(source).stats.drafted -= offered.width - size
         return ends, offered.cut([size]) if size < offered.width else offered
 
     def add(self, tokens: int, leads: Sequence[float]) -> None:
@@ -82,10 +88,19 @@ class WorthEnding(Ending):
         return self._right * kept * self._worth - columns
 
 
+def _who(source: Drafter) -> Drafter:
+    """Of a level of two drafters, the one whose draft the row that is alone was offered last."""
+    return (source.branch if source.is_sure(0) else source.head) if isinstance(source, JoinedDrafter) else source
+
+
 def ending_of(chain: Chain, costs: Costs) -> WorthEnding | None:
-    """Lets the middle of a chain end its blocks so, if there is one whose drafts are no trees."""
+    """Lets the middle of a chain end its blocks so, if there is one whose drafts are no trees.
+
+    One whose passes several processes share ends its blocks alike in all of them, and only one of them runs a control.
+    """
     level = chain.verifiers[-1]
-    if level.index == 0 or (chain.leaf is not None and chain.leaf.grows_trees):
+    shared = asking_here(level) is not level
+    if level.index == 0 or shared or (chain.leaf is not None and chain.leaf.grows_trees):
         return None
     level.ending = WorthEnding(level, costs)
     return level.ending

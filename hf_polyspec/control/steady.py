@@ -101,7 +101,7 @@ class SteadyControl:
         self.ledger = Ledger()
         self._account: Account | None = None
         self._before: tuple[int, Account] | None = None
-        self._rows = 1
+        self._rows, self._alone = 1, True
         self._start = 0.0
         self._reason = "start"
         self._began = clock()
@@ -115,7 +115,7 @@ class SteadyControl:
         if self._goes_on(context, limits):
             self._began = self.clock()
             return
-        self._rows = max(1, sum(limit > 0 for limit in limits))
+        self._rows, self._alone = max(1, sum(limit > 0 for limit in limits)), len(limits) == 1
         self._start = self._start or max(START, min(TRUSTED, OF_ROOM * max(limits, default=1)))
         self._meet(len(limits) > 1)
         if not self._joining:
@@ -279,7 +279,7 @@ class SteadyControl:
 
     def _believes(self, place: int) -> bool:
         """Whether a setup has a middle of which more is known than how its last rounds went."""
-        return self._ending is not None and self._rows == 1 and self._has_middle(place)
+        return self._ending is not None and self._alone and self._has_middle(place)
 
     def _has_middle(self, place: int) -> bool:
         return len(self.ladder[place]) > 2
@@ -343,7 +343,7 @@ class SteadyControl:
     def _block(self, rows: int) -> int:
         """Most tokens of a middle's blocks."""
         best = self.costs.block(rows)
-        if not best or self._ending is None or rows > 1:
+        if not best or self._ending is None or not self._alone:  # beside rows that have ended none is asked, either
             return max(1, best)
         # An `Ending` looks at every token, but whether a head is worth its time is looked at between two blocks.
         return min(best, WATCHED) if self.heads.on_trial else max(BLOCKS)

@@ -153,8 +153,8 @@ class Verifier(Drafter):
             with self._watched(law):
                 passed = self.runner.run(context, proposal.tokens, self.stats)
             logits = fit_vocabulary(passed.given, self.vocabulary)
-            rules = self.rule, self.pad, self.bias_budget, self.going
-            judgement = judge(law, context, proposal, logits, active, *rules, leads=bool(self._ending(len(active))))
+            rules, leads = (self.rule, self.pad, self.bias_budget, self.going), self._ending(len(active)) is not None
+            judgement = judge(law, context, proposal, logits, active, *rules, leads=leads)
             counted = record(self.stats, proposal, judgement, active, self.eos)
             self.stats.bias += sum(judgement.bias)
         return Emission(
