@@ -122,9 +122,10 @@ def prepare(
         side = _sides.setdefault(model, _Side())
     ranks = ranks_of(model) if ranks is None else ranks
     with side.lock, generators_kept():
-        changed = side.follow(model, ranks)
         key = ranks.told(_key(model, packs))
         found = ranks.told(side.profiles.get(key) or profiles.load(key))
+        # Looking all weights over takes as long as half a token of a small model, and is for what is made of them.
+        changed = side.follow(model, ranks) if found is None or _makes(found) else False
         if found is None:
             row = None if encoded is None else encoded.select([0])
             found = _measured(model, key, prompt, side, row, tries if encoded is None else None, ranks)
@@ -132,6 +133,11 @@ def prepare(
                 _keep(found)
         side.profiles[key] = found
         return _made(model, found, side, changed, mode, ranks)
+
+
+def _makes(found: Profile) -> bool:
+    """Whether a chain has what depends on the model's weights, and stays from call to call."""
+    return found.packed or not {SUFFIX, MTP}.issuperset(found.members)
 
 
 def known(model: Any, *, packs: bool = True) -> Profile | None:

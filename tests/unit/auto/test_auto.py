@@ -23,6 +23,7 @@ import hf_polyspec
 from hf_polyspec.auto import choosing, measuring, profile
 from hf_polyspec.control.steady import SteadyControl
 from hf_polyspec.cpu.packing import is_packed
+from hf_polyspec.models.changes import Stamp
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
 
@@ -274,6 +275,24 @@ def test_what_does_not_pay_is_left_out_and_said(
     ((_, kept),) = profile.kept()
     assert kept is not None
     assert kept.left_out == ("int8: its pass takes 0.5 ms, it agrees in 90%, which would not pay",)
+
+
+def test_weights_are_looked_over_only_for_what_is_made_of_them(
+    model: PreTrainedModel, timed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A packed model whose copy does not pay runs itself over a suffix drafter: nothing of it can be out of date."""
+    looked: list[Any] = []
+    own = Stamp.holds
+    monkeypatch.setattr(Stamp, "holds", lambda self, one: looked.append(one) or own(self, one))
+    for _ in range(2):
+        run(model)
+    assert looked, "a packed copy and an int8 one are made of these"
+    other = hf_polyspec.pack(tiny("llama"))
+    monkeypatch.setattr(choosing, "worth", lambda *arguments: 0.9)
+    assert [level.name for level in run(other).polyspec.levels[1:]] == ["suffix"]
+    looked.clear()
+    assert run(other).sequences.tolist() == plain(other)
+    assert not looked
 
 
 def test_no_copy_where_memory_is_short(
