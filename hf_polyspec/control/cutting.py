@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 
 from ..exactness.context import Context
@@ -25,12 +26,13 @@ class Cut:
 
     Attributes:
         idle: whether drafts stay as they are.
+        spare: seconds that the columns of a row's draft behind the first may take, whatever it says of itself.
     """
 
     def __init__(self, level: Verifier, seconds: Callable[[float], float]) -> None:
         self.level = level
         self.seconds = seconds
-        self.idle = False
+        self.idle, self.spare = False, math.inf
         asking = asking_here(level)
         self._ask = asking.ask
         asking.ask = self.ask
@@ -51,8 +53,23 @@ class Cut:
                 allotted(chances, self.seconds, rows, rectangular=rows > 1), chances, offered.tokens, strict=True
             )
         ]
+        if rows == 1 and self.spare < math.inf:
+            wanted = [affordable(count, self.seconds, self.spare) for count in wanted]
         left = sum(len(own) - count for own, count in zip(offered.tokens, wanted, strict=True))
         if not left:
             return offered
         getattr(source, "branch", source).stats.drafted -= left
         return offered.cut(wanted)
+
+
+def affordable(count: int, seconds: Callable[[float], float], spare: float) -> int:
+    """Tokens of a draft of so many whose columns behind the first take no longer than that; 1 in any case, if any.
+
+    What is said of a draft, however likely, may be wrong of every one.
+
+    Args:
+        seconds: of the pass that checks, over so many columns; spare: seconds.
+    """
+    while count > 1 and seconds(1 + count) - seconds(2) > spare:
+        count -= 1
+    return count

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 
 from ..exactness.proposal import Proposal
 from ..levels.base import Drafter
@@ -12,6 +14,7 @@ from ..levels.ending import Ending
 from ..levels.joined import JoinedDrafter
 from ..levels.verifier import Verifier
 from .costs import DRAFTS, Costs, mean_emitted
+from .cutting import affordable
 from .setups import Chain
 
 OF_SPEED = 0.9
@@ -28,11 +31,15 @@ class WorthEnding(Ending):
 
     Args:
         level: the middle; costs: what is known of passes and of how often it is right.
+
+    Attributes:
+        spare: see `Cut.spare`.
     """
 
     def __init__(self, level: Verifier, costs: Costs) -> None:
         self.level = level
         self.costs = costs
+        self.spare = math.inf
         self.leads: list[float] = []
         self._right = 1.0
         self._worth = 0.0
@@ -54,6 +61,8 @@ class WorthEnding(Ending):
             drafter.stats.drafted -= offered.width if ends else 0
             return ends, offered.cut([0]) if ends else offered
         sums = [0.0]
+        if chances and self.spare < math.inf:
+            chances = chances[: affordable(len(chances), partial(self.costs.seconds, 0), self.spare)]
         for chance in chances:
             sums.append(sums[-1] + chance)
         behind = max(range(len(sums)), key=lambda size: self._behind(held, sums[size], size))

@@ -10,6 +10,8 @@ START = 0.7
 TRUSTED, OF_ROOM = 1.5, 0.023
 """The same where what is tried was right in the answers before: so many, or this share of the tokens that an answer may
 have, whichever is less."""
+SURELY, SURELY_OF_ROOM = 1.5, 0.004
+"""The same that may be lost besides to drafts that say themselves how likely they are."""
 CREDIT = 0.5
 """Plain tokens that a setup may lose at first."""
 RISE, MOST = 0.042, 1.6
@@ -26,6 +28,12 @@ SHORTEST_WAIT = 24.0
 LONGEST_WAIT = 1024.0
 UNSEEN_WAIT = 96.0
 """The shortest where nothing was lost, since what was known promised nothing: a middle that is tried reads the text."""
+
+
+def at_first(room: int) -> tuple[float, float]:
+    """Plain tokens that an answer of so many at most may be behind at first, where what is tried was right in the
+    answers before, and besides for drafts that say themselves how likely they are."""
+    return max(START, min(TRUSTED, OF_ROOM * room)), min(SURELY, SURELY_OF_ROOM * room)
 
 
 @dataclass

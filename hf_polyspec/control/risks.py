@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from ..exactness.context import Context
+from ..levels.emission import Emission
 from .costs import BLOCKS, DRAFTS, Costs
 from .heads import Heads
 from .ladder import smaller
@@ -39,6 +40,11 @@ class Risks:
         passed_by = draft if self.chain.verifiers[-1].direct_tokens else 0
         middle = blocks[0] * (self.costs.seconds(1, 1 + drawn) + drafting)
         return middle + self.costs.seconds(0, 1 + blocks[0] + passed_by) - alone
+
+    def behind(self, emission: Emission) -> float:
+        """Seconds won, 0 or less, by the columns of a draft in a pass that has read a prompt besides."""
+        fed, drafted = emission.passed.fed, max(emission.drafted, default=0)
+        return self.costs.seconds(0, fed - drafted) - self.costs.seconds(0, fed)
 
     def catching_up(self, levels: tuple[int, ...], context: Context) -> float:
         """Seconds in which a middle reads what it has missed."""

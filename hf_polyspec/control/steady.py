@@ -25,14 +25,12 @@ from .cutting import Cut
 from .ending import ending_of
 from .heads import Heads
 from .ladder import ladder_of, passes_by, tells
-from .ledger import CREDIT, OF_ROOM, SHARE, SHORTEST_WAIT, START, TRUSTED, Account, Ledger, wait_after
+from .ledger import CREDIT, SHARE, SHORTEST_WAIT, START, Account, Ledger, at_first, wait_after
 from .pace import BEHIND
 from .risks import Risks
 from .setups import PLAIN, Chain, Setup, spine
 from .shares import shared_out, tell_left, valued
 
-SURELY = 1.5
-"""Plain tokens that may be lost besides to drafts that say themselves how likely they are."""
 PATIENCE = 2
 """Rounds in a row that a middle may lose which is expected to be right."""
 TRIAL = 1
@@ -102,7 +100,7 @@ class SteadyControl:
         self._account: Account | None = None
         self._before: tuple[int, Account] | None = None
         self._rows, self._alone = 1, True
-        self._start = 0.0
+        self._start = self._surely = 0.0
         self._reason = "start"
         self._began = clock()
         for level in self.chain.verifiers:
@@ -113,10 +111,11 @@ class SteadyControl:
     def before(self, context: Context, limits: list[int]) -> None:
         """Choose how the next round is run."""
         if self._goes_on(context, limits):
-            self._began = self.clock()
+            self._allow()
             return
         self._rows, self._alone = max(1, sum(limit > 0 for limit in limits)), len(limits) == 1
-        self._start = self._start or max(START, min(TRUSTED, OF_ROOM * max(limits, default=1)))
+        if not self._start:
+            self._start, self._surely = at_first(max(limits, default=1))
         self._meet(len(limits) > 1)
         if not self._joining:
             tell_left(self.columns, limits)
@@ -126,7 +125,7 @@ class SteadyControl:
         self._step(context, max(limits, default=1))
         self._own = self._at_most(self._sized(self.standing.place), self._account.most)
         self._run(self._afforded(context))
-        self._began = self.clock()
+        self._allow()
 
     def after(self, emission: Emission) -> None:
         """Book the round."""
@@ -143,6 +142,8 @@ class SteadyControl:
         if not reads:
             self.standing.passed += seconds / self._plain_seconds()
             self.ledger.book(gain, seconds)
+        elif self._rows == 1:  # what was read had to be, what was drafted behind it had not
+            self.ledger.book(min(0.0, self._risks.behind(emission) + (tokens - 1) * self._plain_seconds()), 0.0)
         if self._account is not None and not reads and self.setup.levels == self._own.levels:
             self._account.book(gain, seconds, tokens)
             if self._account.most is not None and gain >= 0:
@@ -290,7 +291,7 @@ class SteadyControl:
             return math.inf
         start = self._start if self._has_middle(place) and self.costs.middle.proven else START
         if self._cutting and not self._has_middle(place) and not self.heads.known:
-            start += SURELY  # each draft is expected to win
+            start += self._surely  # each draft is expected to win
         left = self.ledger.left(self._plain_seconds(), start)
         account = self._account
         if account is None or account.most is None or account.balance <= 0:
@@ -311,6 +312,16 @@ class SteadyControl:
         found = self._risks.afforded(self._own, left, context, cutting=self._cutting)
         last = self.standing.place == len(self.ladder) - 1
         return PLAIN if found is None and last else found or self._risks.smallest(self._own.levels)
+
+    def _allow(self) -> None:
+        """A round begins: drafts take no more columns, however likely they say they are, than may be lost."""
+        left = self._left(self.standing.place)
+        if left < math.inf and len(self.setup.levels) > 1:
+            left = max(0.0, left - self._risks.worst(self.setup, cutting=self._cutting))
+        for one in (*self._cuts, self._ending):
+            if one is not None:
+                one.spare = left
+        self._began = self.clock()
 
     def _at_most(self, setup: Setup, most: int | None) -> Setup:
         return setup if most is None else setup.at_most(most, leaf=not self._cutting)

@@ -166,6 +166,14 @@ def test_a_draft_stands_behind_what_is_held() -> None:
     assert stage.leaf.stats.drafted == -1
 
 
+def test_a_draft_takes_no_more_columns_than_may_be_lost() -> None:
+    stage = Stage(leaf=Finder(12))
+    ending = stage.begun()
+    ending.spare = 0.0
+    offered = Proposal([[1] * 12], None, [[2] * 12], lambda: [[0.98 ** (i + 1) for i in range(12)]])
+    assert ending.choose(stage.leaf, 0, offered)[1].width == 1
+
+
 def test_a_block_takes_no_more_rounds_once_it_is_full() -> None:
     for size in (1, 2, 5):
         stage = Stage(leaf=Finder(0))
