@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 START = 0.7
 """Plain tokens that a generation may be behind at first: 4.4 % of an answer of 16."""
-TRUSTED, OF_ROOM = 1.5, 0.023
+TRUSTED, OF_ROOM = 1.5, 0.018
 """The same where what is tried was right in the answers before: so many, or this share of the tokens that an answer may
 have, whichever is less."""
-SURELY, SURELY_OF_ROOM = 1.5, 0.004
-"""The same that may be lost besides to drafts that say themselves how likely they are."""
+SURELY, LEAST_SURELY, SURELY_OF_ROOM, NEEDED = 1.2, 0.05, 0.0095, 24
+"""The same that may be lost besides to drafts that say themselves how likely they are; next to nothing of answers of so
+many tokens, which have nothing to spare."""
 CREDIT = 0.5
 """Plain tokens that a setup may lose at first."""
-RISE, MOST = 0.042, 1.6
+RISE, MOST = 0.042, 1.25
 """Of the time generated in, what may be lost early on, up to so many plain tokens: 4.4 % of an answer of 16 are allowed
 behind its 16th token too, and 2.5 % of 64."""
 SHARE = 0.02
@@ -33,7 +34,8 @@ UNSEEN_WAIT = 96.0
 def at_first(room: int) -> tuple[float, float]:
     """Plain tokens that an answer of so many at most may be behind at first, where what is tried was right in the
     answers before, and besides for drafts that say themselves how likely they are."""
-    return max(START, min(TRUSTED, OF_ROOM * room)), min(SURELY, SURELY_OF_ROOM * room)
+    surely = min(SURELY, SURELY_OF_ROOM * room) if room > NEEDED else LEAST_SURELY
+    return max(START, min(TRUSTED, OF_ROOM * room)), surely
 
 
 @dataclass
@@ -53,14 +55,15 @@ class Ledger:
         self.won += gain
         self.elapsed += seconds
 
-    def left(self, plain: float, start: float = START) -> float:
+    def left(self, plain: float, start: float = START, besides: float = 0.0) -> float:
         """What the next round may lose: nobody asked for a trial, so an answer is never far behind.
 
         Args:
             plain: seconds of a plain token; start: plain tokens that the generation may be behind at first.
+            besides: plain tokens that it may be behind in any case.
         """
         early = min(RISE * self.elapsed, MOST * plain)
-        return max(start * plain, early, SHARE * self.elapsed) + self.won
+        return max(start * plain, early, SHARE * self.elapsed) + besides * plain + self.won
 
 
 @dataclass

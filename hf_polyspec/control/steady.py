@@ -290,9 +290,8 @@ class SteadyControl:
         if self._rows > 1 or self._several:
             return math.inf
         start = self._start if self._has_middle(place) and self.costs.middle.proven else START
-        if self._cutting and not self._has_middle(place) and not self.heads.known:
-            start += self._surely  # each draft is expected to win
-        left = self.ledger.left(self._plain_seconds(), start)
+        sure = self._cutting and not self._has_middle(place) and not self.heads.known  # each draft is expected to win
+        left = self.ledger.left(self._plain_seconds(), start, self._surely if sure else 0.0)
         account = self._account
         if account is None or account.most is None or account.balance <= 0:
             return left

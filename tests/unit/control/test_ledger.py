@@ -116,12 +116,12 @@ def test_what_may_be_lost_rises_with_what_is_written() -> None:
     ledger = Ledger()
     for tokens in range(257):
         ledger.elapsed = float(tokens)
-        for start in (0.7, sum(at_first(tokens)) if tokens >= 64 else 0.7):
-            allowed = ledger.left(1.0, start) / max(tokens, 1)
+        for start, besides in ((0.7, 0.0), at_first(tokens) if tokens >= 64 or tokens <= 16 else (0.7, 0.0)):
+            allowed = ledger.left(1.0, start, besides) / max(tokens, 1)
             assert allowed <= (0.05 if tokens < 64 else 0.03) or tokens < 16
     assert at_first(16)[0] == 0.7
     assert at_first(16)[1] < 0.1
-    assert at_first(4096) == (1.5, 1.5)
+    assert at_first(4096) == (1.5, 1.2)
 
 
 def test_a_draft_takes_no_more_columns_than_may_be_lost() -> None:
