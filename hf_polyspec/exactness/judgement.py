@@ -175,10 +175,11 @@ def _compared(
     width = scores.shape[1]
     ahead = [[min(i, len(row)) for i in range(width)] for row in proposal.tokens]
     chosen, lead = law.choose_with_lead(scores, context, ahead, active, leads=leads)
-    found = _alike(law, proposal, chosen.tolist(), scores, active)
     if lead is None:
-        return found
-    return replace(found, leads=[row[: len(own)] for row, own in zip(lead.tolist(), found.tokens, strict=True)])
+        return _alike(law, proposal, chosen.tolist(), scores, active)
+    both = torch.stack([chosen.double(), lead.double()]).tolist()  # one synchronisation; ids are exact below 2**53
+    found = _alike(law, proposal, [list(map(int, row)) for row in both[0]], scores, active)
+    return replace(found, leads=[row[: len(own)] for row, own in zip(both[1], found.tokens, strict=True)])
 
 
 def _alike(

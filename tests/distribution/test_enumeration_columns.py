@@ -100,6 +100,7 @@ def test_columns_that_are_shared_out_leave_the_law(rule: str, levels: int, monke
         return found
 
     monkeypatch.setattr(Columns, "_granted", noted)
+    monkeypatch.setattr(columns, "HOPE", 100.0)  # texts of a few tokens: else a middle is never worth its first draft
     assert distance(approximations(levels, 2, 4, Ragged), rule) < EXACT
     assert {0, 1} <= {count for counts in granted for count in counts}, "some rows draft, and others do not"
 
@@ -140,7 +141,8 @@ def test_a_size_that_looks_at_what_was_drawn_is_caught(monkeypatch: pytest.Monke
 
 @torch.no_grad()
 def test_where_nothing_pays_nobody_drafts() -> None:
-    """A drafter that is never right and passes that cost a token a column: its own passes are not run either."""
+    """A drafter that is never right and passes that cost a token a column: its own passes are not run either, once it
+    is known what they take."""
     tables = approximations(2, 2, 4, Ragged)
     target = chain(tables, "token")
     target.begin(0, 2, 2)
@@ -152,7 +154,7 @@ def test_where_nothing_pays_nobody_drafts() -> None:
     genuine = drafter.propose
     drafter.propose = lambda context, limits, law: (asked.append(1), genuine(context, limits, law))[1]
     context = Context([[0], [0]], Prompt.apart([1, 1], [0, 1]))
-    for _ in range(4):
+    for _ in range(12):
         target.round(context, [3, 3], RowLaws([drawing(1), drawing(2)], [0, 1], CPU))
-    assert not asked
+    assert len(asked) <= 2
     assert shared.seconds is seconds

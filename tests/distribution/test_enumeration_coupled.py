@@ -180,8 +180,8 @@ def test_keeping_what_the_target_would_not_have_picked_is_caught(monkeypatch: py
 
     genuine = judgement._compared
 
-    def lenient(law: LawMaker, context: Context, proposal: Proposal, scores: torch.Tensor, active: list[bool]) -> Any:
-        found = genuine(law, context, proposal, scores, active)
+    def lenient(law: LawMaker, context: Context, proposal: Proposal, scores: torch.Tensor, *given: Any) -> Any:
+        found = genuine(law, context, proposal, scores, *given)
         if proposal.tokens[0] and not found.accepted[0] and scores.softmax(-1)[0, 0, proposal.tokens[0][0]] > 0.3:
             return judgement.Judgement([1], [proposal.tokens[0][:1]], scores, None)
         return found
