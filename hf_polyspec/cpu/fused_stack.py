@@ -332,7 +332,7 @@ def _made(chain: Sequence[Block], x: Tensor) -> Plan | None:
     # Asked again: whatever changes from here on is noticed.
     found = [block_products(block.parts, x.dtype) if block.parts.ready(x, {}) else None for block in blocks]
     products_now = [one for one in found if one is not None and one.stored is kind]
-    return Plan(blocks, products_now, watch.same) if len(products_now) == len(blocks) else None
+    return Plan(blocks, products_now, watch) if len(products_now) == len(blocks) else None
 
 
 def _rows(x: Tensor) -> int:

@@ -18,6 +18,7 @@ from hf_polyspec.host.moments import Moment
 if TYPE_CHECKING:
     from hf_polyspec.cpu.compiled.whole_block import Apart, BlockProducts, BlockShape
     from hf_polyspec.cpu.compiled.whole_stack import Room, StackTask
+    from hf_polyspec.cpu.watch import Watch
 
 Turns = tuple[Tensor, Tensor]
 _PATIENCE = 64
@@ -78,12 +79,10 @@ class Plan:
     Args:
         blocks: At least two, all ready.
         products: Their matrices.
-        watch: Whether all of it still is what it was, for inputs like a tensor.
+        watch: What tells whether all of it still is what it was.
     """
 
-    def __init__(
-        self, blocks: Sequence[Block], products: Sequence[BlockProducts], watch: Callable[[Tensor], bool]
-    ) -> None:
+    def __init__(self, blocks: Sequence[Block], products: Sequence[BlockProducts], watch: Watch) -> None:
         self.blocks = list(blocks)
         self.layers = [block.parts.layer for block in blocks]
         self.in_order = [block.parts.attention.layer_idx for block in blocks] == list(range(len(blocks)))
@@ -105,10 +104,11 @@ class Plan:
         return moment is not None and seen is not None and seen[0] is moment and seen[1] is x.dtype
 
     def same(self, x: Tensor, moment: Moment | None = None) -> bool:
-        """Whether all of it still is what it was, for inputs like `x`; looked at once a moment."""
-        if self.seen(x, moment):
+        """Whether all of it still is what it was, for inputs like `x`; looked at once a moment, but for where weights
+        lie: another thread may have put others in their place."""
+        if self.seen(x, moment) and self._watch.in_place():
             return True
-        found = self._watch(x)
+        found = self._watch.same(x)
         self._seen = (moment, x.dtype) if found and moment is not None else None
         return found
 

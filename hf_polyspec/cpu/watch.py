@@ -67,6 +67,8 @@ class Watch:
         self._norms = [norm._parameters for norm in norms]
         self._norm_weights: list[Tensor] = [norm.weight for norm in norms]
         self._norm_places = _places(self._norm_weights)
+        # A task reads these where they lie: what another thread puts in their place during a pass frees none of them.
+        self._kept = list(map(Tensor.untyped_storage, self._norm_weights))
         groups = [group for parts in blocks for group in (parts.joint, parts.output, parts.gates, parts.down)]
         self._watch_weights(groups)
         # Last, so that what changes while the lists are written is seen in the next pass.
@@ -98,6 +100,8 @@ class Watch:
         self._weights = [tensor for tensor in self._tensors if tensor is not None]
         self._weight_places, self._changes = _places(self._weights), list(map(change_count, self._weights))
         self._samples = Samples(samples)
+        self._addressed = [*self._norm_weights, *self._weights]
+        self._addresses = [*self._norm_places[0], *self._weight_places[0]]
 
     def _watch_kernels(self, groups: Sequence[Sequence[Any]], dtype: torch.dtype) -> None:
         """Write down products that notice by themselves when their weights change: those of quantised layers."""
@@ -122,6 +126,10 @@ class Watch:
             and self._same_kernels()
             and self._samples.same()  # last: the others make sure that the addresses still are the weights'
         )
+
+    def in_place(self) -> bool:
+        """Whether weights still lie where they lay: all that is asked in each pass, whoever runs."""
+        return list(map(Tensor.data_ptr, self._addressed)) == self._addresses
 
     def _same_modules(self) -> bool:
         return (
