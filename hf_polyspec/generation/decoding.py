@@ -25,6 +25,7 @@ from ..host.generation import Output, is_callers, made_output, pad_id
 from ..host.manners import runner_for
 from ..host.maps import check_maps
 from ..host.modeling import Cache
+from ..host.moments import no_moment
 from ..host.offloaded import rests_elsewhere
 from ..host.own_cache import makes_own_cache
 from ..host.own_rows import plainly_padded
@@ -140,14 +141,13 @@ def decode(
     named = {name: given[name] for name in PolySpecOptions.names()}
     started = time.perf_counter()
     model_kwargs["inputs_tensor"] = inputs_tensor  # for the encoder, where there is one
-    with Meeting(model, synced_gpus) as meeting:
+    with no_moment(), Meeting(model, synced_gpus) as meeting:
         words, ranks, batch = (tokenizer, assistant_tokenizer), meeting.ranks, len(input_ids)
         found = checked(model, generation_config, assistant_models, polyspec_plan, named, words, ranks, batch)
         options = found.options
         job = _Job(model, input_ids, logits_processor, stopping_criteria, generation_config, options, model_kwargs)
         members = settled(job, found, meeting, words)
-        model = job.model
-        check_spread(model, job.extras, ranks)
+        check_spread(job.model, job.extras, ranks)
         job.steered = polyspec_control is None and getattr(generation_config, "polyspec_control", None) is None
         with lent(members) as own:
             chain = job.chain(own)
@@ -155,7 +155,7 @@ def decode(
             job.shared = shared_levels(chain, own)
             meeting.begin(lambda: facts_of(input_ids, job.context.prompt.mask, generation_config, options, own))
             try:
-                with packed(own if options.polyspec_pack else [], model):
+                with packed(own if options.polyspec_pack else [], job.model):
                     rows, origins = job.run(chain, streamer, meeting)
                     note_kernels(chain)
                 job.tell_lost(chain)

@@ -9,12 +9,14 @@ enough for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import local
 from typing import Any
 
 import torch
+from torch import overrides
+from torch.utils import _python_dispatch
 from transformers import PreTrainedModel
 
 from .hooks import is_hooked
@@ -22,6 +24,11 @@ from .walking import modules_of
 
 _KNOWN = frozenset(name.partition(".")[0] for name in (PreTrainedModel.__module__, torch.__name__, __name__))
 """Packages whose modules run no code of a user's."""
+_MODES: tuple[Callable[[], list[Any]] | None, ...] = (
+    getattr(overrides, "_get_current_function_mode_stack", None),
+    getattr(_python_dispatch, "_get_current_dispatch_mode_stack", None),
+)
+"""What tells the modes that this thread is under: code that is called for each of torch's operations."""
 
 
 class Moment:
@@ -46,13 +53,34 @@ def this_moment() -> Moment | None:
 
 @contextmanager
 def one_moment() -> Iterator[None]:
-    """Within, this thread runs nothing but this library's code; a moment inside another is part of it."""
+    """Within, this thread runs nothing but this library's code; a moment inside another is part of it.
+
+    There is none under a mode of somebody's.
+    """
     before = _own.moment
-    _own.moment = before or Moment()
+    _own.moment = None if is_under_modes() else before or Moment()
     try:
         yield
     finally:
         _own.moment = before
+
+
+@contextmanager
+def no_moment() -> Iterator[None]:
+    """Within, this thread is in no moment: a call that somebody's code began inside one (a signal handler, a finaliser,
+    a callback of the garbage collector) looks for itself, and whoever was interrupted looks again."""
+    before = _own.moment
+    _own.moment = None
+    try:
+        yield
+    finally:
+        _own.moment = before and Moment()
+
+
+def is_under_modes() -> bool:
+    """Whether somebody's code may be called for each of torch's operations; torch's own (that of
+    `torch.set_default_device`) aside."""
+    return any(stack is None or not all(_is_of(type(mode)) for mode in stack()) for stack in _MODES)
 
 
 def is_known(module: Any) -> bool:
@@ -60,12 +88,22 @@ def is_known(module: Any) -> bool:
     forward = module.__dict__.get("forward")
     # what takes the place of a forward to compute it in another layout says so by its product
     own = forward is None or hasattr(forward, "product") or _is_of(type(forward))
-    return own and _is_of(type(module)) and not is_hooked(module)
+    return own and _is_of(type(module)) and packages_of(type(module).forward) <= _KNOWN and not is_hooked(module)
 
 
 def runs_known_code(model: Any) -> bool:
     """Whether nobody else's code runs in a pass of a model: no module, forward or hook of a user's."""
     return all(map(is_known, modules_of(model)))
+
+
+def packages_of(function: Any) -> set[str]:
+    """Packages in which a function, and what it wraps, are written: what it says of itself may be copied from what it
+    wraps. An empty name stands for what is not written in Python."""
+    found = set()
+    while function is not None:
+        found.add(str(getattr(function, "__globals__", {}).get("__name__", "")).partition(".")[0])
+        function = getattr(function, "__wrapped__", None)
+    return found
 
 
 def _is_of(kind: type) -> bool:

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 
 from .cache import RollbackCache
 from .hooks import is_hooked
-from .moments import Moment, is_known, this_moment
+from .moments import Moment, is_known, is_under_modes, packages_of, this_moment
 from .ragged_cache import RaggedCache
 from .release import cache_argument
+from .walking import modules_of
 
 MOST = 64
 """Positions of a pass. Where there are more, what is done around the layers is a small part of it."""
@@ -88,16 +89,17 @@ class Straight:
         return self._try(inputs, record, past, known, kind, around) if same is None else None
 
     def _marked(self) -> tuple[object, Moment | None, Around]:
-        """What the way of computing depends on, None where the model has to be called itself; the moment for which one
-        look is enough, None where somebody else's code is called around the layers; and what is called there."""
+        """What the way of computing depends on, None where the model has to be called itself, as where somebody else's
+        code is called around the layers; the moment for which one look is enough; and what is called there."""
         assert self._parts is not None
         moment = this_moment()
         if moment is not None and self._looked is not None and self._looked[0] is moment:
             return self._looked[1], moment, self._looked[2]
         around = _around(self._model, self._parts[0])
-        # A hook is to be called once a pass, also where a pass is tried both ways.
-        mark = None if any(map(is_hooked, around)) else _mark(self._model, self._parts)
-        if moment is None or mark is None or not all(map(is_known, around)):
+        # Somebody's code is to be called once a pass, also where a pass is tried both ways.
+        known = not is_under_modes() and all(is_known(module) for part in around for module in modules_of(part))
+        mark = _mark(self._model, self._parts) if known else None
+        if moment is None or mark is None:
             return mark, None, around
         self._looked = moment, mark, around
         return mark, moment, around
@@ -216,8 +218,8 @@ def _mark(model: Any, parts: tuple[Any, Sequence[Any]]) -> object:
 
 def _is_hosts(module: Any) -> bool:
     """Whether a module's forward is transformers' own: somebody else's may do now one thing and now another."""
-    package = str(getattr(type(module).forward, "__module__", "")).partition(".")[0]
-    return package == _HOST and "forward" not in module.__dict__ and not is_hooked(module)
+    written = packages_of(type(module).forward) <= {_HOST, torch.__name__}
+    return written and "forward" not in module.__dict__ and not is_hooked(module)
 
 
 def _plain(settings: Mapping[str, Any]) -> Any:

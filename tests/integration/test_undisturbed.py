@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import prompts, tiny
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import hf_polyspec
 from hf_polyspec.cpu.compiled import compiles
 from hf_polyspec.cpu.packing import pack
+from hf_polyspec.host.moments import one_moment
+from hf_polyspec.host.straight import Straight
 
 if not compiles():
     pytest.skip("nothing is packed in this way here", allow_module_level=True)
@@ -120,6 +123,53 @@ def test_what_nobody_can_have_changed_is_looked_at_once(
     looks.clear()
     model.generate(**prompts(1), **GREEDY, assistant_models=[], streamer=Streamer(copy.deepcopy(model)))
     assert len(looks) >= TOKENS - 1 > 3 >= few
+
+
+def test_a_call_begun_inside_a_moment_looks_for_itself(enabled: None, model: PreTrainedModel) -> None:
+    """As one of a signal handler's does, or of a callback of the garbage collector's."""
+    given: dict[str, Any] = {"input_ids": torch.tensor([[5]]), "attention_mask": torch.ones(1, 1, dtype=torch.long)}
+    given |= {"max_new_tokens": 40, "do_sample": False}
+    for _ in range(3):
+        model.generate(**given, assistant_models=[])
+    with one_moment():
+        before = model.generate(**given, assistant_models=[]).tolist()
+        model.model.layers[1].self_attn.scaling = 40.0
+        after = model.generate(**given, assistant_models=[]).tolist()
+    assert after == copy.deepcopy(model).generate(**given).tolist() != before
+
+
+class Replacing(Changing):
+    """Another thread, which puts a weight in another's place between two passes."""
+
+    def change(self) -> None:
+        self.calls += 1
+        if self.calls == 6:
+            weight = self.model.model.layers[1].input_layernorm.weight
+            memory = StorageWeakRef(weight.untyped_storage())
+            weight.data = weight.data * -1
+            self.freed = memory.expired()
+
+
+def test_weights_that_are_replaced_in_the_middle_count_from_the_next_pass(
+    enabled: None, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, unchanged = copy.deepcopy(model), copy.deepcopy(model)
+    replacing = Replacing(plain)
+    plain.model.norm.register_forward_hook(lambda *_: replacing.change())
+    wanted = plain.generate(**prompts(1), **GREEDY).tolist()
+    assert wanted != unchanged.generate(**prompts(1), **GREEDY).tolist()
+    for _ in range(2):
+        model.generate(**prompts(1), **GREEDY, assistant_models=[])
+    replacing, original = Replacing(model), Straight.__call__
+
+    def passing(self: Straight, *given: Any) -> Any:
+        found = original(self, *given)
+        replacing.change()
+        return found
+
+    monkeypatch.setattr(Straight, "__call__", passing)
+    assert model.generate(**prompts(1), **GREEDY, assistant_models=[]).tolist() == wanted
+    assert not replacing.freed, "a pass that was under way would have gone on to read it"
 
 
 class _Drafter(hf_polyspec.SuffixDrafter):

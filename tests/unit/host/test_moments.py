@@ -4,16 +4,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from threading import Thread
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from hf_polyspec.cpu.packing import pack
-from hf_polyspec.host.moments import one_moment, runs_known_code, this_moment
+from hf_polyspec.host.moments import no_moment, one_moment, runs_known_code, this_moment
 from hf_polyspec.levels.suffix import SuffixDrafter
 from hf_polyspec.levels.undisturbed import asks_nobody
 from hf_polyspec.levels.verifier import NoDraft
@@ -50,6 +54,49 @@ def test_a_moment_ends_with_what_is_raised_and_is_one_threads() -> None:
     assert this_moment() is None
 
 
+def test_a_call_begun_inside_a_moment_is_in_none_and_the_one_around_it_looks_again() -> None:
+    with no_moment():
+        assert this_moment() is None
+    assert this_moment() is None
+    with one_moment():
+        first = this_moment()
+        with no_moment():
+            assert this_moment() is None
+            with one_moment():
+                assert this_moment() not in (None, first)
+            assert this_moment() is None
+        assert this_moment() not in (None, first)
+    assert this_moment() is None
+
+
+class _Functions(TorchFunctionMode):
+    """Somebody's."""
+
+
+class _Operations(TorchDispatchMode):
+    """Somebody's."""
+
+
+@pytest.mark.parametrize("mode", [_Functions, _Operations])
+def test_there_is_no_moment_under_a_mode_of_somebodys(mode: Callable[[], Any]) -> None:
+    with one_moment(), mode(), one_moment():
+        assert this_moment() is None
+    with one_moment():
+        assert this_moment() is not None
+
+
+@pytest.fixture
+def default_device() -> Iterator[None]:
+    torch.set_default_device("cpu")
+    yield
+    torch.set_default_device(None)
+
+
+def test_torchs_own_mode_for_a_default_device_is_known(default_device: None) -> None:
+    with one_moment():
+        assert this_moment() is not None
+
+
 class _Norm(nn.LayerNorm):
     """Somebody's."""
 
@@ -70,7 +117,18 @@ def _another(model: Any) -> None:
     model.model.norm = _Norm(32)
 
 
-@pytest.mark.parametrize("change", [_hooked, _hooked_before, _replaced, _another])
+def _wrapped(model: Any) -> None:
+    kind = type(model.model.norm)
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any) -> Any:
+        return kind.forward(self, *args)
+
+    body = {"forward": forward, "__module__": kind.__module__}
+    model.model.norm.__class__ = type(kind.__name__, (kind,), body)  # says in everything that it is the host's
+
+
+@pytest.mark.parametrize("change", [_hooked, _hooked_before, _replaced, _another, _wrapped])
 @pytest.mark.parametrize("packed", [False, True])
 def test_whose_code_a_model_runs(tiny: Tiny, change: Callable[[Any], None], packed: bool) -> None:
     model = copy.deepcopy(tiny("llama"))

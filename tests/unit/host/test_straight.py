@@ -87,17 +87,15 @@ def passes_of_rows(model: Any) -> list[Any]:
 
 @contextmanager
 def counted(monkeypatch: pytest.MonkeyPatch, kind: type = LlamaForCausalLM) -> Iterator[list[int]]:
-    """Counts calls of a class's forward."""
+    """Counts calls of a class's models, whose forward stays transformers' own."""
     calls: list[int] = []
-    forward = kind.forward
 
-    @functools.wraps(forward)
     def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        return forward(self, *args, **kwargs)
+        return torch.nn.Module.__call__(self, *args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(kind, "forward", counting)
+        patched.setattr(kind, "__call__", counting)
         yield calls
 
 
@@ -188,10 +186,28 @@ def test_what_is_somebodys_own_is_called(tiny: Tiny, kind: str, monkeypatch: pyt
             def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
                 return own.forward(self, *args, **kwargs)
 
-            forward.__module__ = __name__
             model.__class__ = type("Own", (own,), {"forward": forward})
         assert len(passes(model)) == len(calls)
     assert len(hooked) == (len(calls) if kind == "hook" else 0)
+
+
+class _Mine(torch.nn.Module):
+    """Somebody's, with a state."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x
+
+
+@WITHIN
+def test_a_module_of_somebodys_around_the_layers_is_called_once_a_pass(tiny: Tiny, within: Callable[[], Any]) -> None:
+    model, mine = packed(tiny), _Mine()
+    model.model.embed_tokens = torch.nn.Sequential(model.model.embed_tokens, mine)
+    with within():
+        passes(model)
+    assert mine.calls == 10
 
 
 def test_a_window_is_the_models_own_matter(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
