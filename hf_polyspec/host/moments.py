@@ -88,7 +88,8 @@ def is_known(module: Any) -> bool:
     forward = module.__dict__.get("forward")
     # what takes the place of a forward to compute it in another layout says so by its product
     own = forward is None or hasattr(forward, "product") or _is_of(type(forward))
-    return own and _is_of(type(module)) and packages_of(type(module).forward) <= _KNOWN and not is_hooked(module)
+    written = packages_of(getattr(type(module), "forward", None))
+    return own and _is_of(type(module)) and written <= _KNOWN and not is_hooked(module)
 
 
 def runs_known_code(model: Any) -> bool:
@@ -98,8 +99,8 @@ def runs_known_code(model: Any) -> bool:
 
 def packages_of(function: Any) -> set[str]:
     """Packages in which a function, and what it wraps, are written: what it says of itself may be copied from what it
-    wraps. An empty name stands for what is not written in Python."""
-    found = set()
+    wraps. An empty name stands for what is not written in Python, as the forward of a script is not."""
+    found = {""} if function is None else set()
     while function is not None:
         found.add(str(getattr(function, "__globals__", {}).get("__name__", "")).partition(".")[0])
         function = getattr(function, "__wrapped__", None)

@@ -218,7 +218,7 @@ def _mark(model: Any, parts: tuple[Any, Sequence[Any]]) -> object:
 
 def _is_hosts(module: Any) -> bool:
     """Whether a module's forward is transformers' own: somebody else's may do now one thing and now another."""
-    written = packages_of(type(module).forward) <= {_HOST, torch.__name__}
+    written = packages_of(getattr(type(module), "forward", None)) <= {_HOST, torch.__name__}
     return written and "forward" not in module.__dict__ and not is_hooked(module)
 
 
