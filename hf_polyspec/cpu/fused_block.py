@@ -10,6 +10,7 @@ then by trying: it is fused only if both ways give the same numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -130,6 +131,19 @@ class FusedBlock:
         if not readable or profiling() or not grows(past) or not self._writes_into(past, x, mask):
             return None
         return outputs_of(self, layers, x.contiguous(), mask, past, turns, moment)
+
+    def whole_pass(self, layers: Sequence[nn.Module], around: tuple[Any, Any, Any, Any], known: int) -> Any:
+        """Passes of the whole model whose layers these are (see `WholePass`), None where there can be none."""
+        from hf_polyspec.cpu.whole_pass import WholePass
+
+        plan = self.plans.get(len(layers))
+        if plan is None or not plan.in_order or not all(map(is_, plan.layers, layers)):
+            return None
+        weight = around[0].weight
+        try:
+            return WholePass(plan, around, known, weight.detach()[None, :1])
+        except LookupError:
+            return None
 
     def _left_to_torch(self, x: Tensor) -> bool:
         """Whether the matrices are better multiplied by torch: they are float, and the rows are many."""

@@ -116,6 +116,12 @@ class Plan:
         self, x: Tensor, turns: Turns, mask: Tensor | None, rooms: Sequence[Room], apart: Apart | None
     ) -> StackTask:
         """Compute the blocks, see `StackTask`."""
+        task = self.task(x, turns, mask, rooms)
+        task.run(x, turns, mask, rooms, apart)
+        return task
+
+    def task(self, x: Tensor, turns: Turns, mask: Tensor | None, rooms: Sequence[Room]) -> StackTask:
+        """What computes the blocks in this thread for inputs of the shape of `x`."""
         from hf_polyspec.cpu.compiled.whole_stack import StackTask
 
         tasks: dict[str, StackTask] = self._own.__dict__
@@ -125,7 +131,6 @@ class Plan:
             if sum(_rows(one) for one in (x, *(kept.outputs[0] for kept in tasks.values()))) > _ROWS_KEPT:
                 tasks.clear()
             task = tasks[key] = StackTask(x, self._matrices, turns, mask, rooms)
-        task.run(x, turns, mask, rooms, apart)
         return task
 
 

@@ -18,6 +18,7 @@ import torch
 from ..telemetry.counters import Counted, LevelStats
 from .context import Context
 from .distributions import LawMaker
+from .passes import Picks
 from .proposal import Proposal
 from .row_laws import RowLaws, picked
 from .row_tensors import RowTensors
@@ -180,6 +181,16 @@ def _compared(
     both = torch.stack([chosen.double(), lead.double()]).tolist()  # one synchronisation; ids are exact below 2**53
     found = _alike(law, proposal, [list(map(int, row)) for row in both[0]], scores, active)
     return replace(found, leads=[row[: len(own)] for row, own in zip(both[1], found.tokens, strict=True)])
+
+
+NOTHING = torch.empty(1, 0, 0)
+"""Scores where nobody asks for them."""
+
+
+def compare(law: LawMaker, proposal: Proposal, picks: Picks) -> Judgement:
+    """As `judge` for a row that is alone and whose text is what is likeliest, from a pass that said no more."""
+    found = _alike(law, proposal, [picks.tokens], NOTHING, [True])
+    return replace(found, leads=[picks.leads[: len(found.tokens[0])]])
 
 
 def _alike(

@@ -13,6 +13,21 @@ from .row_tensors import RowTensors
 
 
 @dataclass(frozen=True)
+class Picks:
+    """What a pass over one row said, where nobody asks for more than the likeliest ids.
+
+    Attributes:
+        tokens: K + 1 of them, behind the context and behind each draft token; leads: by how many logits each is ahead.
+        fed: columns of the pass; read: the ids the model has now read.
+    """
+
+    tokens: list[int]
+    leads: list[float]
+    fed: int
+    read: list[int]
+
+
+@dataclass(frozen=True)
 class Pass:
     """One forward pass over the uncached end of each row and its draft.
 

@@ -121,6 +121,7 @@ class DecodingLoop:
         if control is not None:
             control.before(context, limits)
         self._look_ahead()
+        self.target.scored = any(course.recorder.wanted.any for course, _ in self.seats)
         emission = self.target.round(context, limits, self.law)
         if control is not None:
             control.after(emission)

@@ -22,7 +22,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from ..errors import RollbackError
 from .rooms import Rooms, rooms_of
 
-_FIRST_CAPACITY = 64
+_SPARE = 128
+"""Columns that a buffer has beyond what it is to hold, at least: most answers are no longer."""
 _KEYS, _VALUES, _LENGTH = attrgetter("_key_buffer"), attrgetter("_value_buffer"), attrgetter("_length")
 
 
@@ -199,7 +200,7 @@ def _with_room(buffer: torch.Tensor | None, shape: Sequence[int], like: torch.Te
         buffer = None  # of an earlier batch, and empty by now
     if buffer is not None and end <= buffer.shape[2]:
         return buffer
-    capacity = max(_FIRST_CAPACITY, end + end // 2)
+    capacity = end + max(_SPARE, end // 2)
     larger = like.new_empty(batch, heads, capacity, size)
     if buffer is not None:
         larger[:, :, :start] = buffer[:, :, :start]
@@ -288,6 +289,21 @@ class RollbackCache(DynamicCache):
             found.start = lengths.pop()
         return found if found is not None and found.take(shape, like) else None
 
+    def rooms_from(
+        self, start: int, shape: tuple[int, int, int, int], like: torch.Tensor, moment: object
+    ) -> Rooms | None:
+        """As `rooms`, for columns behind the first `start`; looked for once a moment."""
+        found, layers = self._rooms, self.layers
+        # Layers are widened together; what else replaces a buffer does not come between two passes of a moment.
+        known = found is not None and found.seen is moment and _KEYS(layers[0]) is found[0][0]
+        if found is None or not known or _KEYS(layers[-1]) is not found[-1][0]:
+            found = self.rooms(len(layers), shape, like)
+            if found is None or found.start < start:
+                return None
+            found.seen = moment
+        found.start = start
+        return found if found.take(shape, like) else None
+
     def claim(self, rooms: Rooms, fed: int) -> bool:
         """`fed` columns were written to the buffers; False if those are others by now."""
         layers: list[Any] = self.layers
@@ -296,6 +312,12 @@ class RollbackCache(DynamicCache):
         for layer in layers:
             layer._length = rooms.start + fed
         return True
+
+    def hold(self, length: int) -> None:
+        """So many columns are held by now, in layers that all grow: they were written to the buffers."""
+        layers: list[Any] = self.layers
+        for layer in layers:
+            layer._length = length
 
     @property
     def rollable(self) -> list[Any]:

@@ -156,6 +156,11 @@ class Forwarding:
         found = self._straight(inputs, record)
         return self._model(**inputs, **record, return_dict=True) if found is None else found
 
+    @property
+    def straight(self) -> Straight:
+        """Passes without the detour through the model's own forward."""
+        return self._straight
+
     def keeps_positions(self) -> bool:
         """Whether the model is called with the position ids that it is given."""
         if self._prepare is None:

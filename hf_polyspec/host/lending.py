@@ -24,7 +24,7 @@ from .walking import named_parameters_of
 
 WORTH = 32
 """Fewer tokens than this are read rather than taken."""
-FEW = 2
+FEW = 4
 """The same for a middle that drafts pass by: it lags behind the target after each of them."""
 _ROWS = 64
 """Rows at the beginning and at the end of the embeddings that are compared."""

@@ -16,12 +16,14 @@ class Rooms(list[tuple[torch.Tensor, torch.Tensor, int]]):
 
     Attributes:
         start: the column from which the pass under way writes, in every layer.
+        seen: the moment in which they were last found to be the cache's own.
         pairs: all keys, and all values.
     """
 
     def __init__(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
         super().__init__((keys, values, 0) for keys, values in pairs)
         self.start = 0
+        self.seen: object = None
         self.pairs = [keys for keys, _, _ in self], [values for _, values, _ in self]
 
     def take(self, shape: tuple[int, int, int, int], like: torch.Tensor) -> bool:

@@ -38,6 +38,11 @@ def _lengths(model: Any) -> tuple[int | None, int | None]:
     return once, always
 
 
+def turns_stay(model: Any) -> bool:
+    """Whether the angles at a position are the same at every length."""
+    return _lengths(model) == (None, None)
+
+
 def gate(model: Any, padding: int) -> Callable[[int], int | None] | None:
     """How far a pass may reach: given a row's columns, the most it may have after a pass; None for any number.
 

@@ -23,6 +23,7 @@ from .hooks import is_hooked
 from .moments import Moment, is_known, is_under_modes, packages_of, this_moment
 from .ragged_cache import RaggedCache
 from .release import cache_argument
+from .rope import turns_stay
 from .walking import modules_of
 
 MOST = 64
@@ -60,6 +61,41 @@ class Straight:
         self._model = model
         self._misses = 0
         self._looked: tuple[Moment, object, Around] | None = None
+        self._whole: Any = None  # passes without torch, False where there are none
+
+    def picks(
+        self, ids: Sequence[int], position: int, past: RollbackCache, held: int, known: int
+    ) -> tuple[list[int], list[float]]:
+        """The likeliest of the first `known` ids behind each of some, and how many logits it is ahead, from a pass that
+        makes nothing else. The thread is in a moment.
+
+        Args:
+            ids: of one row, behind the first `held` columns of its cache; position: of the first.
+
+        Returns:
+            Nothing, and nothing has changed, where the pass has to be run as others are.
+        """
+        moment = this_moment()
+        if moment is None or self._whole is False or self._parts is None:
+            return [], []
+        mark, _, around = self._marked()
+        kind = mark, len(ids) > 1, True, False, RollbackCache
+        if mark is None or not _tried.get(self._model, {}).get(kind):
+            return [], []
+        if self._whole is None:
+            self._whole = self._made(around, known)
+        if self._whole and not self._whole.same(around, known, moment):
+            self._whole = None
+        if not self._whole:
+            return [], []
+        found: tuple[list[int], list[float]] = self._whole.run(ids, position, past, held, moment)
+        return found
+
+    def _made(self, around: Around, known: int) -> Any:
+        assert self._parts is not None
+        layers = self._parts[1]
+        make = getattr(layers[0].__dict__.get("forward"), "whole_pass", None)
+        return (make is not None and turns_stay(self._model) and make(layers, around, known)) or False
 
     def __call__(self, inputs: Mapping[str, Any], record: Mapping[str, Any]) -> Any:
         """One pass.

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
-from ..exactness.judgement import Going, Judgement, judge, record
+from ..exactness.judgement import NOTHING, Going, Judgement, compare, judge, record
 from ..exactness.passes import Pass
 from ..exactness.proposal import Proposal, TreeProposal
 from ..exactness.row_tensors import fit_vocabulary
@@ -53,6 +53,7 @@ class Verifier(Drafter):
         going: says which rows go on behind a token, where processors keep state; None: all but those that it ends.
         borrowers: models below that take this one's keys and values instead of reading a prompt (see `lending`).
         ask, ask_for_tree: how `source` is asked (see `asking`); in several processes, see `elsewhere`.
+        scored: whether somebody reads what emissions tell besides tokens; said by a target's loop.
         ending: decides when the block of a row that is alone goes up; None where `block_size` and `direct_tokens` do.
         watchers: levels that are shown this model's reading of a prompt, since the model above them does not read it.
     """
@@ -89,6 +90,7 @@ class Verifier(Drafter):
         self.source: Drafter = below
         self.observer: Callable[[Check], None] | None = None
         self.going: Going | None = None
+        self.scored = False
         self.ending: Ending | None = None
         self.borrowers: list[ModelRunner] = []
         self.watchers: list[Drafter] = []
@@ -150,6 +152,9 @@ class Verifier(Drafter):
     def _judged(self, context: Context, proposal: Proposal, active: list[bool], law: LawMaker) -> Emission:
         with self.stats.timed():
             self.runner.asked = active
+            found = self._picked(context, proposal, law)
+            if found is not None:
+                return found
             with self._watched(law):
                 passed = self.runner.run(context, proposal.tokens, self.stats)
             logits = fit_vocabulary(passed.given, self.vocabulary)
@@ -169,6 +174,23 @@ class Verifier(Drafter):
             judgement.bias,
             counted,
             judgement.leads,
+        )
+
+    def _picked(self, context: Context, proposal: Proposal, law: LawMaker) -> Emission | None:
+        """What `_judged` gives, for a row that is alone, where nothing but likeliest ids is asked of the pass and the
+        runner can do with that."""
+        if self.scored or context.batch != 1 or type(law) is not LawMaker or not law.picks_likeliest:
+            return None
+        picks = self.runner.picks(context, proposal.tokens[0], self.stats, self.vocabulary)
+        if picks is None:
+            return None
+        judgement = compare(law, proposal, picks)
+        counted = record(self.stats, proposal, judgement, [True], self.eos)
+        passed = Pass(NOTHING, None, picks.fed, [picks.read])
+        drafted, origins = [len(proposal.tokens[0])], self._origins(proposal, judgement)
+        emitted, accepted, leads = judgement.tokens, judgement.accepted, judgement.leads
+        return Emission(
+            emitted, None, origins, drafted, accepted, NOTHING, NOTHING, passed, counted=counted, leads=leads
         )
 
     def reads_for_others(self, context: Context, active: list[bool] | None = None) -> bool:

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What follows a model's blocks as one task: the last norm, the matrix that makes logits, and the likeliest ids.
+
+Of a row of logits two numbers are wanted, as long as nobody asks for more: which is the largest, and by how much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+from torch import Tensor
+
+from .blocks import norm_numbers, normalize_task
+from .groups import multiply_codes_task
+from .numbers import LIKE, VERSION, widen
+from .product import Product, multiply_task
+from .tasks import HEADER, Launch, check_counter, compiled, enter, leave, pointer, staged, take, team, together
+from .vectors import FLOATS, LANES, WORDS, load
+from .whole_block import SLOT
+
+CHUNK = 32 * LANES
+"""Logits whose largest is kept while a row is looked through: where it stands is looked for in one of them."""
+
+
+@intrinsic
+def _largest(_typing: Any, address: Any, count: Any, like: Any) -> Any:
+    """The largest of numbers at an address, so many, a multiple of `LANES`; infinite if one is no number."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        address, count, _ = arguments
+        least, most = (ir.Constant(FLOATS, [value] * LANES) for value in (float("-inf"), float("inf")))
+        top = cgutils.alloca_once_value(builder, least)
+        zero, step, size = (context.get_constant(types.int64, number) for number in (0, LANES, like.bitwidth // 8))
+        with cgutils.for_range_slice(builder, zero, count, step, intp=ir.IntType(64)) as (index, _):
+            found = load(builder, like, builder.add(address, builder.mul(index, size)))
+            found = builder.select(builder.fcmp_ordered("ord", found, found), found, most)
+            best = builder.load(top)
+            builder.store(builder.select(builder.fcmp_ordered(">", found, best), found, best), top)
+        best, part = builder.load(top), LANES
+        while part > 1:
+            part //= 2
+            order = ir.Constant(WORDS, [(lane + part) % LANES for lane in range(LANES)])
+            other = builder.shuffle_vector(best, ir.Constant(FLOATS, ir.Undefined), order)
+            best = builder.select(builder.fcmp_ordered(">", other, best), other, best)
+        return builder.extract_element(best, ir.Constant(ir.IntType(32), 0))
+
+    return types.float32(types.int64, types.int64, like), generate
+
+
+@njit
+def _first_two(x: Any, like: Any) -> Any:
+    """Where the largest of a row is, of equal ones the first, and by how much; -1 where that cannot be told from
+    numbers that are not finite."""
+    best = second = np.float32(-np.inf)
+    chunk = 0
+    whole = x.size // LANES * LANES
+    for begin in range(0, x.size, CHUNK):
+        count = min(CHUNK, whole - begin)
+        top = _largest(x.ctypes.data + begin * x.itemsize, count, like) if count > 0 else np.float32(-np.inf)
+        for k in range(begin + max(count, 0), min(x.size, begin + CHUNK)):
+            value = widen(x[k])
+            top = value if value > top else top if value == value else np.float32(np.inf)
+        if top > best:
+            second, best, chunk = best, top, begin
+        elif top > second:
+            second = top
+    if not np.isfinite(best):
+        return np.int64(-1), np.float32(0)
+    place = chunk
+    while widen(x[place]) != best:
+        place += 1
+    for k in range(chunk, min(x.size, chunk + CHUNK)):
+        value = widen(x[k])
+        if k != place and value > second:
+            second = value
+    return np.int64(place), best - second
+
+
+@njit
+def _pick_task(task: Any, like: Any) -> None:
+    """The likeliest of the first `known` ids of each row, and its lead."""
+    numbers = carray(pointer(task, np.int64(0)), 7)
+    rows, outputs, known = numbers[1], numbers[2], numbers[3]
+    logits = carray(pointer(numbers[4], like), (rows, outputs))
+    ids = carray(pointer(numbers[5], np.int64(0)), rows)
+    leads = carray(pointer(numbers[6], np.float32(0)), rows)
+    while True:
+        row = take(task)
+        if row >= rows:
+            return
+        ids[row], leads[row] = _first_two(logits[row, :known], like)
+
+
+def _multiply(task: Any, stored: Any, like: Any) -> None:
+    """The product for what the matrix is stored as."""
+    raise NotImplementedError
+
+
+@overload(_multiply, strict=False)
+def _multiply_stored(task: Any, stored: Any, like: Any) -> Any:
+    if stored == types.uint8:
+        return lambda task, stored, like: multiply_codes_task(task, like)
+    return lambda task, stored, like: multiply_task(task, stored, like)
+
+
+def _task(stored: Any, active: Any) -> Callable[[Any], None]:
+    version = VERSION
+
+    def task(place: Any) -> None:
+        if version >= 0:  # always, see there
+            threads = team(place)
+            if enter(place, 0, threads):
+                normalize_task(place + 8 * HEADER, active)
+                leave(place, 0)
+            _multiply(place + 8 * (HEADER + SLOT), stored, active)
+            if enter(place, 1, threads):
+                leave(place, 1)
+            _pick_task(place + 8 * (HEADER + 2 * SLOT), active)
+
+    return task
+
+
+@cache
+def _function(stored: torch.dtype, active: torch.dtype) -> Launch:
+    return together(compiled(_task(LIKE[stored], LIKE[active])))
+
+
+class EndTask:
+    """The end of passes over so many positions. What it gives lasts until it is run again.
+
+    Args:
+        states: `[1, F, H]`, what the last block writes.
+        norm: weight `[H]` and epsilon of the last norm.
+        product: the matrix `[V, H]` that makes logits.
+        known: ids that are looked at, the first ones, at most V.
+
+    Attributes:
+        ids, leads: `[F]`, the likeliest id behind each position, and by how much; -1 where that cannot be told.
+    """
+
+    def __init__(self, states: Tensor, norm: tuple[Tensor, float], product: Product, known: int) -> None:
+        rows, width = states.shape[1], states.shape[2]
+        self.ids, self.leads = np.zeros(rows, np.int64), np.zeros(rows, np.float32)
+        self._memory = states.new_empty(rows, width), states.new_empty(rows, product.shape[0])
+        normed, logits = (memory.data_ptr() for memory in self._memory)
+        self._kept = states, norm[0], norm[0].untyped_storage(), product
+        self._kinds = product.dtype, states.dtype
+        stages = (
+            norm_numbers(rows, *norm, states.data_ptr(), normed),
+            product.task(rows, normed, logits),
+            (rows, product.shape[0], known, logits, self.ids.ctypes.data, self.leads.ctypes.data),
+        )
+        self._table = np.array(staged(stages, SLOT), np.int64)
+        self._task = np.empty_like(self._table)
+
+    def run(self) -> None:
+        """Compute `ids` and `leads`.
+
+        Raises:
+            MemoryError: There is no memory to work in.
+        """
+        self._task[:] = self._table
+        _function(*self._kinds)(self._task.ctypes.data)
+        check_counter(self._task[HEADER::SLOT].max())

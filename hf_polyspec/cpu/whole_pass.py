@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pass of a whole model over a few tokens of one row as two tasks, from ids to the likeliest ids.
+
+The weights of a pass push everything else out of the processor's caches, so what runs between two passes finds neither
+its code nor its objects there: a call of torch's takes five times as long as in a loop of its own, and a middle's pass
+of three milliseconds had one more around it. Here are no calls of torch's: rows of the embedding are copied, angles
+are looked up in a table, and of the logits only the likeliest id is handed on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import is_
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_polyspec.cpu.block_parts import BlockParts, fits
+from hf_polyspec.cpu.block_products import compiled_product
+from hf_polyspec.cpu.compiled import computes
+from hf_polyspec.cpu.joint_product import change_count
+from hf_polyspec.cpu.stack_plan import Plan
+from hf_polyspec.host.moments import Moment
+from hf_polyspec.host.cache import RollbackCache
+from hf_polyspec.host.rooms import Rooms
+
+if TYPE_CHECKING:
+    from hf_polyspec.cpu.compiled.ends import EndTask
+    from hf_polyspec.cpu.compiled.whole_stack import StackTask
+
+Around = tuple[Any, Any, Any, Any]
+"""What is called around the layers: embedding, angles, norm and lm_head."""
+
+_POSITIONS = 1024
+"""Positions by which a table of angles grows."""
+_SHAPES = 16
+"""Numbers of positions for which tasks are kept."""
+
+
+class WholePass:
+    """Passes of one model, in one thread.
+
+    Args:
+        plan: of all of its blocks; around: see `Around`; known: ids that are looked at.
+        x: `[1, F, H]`, what the first block is given in a pass.
+
+    Raises:
+        LookupError: something around the layers is of a kind that is not known here.
+    """
+
+    def __init__(self, plan: Plan, around: Around, known: int, x: Tensor) -> None:
+        self._plan, self._around, self._known = plan, around, known
+        self._dtype, self._width = x.dtype, x.shape[2]
+        self._found = self._look()
+        if self._found is None:
+            raise LookupError("no such model")
+        self._moment: Moment | None = None
+        embedding, _, self._norm, _ = around
+        # Kept here: what another thread puts in their place frees none of them.
+        self._weight: Tensor = embedding.weight.detach()
+        self._rows = _numbers(self._weight)
+        self._angles: tuple[Tensor, Tensor] | None = None
+        self._tasks: dict[int, tuple[Any, Tensor, StackTask, EndTask]] = {}
+        self._threads = torch.get_num_threads()
+
+    def _look(self) -> tuple[object, ...] | None:
+        """What the numbers depend on besides the blocks, None where they cannot be computed here."""
+        embedding, rotary, norm, head = self._around
+        kind = BlockParts(self._plan.layers[0]).norms[0]
+        plain = type(embedding) is nn.Embedding and embedding.max_norm is None and "forward" not in embedding.__dict__
+        if not plain or type(norm) is not type(kind) or "forward" in norm.__dict__:
+            return None
+        weight = embedding.weight
+        alike = weight.dtype is self._dtype and weight.is_cpu and weight.is_contiguous()
+        product = compiled_product([head], self._dtype, 1)
+        if not alike or product is None or product.dtype not in (torch.int8, torch.uint8, self._dtype):
+            return None
+        if weight.shape[1] != self._width or product.shape[1] != self._width:
+            return None
+        x = weight.detach()[None, :1]
+        if not fits(norm.weight, x):
+            return None
+        own = [*rotary._buffers.values(), weight, norm.weight]
+        numbers = (value for value in vars(rotary).values() if isinstance(value, (int, float, str)))
+        places = ((one.data_ptr(), change_count(one)) for one in own if isinstance(one, Tensor))
+        return (product, norm.variance_epsilon, *numbers, *places)
+
+    def same(self, around: Around, known: int, moment: Moment) -> bool:
+        """Whether all that the numbers depend on still is what it was; looked at once a moment, the blocks left aside,
+        of which it is asked in every pass where their weights lie.
+
+        Args:
+            around, known: as they are now.
+        """
+        from hf_polyspec.cpu.compiled.tasks import profiling
+
+        if self._moment is moment:
+            return True
+        alike = known == self._known and all(map(is_, around, self._around))
+        ready = torch.get_num_threads() == self._threads and computes(self._weight[None, :1]) and not profiling()
+        found = alike and ready and self._look() == self._found
+        self._moment = moment if found else None
+        return found
+
+    def run(
+        self, ids: Sequence[int], position: int, past: RollbackCache, held: int, moment: Moment
+    ) -> tuple[list[int], list[float]]:
+        """A pass over ids behind the first `held` columns of a cache, which holds them as well then.
+
+        Args:
+            ids: F of them; position: of the first; moment: this one.
+
+        Returns:
+            Per id, the likeliest behind it, and how many logits it is ahead; nothing, and the cache is what it was,
+            where that cannot be told or something has changed.
+
+        Raises:
+            MemoryError: there is no memory to work in.
+        """
+        fed, shape = len(ids), self._plan.shape
+        rooms = past.rooms_from(held, (1, shape.shared, fed, shape.size), self._weight, moment)
+        if rooms is None or not self._plan.same(self._weight, moment):
+            return [], []
+        given, x, stack, end = self._tasks.get(fed) or self._made(fed, rooms)
+        given[:] = self._rows[list(ids)] if fed > 1 else self._rows[ids[0]]
+        cos, sin = self._turns(x, position + fed)
+        step = position * cos.shape[1] * cos.element_size()
+        turns = cos.data_ptr() + step, sin.data_ptr() + step
+        stack.go_on(x.data_ptr(), turns, self._mask(fed, held), rooms)
+        end.run()
+        likeliest: list[int] = end.ids.tolist()
+        if min(likeliest) < 0:
+            return [], []
+        past.hold(held + fed)
+        return likeliest, end.leads.tolist()
+
+    def _made(self, fed: int, rooms: Rooms) -> tuple[Any, Tensor, StackTask, EndTask]:
+        from hf_polyspec.cpu.compiled.ends import EndTask
+
+        x = torch.empty(1, fed, self._width, dtype=self._dtype)
+        turns = x.new_zeros(1, fed, self._plan.shape.size)
+        stack = self._plan.task(x, (turns, turns), None, rooms)
+        product: Any = self._found[0] if self._found else None
+        norm = self._norm.weight.detach(), self._norm.variance_epsilon
+        end = EndTask(stack.outputs[-1], norm, product, min(self._known, product.shape[0]))
+        if len(self._tasks) >= _SHAPES:
+            self._tasks.clear()
+        found = self._tasks[fed] = _numbers(x[0]), x, stack, end
+        return found
+
+    def _turns(self, x: Tensor, needed: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[N, D]` of at least so many positions."""
+        if self._angles is None or len(self._angles[0]) < needed:
+            count = -(-needed // _POSITIONS) * _POSITIONS
+            cos, sin = self._around[1](x, position_ids=torch.arange(count)[None])
+            self._angles = cos[0].to(self._dtype).contiguous(), sin[0].to(self._dtype).contiguous()
+        return self._angles
+
+    def _mask(self, fed: int, held: int) -> tuple[int, int]:
+        """What each of several positions sees; None of one, which sees all."""
+        if fed == 1:
+            return 0, 0
+        self._seen = np.tri(fed, held + fed, held, dtype=np.bool_)
+        return self._seen.ctypes.data, held + fed
+
+
+def _numbers(tensor: Tensor) -> Any:
+    """A tensor's memory as numpy sees it, which knows no bfloat16."""
+    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()]).numpy()
