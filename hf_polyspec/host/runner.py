@@ -56,6 +56,7 @@ class ModelRunner:
     cuts = True  # the cache at any column, as trees and lending want it
     steps = False  # one column a pass
     own_rows = False  # every row has its own columns, see `RaggedRunner`
+    _plain = False  # whether the last pass was one that `picks` could have done
 
     def __init__(
         self,
@@ -94,7 +95,6 @@ class ModelRunner:
         self.lender: ModelRunner | None = None  # of a model that this one is a copy of, see `lending`
         self.borrows_from = WORTH  # fewest tokens that are taken from it
         self.note: str | None = None  # how rows run, where not each on its own; said in the statistics
-        self._plain = False  # whether the last pass was one that `picks` could have done
         self.in_step = False  # whether a token's column in the cache must be its place in the text, see `in_step`
 
     @property
