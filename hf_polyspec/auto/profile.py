@@ -24,7 +24,7 @@ from ..storage.atomic import write_json
 from ..storage.reading import read_json
 from ..version import __version__
 
-FORMAT = 3
+FORMAT = 4
 REMEDY = "forget it with `polyspec profile forget`; the next call measures anew"
 
 

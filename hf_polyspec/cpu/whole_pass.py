@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 Around = tuple[Any, Any, Any, Any]
 """What is called around the layers: embedding, angles, norm and lm_head."""
 
+_Tasks = tuple[Any, Tensor, "StackTask", "EndTask", Any, Any]
+"""For so many positions: their inputs as numpy and as torch see them, blocks and end, parts of attention, and the
+columns that those see with none before them."""
 _POSITIONS = 1024
 """Positions by which a table of angles grows."""
 _SHAPES = 16
@@ -62,7 +65,7 @@ class WholePass:
         self._weight: Tensor = embedding.weight.detach()
         self._rows = _numbers(self._weight)
         self._angles: tuple[Tensor, Tensor] | None = None
-        self._tasks: dict[int, tuple[Any, Tensor, StackTask, EndTask]] = {}
+        self._tasks: dict[int, _Tasks] = {}
         self._threads = torch.get_num_threads()
 
     def _look(self) -> tuple[object, ...] | None:
@@ -123,12 +126,13 @@ class WholePass:
         rooms = past.rooms_from(held, (1, shape.shared, fed, shape.size), self._weight, moment)
         if rooms is None or not self._plan.same(self._weight, moment):
             return [], []
-        given, x, stack, end = self._tasks.get(fed) or self._made(fed, rooms)
+        given, x, stack, end, jobs, reach = self._tasks.get(fed) or self._made(fed, rooms)
+        jobs[:, 3] = reach + held
         given[:] = self._rows[list(ids)] if fed > 1 else self._rows[ids[0]]
         cos, sin = self._turns(x, position + fed)
         step = position * cos.shape[1] * cos.element_size()
         turns = cos.data_ptr() + step, sin.data_ptr() + step
-        stack.go_on(x.data_ptr(), turns, self._mask(fed, held), rooms)
+        stack.go_on(x.data_ptr(), turns, jobs, rooms)
         end.run()
         likeliest: list[int] = end.ids.tolist()
         if min(likeliest) < 0:
@@ -136,7 +140,8 @@ class WholePass:
         past.hold(held + fed)
         return likeliest, end.leads.tolist()
 
-    def _made(self, fed: int, rooms: Rooms) -> tuple[Any, Tensor, StackTask, EndTask]:
+    def _made(self, fed: int, rooms: Rooms) -> _Tasks:
+        from hf_polyspec.cpu.compiled.attention import jobs_apart
         from hf_polyspec.cpu.compiled.ends import EndTask
 
         x = torch.empty(1, fed, self._width, dtype=self._dtype)
@@ -147,7 +152,8 @@ class WholePass:
         end = EndTask(stack.outputs[-1], norm, product, min(self._known, product.shape[0]))
         if len(self._tasks) >= _SHAPES:
             self._tasks.clear()
-        found = self._tasks[fed] = _numbers(x[0]), x, stack, end
+        jobs = jobs_apart([(0, fed, 0, fed)], self._plan.shape.heads // self._plan.shape.shared).numpy()
+        found = self._tasks[fed] = _numbers(x[0]), x, stack, end, jobs, jobs[:, 3].copy()
         return found
 
     def _turns(self, x: Tensor, needed: int) -> tuple[Tensor, Tensor]:
@@ -157,13 +163,6 @@ class WholePass:
             cos, sin = self._around[1](x, position_ids=torch.arange(count)[None])
             self._angles = cos[0].to(self._dtype).contiguous(), sin[0].to(self._dtype).contiguous()
         return self._angles
-
-    def _mask(self, fed: int, held: int) -> tuple[int, int]:
-        """What each of several positions sees; None of one, which sees all."""
-        if fed == 1:
-            return 0, 0
-        self._seen = np.tri(fed, held + fed, held, dtype=np.bool_)
-        return self._seen.ctypes.data, held + fed
 
 
 def _numbers(tensor: Tensor) -> Any:

@@ -33,9 +33,9 @@ from .tasks import (
     whole_lines,
 )
 
-PART = 16
+PART = 4
 """Rows that a thread takes at once where several do one step."""
-FEW = 32
+FEW = 4
 """Up to so many rows one thread is done before others could have been called."""
 
 

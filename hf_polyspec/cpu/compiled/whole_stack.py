@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_polyspec.host.rooms import Rooms
 
-from .attention import ALLOWED, NO_MASK, attend_numbers
+from .attention import APART, attend_numbers
 from .places import address
 from .tasks import HEADER, check_counter, staged
 from .whole_block import SLOT, Apart, BlockProducts, BlockShape, block_stages, run_blocks, scratch_size
@@ -112,27 +112,25 @@ class StackTask:
         run_blocks(*self._kinds, len(task), task.strides[0], task.ctypes.data)
         check_counter(task[:, HEADER::SLOT].max())
 
-    def go_on(self, x: int, turns: tuple[int, int], mask: tuple[int, int], rooms: Rooms) -> None:
+    def go_on(self, x: int, turns: tuple[int, int], jobs: Any, rooms: Rooms) -> None:
         """`run` for one row over a cache of ours, from addresses that need no look.
 
         Args:
             x: Where the inputs lie; turns: cosines and sines `[F, D]`.
-            mask: Where one `[F, C]` of bools lies, and C, at least the columns seen; zeros for one position, which sees
-                all.
+            jobs: Parts of attention `[n, 4]`, int64, as `jobs_apart` gives them for all of the row.
             rooms: As for `run`.
 
         Raises:
             MemoryError: There is no memory to work in.
         """
-        task, fed = self._task, self.outputs[0].shape[1]
+        task = self._task
         if self._rooms is None or self._rooms() is not rooms:
             self._settle(rooms)
         task[:] = self._table
         task[0, _INPUT] = x
         task[:, _NEW] = self._held + rooms.start * self._column_size
-        place, pitch = mask
-        kind = (NO_MASK, 1, 0) if not place else (ALLOWED, 1, pitch)
-        task[:, _ALIKE] = (1, *turns, 0, rooms.start + fed, *kind, place)
+        parts = jobs[:, 1].max(), APART, len(jobs), jobs[0, 3], jobs.ctypes.data
+        task[:, _ALIKE] = (1, *turns, 0, *parts)
         run_blocks(*self._kinds, len(task), task.strides[0], task.ctypes.data)
         check_counter(task[:, HEADER::SLOT].max())
 
