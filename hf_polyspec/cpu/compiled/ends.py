@@ -15,16 +15,16 @@ import torch
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 from torch import Tensor
 
 from .blocks import norm_numbers, normalize_task
-from .groups import multiply_codes_task
 from .numbers import LIKE, VERSION, widen
-from .product import Product, multiply_task
-from .tasks import HEADER, Launch, check_counter, compiled, enter, leave, pointer, staged, take, team, together
+from .product import Product
+from .shares import COUNTERS, ROOM, Shares
+from .tasks import HEADER, Launch, check_counter, compiled, enter, leave, member, pointer, staged, take, team, together
 from .vectors import FLOATS, LANES, WORDS, load
-from .whole_block import SLOT
+from .whole_block import SLOT, multiply
 
 CHUNK = 32 * LANES
 """Logits whose largest is kept while a row is looked through: where it stands is looked for in one of them."""
@@ -99,28 +99,16 @@ def _pick_task(task: Any, like: Any) -> None:
         ids[row], leads[row] = _first_two(logits[row, :known], like)
 
 
-def _multiply(task: Any, stored: Any, like: Any) -> None:
-    """The product for what the matrix is stored as."""
-    raise NotImplementedError
-
-
-@overload(_multiply, strict=False)
-def _multiply_stored(task: Any, stored: Any, like: Any) -> Any:
-    if stored == types.uint8:
-        return lambda task, stored, like: multiply_codes_task(task, like)
-    return lambda task, stored, like: multiply_task(task, stored, like)
-
-
 def _task(stored: Any, active: Any) -> Callable[[Any], None]:
     version = VERSION
 
     def task(place: Any) -> None:
         if version >= 0:  # always, see there
-            threads = team(place)
+            threads, me = team(place), member(place)
             if enter(place, 0, threads):
                 normalize_task(place + 8 * HEADER, active)
                 leave(place, 0)
-            _multiply(place + 8 * (HEADER + SLOT), stored, active)
+            multiply(place + 8 * (HEADER + SLOT), stored, active, me, threads)
             if enter(place, 1, threads):
                 leave(place, 1)
             _pick_task(place + 8 * (HEADER + 2 * SLOT), active)
@@ -159,7 +147,12 @@ class EndTask:
             (rows, product.shape[0], known, logits, self.ids.ctypes.data, self.leads.ctypes.data),
         )
         self._table = np.array(staged(stages, SLOT), np.int64)
-        self._task = np.empty_like(self._table)
+        self._task, self._shares = np.empty_like(self._table), Shares(1)
+        product_at = HEADER + SLOT
+        self._table[product_at + ROOM], self._table[product_at + COUNTERS] = (
+            self._shares.room,
+            self._shares.addresses()[0],
+        )
 
     def run(self) -> None:
         """Compute `ids` and `leads`.
@@ -168,5 +161,6 @@ class EndTask:
             MemoryError: There is no memory to work in.
         """
         self._task[:] = self._table
+        self._shares.clear()
         _function(*self._kinds)(self._task.ctypes.data)
         check_counter(self._task[HEADER::SLOT].max())

@@ -19,6 +19,7 @@ from hf_polyspec.host.rooms import Rooms
 
 from .attention import APART, attend_numbers
 from .places import address
+from .shares import COUNTERS, ROOM, Shares
 from .tasks import HEADER, check_counter, staged
 from .whole_block import SLOT, Apart, BlockProducts, BlockShape, block_stages, run_blocks, scratch_size
 
@@ -38,6 +39,7 @@ _NEW = np.array([_column(2, 11), _column(2, 12)])
 _HELD = [_column(3, 13), _column(3, 14)]
 _PITCH = [_column(2, 13), _column(3, 7)]
 _MASK = [_column(3, 5), _column(3, 8), _column(3, 9), _column(3, 10), _column(3, 15)]
+_PRODUCTS = (1, 4, 6, 8)
 _ALIKE = np.array([*_TURNS, _COLUMNS, *_MASK])  # the same in all blocks
 
 
@@ -75,6 +77,10 @@ class StackTask:
         self._shape, self._column_size = blocks[0][1], blocks[0][1].size * x.element_size()
         self._table = np.array(tasks, np.int64)  # counters and gates are 0 in this one
         self._task = np.empty_like(self._table)
+        self._shares = Shares(len(blocks) * len(_PRODUCTS))
+        self._table[:, [_column(stage, ROOM) for stage in _PRODUCTS]] = self._shares.room
+        counters = self._shares.addresses().reshape(len(blocks), -1)
+        self._table[:, [_column(stage, COUNTERS) for stage in _PRODUCTS]] = counters
         self._rooms: ref[Any] | None = None
         self._held = np.zeros((len(blocks), 2), np.int64)
 
@@ -102,6 +108,7 @@ class StackTask:
         if self._rooms is None or self._rooms() is not rooms:
             self._settle(rooms)
         task[:] = self._table
+        self._shares.clear()
         task[0, _INPUT] = address(x, "hidden states")
         task[:, _NEW] = self._held + start * self._column_size
         task[:, _ALIKE] = (
@@ -127,6 +134,7 @@ class StackTask:
         if self._rooms is None or self._rooms() is not rooms:
             self._settle(rooms)
         task[:] = self._table
+        self._shares.clear()
         task[0, _INPUT] = x
         task[:, _NEW] = self._held + rooms.start * self._column_size
         parts = jobs[:, 1].max(), APART, len(jobs), jobs[0, 3], jobs.ctypes.data
