@@ -240,6 +240,8 @@ def _mark(model: Any, parts: tuple[Any, Sequence[Any]]) -> object:
         return None
     if len(inner.layers) != len(layers) or any(a is not b for a, b in zip(inner.layers, layers, strict=True)):
         return None
+    if not all(map(_is_fused, layers)):
+        return None
     own = vars(config)
     kinds = own.get("layer_types") or ()
     if own.get("sliding_window") is not None or any(kind != "full_attention" for kind in kinds):
@@ -256,6 +258,12 @@ def _is_hosts(module: Any) -> bool:
     """Whether a module's forward is transformers' own: somebody else's may do now one thing and now another."""
     written = packages_of(getattr(type(module), "forward", None)) <= {_HOST, torch.__name__}
     return written and "forward" not in module.__dict__ and not is_hooked(module)
+
+
+def _is_fused(layer: Any) -> bool:
+    """Whether nobody has put a forward of his own in the place of a fused one since, or hooks on the layer itself:
+    both run where the layer is called, which it is not here."""
+    return hasattr(layer.__dict__.get("forward"), "outputs_of") and not is_hooked(layer)
 
 
 def _plain(settings: Mapping[str, Any]) -> Any:

@@ -152,7 +152,7 @@ class Verifier(Drafter):
     def _judged(self, context: Context, proposal: Proposal, active: list[bool], law: LawMaker) -> Emission:
         with self.stats.timed():
             self.runner.asked = active
-            found = self._picked(context, proposal, law)
+            found = self._picked(context, proposal, active, law)
             if found is not None:
                 return found
             with self._watched(law):
@@ -176,10 +176,14 @@ class Verifier(Drafter):
             judgement.leads,
         )
 
-    def _picked(self, context: Context, proposal: Proposal, law: LawMaker) -> Emission | None:
+    def _picked(
+        self, context: Context, proposal: Proposal, active: list[bool], law: LawMaker
+    ) -> Emission | None:
         """What `_judged` gives, for a row that is alone, where nothing but likeliest ids is asked of the pass and the
         runner can do with that."""
-        if self.scored or context.batch != 1 or type(law) is not LawMaker or not law.picks_likeliest:
+        if self.scored or active != [True] or type(law) is not LawMaker or not law.picks_likeliest:
+            return None
+        if any(level.watches for level in (self.below, *self.watchers)):
             return None
         picks = self.runner.picks(context, proposal.tokens[0], self.stats, self.vocabulary)
         if picks is None:
