@@ -64,13 +64,14 @@ class Straight:
         self._whole: Any = None  # passes without torch, False where there are none
 
     def picks(
-        self, ids: Sequence[int], position: int, past: RollbackCache, held: int, known: int
+        self, ids: Sequence[int], position: int, past: RollbackCache, held: int, known: int, exact: bool = True
     ) -> tuple[list[int], list[float]]:
         """The likeliest of the first `known` ids behind each of some, and how many logits it is ahead, from a pass that
         makes nothing else. The thread is in a moment.
 
         Args:
             ids: of one row, behind the first `held` columns of its cache; position: of the first.
+            exact: whether of ids within rounding of each other it is the one that a pass as others are would show.
 
         Returns:
             Nothing, and nothing has changed, where the pass has to be run as others are.
@@ -88,7 +89,9 @@ class Straight:
             self._whole = None
         if not self._whole:
             return [], []
-        found: tuple[list[int], list[float]] = self._whole.run(ids, position, past, held, moment)
+        found: tuple[list[int], list[float]] = self._whole.run(ids, position, past, held, moment, exact)
+        if self._whole.alike is False:
+            self._whole = False
         return found
 
     def _made(self, around: Around, known: int) -> Any:
