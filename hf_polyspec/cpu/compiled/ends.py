@@ -43,9 +43,10 @@ from .whole_block import SLOT
 CHUNK = 32 * LANES
 """Logits whose largest is kept while a row is looked through: where it stands is looked for in one of them."""
 
-SLACK = {torch.float32: 2.0**-16, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
-"""How near to the likeliest, as a share of its logit, an id is that may come first where sums are rounded otherwise: in
-16 bits one step from number to number, which is what a norm that differs in its last bits moves a logit by."""
+SLACK = {torch.float32: 2.0**-13, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+"""How near to the likeliest, as a share of its logit, an id is that may come first where a norm's sum is rounded
+otherwise: in 16 bits one step from number to number, in float32 what one input of a matrix of integers is rounded by.
+"""
 
 
 @intrinsic
