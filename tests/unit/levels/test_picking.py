@@ -32,7 +32,7 @@ NEW = 40
 
 @pytest.fixture
 def model(tiny: Callable[..., PreTrainedModel]) -> Model:
-    return hf_polyspec.enable(pack(copy.deepcopy(tiny(num_hidden_layers=3))))
+    return hf_polyspec.attach(pack(copy.deepcopy(tiny(num_hidden_layers=3))))
 
 
 @pytest.fixture
