@@ -163,8 +163,8 @@ class WholePass:
             embedding, rotary, _, _ = self._around
             _, *table = self._angles or (0,)
             first = position % _POSITIONS
-            turns = rotary(x, position_ids=torch.arange(position, position + len(ids))[None])
-            self.alike = torch.equal(embedding(torch.tensor([ids])), x) and all(
+            turns = rotary(x, position_ids=torch.arange(position, position + len(ids), device="cpu")[None])
+            self.alike = torch.equal(embedding(torch.tensor([ids], device="cpu")), x) and all(
                 torch.equal(own[0].to(self._dtype), mine[first : first + len(ids)])
                 for own, mine in zip(turns, table, strict=True)
             )
@@ -190,7 +190,7 @@ class WholePass:
         from hf_polyspec.cpu.compiled.attention import jobs_apart
         from hf_polyspec.cpu.compiled.ends import EndTask
 
-        x = torch.empty(1, fed, self._width, dtype=self._dtype)
+        x = torch.empty(1, fed, self._width, dtype=self._dtype, device="cpu")
         turns = x.new_zeros(1, fed, self._plan.shape.size)
         stack = self._plan.task(x, (turns, turns), None, rooms)
         product: Any = self._found[0] if self._found else None
@@ -206,7 +206,7 @@ class WholePass:
         """Where cosines and sines `[F, D]` lie, from a position on, which a caller may have given: any."""
         begin = position - position % _POSITIONS
         if self._angles is None or self._angles[0] != begin:
-            places = torch.arange(begin, begin + _POSITIONS + MOST)[None]
+            places = torch.arange(begin, begin + _POSITIONS + MOST, device="cpu")[None]
             cos, sin = (turn[0].to(self._dtype).contiguous() for turn in self._around[1](x, position_ids=places))
             self._angles = begin, cos, sin
         _, cos, sin = self._angles

@@ -148,6 +148,20 @@ def test_positions_that_a_caller_gives(tiny: Tiny, first: int) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_default_device_is_for_what_a_caller_makes(tiny: Tiny, fresh: bool) -> None:
+    text = Both(packed(tiny))
+    text.settle()
+    wanted = text.whole(text.slow, text.ids, [3, 4, 5, 6]).argmax(-1).tolist()
+    if fresh:
+        text.fast._forwarding.straight._whole = None
+    with torch.device("meta"):
+        found = picks(text.fast, Context([text.ids], text.prompt), [3, 4, 5, 6], text.stats, KNOWN)
+    assert found is not None
+    assert found.tokens == wanted
+
+
+@torch.no_grad()
 def test_what_another_model_took_in_is_followed(tiny: Tiny) -> None:
     """A cache that was adopted, rolled back and read on from elsewhere."""
     model = packed(tiny)
