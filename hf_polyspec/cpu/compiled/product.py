@@ -17,8 +17,8 @@ from numba import carray, njit
 from torch import Tensor, nn
 
 from .numbers import LIKE, VERSION
-from .pairs import deep, operand, operand_kind
 from .pages import laid_out
+from .pairs import deep, operand, operand_kind
 from .panels import (
     MOST,
     WIDTH,

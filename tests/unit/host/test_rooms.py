@@ -43,9 +43,9 @@ def test_rooms_stay_while_columns_come_and_go() -> None:
 
 
 def _wider(cache: RollbackCache) -> None:
-    cache.update(torch.zeros(1, 2, 100, 4), torch.zeros(1, 2, 100, 4), 1)
-    for index in (0, 2):
-        cache.update(torch.zeros(1, 2, 100, 4), torch.zeros(1, 2, 100, 4), index)
+    more = torch.zeros(1, 2, cache.layers[0]._key_buffer.shape[2], 4)  # than there is room for
+    for index in (1, 0, 2):
+        cache.update(more, more, index)
 
 
 def _rows(cache: RollbackCache) -> None:
