@@ -123,6 +123,20 @@ def test_memory_kept_for_shapes_is_limited(tiny: Tiny, monkeypatch: pytest.Monke
     assert (1, 2, 3, 4) in kept
 
 
+def test_what_is_kept_is_what_was_used_last(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of many lengths do not push out the few shapes of the passes between them."""
+    monkeypatch.setattr(stack_plan, "_ROWS_KEPT", 24)
+    model = packed_model(tiny)
+    cache = learned(model)
+    for fed in (2, 9, 2, 10, 2, 11, 2, 12):
+        cache.shrink(40)
+        run(model, IDS[:1, 40 : 40 + fed], cache)
+        (plan,) = model.model.layers[0].forward.plans.values()
+        kept = [task.outputs[0].shape[1] for task in plan._own.__dict__.values()]
+        assert fed == 9 or 2 in kept
+    assert kept == [2, 12]
+
+
 @torch.no_grad()
 def test_hidden_states_asked_for(tiny: Tiny, tasks: list[int], one_by_one: Callable[..., Any]) -> None:
     model = packed_model(tiny)
