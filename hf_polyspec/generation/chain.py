@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -20,7 +21,7 @@ from ..host.lending import FEW, is_copy
 from ..host.release import inner_model
 from ..host.runner import ModelRunner
 from ..host.vocabularies import Vocabularies
-from ..host.walking import modules_of, parameters_in
+from ..host.walking import parameters_of_all
 from ..levels.base import Drafter
 from ..levels.candidate_generator import CandidateGeneratorDrafter
 from ..levels.carried import carried_sizes
@@ -35,6 +36,8 @@ from ..models.companions import with_companions
 from .abilities import show_features, slowness, trees_under
 from .options import PolySpecOptions
 from .setting import Setting, level_runner
+
+_IS_META = attrgetter("is_meta")
 
 
 def check_assistants(target: Any, assistants: Any, vocabularies: Sequence[Vocabularies | None] = ()) -> list[Any]:
@@ -128,7 +131,7 @@ def _check_weights(model: nn.Module, role: str) -> None:
     Raises:
         ValueError: names the first weight.
     """
-    if not any(weight.is_meta for weight in parameters_in(modules_of(model))):
+    if not any(map(_IS_META, parameters_of_all(model))):
         return
     empty = next((name for name, weight in model.named_parameters() if weight.device.type == "meta"), None)
     if empty is not None and not any(hasattr(module, "_hf_hook") for module in model.modules()):

@@ -33,7 +33,9 @@ class CountedPlaces:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        having = [part for part in modules_of(model) if _METHOD in part.__dict__ or hasattr(type(part), _METHOD)]
+        parts = modules_of(model)
+        kinds = {kind for kind in set(map(type, parts)) if hasattr(kind, _METHOD)}
+        having = [part for part in parts if _METHOD in part.__dict__ or type(part) in kinds]
         self._modules = [part for part in having if len(parameters_of(getattr(part, _METHOD))) == 3]
 
     @contextmanager

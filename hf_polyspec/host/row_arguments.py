@@ -33,9 +33,7 @@ class RowArguments:
     def __init__(self, model: nn.Module, cached: bool = True) -> None:
         self._counted = CountedPlaces(model) if cached else None  # else plain generation's passes count all ids, too
         self._named: list[tuple[nn.Module, set[str]]] = []
-        for module in modules_of(model):
-            if not module._forward_pre_hooks:
-                continue
+        for module in [part for part in modules_of(model) if part._forward_pre_hooks]:
             names = {
                 name
                 for hook in module._forward_pre_hooks.values()
