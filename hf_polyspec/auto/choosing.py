@@ -71,6 +71,7 @@ class _Side:
     packed: WeakSet[Any] = field(default_factory=WeakSet)
     profiles: dict[Key, Profile] = field(default_factory=dict)
     costs: dict[Hashable, Costs] = field(default_factory=dict)
+    looks: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
 
     def follow(self, model: Any, ranks: Ranks) -> bool:
         """Drop what was made of weights that have changed since; whether they had, as the first process sees it."""
@@ -79,9 +80,16 @@ class _Side:
         if changed:
             self.twin = None
             self.copies.clear()
+            self.looks.clear()
         if ranks.leads and not holds:
             self.mark = Stamp(model)
         return changed
+
+    def look_once(self, name: str, copy: Any) -> None:
+        """What is found out about the modules of a copy lasts as long as it: nobody else has it."""
+        if name not in self.looks or self.looks[name][0] is not copy:
+            self.looks[name] = copy, {}
+        also_once(*self.looks[name])
 
 
 _sides: WeakKeyDictionary[Any, _Side] = WeakKeyDictionary()
@@ -170,7 +178,7 @@ def _made(model: Any, found: Profile, side: _Side, changed: bool, mode: Hashable
             with generators_kept():
                 side.twin = _twin(model)
         target = side.twin
-        also_once(target)
+        side.look_once("target", target)
     line, members = found.line, [name for name in found.members if name not in _BITS or not changed]
     if len(members) < len(found.members):
         left = ", ".join(name for name in found.members if name not in members)
@@ -215,7 +223,7 @@ def _member(model: Any, target: Any, name: str, side: _Side, packs: bool, ranks:
             with generators_kept():
                 (pack if packs else unpack)(member)
             (side.packed.add if packs else side.packed.discard)(member)
-        also_once(member)
+        side.look_once(name, member)
     return member
 
 

@@ -21,7 +21,7 @@ from ..host.lending import FEW, is_copy
 from ..host.release import inner_model
 from ..host.runner import ModelRunner
 from ..host.vocabularies import Vocabularies
-from ..host.walking import parameters_of_all
+from ..host.walking import once_of, parameters_of_all
 from ..levels.base import Drafter
 from ..levels.candidate_generator import CandidateGeneratorDrafter
 from ..levels.carried import carried_sizes
@@ -131,7 +131,7 @@ def _check_weights(model: nn.Module, role: str) -> None:
     Raises:
         ValueError: names the first weight.
     """
-    if not any(map(_IS_META, parameters_of_all(model))):
+    if not once_of(model, "on meta", _lacks_weights):
         return
     empty = next((name for name, weight in model.named_parameters() if weight.device.type == "meta"), None)
     if empty is not None and not any(hasattr(module, "_hf_hook") for module in model.modules()):
@@ -139,6 +139,10 @@ def _check_weights(model: nn.Module, role: str) -> None:
             f"{role} ({_display_name(model)}) has no weights yet: {empty} is on the meta device; load them, as "
             "from_pretrained does."
         )
+
+
+def _lacks_weights(model: nn.Module) -> bool:
+    return any(map(_IS_META, parameters_of_all(model)))
 
 
 def build_chain(target: Any, assistants: Sequence[Any], setting: Setting, runner: ModelRunner) -> Verifier:

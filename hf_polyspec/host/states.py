@@ -65,7 +65,7 @@ _plans: WeakKeyDictionary[Any, tuple[list[dict[str, Any]], list[Any]]] = WeakKey
 
 def layer_plan(model: Any) -> list[Any]:
     """`planned_layers`, to look at only: made once for as long as the model's config says the same."""
-    return once_of(model, "planned layers", _layer_plan)
+    return once_of(model, "planned layers", _layer_plan, of_modules=False)
 
 
 def _layer_plan(model: Any) -> list[Any]:

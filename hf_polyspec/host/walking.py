@@ -34,12 +34,17 @@ class Once:
     So what was found out about a model is remembered, see `once_of`.
 
     Args:
-        models: copies that are finished may be named later, see `also_once`.
+        model: copies that are finished may be named later, see `also_once`.
     """
 
-    def __init__(self, *models: Any) -> None:
+    def __init__(self, model: Any) -> None:
         # The models are kept, or another could come to have the number of one that is gone.
-        self.looks: dict[int, tuple[Any, dict[str, Any]]] = {id(model): (model, {}) for model in models}
+        self.looks: dict[int, tuple[Any, dict[str, Any], dict[str, Any]]] = {}
+        self.look_at(model, {})
+
+    def look_at(self, model: Any, kept: dict[str, Any]) -> None:
+        """This is one of the models; `kept` is what is known of it, and is to be."""
+        self.looks.setdefault(id(model), (model, {}, kept))
 
     def __enter__(self) -> Once:
         self._before, _own.once = _own.once, self
@@ -56,25 +61,30 @@ class Once:
         self.looks.clear()
 
 
-def also_once(*models: Any) -> None:
-    """Look once at these too, where this thread does at some."""
+def also_once(model: Any, kept: dict[str, Any]) -> None:
+    """Look once at this too, where this thread does at some.
+
+    Args:
+        model: which nobody but the caller has.
+        kept: what is found out about its modules is kept here from call to call.
+    """
     once = _own.once
     if once is not None and once.looks:
-        for model in models:
-            once.looks.setdefault(id(model), (model, {}))
+        once.look_at(model, kept)
 
 
-def once_of(model: Any, name: str, look: Callable[[Any], _Found]) -> _Found:
+def once_of(model: Any, name: str, look: Callable[[Any], _Found], *, of_modules: bool = True) -> _Found:
     """What is found by looking at a model; remembered where this thread looks once at it.
 
     Args:
         model: the model; name: of what is found; look: is given the model.
+        of_modules: whether it depends on nothing but modules, what is hooked to them, and which weights they hold.
     """
     once = _own.once
     known = None if once is None else once.looks.get(id(model))
     if known is None:
         return look(model)
-    found = known[1]
+    found = known[2 if of_modules else 1]
     if name not in found:
         found[name] = look(model)
     return found[name]  # type: ignore[no-any-return]

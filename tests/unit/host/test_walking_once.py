@@ -38,15 +38,15 @@ def test_within_it_stays_and_behind_it_is_looked_at_again() -> None:
 
 def test_a_copy_that_was_made_meanwhile() -> None:
     model, copy = two(), two()
-    also_once(copy)
+    also_once(copy, {})
     copy.append(nn.Tanh())
     assert len(modules_of(copy)) == 4, "nobody walks once"
     with Once(model) as once:
-        also_once(copy)
+        also_once(copy, {})
         before = modules_of(copy)
         assert modules_of(copy) is before
         once.end()
-        also_once(copy)
+        also_once(copy, {})
         assert modules_of(copy) is not before, "it has ended"
 
 
