@@ -128,9 +128,10 @@ class Plan:
         key = f"{tuple(x.shape)} {torch.get_num_threads()}"
         task = tasks.pop(key, None)
         if task is None:
+            like = next((kept for kept in tasks.values() if kept.outputs[0].dtype is x.dtype), None)
             while tasks and sum(_rows(one) for one in (x, *(kept.outputs[0] for kept in tasks.values()))) > _ROWS_KEPT:
                 del tasks[next(iter(tasks))]  # the one that was used longest ago: of a prompt, mostly
-            task = StackTask(x, self._matrices, turns, mask, rooms)
+            task = StackTask(x, self._matrices, turns, mask, rooms, like)
         tasks[key] = task
         return task
 
