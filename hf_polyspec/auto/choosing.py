@@ -20,6 +20,7 @@ from ..host.encoded import Encoded
 from ..host.manners import Manner, manner_of
 from ..host.ranks import Ranks, ranks_of
 from ..host.release import input_device
+from ..host.walking import also_once
 from ..levels.names import name_of
 from ..levels.suffix import SuffixDrafter
 from ..models.assistants import AUTO, end_ids, quantized_copy
@@ -70,6 +71,7 @@ class _Side:
     packed: WeakSet[Any] = field(default_factory=WeakSet)
     profiles: dict[Key, Profile] = field(default_factory=dict)
     costs: dict[Hashable, Costs] = field(default_factory=dict)
+    looks: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
 
     def follow(self, model: Any, ranks: Ranks) -> bool:
         """Drop what was made of weights that have changed since; whether they had, as the first process sees it."""
@@ -78,9 +80,16 @@ class _Side:
         if changed:
             self.twin = None
             self.copies.clear()
+            self.looks.clear()
         if ranks.leads and not holds:
             self.mark = Stamp(model)
         return changed
+
+    def look_once(self, name: str, copy: Any) -> None:
+        """What is found out about the modules of a copy lasts as long as it: nobody else has it."""
+        if name not in self.looks or self.looks[name][0] is not copy:
+            self.looks[name] = copy, {}
+        also_once(*self.looks[name])
 
 
 _sides: WeakKeyDictionary[Any, _Side] = WeakKeyDictionary()
@@ -121,14 +130,15 @@ def prepare(
     with _making:
         side = _sides.setdefault(model, _Side())
     ranks = ranks_of(model) if ranks is None else ranks
-    with side.lock, generators_kept():
+    with side.lock:
         key = ranks.told(_key(model, packs))
         found = ranks.told(side.profiles.get(key) or profiles.load(key))
         # Looking all weights over takes as long as half a token of a small model, and is for what is made of them.
         changed = side.follow(model, ranks) if found is None or _makes(found) else False
         if found is None:
             row = None if encoded is None else encoded.select([0])
-            found = _measured(model, key, prompt, side, row, tries if encoded is None else None, ranks)
+            with generators_kept():
+                found = _measured(model, key, prompt, side, row, tries if encoded is None else None, ranks)
             if ranks.leads:
                 _keep(found)
         side.profiles[key] = found
@@ -164,7 +174,11 @@ def _made(model: Any, found: Profile, side: _Side, changed: bool, mode: Hashable
     """The members of a profile, made where they are not there."""
     target = model
     if found.packed and found.key.layout == MAY:
-        target = side.twin = side.twin or _twin(model)
+        if side.twin is None:
+            with generators_kept():
+                side.twin = _twin(model)
+        target = side.twin
+        side.look_once("target", target)
     line, members = found.line, [name for name in found.members if name not in _BITS or not changed]
     if len(members) < len(found.members):
         left = ", ".join(name for name in found.members if name not in members)
@@ -195,16 +209,21 @@ def _twin(model: Any) -> Any:
 def _member(model: Any, target: Any, name: str, side: _Side, packs: bool, ranks: Ranks) -> Any:
     if name == SUFFIX:  # it keeps the text of its generation
         return SuffixDrafter(eos=end_ids(model))
+    bits = _BITS.get(name)
     if name == MTP:  # so does this
-        return load_drafter(name, model)
+        with generators_kept():
+            return load_drafter(name, model)
     if name not in side.copies:
-        bits = _BITS.get(name)
-        side.copies[name] = load_drafter(name, target, ranks) if bits is None else quantized_copy(model, bits)
+        with generators_kept():
+            side.copies[name] = load_drafter(name, target, ranks) if bits is None else quantized_copy(model, bits)
     member = side.copies[name]
-    if name in _BITS and isinstance(member, nn.Module) and packs is not (member in side.packed):
-        # Nobody else has it: it need not be packed anew for every call.
-        (pack if packs else unpack)(member)
-        (side.packed.add if packs else side.packed.discard)(member)
+    if bits is not None and isinstance(member, nn.Module):
+        if packs is not (member in side.packed):
+            # Nobody else has it: it need not be packed anew for every call.
+            with generators_kept():
+                (pack if packs else unpack)(member)
+            (side.packed.add if packs else side.packed.discard)(member)
+        side.look_once(name, member)
     return member
 
 

@@ -122,6 +122,8 @@ class FusedBlock:
         """
         from hf_polyspec.cpu.compiled.tasks import profiling
 
+        if self._left_to_torch(x):
+            return None
         if moment is not None:  # what is asked below was asked in its first pass
             found = seen_again(self, layers, x, mask, past, turns, moment)
             if found is not None:

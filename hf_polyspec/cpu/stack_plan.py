@@ -126,11 +126,13 @@ class Plan:
 
         tasks: dict[str, StackTask] = self._own.__dict__
         key = f"{tuple(x.shape)} {torch.get_num_threads()}"
-        task = tasks.get(key)
+        task = tasks.pop(key, None)
         if task is None:
-            if sum(_rows(one) for one in (x, *(kept.outputs[0] for kept in tasks.values()))) > _ROWS_KEPT:
-                tasks.clear()
-            task = tasks[key] = StackTask(x, self._matrices, turns, mask, rooms)
+            like = next((kept for kept in tasks.values() if kept.outputs[0].dtype is x.dtype), None)
+            while tasks and sum(_rows(one) for one in (x, *(kept.outputs[0] for kept in tasks.values()))) > _ROWS_KEPT:
+                del tasks[next(iter(tasks))]  # the one that was used longest ago: of a prompt, mostly
+            task = StackTask(x, self._matrices, turns, mask, rooms, like)
+        tasks[key] = task
         return task
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -20,7 +21,7 @@ from ..host.lending import FEW, is_copy
 from ..host.release import inner_model
 from ..host.runner import ModelRunner
 from ..host.vocabularies import Vocabularies
-from ..host.walking import modules_of, parameters_in
+from ..host.walking import once_of, parameters_of_all
 from ..levels.base import Drafter
 from ..levels.candidate_generator import CandidateGeneratorDrafter
 from ..levels.carried import carried_sizes
@@ -35,6 +36,8 @@ from ..models.companions import with_companions
 from .abilities import show_features, slowness, trees_under
 from .options import PolySpecOptions
 from .setting import Setting, level_runner
+
+_IS_META = attrgetter("is_meta")
 
 
 def check_assistants(target: Any, assistants: Any, vocabularies: Sequence[Vocabularies | None] = ()) -> list[Any]:
@@ -128,7 +131,7 @@ def _check_weights(model: nn.Module, role: str) -> None:
     Raises:
         ValueError: names the first weight.
     """
-    if not any(weight.is_meta for weight in parameters_in(modules_of(model))):
+    if not once_of(model, "on meta", _lacks_weights):
         return
     empty = next((name for name, weight in model.named_parameters() if weight.device.type == "meta"), None)
     if empty is not None and not any(hasattr(module, "_hf_hook") for module in model.modules()):
@@ -136,6 +139,10 @@ def _check_weights(model: nn.Module, role: str) -> None:
             f"{role} ({_display_name(model)}) has no weights yet: {empty} is on the meta device; load them, as "
             "from_pretrained does."
         )
+
+
+def _lacks_weights(model: nn.Module) -> bool:
+    return any(map(_IS_META, parameters_of_all(model)))
 
 
 def build_chain(target: Any, assistants: Sequence[Any], setting: Setting, runner: ModelRunner) -> Verifier:

@@ -35,6 +35,7 @@ from ..host.ranks import Ranks
 from ..host.release import GENERATION_CACHE, cache_names, cache_of
 from ..host.rope import gate
 from ..host.vocabularies import Vocabularies
+from ..host.walking import Once
 from ..levels.base import Drafter
 from ..levels.verifier import Verifier
 from ..telemetry.stats import PolySpecStats
@@ -108,8 +109,7 @@ def decode(
     """Polybasic speculative decoding with transformers' `custom_generate` contract.
 
     Usable as it is: `model.generate(..., custom_generate=hf_polyspec.decode, assistant_models=[...])`. transformers
-    drops a `streamer` on that path; `hf_polyspec.enable()` does not. Arguments not listed below are the options of
-    `PolySpecOptions`, under the same names.
+    drops a `streamer` on that path; `hf_polyspec.enable()` does not. Other arguments are those of `PolySpecOptions`.
 
     Args:
         model: the target.
@@ -119,8 +119,7 @@ def decode(
         generation_config: likewise.
         assistant_models: the levels below the target, the slowest first: models, drafters, or names such as "int8".
             An empty list runs the target alone, a token a pass; "auto" takes what pays here (docs/auto.md).
-        polyspec_plan: a `Plan`, its dict or its path; it names which of `assistant_models` to use, and sizes for the
-            options not passed here.
+        polyspec_plan: a `Plan`, its dict or its path; which of `assistant_models` to use, and sizes not passed here.
         streamer: gets the new tokens of every step, `[B]`.
         tokenizer: the target's, needed beside `assistant_tokenizer`.
         assistant_tokenizer: of an assistant with another vocabulary than the target's, or a list with one for each
@@ -141,7 +140,7 @@ def decode(
     named = {name: given[name] for name in PolySpecOptions.names()}
     started = time.perf_counter()
     model_kwargs["inputs_tensor"] = inputs_tensor  # for the encoder, where there is one
-    with no_moment(), Meeting(model, synced_gpus) as meeting:
+    with no_moment(), Once(model) as once, Meeting(model, synced_gpus) as meeting:
         words, ranks, batch = (tokenizer, assistant_tokenizer), meeting.ranks, len(input_ids)
         found = checked(model, generation_config, assistant_models, polyspec_plan, named, words, ranks, batch)
         options = found.options
@@ -151,6 +150,7 @@ def decode(
         job.steered = polyspec_control is None and getattr(generation_config, "polyspec_control", None) is None
         with lent(members) as own:
             chain = job.chain(own)
+            once.end()
             job.decided = share(chain, own, ranks, job.placed.everywhere)
             job.shared = shared_levels(chain, own)
             meeting.begin(lambda: facts_of(input_ids, job.context.prompt.mask, generation_config, options, own))
@@ -271,7 +271,7 @@ class _Job:
 
     def run(self, chain: Verifier, streamer: Any, meeting: Meeting) -> tuple[list[list[int]], list[list[int]]]:
         pieces = self._pieces()
-        shown = PlainCache(self.user_cache, self.model, pieces) if self.use_cache else None
+        shown = PlainCache(self.user_cache, self.model, pieces, self.wanted.attentions) if self.use_cache else None
         self.recorder = Recorder(self.wanted, self.context.batch, pieces[-1], shown, chain.runner)
         if self.config.prefill_chunk_size:
             chain.prefill(self.context, self.config.prefill_chunk_size)

@@ -42,20 +42,20 @@ def hand_back(runner: ModelRunner, stats: LevelStats, final: Context, cache: Any
     if cache is None:
         runner.settle(final, stats)
         return own_cache(runner)
-    if not (waits and _may_wait(runner, cache)):
+    lacks = len(final.ids) > 1  # a row alone lacks nothing
+    if not (waits and _may_wait(runner.model, cache, lacks)):
         runner.settle(final, stats)
         write_back(runner, cache, start)
         return cache
-    before = Stamp(runner.model, unsaved=False) if len(final.ids) > 1 else None  # a row alone lacks nothing
+    before = Stamp(runner.model, unsaved=False) if lacks else None
     fill_late(cache, partial(_fill, runner, final, start, before))
     return cache
 
 
-def _may_wait(runner: ModelRunner, cache: Any) -> bool:
-    """Whether nobody but the output's owner knows the cache, and a pass says the same at any time."""
-    model = runner.model
-    busy = model.training or is_compiled(model) or torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu")
-    return may_be_late(cache) and not is_callers(cache) and not busy
+def _may_wait(model: Any, cache: Any, lacks: bool) -> bool:
+    """Whether nobody but the output's owner knows the cache, and a pass, if it lacks one, says the same at any time."""
+    busy = model.training or torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu")
+    return not busy and may_be_late(cache) and not is_callers(cache) and not (lacks and is_compiled(model))
 
 
 def _fill(runner: ModelRunner, final: Context, start: int, before: Stamp | None, cache: Any) -> None:

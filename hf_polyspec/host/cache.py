@@ -20,10 +20,9 @@ from transformers import cache_utils
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import RollbackError
+from .buffers import alike, buffers, whole, with_room
 from .rooms import Rooms, rooms_of
 
-_SPARE = 128
-"""Columns that a buffer has beyond what it is to hold, at least: most answers are no longer."""
 _KEYS, _VALUES, _LENGTH = attrgetter("_key_buffer"), attrgetter("_value_buffer"), attrgetter("_length")
 
 
@@ -45,7 +44,7 @@ class RollbackLayer(DynamicLayer):
 
     @keys.setter
     def keys(self, states: torch.Tensor | None) -> None:
-        self._key_buffer = _whole(states)
+        self._key_buffer = whole(states)
         self._length = 0 if self._key_buffer is None else self._key_buffer.shape[2]
 
     @property
@@ -55,10 +54,14 @@ class RollbackLayer(DynamicLayer):
 
     @values.setter
     def values(self, states: torch.Tensor | None) -> None:
-        self._value_buffer = _whole(states)
+        self._value_buffer = whole(states)
 
     def get_seq_length(self) -> int:
         return self._length
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        # Without the tensors of no shape that transformers begins with.
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -67,8 +70,8 @@ class RollbackLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
-        self._key_buffer = _with_room(self._key_buffer, key_states.shape, key_states, start)
-        self._value_buffer = _with_room(self._value_buffer, value_states.shape, value_states, start)
+        self._key_buffer = with_room(self._key_buffer, key_states.shape, key_states, start)
+        self._value_buffer = with_room(self._value_buffer, value_states.shape, value_states, start)
         self._key_buffer[:, :, start:end] = key_states
         self._value_buffer[:, :, start:end] = value_states
         self._length = end
@@ -93,8 +96,8 @@ class RollbackLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(like, like)
         start = self.get_seq_length()
-        keys = self._key_buffer = _with_room(self._key_buffer, shape, like, start)
-        values = self._value_buffer = _with_room(self._value_buffer, shape, like, start)
+        keys = self._key_buffer = with_room(self._key_buffer, shape, like, start)
+        values = self._value_buffer = with_room(self._value_buffer, shape, like, start)
         self._reserved = keys, values, start
         return self._reserved
 
@@ -112,7 +115,7 @@ class RollbackLayer(DynamicLayer):
     def holds(self, shape: tuple[int, int, int, int], like: torch.Tensor) -> bool:
         """Whether there are buffers already for keys and values of a shape `(B, H, F, D)` and like a tensor."""
         return all(
-            buffer is not None and buffer.dtype is like.dtype and buffer.device == like.device and _alike(buffer, shape)
+            buffer is not None and buffer.dtype is like.dtype and buffer.device == like.device and alike(buffer, shape)
             for buffer in (self._key_buffer, self._value_buffer)
         )
 
@@ -181,32 +184,6 @@ def _move(row: torch.Tensor, source: int, destination: int, count: int) -> None:
         memmove(first + destination * column, first + source * column, count * column)
 
 
-def _whole(states: torch.Tensor | None) -> torch.Tensor | None:
-    """What others set as a buffer; transformers begins with a tensor of no shape."""
-    return states.contiguous() if states is not None and states.dim() == 4 else None
-
-
-def _alike(buffer: torch.Tensor, shape: Sequence[int]) -> bool:
-    """Whether a buffer differs from keys of a shape `(B, H, F, D)` only in the number of columns."""
-    batch, heads, _, size = buffer.shape
-    return (batch, heads, size) == (shape[0], shape[1], shape[3])
-
-
-def _with_room(buffer: torch.Tensor | None, shape: Sequence[int], like: torch.Tensor, start: int) -> torch.Tensor:
-    """The buffer itself if keys or values of a shape fit behind `start` columns, else a larger one with those."""
-    batch, heads, fed, size = shape
-    end = start + fed
-    if buffer is not None and not start and (buffer.dtype is not like.dtype or not _alike(buffer, shape)):
-        buffer = None  # of an earlier batch, and empty by now
-    if buffer is not None and end <= buffer.shape[2]:
-        return buffer
-    capacity = end + max(_SPARE, end // 2)
-    larger = like.new_empty(batch, heads, capacity, size)
-    if buffer is not None:
-        larger[:, :, :start] = buffer[:, :, :start]
-    return larger
-
-
 # A dummy layer stands for one that reads another layer's keys and values; it holds nothing.
 READABLE_LAYERS = (
     DynamicLayer,
@@ -256,6 +233,22 @@ class RollbackCache(DynamicCache):
                 self.apart |= found
         elif any(lengths[index] != length for index, length in self.apart.items()):
             raise RollbackError("layers that hold what a picture showed them have changed with the text")
+
+    def open(self, count: int, shape: tuple[int, int, int, int], like: torch.Tensor) -> None:
+        """Give the layers of a cache that holds nothing, and never has, their buffers, all at once.
+
+        Args:
+            count: layers of the model; shape, like: as for `RollbackLayer.extend`.
+        """
+        layers: list[Any] = self.layers
+        if self.apart or len(layers) > count or any(type(layer) is not RollbackLayer for layer in layers):
+            return
+        if any(layer.is_initialized for layer in layers):
+            return
+        layers.extend(RollbackLayer() for _ in range(count - len(layers)))
+        for layer, (keys, values) in zip(layers, buffers(count, shape, like), strict=True):
+            layer.lazy_initialization(like, like)
+            layer._key_buffer, layer._value_buffer = keys, values
 
     def extend(
         self, index: int, shape: tuple[int, int, int, int], like: torch.Tensor

@@ -19,7 +19,7 @@ from .cache_forms import check_form, length_of
 from .carried import check_continued
 from .indexed import CROPPED_LAYERS, INDEXED_LAYERS, copied, extend_beside
 from .offloaded import OffloadedCache, at_home, check_offloaded, new_columns, rests_elsewhere
-from .release import GENERATION_CACHE, inner_model, input_device, with_cache
+from .release import GENERATION_CACHE, input_device, with_cache
 from .states import (
     STATE_LAYERS,
     StateCache,
@@ -27,6 +27,7 @@ from .states import (
     empty_cache,
     is_closed,
     keeps_states,
+    layer_plan,
     state_cache,
     state_of,
     tensors_of,
@@ -61,7 +62,7 @@ def check_cache(cache: Any, model: Any, rows: int) -> None:
                 f"rolled back after a rejected draft; pass a DynamicCache, or leave {GENERATION_CACHE} out.",
                 TARGET,
             )
-    planned = _planned_layers(model)
+    planned = layer_plan(model) or None
     _check_windows(cache, planned)
     if any(lengths):
         _check_whole(cache, lengths)
@@ -281,14 +282,6 @@ def _full_width(states: torch.Tensor, total: int) -> torch.Tensor:
         return states
     zeros = states.new_zeros(states.shape[0], states.shape[1], missing, states.shape[3])
     return torch.cat([zeros, states], dim=2)
-
-
-def _planned_layers(model: Any) -> list[Any] | None:
-    """The empty layers that transformers makes for a model, None where its config does not tell."""
-    try:
-        return list(DynamicCache(config=inner_model(model).config).layers)
-    except Exception:
-        return None
 
 
 def _check_windows(cache: Cache, planned: list[Any] | None) -> None:

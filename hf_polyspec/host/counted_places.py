@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .release import parameters_of
-from .walking import modules_of
+from .walking import modules_of, once_of
 
 _METHOD = "create_position_ids_from_input_ids"
 """(ids, the padding's id, columns before them), as transformers' classes with such positions have it."""
@@ -33,8 +33,7 @@ class CountedPlaces:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        having = [part for part in modules_of(model) if _METHOD in part.__dict__ or hasattr(type(part), _METHOD)]
-        self._modules = [part for part in having if len(parameters_of(getattr(part, _METHOD))) == 3]
+        self._modules = once_of(model, "counting", _counting)
 
     @contextmanager
     def of(self, grown: list[int]) -> Iterator[None]:
@@ -51,6 +50,13 @@ class CountedPlaces:
                 stack.enter_context(_locks.setdefault(module, threading.RLock()))
                 stack.enter_context(_put(module, _by_column(getattr(module, _METHOD), max(0, *grown, 0))))
             yield
+
+
+def _counting(model: nn.Module) -> list[Any]:
+    parts = modules_of(model)
+    kinds = {kind for kind in set(map(type, parts)) if hasattr(kind, _METHOD)}
+    having = [part for part in parts if _METHOD in part.__dict__ or type(part) in kinds]
+    return [part for part in having if len(parameters_of(getattr(part, _METHOD))) == 3]
 
 
 @contextmanager

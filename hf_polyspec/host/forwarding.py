@@ -117,7 +117,8 @@ class Forwarding:
 
     def __init__(self, model: Any, extras: Extras | None = None, *, asks: bool = True) -> None:
         self.extras = extras or Extras()
-        self._model, self._straight = model, Straight(model)
+        self._model = model
+        self._straight: Straight | None = None
         inner = inner_model(model)
         self.begun, self._inner = False, inner
         modalities = getattr(inner, "input_modalities", None) or "text"
@@ -153,12 +154,14 @@ class Forwarding:
         Args:
             inputs: forward arguments; record: those that say what is to be shown besides.
         """
-        found = self._straight(inputs, record)
+        found = self.straight(inputs, record)
         return self._model(**inputs, **record, return_dict=True) if found is None else found
 
     @property
     def straight(self) -> Straight:
         """Passes without the detour through the model's own forward."""
+        if self._straight is None:
+            self._straight = Straight(self._model)
         return self._straight
 
     def keeps_positions(self) -> bool:

@@ -18,9 +18,12 @@ class PlainCache:
         cache: generate()'s or the caller's, as it is before the call; it stays so.
         model: the target.
         pieces: columns that are fed one after another to read the prompt; later steps feed one each.
+        asked: whether `step` will be called.
     """
 
-    def __init__(self, cache: Any, model: Any, pieces: list[int]) -> None:
+    def __init__(self, cache: Any, model: Any, pieces: list[int], asked: bool = True) -> None:
+        if not asked:
+            return
         layers = [] if cache is None else cache.layers
         # Without layers it makes them as the model asks, and those keep everything.
         self._layers = [_small(layer) for layer in layers]

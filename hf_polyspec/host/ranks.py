@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from ..errors import LevelError
 from .release import inner_model
-from .walking import modules_of, parameters_in
+from .walking import modules_of, parameters_of_all
 
 T = TypeVar("T")
 CAPACITY = 256
@@ -275,7 +275,7 @@ def check_gathered(model: Any, role: str) -> None:
     """
     inner = inner_model(model)
     # Only what has one of its numbers can have been partitioned.
-    marked = [parameter for parameter in parameters_in(modules_of(inner)) if hasattr(parameter, "ds_id")]
+    marked = [parameter for parameter in parameters_of_all(inner) if hasattr(parameter, "ds_id")]
     if any(map(_is_partitioned, marked)):
         raise ValueError(PARTITIONED.format(role=role, kind=type(inner).__name__))
     if marked and _is_partitioned_again(inner):
@@ -310,11 +310,10 @@ def is_split(model: Any) -> bool:
     """Whether a model's passes, or its weights, need other processes."""
     if not _kinds():
         return False
-    modules = modules_of(model)
-    held: list[Any] = [*parameters_in(modules)]
+    held: list[Any] = parameters_of_all(model)
     if any(is_part(parameter) and parameter.device_mesh.size() > 1 for parameter in held):
         return True
-    return any(getattr(module, "needs_processes", False) for module in modules)
+    return any(getattr(module, "needs_processes", False) for module in modules_of(model))
 
 
 def is_spread(model: Any) -> bool:

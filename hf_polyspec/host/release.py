@@ -11,6 +11,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import fields
+from operator import attrgetter, is_
+from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +21,7 @@ import transformers
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .walking import modules_of
+from .walking import modules_of, once_of
 
 NEWEST_TESTED = "5.24"
 """The newest minor release that this package's whole test suite ran on; pyproject.toml's upper bound is the next."""
@@ -48,7 +50,7 @@ def _minor(version: str) -> tuple[int, ...]:
 def inner_model(model: Any) -> Any:
     """The transformers model inside wrappers of PEFT and torch.compile, or the model itself."""
     while True:
-        if hasattr(model, "get_base_model"):
+        if _has(model, "get_base_model"):
             model = model.get_base_model()
         elif "_orig_mod" in getattr(model, "_modules", {}):
             model = model._orig_mod
@@ -56,11 +58,26 @@ def inner_model(model: Any) -> Any:
             return model
 
 
+_ASKED_LAST = torch.nn.Module.__getattr__
+
+
+def _has(model: Any, name: str) -> bool:
+    """Whether there is a method; without the error that `nn.Module.__getattr__` ends in, where it has no other word."""
+    kind = type(model)
+    if getattr(kind, "__getattr__", None) is not _ASKED_LAST:
+        return hasattr(model, name)
+    return hasattr(kind, name) or name in model.__dict__ or name in model._modules
+
+
 def is_compiled(model: Any) -> bool:
     """Whether torch.compile has been at a model or at a part of it: from outside, in place, or at its forward.
 
     What it made guards the modules it has seen, and fails where their forward is replaced for a while.
     """
+    return once_of(model, "compiled", _is_compiled)
+
+
+def _is_compiled(model: Any) -> bool:
     for module in modules_of(model):
         own = module.__dict__  # without the detour through `nn.Module.__getattr__`
         if "_orig_mod" in module._modules or own.get("_compiled_call_impl") is not None:
@@ -105,6 +122,32 @@ def input_device(model: Any) -> torch.device:
 
 def parameters_of(function: Any) -> Mapping[str, inspect.Parameter]:
     """A function's parameters by name; none where it does not tell."""
+    plain = getattr(function, "__func__", function)
+    if type(plain) is not FunctionType:
+        return _asked(function)
+    known, bound, said = _parameters.setdefault(plain, {}), plain is not function, _said(plain)
+    found = known.get(bound)
+    if found is None or len(found[0]) != len(said) or not all(map(is_, found[0], said)):
+        found = known[bound] = said, _asked(function)
+    return found[1]
+
+
+_parameters: WeakKeyDictionary[Any, dict[bool, tuple[list[Any], Mapping[str, inspect.Parameter]]]] = WeakKeyDictionary()
+"""By function, and whether it is bound to an object: what its signature is made of, and its parameters."""
+_SAID = attrgetter("__code__", "__defaults__", "__kwdefaults__")
+
+
+def _said(function: Any) -> list[Any]:
+    """What the signature of a function, and of what it wraps, is made of."""
+    found: list[Any] = []
+    while type(function) is FunctionType:
+        further = function.__dict__
+        found += (*_SAID(function), further.get("__signature__"), further.get("__wrapped__"))
+        function = further.get("__wrapped__")
+    return found
+
+
+def _asked(function: Any) -> Mapping[str, inspect.Parameter]:
     try:
         return inspect.signature(function).parameters
     except (TypeError, ValueError):

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from .counted_places import CountedPlaces
-from .walking import modules_of
+from .walking import modules_of, once_of
 
 FROM_THE_END = {"alora_offsets"}
 """Arguments that count columns from the end of the prompt."""
@@ -32,19 +32,7 @@ class RowArguments:
 
     def __init__(self, model: nn.Module, cached: bool = True) -> None:
         self._counted = CountedPlaces(model) if cached else None  # else plain generation's passes count all ids, too
-        self._named: list[tuple[nn.Module, set[str]]] = []
-        for module in modules_of(model):
-            if not module._forward_pre_hooks:
-                continue
-            names = {
-                name
-                for hook in module._forward_pre_hooks.values()
-                if isinstance(hook, partial)
-                for name, value in hook.keywords.items()
-                if isinstance(value, (list, tuple))
-            }
-            if names:
-                self._named.append((module, names))
+        self._named = once_of(model, "arguments by row", _named)
 
     @property
     def any(self) -> bool:
@@ -84,3 +72,19 @@ class RowArguments:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _named(model: nn.Module) -> list[tuple[nn.Module, set[str]]]:
+    """Modules, and what hooks add to their calls by name."""
+    found = []
+    for module in [part for part in modules_of(model) if part._forward_pre_hooks]:
+        names = {
+            name
+            for hook in module._forward_pre_hooks.values()
+            if isinstance(hook, partial)
+            for name, value in hook.keywords.items()
+            if isinstance(value, (list, tuple))
+        }
+        if names:
+            found.append((module, names))
+    return found

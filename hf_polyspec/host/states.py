@@ -22,6 +22,7 @@ from .carried import carried_by, is_holder, tensors_in
 from .indexed import CROPPED_LAYERS, INDEXED_LAYERS, RollbackIndexedLayer
 from .release import inner_model
 from .scans import Heard
+from .walking import once_of
 
 State = list[dict[str, Any]]
 """What the state layers of a cache hold, one after another: tensors whose first dimension is the row, and flags."""
@@ -64,6 +65,10 @@ _plans: WeakKeyDictionary[Any, tuple[list[dict[str, Any]], list[Any]]] = WeakKey
 
 def layer_plan(model: Any) -> list[Any]:
     """`planned_layers`, to look at only: made once for as long as the model's config says the same."""
+    return once_of(model, "planned layers", _layer_plan, of_modules=False)
+
+
+def _layer_plan(model: Any) -> list[Any]:
     inner, configs = inner_model(model), _configs(model)
     if not configs:
         return planned_layers(model)

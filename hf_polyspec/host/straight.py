@@ -28,6 +28,9 @@ from .walking import modules_of
 
 MOST = 64
 """Positions of a pass. Where there are more, what is done around the layers is a small part of it."""
+FIRST = 128
+"""Positions of a pass over a text of which the cache holds nothing yet: layers called one by one find no buffers there,
+and each is a task of its own."""
 
 Past = RollbackCache | RaggedCache
 Around = tuple[Any, Any, Any, Any]
@@ -80,7 +83,7 @@ class Straight:
         if moment is None or self._whole is False or self._parts is None:
             return [], []
         mark, _, around = self._marked()
-        kind = mark, len(ids) > 1, True, False, RollbackCache
+        kind = mark, len(ids) > 1, True, False, RollbackCache, False
         if mark is None or not _tried.get(self._model, {}).get(kind):
             return [], []
         if self._whole is None:
@@ -121,7 +124,7 @@ class Straight:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         shown = record.get(_HIDDEN)
         shown = tuple(shown) if isinstance(shown, (list, tuple)) else bool(shown)
-        kind = mark, ids.shape[1] > 1, mask is None, shown, type(past)
+        kind = mark, ids.shape[1] > 1, mask is None, shown, type(past), _holds_nothing(past)
         same = known.get(kind)
         if same:
             return self._run(inputs, record, past, around, moment)
@@ -178,7 +181,7 @@ class Straight:
             inputs.keys() == wanted
             and isinstance(ids, torch.Tensor)
             and ids.shape[0] == 1
-            and ids.shape[1] <= MOST
+            and (ids.shape[1] <= MOST or (ids.shape[1] <= FIRST and _holds_nothing(past)))
             and (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 4))
             and bool(inputs["use_cache"])
             and (type(past) is RaggedCache or (type(past) is RollbackCache and not past.apart))
@@ -204,8 +207,8 @@ class Straight:
         x = embedding(ids)
         turns = rotary(x, position_ids=inputs["position_ids"])
         fed = ids.shape[1]
-        if mask is None and fed > 1 and isinstance(past, RollbackCache):
-            held = past.length
+        # Over no other columns the layers take none for causal.
+        if mask is None and fed > 1 and isinstance(past, RollbackCache) and (held := past.length):
             mask = torch.ones(fed, held + fed, dtype=torch.bool).tril(held)[None, None]
         outputs = run(layers, x, mask, past, turns, moment)
         if outputs is None:
@@ -214,6 +217,11 @@ class Straight:
         kept = inputs["logits_to_keep"]
         logits = head(states[:, slice(-kept, None) if isinstance(kept, int) else kept])
         return Said(logits, _shown(record, x, outputs, states))
+
+
+def _holds_nothing(past: Any) -> bool:
+    """Whether this is a cache of ours for one row, or rows in step, that has not been read into."""
+    return type(past) is RollbackCache and not past.length
 
 
 def _parts(model: Any) -> tuple[Any, Sequence[Any]] | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..cpu.joint_product import change_count, sampled
 from ..host.states import plain_settings
-from ..host.walking import modules_of
+from ..host.walking import modules_of, parameters_of_all
 
 _COMPILED = "hf_polyspec.cpu.compiled.samples"
 # Of hundreds of tensors, which are not in the processor's cache after a pass: each is looked up in one piece.
@@ -38,7 +38,7 @@ class Stamp:
     def __init__(self, model: Any, *, unsaved: bool = True) -> None:
         self._unsaved = unsaved
         modules = modules_of(model)
-        tensors = _tensors(modules, unsaved)
+        tensors = _tensors(model, modules, unsaved)
         self._facts = _facts(modules, tensors)
         self._names = _names_of_fractions(modules) if unsaved else []
         self._unsaid = self._unsaid_of(model, modules)
@@ -48,7 +48,7 @@ class Stamp:
         """Whether the model still is what it was."""
         modules = modules_of(model)
         # Numbers last: the others make sure that they lie where they lay.
-        if _facts(modules, _tensors(modules, self._unsaved)) != self._facts or not self._samples.same():
+        if _facts(modules, _tensors(model, modules, self._unsaved)) != self._facts or not self._samples.same():
             return False
         if self._unsaid_of(model, modules) != self._unsaid:
             return False
@@ -107,13 +107,11 @@ def _kinds(tensors: Sequence[Tensor]) -> list[Any]:
         return [(change_count(tensor), *_uncounted(tensor)) for tensor in tensors]
 
 
-def _tensors(modules: Iterable[nn.Module], unsaved: bool) -> list[Tensor]:
-    found: list[Tensor] = []
-    for module in modules:
-        found += [one for one in module._parameters.values() if one is not None]
-        if buffers := module._buffers:
-            left_out = () if unsaved else module._non_persistent_buffers_set
-            found += [one for name, one in buffers.items() if one is not None and name not in left_out]
+def _tensors(model: Any, modules: Iterable[nn.Module], unsaved: bool) -> list[Tensor]:
+    found: list[Tensor] = [*parameters_of_all(model)]
+    for module in [one for one in modules if one._buffers]:
+        left_out = () if unsaved else module._non_persistent_buffers_set
+        found += [one for name, one in module._buffers.items() if one is not None and name not in left_out]
     return found
 
 

@@ -8,11 +8,11 @@ memory in between. Only a few columns of the table of all blocks change, and tho
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 from weakref import ref
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from hf_polyspec.host.rooms import Rooms
@@ -33,6 +33,7 @@ def _column(stage: int, number: int) -> int:
 
 # Where in a block's task stands what changes from pass to pass, see the tasks of the stages.
 _INPUT = [_column(0, 4), _column(5, 4)]
+_OUTPUT = _column(9, 5)
 _TURNS = [_column(2, 6), _column(2, 8), _column(2, 9)]
 _COLUMNS = _column(2, 14)
 _NEW = np.array([_column(2, 11), _column(2, 12)])
@@ -54,6 +55,7 @@ class StackTask:
         blocks: Matrices, and what else each block is.
         turns, mask: As for `whole_block`.
         rooms: Each block's keys and values.
+        like: A task of the same blocks for inputs of another shape, in the same dtype, where there is one.
     """
 
     def __init__(
@@ -63,19 +65,30 @@ class StackTask:
         turns: tuple[Tensor, Tensor],
         mask: Tensor | None,
         rooms: Sequence[Room],
+        like: StackTask | None = None,
     ) -> None:
         scratch = x.new_empty(max(scratch_size(x, *block) for block in blocks))
-        self.outputs = [torch.empty_like(x) for _ in blocks]
-        inputs = [x, *self.outputs]
-        tasks = [
-            staged(block_stages(given, out, scratch, *block, turns, mask, room), SLOT)
-            for given, out, block, room in zip(inputs, self.outputs, blocks, rooms, strict=False)
-        ]
+        self.outputs = list(x.new_empty(len(blocks), *x.shape).unbind())
         self.scratch = scratch
         self._kept = blocks
         self._kinds = blocks[0][0].joint.dtype, x.dtype
         self._shape, self._column_size = blocks[0][1], blocks[0][1].size * x.element_size()
+        parts = zip([x, *self.outputs[:-1]], self.outputs, blocks, rooms, strict=True)
+        if like is None or like._kept is not blocks or like._kinds != self._kinds or not _alike(blocks):
+            like = None
+        tasks = [
+            staged(block_stages(given, out, scratch, *block, turns, mask, room), SLOT)
+            for given, out, block, room in islice(parts, None if like is None else 1)
+        ]
         self._table = np.array(tasks, np.int64)  # counters and gates are 0 in this one
+        if like is not None:
+            # Blocks of one shape differ in where their matrices, inputs and outputs lie, whatever the shape of those.
+            self._table = np.repeat(self._table, len(blocks), axis=0)
+            own = (like._table != like._table[0]).any(0)
+            self._table[:, own] = like._table[:, own]
+            places = [one.data_ptr() for one in (x, *self.outputs)]
+            self._table[:, _INPUT] = np.array(places[:-1])[:, None]
+            self._table[:, _OUTPUT] = places[1:]
         self._task = np.empty_like(self._table)
         self._shares = Shares(len(blocks) * len(_PRODUCTS))
         self._table[:, [_column(stage, ROOM) for stage in _PRODUCTS]] = self._shares.room
@@ -158,6 +171,20 @@ class StackTask:
         jobs = None if apart is None else apart.jobs
         numbers = (0, *attend_numbers(sizes, 0, mask, shape.scale, (0, 0, 0, 0), jobs))
         return tuple(numbers[column - _column(3, 0)] for column in _MASK)
+
+
+def _alike(blocks: Sequence[tuple[BlockProducts, BlockShape]]) -> bool:
+    """Whether all blocks are of one shape."""
+    shapes = {
+        (
+            *(one.shape for one in (made.joint, made.output, made.gates, made.down)),
+            shape.heads,
+            shape.shared,
+            shape.size,
+        )
+        for made, shape in blocks
+    }
+    return len(shapes) == 1
 
 
 _ROWS_TO_NORM = _column(0, 1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from hf_polyspec.cpu.compiled import compiles
 from hf_polyspec.host.cache import RollbackCache
@@ -121,6 +122,47 @@ def test_memory_kept_for_shapes_is_limited(tiny: Tiny, monkeypatch: pytest.Monke
         kept.add(tuple(task.outputs[0].shape[1] for task in plan._own.__dict__.values()))
     assert max(map(sum, kept)) <= 10
     assert (1, 2, 3, 4) in kept
+
+
+def test_what_is_kept_is_what_was_used_last(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of many lengths do not push out the few shapes of the passes between them."""
+    monkeypatch.setattr(stack_plan, "_ROWS_KEPT", 24)
+    model = packed_model(tiny)
+    cache = learned(model)
+    for fed in (2, 9, 2, 10, 2, 11, 2, 12):
+        cache.shrink(40)
+        run(model, IDS[:1, 40 : 40 + fed], cache)
+        (plan,) = model.model.layers[0].forward.plans.values()
+        kept = [task.outputs[0].shape[1] for task in plan._own.__dict__.values()]
+        assert fed == 9 or 2 in kept
+    assert kept == [2, 12]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_another_shape_is_written_down_by_one_block(
+    tiny: Tiny, form: str, one_by_one: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What differs between blocks is taken from the task of a shape that is known."""
+    from hf_polyspec.cpu.compiled import whole_stack
+
+    monkeypatch.setattr(support, "ROWS", 10**6)
+    model = packed_model(tiny, form)
+    cache, fed, stages = learned(model), [], whole_stack.block_stages
+
+    def counted(*given: Any) -> Any:
+        fed.append(given[0].shape[1])
+        return stages(*given)
+
+    monkeypatch.setattr(whole_stack, "block_stages", counted)
+
+    def more(count: int) -> Tensor:
+        cache.shrink(40)
+        return run(model, IDS[:1, 40 : 40 + count], cache)
+
+    wanted = [one_by_one(lambda count=count: more(count)) for count in (3, 7, 40)]
+    for count, logits in zip((3, 7, 40), wanted, strict=True):
+        assert torch.equal(more(count), logits)
+    assert fed == [3, 7, 40], "that of one position was known"
 
 
 @torch.no_grad()

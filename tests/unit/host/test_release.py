@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import random
 import re
@@ -187,3 +188,28 @@ def test_a_cache_that_goes_on_to_the_model_inside_without_a_name_is_found():
     """Evolla's forward hands its further arguments on; the first GPT's does so too, to a model that takes no cache."""
     assert release.cache_argument(tiny_model("evolla", AutoModelForImageTextToText)) == HERE
     assert release.cache_argument(tiny_model("openai-gpt", AutoModelForCausalLM)) is None
+
+
+def test_parameters_are_asked_anew_where_a_function_says_something_else() -> None:
+    def plain(self: object, one: int, two: int = 2) -> None: ...
+
+    @functools.wraps(plain)
+    def wrapper(*args: object, **kwargs: object) -> None: ...
+
+    class Owner:
+        method, wrapped = plain, wrapper
+
+    def names(function: object) -> list[str]:
+        return list(release.parameters_of(function))
+
+    assert names(plain) == names(wrapper) == ["self", "one", "two"]
+    assert names(Owner().method) == names(Owner().wrapped) == ["one", "two"]
+    assert release.parameters_of(Owner().method) is release.parameters_of(Owner().method)
+    plain.__defaults__ = (1, 3)
+    assert [release.parameters_of(one)["two"].default for one in (plain, wrapper, Owner().wrapped)] == [3, 3, 3]
+    plain.__code__ = (lambda self, other: None).__code__
+    assert names(Owner().method) == names(Owner().wrapped) == ["other"]
+    wrapper.__signature__ = inspect.Signature()  # type: ignore[attr-defined]
+    assert names(wrapper) == []
+    assert release.parameters_of(functools.partial(plain, 1)).keys() == {"other"}
+    assert release.parameters_of(3) == {}

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
-from hf_polyspec.host.cache import RollbackCache
+from hf_polyspec.host.cache import RollbackCache, RollbackLayer
 from hf_polyspec.host.ragged_cache import RaggedCache
 from hf_polyspec.host.span import Span
 from hf_polyspec.host.spans import spanned
@@ -43,7 +44,7 @@ def test_rooms_stay_while_columns_come_and_go() -> None:
 
 
 def _wider(cache: RollbackCache) -> None:
-    more = torch.zeros(1, 2, cache.layers[0]._key_buffer.shape[2], 4)  # than there is room for
+    more = torch.zeros(1, 2, 1 + cache.layers[0]._key_buffer.shape[2], 4)
     for index in (1, 0, 2):
         cache.update(more, more, index)
 
@@ -92,6 +93,54 @@ def test_columns_that_were_added_meanwhile_are_not_claimed_over() -> None:
 )
 def test_what_does_not_fit_has_no_rooms(depth: int, new: tuple[int, int, int, int], like: torch.Tensor) -> None:
     assert filled().rooms(depth, new, like) is None
+
+
+def test_a_cache_that_never_held_anything_is_given_its_buffers() -> None:
+    cache = RollbackCache()
+    cache.open(DEPTH, (1, 2, 7, 4), LIKE.bfloat16())
+    assert cache.length == 0
+    assert cache.get_seq_length() == 0
+    rooms = cache.rooms(DEPTH, (1, 2, 7, 4), LIKE.bfloat16())
+    assert rooms is not None
+    for index, (keys, values, _) in enumerate(rooms):
+        keys[:, :, :7], values[:, :, :7] = index, -index
+    assert cache.claim(rooms, 7)
+    found = cache.update(torch.full(NEW, 9.0).bfloat16(), torch.full(NEW, -9.0).bfloat16(), 1)
+    assert [states[0, 0, :, 0].tolist() for states in found] == [[1.0] * 7 + [9.0], [-1.0] * 7 + [-9.0]]
+    for index, layer in enumerate(cache.layers):
+        assert bool((layer.keys[:, :, :7] == index).all()), "no buffer reaches into another's"
+        assert bool((layer.values[:, :, :7] == -index).all())
+
+
+def _one_more(cache: RollbackCache) -> None:
+    cache.update(torch.ones(NEW), torch.ones(NEW), 0)
+
+
+def _emptied(cache: RollbackCache) -> None:
+    _one_more(cache)
+    cache.shrink(0)
+
+
+def _deeper(cache: RollbackCache) -> None:
+    cache.layers = [RollbackLayer() for _ in range(DEPTH + 1)]
+
+
+def _another_kind(cache: RollbackCache) -> None:
+    cache.layers = [DynamicLayer()]
+
+
+@pytest.mark.parametrize("before", [_one_more, _emptied, _deeper, _another_kind])
+def test_any_other_cache_stays_as_it_is(before: Callable[[RollbackCache], None]) -> None:
+    cache = RollbackCache()
+    before(cache)
+    layers = list(cache.layers)
+    held = [layer.keys for layer in layers]
+    cache.open(DEPTH, NEW, LIKE)
+    assert all(one is other for one, other in zip(cache.layers, layers, strict=True))
+    assert all(
+        one is None if was is None else torch.equal(one, was)
+        for one, was in zip((layer.keys for layer in layers), held, strict=True)
+    )
 
 
 def test_layers_set_apart_have_no_rooms() -> None:

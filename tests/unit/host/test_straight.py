@@ -125,8 +125,57 @@ def test_the_numbers_are_those_of_the_models_own_forward(
         same(passes(model, **record), wanted)
         tried = len(calls)
         same(passes(model, **record), wanted)
-        assert len(calls) - tried == 1, "only the prompt goes through the model's own forward"
-    assert tried == 1 + 3, "each kind of pass is tried once"
+        assert len(calls) == tried, "not even the prompt goes through the model's own forward"
+    assert tried == 4, "each kind of pass is tried once"
+
+
+@pytest.mark.parametrize("length", [1, 9, 65, 128])
+@torch.no_grad()
+def test_a_prompt_is_one_task(tiny: Tiny, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache holds nothing and has no buffers yet; columns that follow find what they would after a slow pass."""
+    from hf_polyspec.cpu.compiled import whole_stack
+
+    model, sizes, run_blocks = packed(tiny), [], whole_stack.run_blocks
+    ids = [1 + 7 * place % 40 for place in range(length + 3)]
+    prompt = Prompt(length, None, torch.arange(length)[None])
+
+    def read() -> list[Any]:
+        runner, stats, found = ModelRunner(model, "the target"), LevelStats("the target", 0), []
+        for end in (length, length + 1, length + 3):
+            found.append(runner.run(Context([ids[:end]], prompt), [[]], stats).logits)
+        return [*found, *(states for layer in runner.cache.layers for states in (layer.keys, layer.values))]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Straight, "__call__", lambda *_: None)
+        wanted = read()
+    same(read(), wanted)  # tried
+    monkeypatch.setattr(whole_stack, "run_blocks", lambda *given: (sizes.append(given[2]), run_blocks(*given)))
+    with counted(monkeypatch) as calls:
+        same(read(), wanted)
+    assert not calls
+    assert sizes == [3, 3, 3], "all layers at once, in the first pass too"
+
+
+@torch.no_grad()
+def test_a_prompt_that_torch_multiplies_faster_is_left_to_it(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long ones are where a CPU multiplies whole tiles; shorter ones are tasks of their own all the same."""
+    from hf_polyspec.cpu.fused_block import FusedBlock
+
+    model, stats = packed(tiny), LevelStats("the target", 0)
+    monkeypatch.setattr(FusedBlock, "_left_to_torch", lambda _, x: x.shape[1] > 70)
+
+    def read(length: int) -> int:
+        runner = ModelRunner(model, "the target")
+        before = len(calls)
+        for end in (length, length + 1):
+            ids = [1 + 7 * place % 40 for place in range(end)]
+            runner.run(Context([ids], Prompt(length, None, torch.arange(length)[None])), [[]], stats)
+        return len(calls) - before
+
+    with counted(monkeypatch) as calls:
+        for _ in range(2):
+            read(9)  # tried
+        assert [read(length) for length in (70, 71, 70, 90)] == [0, 1, 0, 1]
 
 
 @WITHIN
