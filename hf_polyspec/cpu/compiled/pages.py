@@ -1,26 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory for matrices that are read from one end to the other in every pass: in large pages, one behind the other.
 
-A page of four kilobytes ends every fortieth of a microsecond at the speed of the memory, and there a stream begins
-anew. Linux gives pages of two megabytes to whoever asks for them.
+At the speed of the memory a page of four kilobytes lasts a tenth of a microsecond, and behind it the processor's own
+reading ahead begins anew. Linux gives pages of two megabytes to whoever asks for them.
 """
 
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from threading import Lock
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 LINE = 64
+"""Bytes that the memory brings at once."""
 CHUNK = 32 << 20
-"""Bytes that are asked of the system at once, at least; given back once nothing lies in them any more."""
+"""Bytes that are asked of the system at once, at least, and given back once nothing lies in them any more."""
 WORTH = 1 << 16
 """Smaller matrices lie wherever there is room."""
 
+
+def _nothing() -> None:
+    return None
+
+
 _lock = Lock()
-_chunk: mmap.mmap | None = None
+_chunk: Callable[[], mmap.mmap | None] = _nothing
+"""The last chunk, as long as something lies in it."""
 _used = 0
 
 
@@ -42,8 +51,10 @@ def _place(size: int) -> tuple[mmap.mmap, int]:
     """A stretch of so many bytes that nobody else gets."""
     global _chunk, _used
     with _lock:
-        if _chunk is None or _used + size > len(_chunk):
-            _chunk, _used = mmap.mmap(-1, max(CHUNK, size)), 0
-            _chunk.madvise(mmap.MADV_HUGEPAGE)
+        chunk = _chunk()
+        if chunk is None or _used + size > len(chunk):
+            chunk = mmap.mmap(-1, max(CHUNK, size))
+            chunk.madvise(mmap.MADV_HUGEPAGE)
+            _chunk, _used = ref(chunk), 0
         start, _used = _used, _used + (size + LINE - 1) // LINE * LINE
-        return _chunk, start
+        return chunk, start
