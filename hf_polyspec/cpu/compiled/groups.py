@@ -22,6 +22,7 @@ from .digits import largest_magnitude, multiply_digits_task
 from .dots import BLOCK
 from .group_vectors import PAIR, finish_groups, four_group_dots, one_group_dots, two_group_dots
 from .numbers import LIKE, VERSION
+from .pages import laid_out
 from .product import multiplied
 from .shares import ANYBODY, next_part
 from .tasks import Launch, behind, borrow, compiled, part_size, pointer, release, together, whole_lines
@@ -183,7 +184,7 @@ class GroupProduct:
         self._group = codes.shape[1] // scales.shape[1]
         if self._group * scales.shape[1] != codes.shape[1] or self._group % GRAIN or self._group > WIDEST:
             raise ValueError(f"{codes.shape[1]} inputs are no {scales.shape[1]} groups of a size that is multiplied.")
-        self._codes = in_words(codes)
+        self._codes = laid_out(in_words(codes))
         self._scales, self._zeros = _by_block(scales.to(torch.float16)), _by_block(zeros)
         self._biases = torch.zeros(self._codes.shape[0] * BLOCK, device="cpu")
         if bias is not None:
