@@ -35,7 +35,7 @@ from .tasks import (
 
 PART = 4
 """Rows that a thread takes at once where several do one step."""
-FEW = 4
+FEW = 32
 """Up to so many rows one thread is done before others could have been called."""
 
 

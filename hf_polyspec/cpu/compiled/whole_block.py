@@ -21,7 +21,7 @@ from numba.extending import overload
 from torch import Tensor
 
 from .attention import attend_numbers, attend_task
-from .blocks import FEW, add_task, gate_task, norm_numbers, normalize_task, rotate_numbers, rotate_task
+from .blocks import PART, add_task, gate_task, norm_numbers, normalize_task, rotate_numbers, rotate_task
 from .groups import multiply_codes_task
 from .numbers import LIKE, VERSION
 from .places import address
@@ -70,7 +70,7 @@ def _end(task: Any, gate: Any, threads: Any, many: Any) -> None:
 @njit
 def _block(task: Any, stored: Any, like: Any) -> None:
     threads, me = team(task), member(task)
-    many = carray(pointer(_stage(task, 0), np.int64(0)), 2)[1] > FEW
+    many = carray(pointer(_stage(task, 0), np.int64(0)), 2)[1] > PART
     if _begin(task, 0, threads, many):
         normalize_task(_stage(task, 0), like)
         _end(task, 0, threads, many)
