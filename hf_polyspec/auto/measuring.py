@@ -17,6 +17,7 @@ from ..exactness.context import EMBEDDED, Context, Prompt
 from ..host.encoded import Encoded
 from ..host.manners import runner_for
 from ..host.moments import one_moment
+from ..host.picking import picks
 from ..host.positions import positions_told
 from ..host.ranks import ALONE, Ranks
 from ..host.release import input_device
@@ -100,7 +101,7 @@ class Clock:
     def seconds(self, columns: int) -> float:
         """Of one pass over so many columns, run as for a text of likeliest ids; its last logits are waited for."""
         began, draft = time.perf_counter(), self.draft[: columns - 1]
-        if self.runner.picks(self.context, draft, self.stats, self._known) is None:
+        if picks(self.runner, self.context, draft, self.stats, self._known) is None:
             passed = self.runner.run(self.context, [draft], self.stats)
             float(passed.logits[0, -1, 0])
         return time.perf_counter() - began

@@ -283,14 +283,14 @@ class RollbackCache(DynamicCache):
         return found if found is not None and found.take(shape, like) else None
 
     def rooms_from(
-        self, start: int, shape: tuple[int, int, int, int], like: torch.Tensor, moment: object
+        self, start: int, count: int, shape: tuple[int, int, int, int], like: torch.Tensor, moment: object
     ) -> Rooms | None:
         """As `rooms`, for columns behind the first `start`; looked for once a moment."""
         found, layers = self._rooms, self.layers
         # Layers are widened together; what else replaces a buffer does not come between two passes of a moment.
         known = found is not None and found.seen is moment and _KEYS(layers[0]) is found[0][0]
         if found is None or not known or _KEYS(layers[-1]) is not found[-1][0]:
-            found = self.rooms(len(layers), shape, like)
+            found = self.rooms(count, shape, like)
             if found is None or found.start < start:
                 return None
             found.seen = moment

@@ -12,20 +12,18 @@ import torch
 
 from ..errors import RollbackError, level_failures
 from ..exactness.context import Context, Prompt, common_prefix
-from ..exactness.passes import Pass, Picks
+from ..exactness.passes import Pass
 from ..exactness.tree_geometry import ROOT
 from ..telemetry.counters import LevelStats
 from .cache import RollbackCache
 from .columns import aligned, embedded_inputs, mask_of, positions_of
 from .forwarding import Extras, Forwarding
 from .lending import WORTH, borrow
-from .moments import one_moment
 from .positions import position_table
 from .release import cache_argument, forward_arguments, inner_model, input_device
 from .rope import crosses, reads_anew
 from .row_arguments import RowArguments
 from .states import empty_cache
-from .straight import MOST
 from .trees import plant
 
 if TYPE_CHECKING:
@@ -56,7 +54,6 @@ class ModelRunner:
     cuts = True  # the cache at any column, as trees and lending want it
     steps = False  # one column a pass
     own_rows = False  # every row has its own columns, see `RaggedRunner`
-    _plain = False  # whether the last pass was one that `picks` could have done
 
     def __init__(
         self,
@@ -133,55 +130,8 @@ class ModelRunner:
         output, past, fed = self._feed(context, sequences, widest, stats, columns=columns)
         if self.use_cache:
             self._remember(sequences, past + fed)
-        self._plain = self._is_plain(context)
         read = sequences if context is whole else whole.extended(filled).ids
         return Pass(self._align(output.logits, filled, widest)[:, :wanted], output, fed, read)
-
-    def picks(self, context: Context, draft: list[int], stats: LevelStats, known: int) -> Picks | None:
-        """What the model says likeliest behind the context and behind each token of a draft, of a row that is alone.
-
-        Args:
-            context: one row; draft: proposed tokens, possibly none.
-            stats: where the pass is counted; known: ids that there are, the first ones.
-
-        Returns:
-            None, and nothing has changed, where a pass has to be `run`.
-
-        Raises:
-            LevelError: as `run` does.
-        """
-        if not self._plain or not self.memo or self.record:
-            return None
-        ids, held = context.ids[0] + draft, self.memo[0]
-        keep = min(common_prefix(held, ids), len(ids) - 1 - len(draft))
-        fresh = ids[keep:]
-        if len(fresh) > MOST or keep < max(self.cache.floor, context.prompt.width):
-            return None
-        if self.lender is not None and len(fresh) - len(draft) > self.borrows_from:
-            return None
-        if self._rows is not None and max(fresh) >= self._rows:
-            return None
-        position = context.prompt.following[0] + keep - context.prompt.width
-        try:
-            with level_failures(f"the forward pass of {self.name} failed"), one_moment():
-                likeliest, leads = self._forwarding.straight.picks(fresh, position, self.cache, keep, known)
-        except Exception:
-            self._recover(keep)
-            raise
-        if not likeliest:
-            return None
-        stats.forward_passes += 1
-        self.memo = [ids]
-        wanted = 1 + len(draft)
-        return Picks(likeliest[-wanted:], leads[-wanted:], len(fresh), ids)
-
-    def _is_plain(self, context: Context) -> bool:
-        """Whether there is one row, and nothing but its ids, so that `picks` may do for it."""
-        prompt = context.prompt
-        special = prompt.mask is not None or prompt.hidden or prompt.embeds is not None or self._table is not None
-        usual = context.batch == 1 and self.cuts and self.use_cache and type(self.cache) is RollbackCache
-        takes = self.takes_positions and self._forwarding.plain and not self._arguments.any and not self.record
-        return bool(usual and takes and not special)
 
     def run_tree(self, context: Context, tree: TreeProposal, stats: LevelStats) -> Pass:
         """Feed what the cache lacks of the context, and a tree of nodes; then `keep_paths` must be called.

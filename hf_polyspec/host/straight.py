@@ -67,13 +67,14 @@ class Straight:
         self._whole: Any = None  # passes without torch, False where there are none
 
     def picks(
-        self, ids: Sequence[int], position: int, past: RollbackCache, held: int, known: int
+        self, ids: Sequence[int], position: int, past: RollbackCache, held: int, known: int, exact: bool = True
     ) -> tuple[list[int], list[float]]:
         """The likeliest of the first `known` ids behind each of some, and how many logits it is ahead, from a pass that
         makes nothing else. The thread is in a moment.
 
         Args:
             ids: of one row, behind the first `held` columns of its cache; position: of the first.
+            exact: whether of ids within rounding of each other it is the one that a pass as others are would show.
 
         Returns:
             Nothing, and nothing has changed, where the pass has to be run as others are.
@@ -91,7 +92,9 @@ class Straight:
             self._whole = None
         if not self._whole:
             return [], []
-        found: tuple[list[int], list[float]] = self._whole.run(ids, position, past, held, moment)
+        found: tuple[list[int], list[float]] = self._whole.run(ids, position, past, held, moment, exact)
+        if self._whole.alike is False:
+            self._whole = False
         return found
 
     def _made(self, around: Around, known: int) -> Any:
@@ -249,6 +252,8 @@ def _mark(model: Any, parts: tuple[Any, Sequence[Any]]) -> object:
         return None
     if len(inner.layers) != len(layers) or any(a is not b for a, b in zip(inner.layers, layers, strict=True)):
         return None
+    if not all(map(_is_fused, layers)):
+        return None
     own = vars(config)
     kinds = own.get("layer_types") or ()
     if own.get("sliding_window") is not None or any(kind != "full_attention" for kind in kinds):
@@ -265,6 +270,12 @@ def _is_hosts(module: Any) -> bool:
     """Whether a module's forward is transformers' own: somebody else's may do now one thing and now another."""
     written = packages_of(getattr(type(module), "forward", None)) <= {_HOST, torch.__name__}
     return written and "forward" not in module.__dict__ and not is_hooked(module)
+
+
+def _is_fused(layer: Any) -> bool:
+    """Whether nobody has put a forward of his own in the place of a fused one since, or hooks on the layer itself:
+    both run where the layer is called, which it is not here."""
+    return hasattr(layer.__dict__.get("forward"), "outputs_of") and not is_hooked(layer)
 
 
 def _plain(settings: Mapping[str, Any]) -> Any:

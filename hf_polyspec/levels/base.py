@@ -124,6 +124,11 @@ class Drafter(ABC):
     def watch(self, passed: Pass) -> None:
         """Shown every forward pass of the level directly above, for drafters that read its hidden states."""
 
+    @property
+    def watches(self) -> bool:
+        """Whether it has a `watch` of its own: all of a pass is made then, whoever else asks for less."""
+        return type(self).watch is not Drafter.watch or "watch" in self.__dict__
+
     def observe(self, drafted: list[int], accepted: list[int]) -> None:
         """Told after each check how many of each row's proposed tokens were accepted."""
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..exactness.judgement import Judgement
 from ..exactness.passes import Pass
+from ..exactness.proposal import Proposal
 from ..exactness.row_laws import picked
 from ..exactness.row_tensors import RowTensors
 from ..telemetry.counters import Counted
@@ -57,3 +59,11 @@ class Emission:
             [self.bias[b] for b in rows] if self.bias else [],
             [self.counted[b] for b in rows] if self.counted else [],
         )
+
+
+def origins_of(level: int, proposal: Proposal, judgement: Judgement) -> list[list[int]]:
+    """Per row, the level that first proposed each token that a verifier emits, which itself is `level`."""
+    return [
+        [*from_below[:kept], level][: len(emitted)]
+        for from_below, kept, emitted in zip(proposal.origins, judgement.accepted, judgement.tokens, strict=True)
+    ]

@@ -172,6 +172,10 @@ class JoinedDrafter(Drafter):
             followed.append(shared)
         self.branch.observe([len(branch) for branch in self._branches], followed)
 
+    @property
+    def watches(self) -> bool:
+        return self.head.watches or self.branch.watches
+
     def watch(self, passed: Pass) -> None:
         self.head.watch(passed)
         self.branch.watch(passed)

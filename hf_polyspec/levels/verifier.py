@@ -12,7 +12,7 @@ from typing import Any
 
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
-from ..exactness.judgement import NOTHING, Going, Judgement, compare, judge, record
+from ..exactness.judgement import Going, judge, record
 from ..exactness.passes import Pass
 from ..exactness.proposal import Proposal, TreeProposal
 from ..exactness.row_tensors import fit_vocabulary
@@ -25,8 +25,9 @@ from ..telemetry.counters import Check, Counted
 from .asking import ask, ask_for_tree
 from .base import Drafter
 from .block import Block
-from .emission import Emission
+from .emission import Emission, origins_of
 from .ending import Ending
+from .picking import picked
 
 
 class Verifier(Drafter):
@@ -152,7 +153,7 @@ class Verifier(Drafter):
     def _judged(self, context: Context, proposal: Proposal, active: list[bool], law: LawMaker) -> Emission:
         with self.stats.timed():
             self.runner.asked = active
-            found = self._picked(context, proposal, law)
+            found = picked(self, context, proposal, active, law)
             if found is not None:
                 return found
             with self._watched(law):
@@ -165,7 +166,7 @@ class Verifier(Drafter):
         return Emission(
             judgement.tokens,
             judgement.p,
-            self._origins(proposal, judgement),
+            origins_of(self.index, proposal, judgement),
             [len(row) for row in proposal.tokens],
             judgement.accepted,
             logits,
@@ -174,23 +175,6 @@ class Verifier(Drafter):
             judgement.bias,
             counted,
             judgement.leads,
-        )
-
-    def _picked(self, context: Context, proposal: Proposal, law: LawMaker) -> Emission | None:
-        """What `_judged` gives, for a row that is alone, where nothing but likeliest ids is asked of the pass and the
-        runner can do with that."""
-        if self.scored or context.batch != 1 or type(law) is not LawMaker or not law.picks_likeliest:
-            return None
-        picks = self.runner.picks(context, proposal.tokens[0], self.stats, self.vocabulary)
-        if picks is None:
-            return None
-        judgement = compare(law, proposal, picks)
-        counted = record(self.stats, proposal, judgement, [True], self.eos)
-        passed = Pass(NOTHING, None, picks.fed, [picks.read])
-        drafted, origins = [len(proposal.tokens[0])], self._origins(proposal, judgement)
-        emitted, accepted, leads = judgement.tokens, judgement.accepted, judgement.leads
-        return Emission(
-            emitted, None, origins, drafted, accepted, NOTHING, NOTHING, passed, counted=counted, leads=leads
         )
 
     def reads_for_others(self, context: Context, active: list[bool] | None = None) -> bool:
@@ -398,12 +382,6 @@ class Verifier(Drafter):
             if token in self.eos:
                 return i + 1
         return len(tokens)
-
-    def _origins(self, proposal: Proposal, judgement: Judgement) -> list[list[int]]:
-        return [
-            [*from_below[:kept], self.index][: len(emitted)]
-            for from_below, kept, emitted in zip(proposal.origins, judgement.accepted, judgement.tokens, strict=True)
-        ]
 
 
 def _as_counted(counted: list[Counted]) -> tuple[list[int], list[int]]:

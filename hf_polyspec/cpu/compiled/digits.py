@@ -33,8 +33,10 @@ from .dots import (
     two_dots,
 )
 from .numbers import LIKE, VERSION, bits, from_bits, widen
+from .pages import laid_out
 from .product import multiplied
-from .tasks import Launch, behind, borrow, compiled, part_size, pointer, release, take, together, whole_lines
+from .shares import ANYBODY, next_part
+from .tasks import Launch, behind, borrow, compiled, part_size, pointer, release, together, whole_lines
 from .vectors import LANES
 
 CHUNK = 32
@@ -117,8 +119,8 @@ def _multiply(count: Any, codes: Any, digits: Any, sums: Any, steps: Any, ahead:
 
 
 @njit
-def multiply_digits_task(task: Any, active: Any) -> None:
-    """`y = (digits @ codes.T - sum(digits) * zeros) * scales * the row's scale + bias`."""
+def multiply_digits_task(task: Any, active: Any, me: Any, threads: Any) -> None:
+    """`y = (digits @ codes.T - sum(digits) * zeros) * scales * the row's scale + bias`; `me` as in `next_part`."""
     numbers = carray(pointer(task, np.int64(0)), 10)
     outputs, width, rows, size, each = numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]
     all_codes, all_vectors = numbers[6], numbers[7]
@@ -141,7 +143,8 @@ def multiply_digits_task(task: Any, active: Any) -> None:
     part_of_block = carray(pointer(behind(row_sums), active), (most, BLOCK))
     digits[:] = 0
     parts = (outputs + size - 1) // size
-    held, part = -1, take(task)
+    me = me if rows <= CHUNK else ANYBODY
+    held, part = -1, next_part(task, me, threads, parts)
     while True:
         chunk, first = part // parts, part % parts * size
         start = chunk * CHUNK
@@ -158,7 +161,7 @@ def multiply_digits_task(task: Any, active: Any) -> None:
         for begin in range(first, end, BLOCK):
             codes, following = all_codes + begin * steps * INPUTS, begin + BLOCK
             if following >= end:  # the next part is taken now, so that its codes are on their way
-                part = take(task)
+                part = next_part(task, me, threads, parts)
                 following = part % parts * size if part // parts * CHUNK < rows else begin
             _multiply(count * each, codes, digits, sums, steps, all_codes + following * steps * INPUTS)
             complete, vectors = outputs - begin >= BLOCK, all_vectors + begin * 4
@@ -178,7 +181,7 @@ def _task(active: Any) -> Callable[[Any], None]:
 
     def task(numbers: Any) -> None:
         if version >= 0:  # always, see there
-            multiply_digits_task(numbers, active)
+            multiply_digits_task(numbers, active, ANYBODY, 1)
 
     return task
 
@@ -204,7 +207,7 @@ class DigitProduct:
 
     def __init__(self, codes: Tensor, zeros: Tensor, scales: Tensor, bias: Tensor | None, digits: int = 2) -> None:
         self.shape = (codes.shape[0], codes.shape[1])
-        self._codes = in_blocks(codes)
+        self._codes = laid_out(in_blocks(codes))
         vectors = torch.zeros(3, self._codes.shape[0] * BLOCK)
         vectors[0].view(torch.int32)[: codes.shape[0]] = zeros.to(torch.int32)
         vectors[1, : codes.shape[0]] = scales

@@ -15,19 +15,39 @@ import torch
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 from torch import Tensor
 
 from .blocks import norm_numbers, normalize_task
-from .groups import multiply_codes_task
 from .numbers import LIKE, VERSION, widen
-from .product import Product, multiply_task
-from .tasks import HEADER, Launch, check_counter, compiled, enter, leave, pointer, staged, take, team, together
+from .product import Product
+from .shares import COUNTERS, ROOM, Shares
+from .tasks import (
+    HEADER,
+    Launch,
+    check_counter,
+    compiled,
+    enter,
+    leave,
+    member,
+    number,
+    number_bits,
+    pointer,
+    staged,
+    take,
+    team,
+    together,
+)
 from .vectors import FLOATS, LANES, WORDS, load
-from .whole_block import SLOT
+from .whole_block import SLOT, multiply
 
 CHUNK = 32 * LANES
 """Logits whose largest is kept while a row is looked through: where it stands is looked for in one of them."""
+
+SLACK = {torch.float32: 2.0**-13, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+"""How near to the likeliest, as a share of its logit, an id is that may come first where a norm's sum is rounded
+otherwise: in 16 bits one step from number to number, in float32 what one input of a matrix of integers is rounded by.
+"""
 
 
 @intrinsic
@@ -86,29 +106,20 @@ def _first_two(x: Any, like: Any) -> Any:
 
 @njit
 def _pick_task(task: Any, like: Any) -> None:
-    """The likeliest of the first `known` ids of each row, and its lead."""
-    numbers = carray(pointer(task, np.int64(0)), 7)
+    """The likeliest of the first `known` ids of each row, its lead, and whether that is within rounding."""
+    numbers, slack = carray(pointer(task, np.int64(0)), 8), number(task, 8)
     rows, outputs, known = numbers[1], numbers[2], numbers[3]
     logits = carray(pointer(numbers[4], like), (rows, outputs))
     ids = carray(pointer(numbers[5], np.int64(0)), rows)
     leads = carray(pointer(numbers[6], np.float32(0)), rows)
+    close = carray(pointer(numbers[7], np.int64(0)), rows)
     while True:
         row = take(task)
         if row >= rows:
             return
-        ids[row], leads[row] = _first_two(logits[row, :known], like)
-
-
-def _multiply(task: Any, stored: Any, like: Any) -> None:
-    """The product for what the matrix is stored as."""
-    raise NotImplementedError
-
-
-@overload(_multiply, strict=False)
-def _multiply_stored(task: Any, stored: Any, like: Any) -> Any:
-    if stored == types.uint8:
-        return lambda task, stored, like: multiply_codes_task(task, like)
-    return lambda task, stored, like: multiply_task(task, stored, like)
+        place, lead = _first_two(logits[row, :known], like)
+        ids[row], leads[row] = place, lead
+        close[row] = place >= 0 and lead <= slack * abs(widen(logits[row, max(place, 0)]))
 
 
 def _task(stored: Any, active: Any) -> Callable[[Any], None]:
@@ -116,11 +127,11 @@ def _task(stored: Any, active: Any) -> Callable[[Any], None]:
 
     def task(place: Any) -> None:
         if version >= 0:  # always, see there
-            threads = team(place)
+            threads, me = team(place), member(place)
             if enter(place, 0, threads):
                 normalize_task(place + 8 * HEADER, active)
                 leave(place, 0)
-            _multiply(place + 8 * (HEADER + SLOT), stored, active)
+            multiply(place + 8 * (HEADER + SLOT), stored, active, me, threads)
             if enter(place, 1, threads):
                 leave(place, 1)
             _pick_task(place + 8 * (HEADER + 2 * SLOT), active)
@@ -144,29 +155,39 @@ class EndTask:
 
     Attributes:
         ids, leads: `[F]`, the likeliest id behind each position, and by how much; -1 where that cannot be told.
+        close: `[F]`, whether that is so little that another order of sums might tell another id.
+        logits: `[F, V]`.
     """
 
     def __init__(self, states: Tensor, norm: tuple[Tensor, float], product: Product, known: int) -> None:
         rows, width = states.shape[1], states.shape[2]
-        self.ids, self.leads = np.zeros(rows, np.int64), np.zeros(rows, np.float32)
-        self._memory = states.new_empty(rows, width), states.new_empty(rows, product.shape[0])
-        normed, logits = (memory.data_ptr() for memory in self._memory)
+        self.ids, self.leads, self.close = (
+            np.zeros(rows, np.int64),
+            np.zeros(rows, np.float32),
+            np.zeros(rows, np.int64),
+        )
+        given = (self.ids.ctypes.data, self.leads.ctypes.data, self.close.ctypes.data)
+        self.logits, self._normed = states.new_empty(rows, product.shape[0]), states.new_empty(rows, width)
+        normed, logits = self._normed.data_ptr(), self.logits.data_ptr()
         self._kept = states, norm[0], norm[0].untyped_storage(), product
         self._kinds = product.dtype, states.dtype
         stages = (
             norm_numbers(rows, *norm, states.data_ptr(), normed),
             product.task(rows, normed, logits),
-            (rows, product.shape[0], known, logits, self.ids.ctypes.data, self.leads.ctypes.data),
+            (rows, product.shape[0], known, logits, *given, number_bits(SLACK[states.dtype])),
         )
         self._table = np.array(staged(stages, SLOT), np.int64)
-        self._task = np.empty_like(self._table)
+        self._task, self._shares = np.empty_like(self._table), Shares(1)
+        at = HEADER + SLOT
+        self._table[at + ROOM], self._table[at + COUNTERS] = self._shares.room, self._shares.addresses()[0]
 
     def run(self) -> None:
-        """Compute `ids` and `leads`.
+        """Compute `ids`, `leads` and `close`.
 
         Raises:
             MemoryError: There is no memory to work in.
         """
         self._task[:] = self._table
+        self._shares.clear()
         _function(*self._kinds)(self._task.ctypes.data)
         check_counter(self._task[HEADER::SLOT].max())

@@ -23,7 +23,8 @@ from .dots import BLOCK
 from .group_vectors import PAIR, finish_groups, four_group_dots, one_group_dots, two_group_dots
 from .numbers import LIKE, VERSION
 from .product import multiplied
-from .tasks import Launch, behind, borrow, compiled, part_size, pointer, release, take, together, whole_lines
+from .shares import ANYBODY, next_part
+from .tasks import Launch, behind, borrow, compiled, part_size, pointer, release, together, whole_lines
 
 CHUNK = 32
 """Rows whose digits a thread holds at a time."""
@@ -70,7 +71,7 @@ def _multiply(codes: Any, digits: Any, shifts: Any, scales: Any, zeros: Any, sum
 
 
 @njit
-def multiply_groups_task(task: Any, active: Any) -> None:
+def multiply_groups_task(task: Any, active: Any, me: Any, threads: Any) -> None:
     """`y = sum over groups of ((digits @ codes.T - sum(digits) * zeros) * scales) * the row's scale + bias`."""
     numbers = carray(pointer(task, np.int64(0)), 14)
     outputs, width, rows, size, group = numbers[1], numbers[2], numbers[3], numbers[4], numbers[6]
@@ -92,9 +93,10 @@ def multiply_groups_task(task: Any, active: Any) -> None:
     ordered = carray(pointer(behind(both), active), width)
     part_of_block = carray(pointer(behind(ordered), active), BLOCK)
     parts = (outputs + size - 1) // size
+    me = me if rows <= CHUNK else ANYBODY
     held = -1
     while True:
-        part = take(task)
+        part = next_part(task, me, threads, parts)
         chunk, first = part // parts, part % parts * size
         start = chunk * CHUNK
         if start >= rows:
@@ -121,12 +123,12 @@ def multiply_groups_task(task: Any, active: Any) -> None:
 
 
 @njit
-def multiply_codes_task(task: Any, active: Any) -> None:
+def multiply_codes_task(task: Any, active: Any, me: Any, threads: Any) -> None:
     """The product of this room or that of `digits`, whichever the task is for: one says 0 digits, the other 1 or 2."""
     if carray(pointer(task, np.int64(0)), 6)[5] == 0:
-        multiply_groups_task(task, active)
+        multiply_groups_task(task, active, me, threads)
     else:
-        multiply_digits_task(task, active)
+        multiply_digits_task(task, active, me, threads)
 
 
 def _task(active: Any) -> Callable[[Any], None]:
@@ -134,7 +136,7 @@ def _task(active: Any) -> Callable[[Any], None]:
 
     def task(numbers: Any) -> None:
         if version >= 0:  # always, see there
-            multiply_groups_task(numbers, active)
+            multiply_groups_task(numbers, active, ANYBODY, 1)
 
     return task
 

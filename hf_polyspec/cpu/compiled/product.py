@@ -17,6 +17,7 @@ from numba import carray, njit
 from torch import Tensor, nn
 
 from .numbers import LIKE, VERSION
+from .pages import laid_out
 from .pairs import deep, operand, operand_kind
 from .panels import (
     MOST,
@@ -32,6 +33,7 @@ from .panels import (
     two_rows,
 )
 from .places import address
+from .shares import ANYBODY, next_part
 from .support import DTYPES
 from .tasks import (
     Launch,
@@ -42,7 +44,6 @@ from .tasks import (
     pointer,
     release,
     run,
-    take,
     together,
     whole_lines,
 )
@@ -73,8 +74,8 @@ def _multiply(
 
 
 @njit
-def multiply_task(task: Any, stored: Any, active: Any) -> None:
-    """`y = (x @ weight.T - sum(x) * zeros) * scales + bias`."""
+def multiply_task(task: Any, stored: Any, active: Any, me: Any, threads: Any) -> None:
+    """`y = (x @ weight.T - sum(x) * zeros) * scales + bias`; which thread this is as in `next_part`."""
     numbers = carray(pointer(task, np.int64(0)), 10)
     outputs, inputs, rows, size = numbers[1], numbers[2], numbers[3], numbers[4]
     all_panels, all_vectors, shifted = numbers[5], numbers[6], numbers[7]
@@ -97,7 +98,8 @@ def multiply_task(task: Any, stored: Any, active: Any) -> None:
     wide[:] = 0
     totals[:] = 0
     parts = (outputs + size - 1) // size
-    held, part = -1, take(task)
+    me = me if rows <= CHUNK else ANYBODY
+    held, part = -1, next_part(task, me, threads, parts)
     while True:
         chunk, first = part // parts, part % parts * size
         start = chunk * CHUNK
@@ -120,7 +122,7 @@ def multiply_task(task: Any, stored: Any, active: Any) -> None:
         for begin in range(first, end, WIDTH):
             panel, following = all_panels + begin * columns * bytes_each, begin + WIDTH
             if following >= end:
-                part = take(task)
+                part = next_part(task, me, threads, parts)
                 following = part % parts * size if part // parts * CHUNK < rows else begin
             vectors, whole = all_vectors + begin * 4, outputs - begin >= WIDTH
             ahead = all_panels + following * columns * bytes_each
@@ -141,7 +143,7 @@ def _task(stored: Any, active: Any) -> Callable[[Any], None]:
 
     def task(numbers: Any) -> None:
         if version >= 0:  # always, see there
-            multiply_task(numbers, stored, active)
+            multiply_task(numbers, stored, active, ANYBODY, 1)
 
     return task
 
@@ -175,7 +177,7 @@ class CompiledProduct:
     ) -> None:
         self.shape = (weight.shape[0], weight.shape[1])
         """Outputs and inputs."""
-        self._panels = in_panels(weight.detach())
+        self._panels = laid_out(in_panels(weight.detach()))
         vectors = torch.zeros(3, self._panels.shape[0] * WIDTH, device="cpu")
         vectors[1] = 1
         for vector, given in zip(vectors, (zeros, scales, bias), strict=True):

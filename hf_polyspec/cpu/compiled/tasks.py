@@ -47,7 +47,7 @@ def pointer(_typing: Any, address: Any, like: Any) -> Any:
 
 
 @intrinsic
-def _count(_typing: Any, address: Any) -> Any:
+def count(_typing: Any, address: Any) -> Any:
     """Count one more at an address; how many there were before."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
@@ -60,7 +60,7 @@ def _count(_typing: Any, address: Any) -> Any:
 @njit
 def take(task: Any) -> Any:
     """The number of the next part, which nobody else gets."""
-    return _count(task)
+    return count(task)
 
 
 FAILED = 1 << 40
@@ -179,8 +179,9 @@ def _pause(_typing: Any) -> Any:
 
 GATES = 11
 """Gates that a task of several stages has room for."""
-# Such a task begins with its counter, the addresses of two C functions, and two numbers for each gate.
-HEADER = 3 + 2 * GATES
+# Such a task begins with its counter, the addresses of three C functions, and two numbers for each gate.
+_BEFORE_GATES = 4
+HEADER = _BEFORE_GATES + 2 * GATES
 _SPINS = 4000
 
 
@@ -191,10 +192,16 @@ def team(task: Any) -> Any:
 
 
 @njit
+def member(task: Any) -> Any:
+    """Which of the threads that run this task this one is, from 0 on."""
+    return np.int64(_call_by_address(carray(pointer(task, np.int64(0)), 4)[3]))
+
+
+@njit
 def enter(task: Any, gate: Any, threads: Any) -> Any:
     """Wait until all threads are at a gate; True for one of them, on whose `leave` the others wait."""
-    place = task + 8 * (3 + 2 * gate)
-    if _count(place) == threads - 1:
+    place = task + 8 * (_BEFORE_GATES + 2 * gate)
+    if count(place) == threads - 1:
         return True
     spins = 0
     while _is_open(place + 8) == 0:
@@ -208,7 +215,7 @@ def enter(task: Any, gate: Any, threads: Any) -> Any:
 @njit
 def leave(task: Any, gate: Any) -> None:
     """Let the others go on."""
-    _open(task + 8 * (3 + 2 * gate) + 8)
+    _open(task + 8 * (_BEFORE_GATES + 2 * gate) + 8)
 
 
 def compiled(function: Callable[[Any], None]) -> int:
@@ -264,6 +271,7 @@ class _OpenMp:
         self.parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         self.parallel.restype = None
         self.team_size = _address(ctypes.CDLL(str(path)).omp_get_num_threads)
+        self.thread = _address(ctypes.CDLL(str(path)).omp_get_thread_num)
         self.give_way = _address(ctypes.CDLL(None).sched_yield)
 
 
@@ -339,8 +347,8 @@ def staged(stages: Sequence[tuple[int, ...]], slot: int) -> array[int]:
         stages: The numbers of each stage after its counter.
         slot: Numbers from one stage's counter to the next one's.
     """
-    task = array("q", (0, _open_mp.team_size, _open_mp.give_way))
-    task.extend((0,) * (HEADER - 3))
+    task = array("q", (0, _open_mp.team_size, _open_mp.give_way, _open_mp.thread))
+    task.extend((0,) * (HEADER - len(task)))
     for numbers in stages:
         task.append(0)
         task.extend(numbers)

@@ -26,22 +26,22 @@ from .groups import multiply_codes_task
 from .numbers import LIKE, VERSION
 from .places import address
 from .product import Product, multiply_task
-from .tasks import HEADER, Launch, check_counter, compiled, enter, leave, pointer, staged, team, together
+from .tasks import HEADER, Launch, check_counter, compiled, enter, leave, member, pointer, staged, team, together
 
 SLOT = 18
 """Numbers of a stage."""
 
 
-def _multiply(task: Any, stored: Any, like: Any) -> None:
-    """The product for what the matrices are stored as."""
+def multiply(task: Any, stored: Any, like: Any, me: Any, threads: Any) -> None:
+    """One thread's part of the product for what the matrices are stored as."""
     raise NotImplementedError
 
 
-@overload(_multiply, strict=False)
-def _multiply_stored(task: Any, stored: Any, like: Any) -> Any:
+@overload(multiply, strict=False)
+def _multiply_stored(task: Any, stored: Any, like: Any, me: Any, threads: Any) -> Any:
     if stored == types.uint8:
-        return lambda task, stored, like: multiply_codes_task(task, like)
-    return lambda task, stored, like: multiply_task(task, stored, like)
+        return lambda task, stored, like, me, threads: multiply_codes_task(task, like, me, threads)
+    return lambda task, stored, like, me, threads: multiply_task(task, stored, like, me, threads)
 
 
 @njit
@@ -69,27 +69,27 @@ def _end(task: Any, gate: Any, threads: Any, many: Any) -> None:
 
 @njit
 def _block(task: Any, stored: Any, like: Any) -> None:
-    threads = team(task)
+    threads, me = team(task), member(task)
     many = carray(pointer(_stage(task, 0), np.int64(0)), 2)[1] > FEW
     if _begin(task, 0, threads, many):
         normalize_task(_stage(task, 0), like)
         _end(task, 0, threads, many)
-    _multiply(_stage(task, 1), stored, like)
+    multiply(_stage(task, 1), stored, like, me, threads)
     if _begin(task, 2, threads, many):
         rotate_task(_stage(task, 2), like)
         _end(task, 2, threads, many)
     attend_task(_stage(task, 3), like)
     if enter(task, 4, threads):
         leave(task, 4)
-    _multiply(_stage(task, 4), stored, like)
+    multiply(_stage(task, 4), stored, like, me, threads)
     if _begin(task, 5, threads, many):
         normalize_task(_stage(task, 5), like)
         _end(task, 5, threads, many)
-    _multiply(_stage(task, 6), stored, like)
+    multiply(_stage(task, 6), stored, like, me, threads)
     if _begin(task, 7, threads, many):
         gate_task(_stage(task, 7), like)
         _end(task, 7, threads, many)
-    _multiply(_stage(task, 8), stored, like)
+    multiply(_stage(task, 8), stored, like, me, threads)
     if _begin(task, 9, threads, many):
         add_task(_stage(task, 9), like)
         _end(task, 9, threads, many)

@@ -19,6 +19,7 @@ from hf_polyspec.host.rooms import Rooms
 
 from .attention import APART, attend_numbers
 from .places import address
+from .shares import COUNTERS, ROOM, Shares
 from .tasks import HEADER, check_counter, staged
 from .whole_block import SLOT, Apart, BlockProducts, BlockShape, block_stages, run_blocks, scratch_size
 
@@ -39,6 +40,7 @@ _NEW = np.array([_column(2, 11), _column(2, 12)])
 _HELD = [_column(3, 13), _column(3, 14)]
 _PITCH = [_column(2, 13), _column(3, 7)]
 _MASK = [_column(3, 5), _column(3, 8), _column(3, 9), _column(3, 10), _column(3, 15)]
+_PRODUCTS = (1, 4, 6, 8)
 _ALIKE = np.array([*_TURNS, _COLUMNS, *_MASK])  # the same in all blocks
 
 
@@ -92,6 +94,10 @@ class StackTask:
             self._table[:, _INPUT] = np.array(places[:-1])[:, None]
             self._table[:, _OUTPUT] = places[1:]
         self._task = np.empty_like(self._table)
+        self._shares = Shares(len(blocks) * len(_PRODUCTS))
+        self._table[:, [_column(stage, ROOM) for stage in _PRODUCTS]] = self._shares.room
+        counters = self._shares.addresses().reshape(len(blocks), -1)
+        self._table[:, [_column(stage, COUNTERS) for stage in _PRODUCTS]] = counters
         self._rooms: ref[Any] | None = None
         self._held = np.zeros((len(blocks), 2), np.int64)
 
@@ -119,6 +125,7 @@ class StackTask:
         if self._rooms is None or self._rooms() is not rooms:
             self._settle(rooms)
         task[:] = self._table
+        self._shares.clear()
         task[0, _INPUT] = address(x, "hidden states")
         task[:, _NEW] = self._held + start * self._column_size
         task[:, _ALIKE] = (
@@ -144,6 +151,7 @@ class StackTask:
         if self._rooms is None or self._rooms() is not rooms:
             self._settle(rooms)
         task[:] = self._table
+        self._shares.clear()
         task[0, _INPUT] = x
         task[:, _NEW] = self._held + rooms.start * self._column_size
         parts = jobs[:, 1].max(), APART, len(jobs), jobs[0, 3], jobs.ctypes.data

@@ -93,11 +93,10 @@ def test_the_same_numbers_and_the_same_cache(tiny: Tiny, family: str, rows: int,
 
 @torch.no_grad()
 def test_a_cache_that_grows_past_its_room(tiny: Tiny, blocks: list[int]) -> None:
-    """Its first buffer has 64 columns."""
     plain, packed = _pair(tiny)
-    ids = torch.randint(3, 48, (2, 80), generator=torch.Generator().manual_seed(6))
+    ids = torch.randint(3, 48, (2, 160), generator=torch.Generator().manual_seed(6))
     caches, rooms = (RollbackCache(), RollbackCache()), set()
-    for part in ids.split([5] * 16, 1):
+    for part in ids.split([10] * 16, 1):
         found = packed(part, **{GENERATION_CACHE: caches[0]}).logits
         rooms.add(caches[0].layers[0].keys.stride(1))
         torch.testing.assert_close(found, plain(part, **{GENERATION_CACHE: caches[1]}).logits, **CLOSE)
