@@ -109,6 +109,7 @@ class FusedBlock:
         past: Any,
         turns: tuple[Tensor, Tensor],
         moment: Moment | None = None,
+        last: bool = False,
     ) -> list[Tensor] | None:
         """The outputs of several layers computed together, which stay what they are until the next pass.
 
@@ -116,6 +117,7 @@ class FusedBlock:
             layers: this block's and those behind it; x: `[B, F, H]`, what the first of them reads.
             mask, past, turns: as for `compute`.
             moment: of which one look at the layers is enough, if the thread is in one.
+            last: whether the last layer's output is all that will be looked at.
 
         Returns:
             `[B, F, H]` of each; None, and nothing has changed, where they cannot be computed together.
@@ -125,14 +127,14 @@ class FusedBlock:
         if self._left_to_torch(x):
             return None
         if moment is not None:  # what is asked below was asked in its first pass
-            found = seen_again(self, layers, x, mask, past, turns, moment)
+            found = seen_again(self, layers, x, mask, past, turns, moment, last)
             if found is not None:
                 return found
         size = self.parts.attention.head_dim
         readable = computes(x) and readable_mask(mask, x) and readable_turns(turns, x, size)
         if not readable or profiling() or not grows(past) or not self._writes_into(past, x, mask):
             return None
-        return outputs_of(self, layers, x.contiguous(), mask, past, turns, moment)
+        return outputs_of(self, layers, x.contiguous(), mask, past, turns, moment, last)
 
     def whole_pass(self, layers: Sequence[nn.Module], around: tuple[Any, Any, Any, Any], known: int) -> Any:
         """Passes of the whole model whose layers these are (see `WholePass`), None where there can be none."""

@@ -33,8 +33,9 @@ from hf_polyspec.host.ragged_cache import RaggedCache
 if TYPE_CHECKING:
     from hf_polyspec.cpu.compiled.whole_stack import StackTask
 
-_ROWS = 128
-"""More than so many rows are computed block by block: there the memory in between is large, and Python's part small."""
+_ROWS, _LAST = 128, 512
+"""More than so many rows are computed block by block: there the memory in between is large, and Python's part small.
+The second is for passes of which the last block's output is all that is looked at: then there is little in between."""
 
 
 class _Waiting:
@@ -175,12 +176,14 @@ def outputs_of(
     past: Past,
     turns: Turns,
     moment: Moment | None = None,
+    last: bool = False,
 ) -> list[Tensor] | None:
     """The outputs of all of these layers at once, which are written to again in the next pass.
 
     Args:
         block: of the first layer; layers: all of them; x, mask, past, turns: as for `stack_output`.
         moment: of which one look is enough, if the thread is in one.
+        last: whether the last one is all that will be looked at; the others may be anything then.
 
     Returns:
         `[B, F, H]` of each layer; None, and nothing has changed, if they are not known to follow each other.
@@ -190,7 +193,7 @@ def outputs_of(
     """
     if _own.waiting is not None:
         return None
-    again = _again(block, layers, x, mask, past, turns, moment)
+    again = _again(block, layers, x, mask, past, turns, moment, last)
     if again is not None:
         return again.outputs
     found = _computed(block, x, mask, past, turns, layers)
@@ -211,12 +214,13 @@ def seen_again(
     past: Past,
     turns: Turns,
     moment: Moment,
+    last: bool = False,
 ) -> list[Tensor] | None:
     """`outputs_of` where all was looked at in this moment already; None where it was not."""
     plan = block.plans.get(len(layers))
     if plan is None or not plan.seen(x, moment) or _own.waiting is not None:
         return None
-    task = _again(block, layers, x, mask, past, turns, moment)
+    task = _again(block, layers, x, mask, past, turns, moment, last)
     return None if task is None else task.outputs
 
 
@@ -228,12 +232,15 @@ def _again(
     past: Past,
     turns: Turns,
     moment: Moment | None,
+    last: bool,
 ) -> StackTask | None:
     """The same layers as in an earlier pass, over a cache of ours: what was found then is not looked for anew."""
     from hf_polyspec.cpu.compiled.attention import plain_mask
 
     plan = block.plans.get(len(layers))
-    if plan is None or not plan.in_order or type(past) not in (RollbackCache, RaggedCache) or _rows(x) > _ROWS:
+    if plan is None or not plan.in_order or type(past) not in (RollbackCache, RaggedCache):
+        return None
+    if _rows(x) > (_LAST if last else _ROWS):
         return None
     if not all(map(is_, plan.layers, layers)) or not plan.same(x, moment):
         return None
@@ -246,7 +253,7 @@ def _again(
     if rooms is None or (mask is not None and mask.shape[2:] != (fed, rooms.start + fed)):
         return None
     apart = apart_of(past, plan.shape.heads // plan.shape.shared)
-    task = plan.run(x, plain_turns(turns, x), None if mask is None else plain_mask(mask), rooms, apart)
+    task = plan.run(x, plain_turns(turns, x), None if mask is None else plain_mask(mask), rooms, apart, last)
     _claimed(past.claim(rooms, fed))
     return task
 

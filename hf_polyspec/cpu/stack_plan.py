@@ -113,22 +113,35 @@ class Plan:
         return found
 
     def run(
-        self, x: Tensor, turns: Turns, mask: Tensor | None, rooms: Sequence[Room], apart: Apart | None
+        self,
+        x: Tensor,
+        turns: Turns,
+        mask: Tensor | None,
+        rooms: Sequence[Room],
+        apart: Apart | None,
+        last: bool = False,
     ) -> StackTask:
         """Compute the blocks, see `StackTask`."""
-        task = self.task(x, turns, mask, rooms)
+        task = self.task(x, turns, mask, rooms, last)
         task.run(x, turns, mask, rooms, apart)
         return task
 
-    def task(self, x: Tensor, turns: Turns, mask: Tensor | None, rooms: Sequence[Room]) -> StackTask:
-        """What computes the blocks in this thread for inputs of the shape of `x`."""
+    def task(
+        self, x: Tensor, turns: Turns, mask: Tensor | None, rooms: Sequence[Room], last: bool = False
+    ) -> StackTask:
+        """What computes the blocks in this thread for inputs of the shape of `x`.
+
+        Where the last block's output is all that is looked at, it is made for one pass: prompts have all lengths.
+        """
         from hf_polyspec.cpu.compiled.whole_stack import StackTask
 
         tasks: dict[str, StackTask] = self._own.__dict__
         key = f"{tuple(x.shape)} {torch.get_num_threads()}"
+        like = next((kept for kept in tasks.values() if kept.outputs[0].dtype is x.dtype), None)
+        if last:
+            return StackTask(x, self._matrices, turns, mask, rooms, like, last=True)
         task = tasks.pop(key, None)
         if task is None:
-            like = next((kept for kept in tasks.values() if kept.outputs[0].dtype is x.dtype), None)
             while tasks and sum(_rows(one) for one in (x, *(kept.outputs[0] for kept in tasks.values()))) > _ROWS_KEPT:
                 del tasks[next(iter(tasks))]  # the one that was used longest ago: of a prompt, mostly
             task = StackTask(x, self._matrices, turns, mask, rooms, like)

@@ -28,7 +28,7 @@ from .walking import modules_of
 
 MOST = 64
 """Positions of a pass. Where there are more, what is done around the layers is a small part of it."""
-FIRST = 128
+FIRST = 512
 """Positions of a pass over a text of which the cache holds nothing yet: layers called one by one find no buffers there,
 and each is a task of its own."""
 
@@ -210,7 +210,8 @@ class Straight:
         # Over no other columns the layers take none for causal.
         if mask is None and fed > 1 and isinstance(past, RollbackCache) and (held := past.length):
             mask = torch.ones(fed, held + fed, dtype=torch.bool).tril(held)[None, None]
-        outputs = run(layers, x, mask, past, turns, moment)
+        last = _holds_nothing(past) and not record.get(_HIDDEN)
+        outputs = run(layers, x, mask, past, turns, moment, last)
         if outputs is None:
             return None
         states = norm(outputs[-1])

@@ -56,6 +56,7 @@ class StackTask:
         turns, mask: As for `whole_block`.
         rooms: Each block's keys and values.
         like: A task of the same blocks for inputs of another shape, in the same dtype, where there is one.
+        last: Whether the last block's output is all that will be looked at: two are written in turns then.
     """
 
     def __init__(
@@ -66,9 +67,12 @@ class StackTask:
         mask: Tensor | None,
         rooms: Sequence[Room],
         like: StackTask | None = None,
+        *,
+        last: bool = False,
     ) -> None:
         scratch = x.new_empty(max(scratch_size(x, *block) for block in blocks))
-        self.outputs = list(x.new_empty(len(blocks), *x.shape).unbind())
+        made = x.new_empty(2 if last else len(blocks), *x.shape).unbind()
+        self.outputs = [made[place % len(made)] for place in range(len(blocks))]
         self.scratch = scratch
         self._kept = blocks
         self._kinds = blocks[0][0].joint.dtype, x.dtype

@@ -129,7 +129,7 @@ def test_the_numbers_are_those_of_the_models_own_forward(
     assert tried == 4, "each kind of pass is tried once"
 
 
-@pytest.mark.parametrize("length", [1, 9, 65, 128])
+@pytest.mark.parametrize("length", [1, 9, 65, 128, 512])
 @torch.no_grad()
 def test_a_prompt_is_one_task(tiny: Tiny, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache holds nothing and has no buffers yet; columns that follow find what they would after a slow pass."""
