@@ -8,8 +8,10 @@ from transformers import LogitsProcessor
 
 from ..exactness.context import Context
 from ..exactness.distributions import LawMaker
+from ..exactness.judgement import NOTHING
 from ..exactness.proposal import Proposal
 from ..exactness.row_tensors import fit_vocabulary
+from ..host.picking import picks
 from ..host.runner import ModelRunner
 from .carried import CarriedSizes
 from .sequential import SequentialDrafter
@@ -84,5 +86,11 @@ class CausalLMDrafter(SequentialDrafter):
         """Draw the next token of every row that is still going; returns the laws `[B, V]`."""
         nothing: list[list[int]] = [[] for _ in tokens]
         self.runner.asked = going
+        if context.batch == 1 and type(law) is LawMaker and self.draws_likeliest(law):
+            # The level above checks it: which of two ids within rounding it is does not matter.
+            found = picks(self.runner, context.extended(tokens), [], self.stats, self.vocabulary, exact=False)
+            if found is not None:
+                self.take(found.tokens, tokens, list(going), going)
+                return NOTHING[0]
         logits = self.runner.run(context.extended(tokens), nothing, self.stats).logits
         return self.draw(context, tokens, fit_vocabulary(logits, self.vocabulary), list(going), going, law)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from ..host.moments import runs_known_code
 from .base import Drafter
+from .causal_lm import CausalLMDrafter
 from .verifier import Verifier
 
 
@@ -14,4 +15,6 @@ def asks_nobody(level: Drafter) -> bool:
         if not runs_known_code(level.runner.model):
             return False
         level = level.below
+    if type(level) is CausalLMDrafter:
+        return runs_known_code(level.runner.model)
     return level.drafts_alone

@@ -18,7 +18,7 @@ from hf_polyspec.exactness.context import Context
 from hf_polyspec.exactness.distributions import LawMaker
 from hf_polyspec.exactness.passes import Pass
 from hf_polyspec.exactness.proposal import Proposal
-from hf_polyspec.levels import picking
+from hf_polyspec.levels import causal_lm, picking
 from hf_polyspec.levels.base import Drafter
 from hf_polyspec.levels.joined import JoinedDrafter
 from hf_polyspec.levels.suffix import SuffixDrafter
@@ -52,7 +52,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
             found[runner.name] = found.get(runner.name, 0) + 1
         return said
 
-    monkeypatch.setattr(picking, "picks", counting)
+    for module in (picking, causal_lm):
+        monkeypatch.setattr(module, "picks", counting)
     return found
 
 
@@ -91,6 +92,31 @@ def test_greedy_text_of_one_row(
         assert torch.equal(greedy(model, ids, members), wanted)
         assert len(counted) == len(members), "the target, and a middle"
         assert all(count >= 3 for count in counted.values())
+
+
+def test_a_middle_that_every_call_packs_anew(
+    model: Model, ids: torch.Tensor, counted: dict[str, int], noisy: Callable[..., Model]
+) -> None:
+    middle = noisy(model, 0.01)
+    passes = []
+    for _ in range(3):
+        counted.clear()
+        greedy(model, ids, [middle, SuffixDrafter()])
+        passes.append(sum(count for name, count in counted.items() if name != "the target"))
+    assert passes[2] >= passes[1] > 3
+
+
+def test_a_model_that_drafts(
+    model: Model, ids: torch.Tensor, counted: dict[str, int], noisy: Callable[..., Model]
+) -> None:
+    wanted = model.generate(ids, do_sample=False, max_new_tokens=NEW)
+    drafter = pack(noisy(model, 0.01))
+    assert torch.equal(greedy(model, ids, [drafter]), wanted)
+    (of_drafter,) = (count for name, count in counted.items() if name != "the target")
+    assert of_drafter > counted["the target"] > 2
+    counted.clear()
+    assert torch.equal(greedy(model, ids, [drafter], assistant_confidence_threshold=0.1), wanted)
+    assert counted.keys() == {"the target"}, "of a drafter's probabilities more is read"
 
 
 @pytest.mark.parametrize("name", ["output_scores", "output_logits", "output_hidden_states"])
