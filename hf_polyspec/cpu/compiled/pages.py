@@ -53,7 +53,8 @@ def _place(size: int) -> tuple[mmap.mmap, int]:
     with _lock:
         chunk = _chunk()
         if chunk is None or _used + size > len(chunk):
-            chunk = mmap.mmap(-1, max(CHUNK, size))
+            # This process's own: a forked one goes on in a copy of it, and shared memory has no large pages mostly.
+            chunk = mmap.mmap(-1, max(CHUNK, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             chunk.madvise(mmap.MADV_HUGEPAGE)
             _chunk, _used = ref(chunk), 0
         start, _used = _used, _used + (size + LINE - 1) // LINE * LINE

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import mmap
+import os
+import warnings
 from weakref import ref
 
 import pytest
@@ -53,10 +55,28 @@ def test_memory_is_given_back_once_nothing_lies_in_it(monkeypatch: pytest.Monkey
 
 
 def test_without_memory_of_that_kind_it_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **_given: object) -> None:
         raise OSError("no memory")
 
     monkeypatch.setattr(pages, "_chunk", lambda: None)
     monkeypatch.setattr(pages.mmap, "mmap", refuse)
     matrix = torch.ones(WORTH, dtype=torch.uint8)
     assert laid_out(matrix) is matrix
+
+
+def test_a_forked_process_writes_to_memory_of_its_own() -> None:
+    size = 2 * WORTH
+    before = laid_out(torch.full((size,), 1, dtype=torch.uint8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: the child computes nothing
+        child = os.fork()
+    if not child:
+        try:
+            chunk, start = pages._place(size)
+            chunk[: start + size] = bytes([3]) * (start + size)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    after = laid_out(torch.full((size,), 4, dtype=torch.uint8))
+    assert bool((before == 1).all())
+    assert bool((after == 4).all())
