@@ -92,7 +92,7 @@ def _weigh(scores: Any, seen: Any) -> Any:
     `scores` is as long as a multiple of `LANES`; behind the first `seen` there may be anything.
     """
     scores[seen:] = -np.inf
-    top = largest(scores.ctypes.data, scores.size)
+    top = largest(scores.ctypes.data, scores.size, np.float32(0))
     if top == np.float32(np.inf):  # or no number: as in torch, no number comes of it
         scores[:seen] = np.nan
         return np.float32(1)

@@ -12,15 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import carray, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import carray, njit
 from torch import Tensor
 
 from .blocks import norm_numbers, normalize_task
 from .numbers import LIKE, VERSION, widen
 from .product import Product
+from .row_vectors import largest
 from .shares import COUNTERS, ROOM, Shares
 from .tasks import (
     HEADER,
@@ -38,7 +36,7 @@ from .tasks import (
     team,
     together,
 )
-from .vectors import FLOATS, LANES, WORDS, load
+from .vectors import LANES
 from .whole_block import SLOT, multiply
 
 CHUNK = 32 * LANES
@@ -50,31 +48,6 @@ otherwise: in 16 bits one step from number to number, in float32 what one input 
 """
 
 
-@intrinsic
-def _largest(_typing: Any, address: Any, count: Any, like: Any) -> Any:
-    """The largest of numbers at an address, so many, a multiple of `LANES`; infinite if one is no number."""
-
-    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        address, count, _ = arguments
-        least, most = (ir.Constant(FLOATS, [value] * LANES) for value in (float("-inf"), float("inf")))
-        top = cgutils.alloca_once_value(builder, least)
-        zero, step, size = (context.get_constant(types.int64, number) for number in (0, LANES, like.bitwidth // 8))
-        with cgutils.for_range_slice(builder, zero, count, step, intp=ir.IntType(64)) as (index, _):
-            found = load(builder, like, builder.add(address, builder.mul(index, size)))
-            found = builder.select(builder.fcmp_ordered("ord", found, found), found, most)
-            best = builder.load(top)
-            builder.store(builder.select(builder.fcmp_ordered(">", found, best), found, best), top)
-        best, part = builder.load(top), LANES
-        while part > 1:
-            part //= 2
-            order = ir.Constant(WORDS, [(lane + part) % LANES for lane in range(LANES)])
-            other = builder.shuffle_vector(best, ir.Constant(FLOATS, ir.Undefined), order)
-            best = builder.select(builder.fcmp_ordered(">", other, best), other, best)
-        return builder.extract_element(best, ir.Constant(ir.IntType(32), 0))
-
-    return types.float32(types.int64, types.int64, like), generate
-
-
 @njit
 def _first_two(x: Any, like: Any) -> Any:
     """Where the largest of a row is, of equal ones the first, and by how much; -1 where that cannot be told from
@@ -84,7 +57,7 @@ def _first_two(x: Any, like: Any) -> Any:
     whole = x.size // LANES * LANES
     for begin in range(0, x.size, CHUNK):
         count = min(CHUNK, whole - begin)
-        top = _largest(x.ctypes.data + begin * x.itemsize, count, like) if count > 0 else np.float32(-np.inf)
+        top = largest(x.ctypes.data + begin * x.itemsize, count, like) if count > 0 else np.float32(-np.inf)
         for k in range(begin + max(count, 0), min(x.size, begin + CHUNK)):
             value = widen(x[k])
             top = value if value > top else top if value == value else np.float32(np.inf)

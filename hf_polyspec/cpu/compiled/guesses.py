@@ -43,7 +43,7 @@ Raised = tuple[Sequence[int], Sequence[int], Sequence[float]]
 @njit
 def _whole_law(scores: Any, powered: Any) -> Any:
     """The log of the sum of the exponentials of a node's scores; `powered` is room for as many."""
-    top = largest(scores.ctypes.data, scores.size)
+    top = largest(scores.ctypes.data, scores.size, np.float32(0))
     if not np.isfinite(top):
         return top
     powered[:] = scores

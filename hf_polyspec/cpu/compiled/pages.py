@@ -15,8 +15,8 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-LINE = 64
-"""Bytes that the memory brings at once."""
+from .panels import LINE
+
 CHUNK = 32 << 20
 """Bytes that are asked of the system at once, at least, and given back once nothing lies in them any more."""
 WORTH = 1 << 16

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .vectors import FLOATS, LANES, WORDS, place, power, spread, totals
+from .vectors import FLOATS, LANES, WORDS, load, place, power, spread, totals
 
 _LOWEST = -87.0
 """Below this e to a power is no normal number; it counts as nothing."""
@@ -34,16 +34,19 @@ def _each(context: Any, builder: Any, address: Any, count: Any) -> Iterator[Any]
 
 
 @intrinsic
-def largest(_typing: Any, address: Any, count: Any) -> Any:
-    """The largest of float32 numbers at an address, so many, a multiple of `LANES`; infinite if one is no number."""
+def largest(_typing: Any, address: Any, count: Any, like: Any) -> Any:
+    """The largest of numbers at an address, so many, a multiple of `LANES`; infinite if one is no number.
+
+    A number like them comes last.
+    """
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        address, count = arguments
+        address, count, _ = arguments
         top = cgutils.alloca_once_value(builder, _floats(float("-inf")))
-        with _each(context, builder, address, count) as at:
-            found = builder.load(at, align=4)
-            number = builder.fcmp_ordered("ord", found, found)
-            found = builder.select(number, found, _floats(float("inf")))
+        zero, step, size = (context.get_constant(types.int64, number) for number in (0, LANES, like.bitwidth // 8))
+        with cgutils.for_range_slice(builder, zero, count, step, intp=ir.IntType(64)) as (index, _):
+            found = load(builder, like, builder.add(address, builder.mul(index, size)))
+            found = builder.select(builder.fcmp_ordered("ord", found, found), found, _floats(float("inf")))
             best = builder.load(top)
             builder.store(builder.select(builder.fcmp_ordered(">", found, best), found, best), top)
         best, part = builder.load(top), LANES
@@ -54,7 +57,7 @@ def largest(_typing: Any, address: Any, count: Any) -> Any:
             best = builder.select(builder.fcmp_ordered(">", other, best), other, best)
         return builder.extract_element(best, ir.Constant(ir.IntType(32), 0))
 
-    return types.float32(types.int64, types.int64), generate
+    return types.float32(types.int64, types.int64, like), generate
 
 
 @intrinsic

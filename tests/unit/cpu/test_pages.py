@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from hf_polyspec.cpu.compiled import pages
-from hf_polyspec.cpu.compiled.pages import LINE, WORTH, laid_out
+from hf_polyspec.cpu.compiled.pages import WORTH, laid_out
+from hf_polyspec.cpu.compiled.panels import LINE
 
 pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no such pages")
 
