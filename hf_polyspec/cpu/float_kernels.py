@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from hf_polyspec.cpu.compiled import ROWS, compiles, left_to_torch
+from hf_polyspec.cpu.compiled import compiles
 from hf_polyspec.cpu.memory import half_stays_free
 from hf_polyspec.integers.linear import Kernel
 
@@ -82,24 +82,11 @@ def _is_multiplied(dtype: torch.dtype) -> bool:
 
 
 def pack_float(weight: Tensor, bias: Tensor | None) -> Kernel:
-    """What multiplies a float matrix `[N, K]` fastest on this CPU, by more than a few rows at least.
-
-    By as many rows as `left_to_torch` leaves to it.
-    """
+    """What multiplies a float matrix `[N, K]` fastest on this CPU, by more than a few rows at least."""
     if compiles():
         from hf_polyspec.cpu.compiled.product import CompiledProduct
 
         return CompiledProduct(weight, bias)
-    return _pack_for_torch(weight, bias)
-
-
-def pack_for_many_rows(weight: Tensor, bias: Tensor | None) -> Kernel:
-    """What multiplies a float matrix `[N, K]` fastest on this CPU by dozens of rows."""
-    pack = _pack_for_torch if left_to_torch(ROWS + 1, weight.dtype) else pack_float
-    return pack(weight, bias)
-
-
-def _pack_for_torch(weight: Tensor, bias: Tensor | None) -> Kernel:
     return PackedFloat(weight, bias) if multiplies(weight.dtype) else WidenedFloat(weight, bias)
 
 

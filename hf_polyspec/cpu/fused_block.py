@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hf_polyspec.cpu.block_parts import BlockParts, matters, plain_turns, readable_mask, readable_turns
 from hf_polyspec.cpu.block_products import block_products, block_shape, joint_output, new_states
-from hf_polyspec.cpu.compiled import computes, left_to_torch
+from hf_polyspec.cpu.compiled import computes
 from hf_polyspec.cpu.freed import keep_freed
 from hf_polyspec.cpu.fused_stack import follow_trail, leave_trail, outputs_of, seen_again, stack_output, waiting_output
 from hf_polyspec.cpu.own_rows import apart_of, takes_rows
@@ -88,7 +88,7 @@ class FusedBlock:
 
         keep_freed()
         # One task would be one bar in a profile; the steps show what the time goes to.
-        one_task = not (self._left_to_torch(x) or profiling())
+        one_task = not profiling()
         if one_task and grows(past) and self._writes_into(past, x, mask):
             follow_trail(self, x, mask, past, turns)
             found = stack_output(self, x, mask, past, turns)
@@ -124,8 +124,6 @@ class FusedBlock:
         """
         from hf_polyspec.cpu.compiled.tasks import profiling
 
-        if self._left_to_torch(x):
-            return None
         if moment is not None:  # what is asked below was asked in its first pass
             found = seen_again(self, layers, x, mask, past, turns, moment, last)
             if found is not None:
@@ -148,11 +146,6 @@ class FusedBlock:
             return WholePass(plan, around, known, weight.detach()[None, :1])
         except LookupError:
             return None
-
-    def _left_to_torch(self, x: Tensor) -> bool:
-        """Whether the matrices are better multiplied by torch: they are float, and the rows are many."""
-        rows = x.shape[0] * x.shape[1]
-        return left_to_torch(rows, x.dtype) and block_products(self.parts, x.dtype, rows) is None
 
     def _writes_into(self, past: Past, x: Tensor, mask: Tensor | None) -> bool:
         """Whether the cache holds what this block would write, and the mask covers all of it."""

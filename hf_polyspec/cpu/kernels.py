@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_polyspec.cpu.by_rows import ByRows
 from hf_polyspec.cpu.compiled import compiles
-from hf_polyspec.cpu.float_kernels import pack_for_many_rows, packed_size, packs, room_for
+from hf_polyspec.cpu.float_kernels import pack_float, packed_size, packs, room_for
 from hf_polyspec.integers.linear import Kernel, Source
 from hf_polyspec.integers.weights import QuantizedWeight
 
@@ -246,7 +246,7 @@ class Dequantized:
         bias = None if self._bias is None else self._bias.to(x.dtype)
         if room_for(matrix):
             if packs(matrix) and room_for(matrix, packed_size(matrix)):
-                self._kept[x.dtype] = pack_for_many_rows(matrix, bias)
+                self._kept[x.dtype] = pack_float(matrix, bias)
             else:
                 self._kept[x.dtype] = lambda y: F.linear(y, matrix, bias)
             return self._kept[x.dtype](x)  # the first pass too, so that all passes give the same numbers

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_polyspec.cpu.compiled import compiles, left_to_torch
+from hf_polyspec.cpu.compiled import compiles
 from hf_polyspec.cpu.compiled.places import address
 from hf_polyspec.cpu.float_kernels import multiplies, pack_float, packing_size, packs
 from hf_polyspec.cpu.fusable import fusable, fused_blocks
@@ -93,7 +93,7 @@ class PackedProduct(JointProduct):
 
     def takes(self, dtype: torch.dtype, rows: int) -> bool:
         plain = all(dtype is layer.weight.dtype and _can_pack(layer.weight) for layer in self.layers)
-        return plain and few_rows(dtype) == 0 and not left_to_torch(rows, dtype) and not _autocasts()
+        return plain and few_rows(dtype) == 0 and not _autocasts()
 
     def unchanged(self, member: int) -> bool:
         # Asked for every layer of every pass; nobody merges adapters between two siblings, so torch's count will do.
@@ -190,7 +190,7 @@ class PackedForward:
         weight = linear.weight
         trained = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
         rows = input.numel() // max(1, linear.in_features)
-        torchs = rows < few_rows(weight.dtype) or left_to_torch(rows, weight.dtype)
+        torchs = rows < few_rows(weight.dtype)
         if not (trained or torchs or input.dtype is not weight.dtype or not _can_pack(weight) or _autocasts()):
             if product.dissolved:
                 product, member = self._place = product.alone(member), 0

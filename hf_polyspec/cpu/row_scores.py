@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from hf_polyspec.cpu.compiled import computes, left_to_torch
+from hf_polyspec.cpu.compiled import computes
 from hf_polyspec.cpu.memory import grant
 
 if TYPE_CHECKING:
@@ -60,10 +60,9 @@ class RowScores:
 
     def _compiles(self, hidden: Tensor) -> bool:
         """Whether the compiled product serves these states; it is made when it first does, if there is memory."""
-        rows = hidden.numel() // max(1, hidden.shape[-1])
         if self._refused or not computes(hidden) or hidden.dtype is not self.weight.dtype:
             return False
-        if left_to_torch(rows, hidden.dtype) or hidden.shape[-1] != self.weight.shape[1] or not self.weight.is_cpu:
+        if hidden.shape[-1] != self.weight.shape[1] or not self.weight.is_cpu:
             return False
         if self._product is None:
             from hf_polyspec.cpu.compiled.growing_product import GrowingProduct

@@ -12,6 +12,6 @@ instructions for from the second token on, for bfloat16 where it has them from t
 import numba; `compiles()` and `computes()` tell whether they may be.
 """
 
-from .support import DTYPES, ROWS, compiles, computes, left_to_torch
+from .support import DTYPES, compiles, computes
 
-__all__ = ["DTYPES", "ROWS", "compiles", "computes", "left_to_torch"]
+__all__ = ["DTYPES", "compiles", "computes"]

@@ -81,7 +81,7 @@ def normalize_task(task: Any, like: Any) -> None:
                 y[r, k] = narrow(widen(weight[k]) * widen(narrow(wide[k] * scale, like)), like)
 
 
-@njit(fastmath=REORDERED)
+@njit(fastmath=False)  # said, for callers' leave to contract is inherited: a CPU with float16 would round once
 def _turn(joint: Any, out: Any, cos: Any, sin: Any, like: Any) -> None:
     """One head at one position."""
     half = out.size // 2

@@ -17,9 +17,11 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
+from .amx import DEPTH, LINES, STEP, TILES, free_tiles, one_of_bytes, shape_tiles, two_of_bytes
 from .digit_vectors import finish_one, finish_two, largest_bits, write_one, write_two
 from .dots import (
     BLOCK,
+    GRAIN,
     INPUTS,
     MOST,
     NEXT,
@@ -34,6 +36,7 @@ from .dots import (
 )
 from .numbers import LIKE, VERSION, bits, from_bits, widen
 from .pages import laid_out
+from .panels import LINE
 from .product import multiplied
 from .shares import ANYBODY, next_part
 from .tasks import Launch, behind, borrow, compiled, part_size, pointer, release, together, whole_lines
@@ -41,6 +44,11 @@ from .vectors import LANES
 
 CHUNK = 32
 """Rows whose digits a thread holds at a time."""
+FEW = 2
+"""Rows of digits up to which registers are used where there are tiles."""
+SPARE = 3
+"""Rows of digits behind the last one: those of an odd number are multiplied with one more, in tiles with up to three.
+"""
 WIDEST = 1 << 16
 """Inputs up to which 32-bit sums hold: 255 * 128 * 65536 < 2 ** 31."""
 
@@ -103,6 +111,29 @@ def _some_dots(rows: Any, codes: Any, digits: Any, sums: Any, pitch: Any, steps:
 
 
 @njit
+def _lines_of_tiles(count: Any) -> Any:
+    """Rows of a tile where so many are multiplied; 0 for registers, which are as quick with few."""
+    if not TILES or count <= FEW:
+        return 0
+    groups = (count + LINES - 1) // LINES
+    return (count + groups - 1) // groups
+
+
+@njit
+def _multiply_tiles(each: Any, count: Any, codes: Any, digits: Any, sums: Any, steps: Any, ahead: Any) -> None:
+    """As `_multiply` does, `each` rows to a tile."""
+    passes = (count + 2 * each - 1) // (2 * each)
+    pace, pitch, apart = STEP // passes // LINE * LINE, digits.strides[0], each * digits.strides[0]
+    of_digits, of_sums, steps = digits.ctypes.data, sums.ctypes.data, steps * INPUTS // DEPTH
+    for top in range(0, count, 2 * each):
+        if count - top > each:
+            two_of_bytes(codes, of_digits, of_sums, each, pitch, steps, ahead, pace)
+        else:
+            one_of_bytes(codes, of_digits, of_sums, each, pitch, steps, ahead, pace)
+        of_digits, of_sums, ahead = of_digits + 2 * apart, of_sums + 2 * each * BLOCK * 4, ahead + steps * pace
+
+
+@njit
 def _multiply(count: Any, codes: Any, digits: Any, sums: Any, steps: Any, ahead: Any) -> None:
     """One block's sums for so many rows of digits; meanwhile the memory brings the block at `ahead`.
 
@@ -126,10 +157,10 @@ def multiply_digits_task(task: Any, active: Any, me: Any, threads: Any) -> None:
     all_codes, all_vectors = numbers[6], numbers[7]
     x = carray(pointer(numbers[8], active), (rows, width))
     y = carray(pointer(numbers[9], active), (rows, outputs))
-    steps = (width + INPUTS - 1) // INPUTS
+    steps = (width + GRAIN - 1) // GRAIN * (GRAIN // INPUTS)
     pitch = (outputs + BLOCK - 1) // BLOCK * BLOCK * 4
     most = min(rows, CHUNK)
-    lines = most * each + 1  # an odd number of them is multiplied with one more
+    lines = most * each + SPARE
     of_digits, of_sums = whole_lines(lines * steps * INPUTS), whole_lines(lines * BLOCK * 4)
     of_rows = whole_lines(most * 4) + whole_lines(most * each * 4)
     memory = borrow(task, of_digits + of_sums + of_rows + whole_lines(most * BLOCK * 4))
@@ -144,15 +175,20 @@ def multiply_digits_task(task: Any, active: Any, me: Any, threads: Any) -> None:
     digits[:] = 0
     parts = (outputs + size - 1) // size
     me = me if rows <= CHUNK else ANYBODY
-    held, part = -1, next_part(task, me, threads, parts)
+    held, in_tiles, part = -1, 0, next_part(task, me, threads, parts)
     while True:
         chunk, first = part // parts, part % parts * size
         start = chunk * CHUNK
         if start >= rows:
+            if in_tiles:
+                free_tiles()
             release(memory)
             return
         count = min(rows - start, CHUNK)
         if chunk != held:
+            in_tiles = _lines_of_tiles(count * each)
+            if in_tiles:
+                shape_tiles(in_tiles)
             for r in range(count):
                 own = digits[r * each : (r + 1) * each]
                 row_scales[r] = _write_digits(x[start + r], own, row_sums[r], active)
@@ -163,7 +199,11 @@ def multiply_digits_task(task: Any, active: Any, me: Any, threads: Any) -> None:
             if following >= end:  # the next part is taken now, so that its codes are on their way
                 part = next_part(task, me, threads, parts)
                 following = part % parts * size if part // parts * CHUNK < rows else begin
-            _multiply(count * each, codes, digits, sums, steps, all_codes + following * steps * INPUTS)
+            ahead = all_codes + following * steps * INPUTS
+            if in_tiles:
+                _multiply_tiles(in_tiles, count * each, codes, digits, sums, steps, ahead)
+            else:
+                _multiply(count * each, codes, digits, sums, steps, ahead)
             complete, vectors = outputs - begin >= BLOCK, all_vectors + begin * 4
             place = y.ctypes.data + (start * outputs + begin) * y.itemsize if complete else part_of_block.ctypes.data
             apart, found = (outputs if complete else BLOCK) * y.itemsize, sums.ctypes.data

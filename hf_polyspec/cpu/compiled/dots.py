@@ -17,12 +17,15 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
+from .amx import DEPTH, TILES
 from .vectors import LANES, WORDS, place, prefetch, spread, words
 
 BLOCK = 2 * LANES
 """Outputs of a block: two registers of sums."""
 INPUTS = 4
 """Inputs that one sum takes at once."""
+GRAIN = DEPTH if TILES else INPUTS
+"""What inputs of a block are filled up to a multiple of."""
 
 MOST = 12 if LANES == 16 else 6
 """Rows of digits that are multiplied at once; more sums than that do not fit into the registers."""
@@ -43,9 +46,9 @@ def has_dots() -> bool:
 
 
 def in_blocks(codes: Tensor) -> Tensor:
-    """Codes `[N, K]` uint8 as `[N / BLOCK, K / 4, BLOCK, 4]`, filled up with zeros."""
+    """Codes `[N, K]` uint8 as `[N / BLOCK, K / 4, BLOCK, 4]`, filled up with zeros, K to a multiple of `GRAIN`."""
     outputs, width = codes.shape
-    padding = (0, -width % INPUTS, 0, -outputs % BLOCK)
+    padding = (0, -width % GRAIN, 0, -outputs % BLOCK)
     filled = torch.nn.functional.pad(codes, padding)
     blocks = filled.view(-1, BLOCK, filled.shape[1] // INPUTS, INPUTS)
     return blocks.transpose(1, 2).contiguous()

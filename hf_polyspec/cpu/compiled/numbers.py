@@ -13,11 +13,13 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
+from .amx import TILES
 from .vectors import LANES, power
 
 # numba keeps what it compiled by the file, the instructions and the enclosed variables of the outermost function
-# alone. Every task encloses this number, which changes with every file of the room and with the width of registers.
-VERSION = crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))), LANES)
+# alone. Every task encloses this number, which changes with every file of the room, with the width of registers and
+# with whether there are tiles: another process on this CPU may not be allowed any.
+VERSION = crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))), LANES + TILES)
 
 # Sums may be reordered, which vector registers need; infinities and what is not a number keep their meaning.
 REORDERED = {"contract", "reassoc"}

@@ -2,7 +2,8 @@
 """Dot products of bfloat16 (AVX512-BF16): a register adds two products to each of its float32 sums in one instruction.
 
 Both are added exactly as they are, one after the other, so sums are as good as those of widened numbers. (Numbers below
-the smallest normal one count as zero.)
+the smallest normal one count as zero.) Where the CPU has tiles (see `amx`) these multiply pairs too, as many rows as
+there are: their sums run in another order, and a row's must not depend on how many others there are.
 """
 
 from __future__ import annotations
@@ -17,19 +18,26 @@ from numba.extending import overload
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .amx import DEPTH, TILES
 from .numbers import widen
 from .vectors import FLOATS, LANES, WORDS
 
 PAIRED = LANES == 16 and bool(binding.get_host_cpu_features().get("avx512bf16", False))
 """Whether this CPU has the instruction."""
 
+GRAIN = DEPTH // 2 if TILES else 2
+"""What inputs are filled up to a multiple of where they are multiplied in pairs."""
+
 _NAME = f"llvm.x86.avx512bf16.dpbf16ps.{LANES * 32}"
 
 
 def in_pairs(panels: Tensor) -> Tensor:
-    """Panels `[P, K, WIDTH]` with two inputs of each output side by side, `[P, K / 2, WIDTH, 2]`, K made even."""
-    even = pad(panels, (0, 0, 0, panels.shape[1] % 2))
-    halves: Tensor = even.unflatten(1, (-1, 2))
+    """Panels `[P, K, WIDTH]` with two inputs of each output side by side, `[P, K / 2, WIDTH, 2]`.
+
+    K is made a multiple of `GRAIN`.
+    """
+    filled = pad(panels, (0, 0, 0, -panels.shape[1] % GRAIN))
+    halves: Tensor = filled.unflatten(1, (-1, 2))
     return halves.transpose(2, 3)
 
 
@@ -46,14 +54,14 @@ def paired(stored: Any) -> bool:
 
 
 def deep(inputs: Any, stored: Any) -> Any:
-    """Inputs a row as they are multiplied with weights of a kind: an even number where these are pairs."""
+    """Inputs a row as they are multiplied with weights of a kind: a multiple of `GRAIN` where these are pairs."""
     raise NotImplementedError
 
 
 @overload(deep, strict=False)
 def _deep(inputs: Any, stored: Any) -> Any:
     if paired(stored):
-        return lambda inputs, stored: inputs + inputs % 2
+        return lambda inputs, stored: (inputs + GRAIN - 1) // GRAIN * GRAIN
     return lambda inputs, stored: inputs
 
 

@@ -14,12 +14,15 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numba import carray, njit
+from numba.extending import overload
 from torch import Tensor, nn
 
+from .amx import DEPTH, LINES, TILES, free_tiles, one_of_pairs, shape_tiles, two_of_pairs
 from .numbers import LIKE, VERSION
 from .pages import laid_out
-from .pairs import deep, operand, operand_kind
+from .pairs import deep, operand, operand_kind, paired
 from .panels import (
+    LINE,
     MOST,
     WIDTH,
     eight_rows,
@@ -50,6 +53,8 @@ from .tasks import (
 
 CHUNK = 96
 """Rows that a thread holds at a time."""
+SPARE = 4
+"""Rows behind the last one: those of an odd number are multiplied with one more, in tiles with up to four."""
 
 
 @njit
@@ -73,6 +78,49 @@ def _multiply(
         twelve_rows(panel, x, sums, inputs, pitch, ahead, pace, stored)
 
 
+def _in_tiles(stored: Any) -> Any:
+    """Whether weights of a kind are multiplied in tiles."""
+    raise NotImplementedError
+
+
+@overload(_in_tiles, strict=False)
+def _tiles_of(stored: Any) -> Any:
+    tiles = TILES and paired(stored)
+    return lambda stored: tiles
+
+
+@njit
+def _at_once(count: Any, stored: Any) -> Any:
+    """How many of so many rows are multiplied at once: as few as the registers or tiles ask for."""
+    most = 2 * LINES if _in_tiles(stored) else MOST
+    groups = (count + most - 1) // most
+    return (count + groups - 1) // groups
+
+
+@njit
+def _shape(each: Any, stored: Any) -> Any:
+    """Shape tiles for so many rows at once; how many of them a tile takes, 0 for none."""
+    if not _in_tiles(stored):
+        return 0
+    lines = each if each <= LINES else (each + 1) // 2
+    shape_tiles(lines)
+    return lines
+
+
+@njit
+def _sums(
+    lines: Any, rows: Any, panel: Any, x: Any, sums: Any, columns: Any, inputs: Any, pitch: Any, ahead: Any, pace: Any,
+    stored: Any,
+) -> None:  # fmt: skip
+    """The sums of one panel for at least so many rows as they are multiplied: in tiles of so many lines, if any."""
+    if lines == 0:
+        _multiply(rows, panel, x, sums, inputs, pitch, ahead, pace, stored)
+    elif rows <= lines:
+        one_of_pairs(panel, x, sums, lines, pitch, 2 * columns // DEPTH, ahead, pace * LINES // LINE * LINE)
+    else:
+        two_of_pairs(panel, x, sums, lines, pitch, 2 * columns // DEPTH, ahead, pace * LINES // LINE * LINE)
+
+
 @njit
 def multiply_task(task: Any, stored: Any, active: Any, me: Any, threads: Any) -> None:
     """`y = (x @ weight.T - sum(x) * zeros) * scales + bias`; which thread this is as in `next_part`."""
@@ -85,25 +133,27 @@ def multiply_task(task: Any, stored: Any, active: Any, me: Any, threads: Any) ->
     pitch = (outputs + WIDTH - 1) // WIDTH * WIDTH * 4
     most, columns, kind, like = min(rows, CHUNK), deep(inputs, stored), operand_kind(stored), np.float32(0)
     at_once = 4 // carray(pointer(0, kind), 1).itemsize  # inputs of a step
-    # an odd number of rows is multiplied with one more
-    of_rows, of_sums = whole_lines((most + 1) * columns * (4 // at_once)), whole_lines(MOST * WIDTH * 4)
+    room = 2 * LINES if _in_tiles(stored) else MOST
+    of_rows, of_sums = whole_lines((most + SPARE) * columns * (4 // at_once)), whole_lines(room * WIDTH * 4)
     memory = borrow(task, of_rows + whole_lines(most * 4) + 2 * of_sums)
     if memory == 0:
         return
-    wide = carray(pointer(memory, kind), (most + 1, columns))
+    wide = carray(pointer(memory, kind), (most + SPARE, columns))
     totals = carray(pointer(behind(wide), like), most)
-    sums = carray(pointer(behind(totals), like), (MOST, WIDTH))
-    part_of_panel = carray(pointer(behind(sums), active), (MOST, WIDTH))
+    sums = carray(pointer(behind(totals), like), (room, WIDTH))
+    part_of_panel = carray(pointer(behind(sums), active), (room, WIDTH))
     apart, found = wide.strides[0], sums.ctypes.data
     wide[:] = 0
     totals[:] = 0
     parts = (outputs + size - 1) // size
     me = me if rows <= CHUNK else ANYBODY
-    held, part = -1, next_part(task, me, threads, parts)
+    held, lines, each, part = -1, 0, 0, next_part(task, me, threads, parts)
     while True:
         chunk, first = part // parts, part % parts * size
         start = chunk * CHUNK
         if start >= rows:
+            if lines:
+                free_tiles()
             release(memory)
             return
         count = min(rows - start, CHUNK)
@@ -113,11 +163,10 @@ def multiply_task(task: Any, stored: Any, active: Any, me: Any, threads: Any) ->
                     wide[r, k] = operand(x[start + r, k], stored)
                 if shifted:
                     totals[r] = wide[r].sum()
-            held = chunk
-        groups = (count + MOST - 1) // MOST
-        each = (count + groups - 1) // groups
+            held, each = chunk, _at_once(count, stored)
+            lines = _shape(each, stored)
         # A panel that waits for the memory does not multiply: the next one is asked for all the time.
-        pace = WIDTH * bytes_each * at_once // groups
+        pace = WIDTH * bytes_each * at_once // ((count + each - 1) // each)
         end = min(outputs, first + size)
         for begin in range(first, end, WIDTH):
             panel, following = all_panels + begin * columns * bytes_each, begin + WIDTH
@@ -128,7 +177,7 @@ def multiply_task(task: Any, stored: Any, active: Any, me: Any, threads: Any) ->
             ahead = all_panels + following * columns * bytes_each
             for top in range(0, count, each):
                 some, own = min(each, count - top), wide.ctypes.data + top * apart
-                _multiply(some, panel, own, found, inputs, apart, ahead, pace, stored)
+                _sums(lines, some, panel, own, found, columns, inputs, apart, ahead, pace, stored)
                 ahead += columns // at_once * pace
                 place, step = y.ctypes.data + ((start + top) * outputs + begin) * y.itemsize, outputs * y.itemsize
                 if not whole:

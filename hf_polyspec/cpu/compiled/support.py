@@ -12,9 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROWS = 64
-"""Rows up to which compiled products of bfloat16 are worth it where the CPU multiplies whole tiles (not measured)."""
-
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -45,21 +42,6 @@ def computes(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
     )
-
-
-def left_to_torch(rows: int, dtype: torch.dtype) -> bool:
-    """Whether torch's own product of so many rows with a float matrix of their dtype is faster than a compiled one.
-
-    Few rows are as fast as the weights are read, by whoever reads them best. Many are as fast as the CPU multiplies:
-    torch's library multiplies whole tiles of bfloat16 (AMX) where that is possible, compiled functions do not.
-    """
-    return rows > ROWS and dtype is torch.bfloat16 and compiles() and multiplies_tiles()
-
-
-@cache
-def multiplies_tiles() -> bool:
-    """Whether this CPU multiplies tiles of bfloat16."""
-    return bool(torch.cpu._is_amx_tile_supported())
 
 
 @cache

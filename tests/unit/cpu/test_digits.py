@@ -19,7 +19,7 @@ if not compiles():
 from hf_polyspec.cpu import kernels
 from hf_polyspec.cpu.compiled import attention, blocks, digits, dots, numbers, product, whole_block
 from hf_polyspec.cpu.compiled.digits import CHUNK, WIDEST, DigitProduct
-from hf_polyspec.cpu.compiled.dots import BLOCK, has_dots, in_blocks
+from hf_polyspec.cpu.compiled.dots import BLOCK, GRAIN, has_dots, in_blocks
 from hf_polyspec.cpu.compiled.vectors import LANES
 from hf_polyspec.integers.weights import round_to_nearest
 
@@ -155,7 +155,7 @@ def test_threads_share_a_product() -> None:
 def test_blocks_hold_every_code_once() -> None:
     codes = _matrix(BLOCK + 3, 10)[0]
     found = in_blocks(codes)
-    assert found.shape == (2, 3, BLOCK, 4)
+    assert found.shape == (2, -(-10 // GRAIN) * (GRAIN // 4), BLOCK, 4)
     for n in (0, 1, BLOCK - 1, BLOCK, BLOCK + 2):
         assert torch.equal(found[n // BLOCK, :, n % BLOCK].flatten()[:10], codes[n])
     assert int(found.long().sum()) == int(codes.long().sum())

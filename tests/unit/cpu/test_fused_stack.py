@@ -20,7 +20,6 @@ if not compiles():
 from stacked_blocks import DEPTH, IDS, Tiny, learned, packed_model, passes, run, same, together
 
 from hf_polyspec.cpu import fused_stack, stack_plan
-from hf_polyspec.cpu.compiled import support
 from hf_polyspec.cpu.compiled.samples import Samples
 
 FORMS = ["float32", "bfloat16", "float16", "int8", "int8 bfloat16"]
@@ -36,7 +35,6 @@ def test_the_same_numbers_to_the_last_bit(
     one_by_one: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(support, "ROWS", 10**6)  # nothing is left to torch, whatever the CPU
     model = packed_model(tiny, form)
     wanted = one_by_one(lambda: passes(model, rows))
     assert set(tasks) == {1}
@@ -145,7 +143,6 @@ def test_another_shape_is_written_down_by_one_block(
     """What differs between blocks is taken from the task of a shape that is known."""
     from hf_polyspec.cpu.compiled import whole_stack
 
-    monkeypatch.setattr(support, "ROWS", 10**6)
     model = packed_model(tiny, form)
     cache, fed, stages = learned(model), [], whole_stack.block_stages
 

@@ -156,28 +156,6 @@ def test_a_prompt_is_one_task(tiny: Tiny, length: int, monkeypatch: pytest.Monke
     assert sizes == [3, 3, 3], "all layers at once, in the first pass too"
 
 
-@torch.no_grad()
-def test_a_prompt_that_torch_multiplies_faster_is_left_to_it(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As long ones are where a CPU multiplies whole tiles; shorter ones are tasks of their own all the same."""
-    from hf_polyspec.cpu.fused_block import FusedBlock
-
-    model, stats = packed(tiny), LevelStats("the target", 0)
-    monkeypatch.setattr(FusedBlock, "_left_to_torch", lambda _, x: x.shape[1] > 70)
-
-    def read(length: int) -> int:
-        runner = ModelRunner(model, "the target")
-        before = len(calls)
-        for end in (length, length + 1):
-            ids = [1 + 7 * place % 40 for place in range(end)]
-            runner.run(Context([ids], Prompt(length, None, torch.arange(length)[None])), [[]], stats)
-        return len(calls) - before
-
-    with counted(monkeypatch) as calls:
-        for _ in range(2):
-            read(9)  # tried
-        assert [read(length) for length in (70, 71, 70, 90)] == [0, 1, 0, 1]
-
-
 @WITHIN
 def test_rows_with_regions_of_their_own(tiny: Tiny, within: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = packed(tiny)
