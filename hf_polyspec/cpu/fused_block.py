@@ -141,11 +141,14 @@ class FusedBlock:
         plan = self.plans.get(len(layers))
         if plan is None or not plan.in_order or not all(map(is_, plan.layers, layers)):
             return None
+        if plan.whole is not None and plan.whole.serves(around, known):
+            return plan.whole  # its tasks are made, and the processor may still know their memory
         weight = around[0].weight
         try:
-            return WholePass(plan, around, known, weight.detach()[None, :1])
+            plan.whole = made = WholePass(plan, around, known, weight.detach()[None, :1])
         except LookupError:
             return None
+        return made
 
     def _writes_into(self, past: Past, x: Tensor, mask: Tensor | None) -> bool:
         """Whether the cache holds what this block would write, and the mask covers all of it."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_polyspec.cpu.compiled.whole_block import Apart, BlockProducts, BlockShape
     from hf_polyspec.cpu.compiled.whole_stack import Room, StackTask
     from hf_polyspec.cpu.watch import Watch
+    from hf_polyspec.cpu.whole_pass import WholePass
 
 Turns = tuple[Tensor, Tensor]
 _PATIENCE = 64
@@ -91,12 +92,22 @@ class Plan:
         self._matrices: list[tuple[BlockProducts, BlockShape]] = [
             (product, block_shape(block.parts)) for product, block in zip(products, blocks, strict=True)
         ]
-        self._own = local()  # a task and its memory belong to one thread
+        self._own, self._whole = local(), local()  # a task and its memory belong to one thread
 
     @property
     def shape(self) -> BlockShape:
         """Of the first block; those that follow fit to it."""
         return self._matrices[0][1]
+
+    @property
+    def whole(self) -> WholePass | None:
+        """What this thread has kept for passes of the whole model from one text to the next."""
+        found: WholePass | None = getattr(self._whole, "kept", None)
+        return found
+
+    @whole.setter
+    def whole(self, made: WholePass) -> None:
+        self._whole.kept = made
 
     def seen(self, x: Tensor, moment: Moment | None) -> bool:
         """Whether all was looked at in this moment already, for inputs like `x`."""

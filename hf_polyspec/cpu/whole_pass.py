@@ -53,7 +53,8 @@ class WholePass:
         x: `[1, F, H]`, what the first block is given in a pass.
 
     Attributes:
-        alike: whether the model's own modules around the blocks say the same; None before the first pass.
+        alike: whether the model's own modules around the blocks say the same; None before the first pass, and once
+            something has changed.
 
     Raises:
         LookupError: something around the layers is of a kind that is not known here.
@@ -99,6 +100,10 @@ class WholePass:
         angles = [_bytes(one.detach()) for one in rotary._buffers.values() if isinstance(one, Tensor)]
         return (product, norm.variance_epsilon, *numbers, *places, *angles)
 
+    def serves(self, around: Around, known: int) -> bool:
+        """Whether this is for the same modules and ids, has been compared, and nothing was found to have changed."""
+        return bool(self.alike) and known == self._known and all(map(is_, around, self._around))
+
     def same(self, around: Around, known: int, moment: Moment) -> bool:
         """Whether all that the numbers depend on still is what it was; looked at once a moment, the blocks left aside,
         of which it is asked in every pass where their weights lie.
@@ -109,6 +114,7 @@ class WholePass:
         from hf_polyspec.cpu.compiled.tasks import profiling
 
         if self._plan.blocks[0].plans.get(len(self._plan.layers)) is not self._plan:
+            self.alike = None
             return False  # made anew since, as for layers that are packed for each call
         if self._moment is moment:
             return True
@@ -118,6 +124,8 @@ class WholePass:
         ready = here and computes(self._weight[None, :1]) and not profiling()
         found = alike and ready and self._look() == self._found
         self._moment = moment if found else None
+        if not found:
+            self.alike = None
         return found
 
     def run(

@@ -235,6 +235,43 @@ def test_what_is_changed_between_two_passes_is_seen(tiny: Tiny, change: Callable
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_is_changed_between_two_texts_is_seen(tiny: Tiny, change: Callable[[Any], object]) -> None:
+    model, threads = packed(tiny), torch.get_num_threads()
+    Both(model).settle()
+    try:
+        change(model)
+        text = Both(model)
+        for right, wrong in ((0, 0), (0, 0), (1, 1), (0, 2), (2, 0), (0, 0)):
+            text.go_on(right, wrong)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def test_what_one_text_has_made_the_next_one_takes(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, build = [], WholePass.__init__
+
+    def counted(self: WholePass, *given: Any) -> None:
+        made.append(self)
+        build(self, *given)
+
+    monkeypatch.setattr(WholePass, "__init__", counted)
+    model = packed(tiny)
+    first, second = Both(model), Both(model)
+    first.settle()
+    for text in (second, first, second, Both(model)):  # one goes on while another does, too
+        text.settle()
+    assert len(made) == 1
+    Both(model, known=KNOWN - 5).settle()
+    assert len(made) == 2
+    _other(model.model.norm)
+    for _ in range(2):
+        Both(model).settle()
+    assert len(made) == 3
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     "place", ["model.embed_tokens", "model.layers.1", "model.layers.0.mlp", "model.norm", "lm_head"]
 )
