@@ -23,7 +23,10 @@ IDS = torch.randint(3, 48, (3, 120), generator=torch.Generator().manual_seed(5))
 
 
 def packed_model(tiny: Tiny, form: str = "float32", family: str = "llama", depth: int = DEPTH) -> PreTrainedModel:
-    model = copy.deepcopy(tiny(family, initializer_range=0.1, num_hidden_layers=depth))
+    form, *wide = form.split(", ")  # heads that are multiplied in tiles where the CPU has them
+    model = copy.deepcopy(
+        tiny(family, initializer_range=0.1, num_hidden_layers=depth, **({"head_dim": 32} if wide else {}))
+    )
     kind, _, dtype = form.partition(" ")
     if kind == "int8":
         model = quantize_model(model, 8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from threading import local
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import ref
 
 import torch
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from hf_polyspec.cpu.compiled.whole_block import Apart, BlockProducts, BlockShape
     from hf_polyspec.cpu.compiled.whole_stack import Room, StackTask
     from hf_polyspec.cpu.watch import Watch
-    from hf_polyspec.cpu.whole_pass import WholePass
 
 Turns = tuple[Tensor, Tensor]
 _PATIENCE = 64
@@ -100,13 +99,12 @@ class Plan:
         return self._matrices[0][1]
 
     @property
-    def whole(self) -> WholePass | None:
-        """What this thread has kept for passes of the whole model from one text to the next."""
-        found: WholePass | None = getattr(self._whole, "kept", None)
-        return found
+    def whole(self) -> Any:
+        """What this thread has kept for passes of the whole model from one text to the next (`WholePass`), or None."""
+        return getattr(self._whole, "kept", None)
 
     @whole.setter
-    def whole(self, made: WholePass) -> None:
+    def whole(self, made: Any) -> None:
         self._whole.kept = made
 
     def seen(self, x: Tensor, moment: Moment | None) -> bool:

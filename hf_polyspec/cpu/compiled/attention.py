@@ -18,7 +18,9 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from .numbers import LIKE, REORDERED, VERSION, narrow, widen
+from .amx import LINES
+from .attention_products import ROWS, done, mean, room_for_tiles, score, take_query
+from .numbers import LIKE, VERSION, narrow
 from .places import address
 from .row_vectors import largest, powers
 from .tasks import (
@@ -29,60 +31,17 @@ from .tasks import (
     number,
     number_bits,
     pointer,
-    release,
     run,
     take,
     together,
     whole_lines,
 )
-from .tiles import OUTPUTS, ROWS, four_means, four_rows, one_mean
+from .tiles import OUTPUTS
 from .vectors import LANES
 
 NO_MASK, ALLOWED, ADDED, CAUSAL, APART = range(5)
 POSITIONS = 32
 """Positions of a part."""
-
-
-@njit
-def _tiles_of_scores(queries: Any, keys: Any, count: Any, scores: Any, first: Any, like: Any) -> None:
-    """The scores of `count` columns, a multiple of `OUTPUTS`, with whole registers of numbers a head.
-
-    Addresses are counted out here: slices take longer to make than a tile to compute.
-    """
-    (rows, size), pitch = queries.shape, scores.shape[1]
-    of_queries, of_keys, of_scores = queries.ctypes.data, keys.ctypes.data, scores.ctypes.data + first * 4
-    for s in range(0, count, OUTPUTS):
-        tile = of_keys + s * size * keys.itemsize
-        for f in range(0, rows, ROWS):
-            four_rows(tile, of_queries + f * size * 4, of_scores + (f * pitch + s) * 4, size, size, pitch, size, like)
-
-
-@njit(fastmath=REORDERED)
-def _one_by_one(queries: Any, keys: Any, scores: Any) -> None:
-    for s in range(keys.shape[0]):
-        for f in range(queries.shape[0]):
-            total = np.float32(0)
-            for d in range(queries.shape[1]):
-                total += queries[f, d] * widen(keys[s, d])
-            scores[f, s] = total
-
-
-@njit
-def _scores(queries: Any, keys: Any, scores: Any, few: Any, like: Any) -> None:
-    """`[F, S]`, from queries `[F', D]` with F' rounded up to whole tiles; `few` is room for `OUTPUTS` keys."""
-    seen, size = keys.shape
-    if size % LANES:
-        _one_by_one(queries, keys, scores)
-        return
-    _tiles_of_scores(queries, keys, seen // OUTPUTS * OUTPUTS, scores, 0, like)
-    if seen % OUTPUTS == 0:
-        return
-    if seen > OUTPUTS:  # the last tile overlaps the one before rather than being computed in another way
-        _tiles_of_scores(queries, keys[seen - OUTPUTS :], OUTPUTS, scores, seen - OUTPUTS, like)
-    else:
-        few[:seen] = keys
-        few[seen:] = 0
-        _tiles_of_scores(queries, few, OUTPUTS, scores, 0, like)
 
 
 @njit
@@ -100,26 +59,6 @@ def _weigh(scores: Any, seen: Any) -> Any:
         scores[:] = 0
         return np.float32(1)
     return powers(scores.ctypes.data, scores.size, top)
-
-
-@njit
-def _means(weights: Any, values: Any, sums: Any, like: Any) -> None:
-    """The sum of the values `[S, D]` under each row of weights `[F', S']`, with F' of whole tiles."""
-    (seen, size), pitch = values.shape, weights.shape[1]
-    wide = size // (4 * LANES) * 4 * LANES
-    tiled = size // LANES * LANES
-    for f in range(0, weights.shape[0], ROWS):
-        row = weights[f:].ctypes.data
-        for d in range(0, wide, 4 * LANES):
-            four_means(values[0, d:].ctypes.data, row, sums[f, d:].ctypes.data, size, pitch, seen, like)
-        for d in range(wide, tiled, LANES):
-            one_mean(values[0, d:].ctypes.data, row, sums[f, d:].ctypes.data, size, pitch, seen, like)
-    for f in range(weights.shape[0]):
-        for d in range(tiled, size):
-            total = np.float32(0)
-            for s in range(seen):
-                total += weights[f, s] * widen(values[s, d])
-            sums[f, d] = total
 
 
 @njit(fastmath={"contract"})
@@ -155,7 +94,9 @@ def _attend_apart(task: Any, like: Any) -> None:
     padded = (most * group + ROWS - 1) // ROWS * ROWS
     all_columns, one = (longest + LANES - 1) // LANES * LANES, np.float32(0)
     of_queries, of_scores = whole_lines(padded * size * 4), whole_lines(padded * all_columns * 4)
-    memory = borrow(task, 2 * of_queries + of_scores + whole_lines(padded * 4) + whole_lines(OUTPUTS * size * 4))
+    in_tiles = room_for_tiles(padded, all_columns, size, like)
+    room = 2 * of_queries + of_scores + whole_lines(padded * 4) + whole_lines(OUTPUTS * size * 4)
+    memory = borrow(task, room + in_tiles)
     if memory == 0:
         return
     queries = carray(pointer(memory, one), (padded, size))
@@ -163,28 +104,26 @@ def _attend_apart(task: Any, like: Any) -> None:
     sums = carray(pointer(behind(scores), one), (padded, size))
     totals = carray(pointer(behind(sums), one), padded)
     few = carray(pointer(behind(totals), like), (OUTPUTS, size))
-    queries[:] = 0
+    active = carray(pointer(behind(few), like), (padded + LINES if in_tiles else 0, size))
+    queries[:], shaped = 0, 0
     while True:
         part = take(task)
         if part >= jobs * shared:
-            release(memory)
+            done(memory, shaped)
             return
         job, h = part // shared, part % shared
         first, count, base, columns = table[job, 0], table[job, 1], table[job, 2], table[job, 3]
         keys, values = all_keys[h, base : base + columns], all_values[h, base : base + columns]
-        for g in range(group):
-            for f in range(count):
-                for d in range(size):
-                    queries[g * count + f, d] = widen(all_queries[h * group + g, first + f, d]) * scale
         rows = group * count
-        tiles = (rows + ROWS - 1) // ROWS * ROWS
-        _scores(queries[:tiles], keys, scores, few, like)
+        for r in range(rows):
+            take_query(all_queries[h * group + r // count, first + r % count], queries, active, r, scale)
+        shaped = score(rows, queries, active, keys, scores, few, scale, shaped, like)
         wide = (columns + LANES - 1) // LANES * LANES
         for r in range(rows):
             seen = columns - count + r % count + 1
             scores[r, seen:columns] = np.float32(-np.inf)
             totals[r] = _weigh(scores[r, :wide], columns)
-        _means(scores[:tiles], values, sums, like)
+        mean(rows, scores, active, values, sums, like)
         for r in range(rows):
             g, f = r // count, r % count
             for d in range(size):
@@ -209,7 +148,9 @@ def attend_task(task: Any, like: Any) -> None:
     padded = (min(fed, POSITIONS) + ROWS - 1) // ROWS * ROWS
     all_columns, one = (seen + LANES - 1) // LANES * LANES, np.float32(0)
     of_queries, of_scores = whole_lines(padded * size * 4), whole_lines(padded * all_columns * 4)
-    memory = borrow(task, 2 * of_queries + of_scores + whole_lines(padded * 4) + whole_lines(OUTPUTS * size * 4))
+    in_tiles = room_for_tiles(padded, all_columns, size, like)
+    room = 2 * of_queries + of_scores + whole_lines(padded * 4) + whole_lines(OUTPUTS * size * 4)
+    memory = borrow(task, room + in_tiles)
     if memory == 0:
         return
     queries = carray(pointer(memory, one), (padded, size))
@@ -217,12 +158,13 @@ def attend_task(task: Any, like: Any) -> None:
     sums = carray(pointer(behind(scores), one), (padded, size))
     totals = carray(pointer(behind(sums), one), padded)
     few = carray(pointer(behind(totals), like), (OUTPUTS, size))
-    queries[:] = 0
+    active = carray(pointer(behind(few), like), (padded + LINES if in_tiles else 0, size))
+    queries[:], shaped = 0, 0
     blocks = (fed + POSITIONS - 1) // POSITIONS
     while True:
         part = take(task)
         if part >= batch * heads * blocks:
-            release(memory)
+            done(memory, shaped)
             return
         b, h, block = part // heads % batch, part % heads, blocks - 1 - part // (batch * heads)
         keys, values = all_keys[b, h * shared // heads], all_values[b, h * shared // heads]
@@ -230,16 +172,14 @@ def attend_task(task: Any, like: Any) -> None:
         count = min(fed - first, POSITIONS)
         columns = first + count if kind == CAUSAL else seen  # the last of these positions sees no further
         for f in range(count):
-            for d in range(size):
-                queries[f, d] = widen(all_queries[b, h, first + f, d]) * scale
-        tiles = (count + ROWS - 1) // ROWS * ROWS
-        _scores(queries[:tiles], keys[:columns], scores, few, like)
+            take_query(all_queries[b, h, first + f], queries, active, f, scale)
+        shaped = score(count, queries, active, keys[:columns], scores, few, scale, shaped, like)
         m = b if mask_rows > 1 else 0
         _hide(scores[:count, :columns], kind, allowed[m, :, :columns], added[m, :, :columns], first)
         wide = (columns + LANES - 1) // LANES * LANES
         for f in range(count):
             totals[f] = _weigh(scores[f, :wide], columns)
-        _means(scores[:tiles], values[:columns], sums, like)
+        mean(count, scores, active, values[:columns], sums, like)
         for f in range(count):
             for d in range(size):
                 out[b, first + f, h, d] = narrow(sums[f, d] / totals[f], like)

@@ -22,7 +22,7 @@ from stacked_blocks import DEPTH, IDS, Tiny, learned, packed_model, passes, run,
 from hf_polyspec.cpu import fused_stack, stack_plan
 from hf_polyspec.cpu.compiled.samples import Samples
 
-FORMS = ["float32", "bfloat16", "float16", "int8", "int8 bfloat16"]
+FORMS = ["float32", "bfloat16", "bfloat16, wide heads", "float16", "int8", "int8 bfloat16"]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -96,7 +96,9 @@ def side_by_side(model: nn.Module) -> list[list[Tensor | None]]:
     return found
 
 
-@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8 float32", "int8 bfloat16"])
+@pytest.mark.parametrize(
+    "form", ["float32", "bfloat16", "bfloat16, wide heads", "int8 float32", "int8 bfloat16, wide heads"]
+)
 def test_logits_are_those_of_each_row_alone(tiny: Tiny, form: str, stacks: list[int]) -> None:
     model = packed_model(tiny, form)
     together = side_by_side(model)

@@ -43,8 +43,9 @@ def _answer(model: PreTrainedModel, **given: Any) -> tuple[Tensor, Tensor, Any]:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_logits_with_a_chain_and_without(tiny: Tiny, family: str, dtype: torch.dtype) -> None:
-    model = pack(copy.deepcopy(tiny(family, initializer_range=0.1)).to(dtype))
+@pytest.mark.parametrize("size", [8, 32])
+def test_logits_with_a_chain_and_without(tiny: Tiny, family: str, dtype: torch.dtype, size: int) -> None:
+    model = pack(copy.deepcopy(tiny(family, initializer_range=0.1, head_dim=size)).to(dtype))
     text, logits, _ = _answer(model)
     suffix = hf_polyspec.SuffixDrafter
     chains: list[list[Any]] = [[suffix()]]
