@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ..cpu.compiled import compiles
 from ..host.release import installed
 
 
@@ -31,7 +32,24 @@ def describe() -> str:
 
 @cache
 def processor() -> str:
-    """The processor's name as the system tells it."""
+    """The processor's name as the system tells it, and which of its instructions are used here.
+
+    Virtual machines of several kinds have one name, and passes take other times with other instructions.
+    """
+    return f"{_name()} ({', '.join(_instructions())})"
+
+
+def _instructions() -> list[str]:
+    found = [torch.backends.cpu.get_cpu_capability()]
+    if compiles():
+        from ..cpu.compiled.amx import TILES
+        from ..cpu.compiled.pairs import PAIRED
+
+        found += [name for name, here in (("bfloat16", PAIRED), ("AMX", TILES)) if here]
+    return found
+
+
+def _name() -> str:
     information = Path("/proc/cpuinfo")
     if information.exists():
         for line in information.read_text().splitlines():

@@ -109,21 +109,14 @@ def _room(rows: Any, columns: Any, size: Any, like: Any) -> Any:
     return lambda rows, columns, size, like: 0
 
 
+@njit
 def take_query(query: Any, queries: Any, active: Any, row: Any, scale: Any) -> None:
     """Put down one query for `score`: as it is where there is room for that, as float32 times `scale` elsewhere."""
-    raise NotImplementedError
-
-
-@overload(take_query, strict=False)
-def _take_query(query: Any, queries: Any, active: Any, row: Any, scale: Any) -> Any:
-    def write(query: Any, queries: Any, active: Any, row: Any, scale: Any) -> None:
-        if active.shape[0]:
-            active[row] = query
-        else:
-            for d in range(query.size):
-                queries[row, d] = widen(query[d]) * scale
-
-    return write
+    if active.shape[0]:
+        active[row] = query
+    else:
+        for d in range(query.size):
+            queries[row, d] = widen(query[d]) * scale
 
 
 def score(
