@@ -247,7 +247,10 @@ def _again(
     new, fed = new_states(plan.shape, x), x.shape[1]
     if type(past) is RaggedCache and not takes_rows(past, 0, new, x, mask):
         return None
-    if not past.layers and type(past) is RollbackCache:
+    if type(past) is RaggedCache:
+        for index in range(len(past.layers), len(layers)):
+            past.open(index, new, x)
+    elif not past.layers:
         past.open(len(layers), new, x)
     rooms = past.rooms(len(layers), new, x)
     if rooms is None or (mask is not None and mask.shape[2:] != (fed, rooms.start + fed)):

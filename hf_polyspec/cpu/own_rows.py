@@ -37,15 +37,18 @@ def apart_of(past: Any, group: int) -> Apart | None:
 def takes_rows(past: RaggedCache, index: int, shape: tuple[int, int, int, int], x: Tensor, mask: Tensor | None) -> bool:
     """Whether a compiled block can do a layer's part of the pass under way: rows only go on, and there are buffers.
 
+    A layer that holds nothing yet is given some.
+
     Args:
         past, index: The cache and which of its layers; shape: of the new keys; x: has their dtype.
         mask: What the layer was given for one.
     """
     under_way = pass_under_way()
-    if under_way is None or mask is not None or not under_way.plain or index >= len(past.layers):
+    if under_way is None or mask is not None or not under_way.plain or index > len(past.layers):
         return False
+    if (past.windows[index] if index < len(past.windows) else None) is not None:
+        return False
+    past.open(index, shape, x)
     layer: Any = past.layers[index]
-    if layer.regions.window is not None:
-        return False
     held: bool = layer.holds(shape, x)
     return held

@@ -203,6 +203,19 @@ class RaggedCache(DynamicCache):
     def _layer(self, index: int) -> RaggedLayer:
         return RaggedLayer(self.regions[self.windows[index] if index < len(self.windows) else None])
 
+    def open(self, index: int, shape: tuple[int, int, int, int], like: torch.Tensor) -> None:
+        """Give a layer buffers, before anything is read into it.
+
+        Args:
+            index: of the layer, which exists or is the next one; shape, like: as for `RaggedLayer.holds`.
+        """
+        if index == len(self.layers):
+            self.layers.append(self._layer(index))
+        layer = self.ragged_layers[index]
+        if layer.keys is None:
+            nothing = like.new_empty(1, shape[1], 0, shape[3])
+            layer.fit(nothing, nothing)
+
     def extend(
         self, index: int, shape: tuple[int, int, int, int], like: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
