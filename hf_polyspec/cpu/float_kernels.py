@@ -92,8 +92,16 @@ def pack_float(weight: Tensor, bias: Tensor | None) -> Kernel:
 
 def packed_size(matrix: Tensor) -> int:
     """Bytes of memory that `pack_float` keeps."""
-    own = multiplies(matrix.dtype) or compiles()
-    return matrix.numel() * (matrix.element_size() if own else 4)
+    return packed_bytes(matrix.shape, matrix.dtype)
+
+
+def packed_bytes(shape: torch.Size, dtype: torch.dtype) -> int:
+    """`packed_size` of a matrix of a shape `[N, K]`."""
+    if not compiles():
+        return shape.numel() * (dtype.itemsize if multiplies(dtype) else 4)
+    from hf_polyspec.cpu.compiled.panels import filled_up
+
+    return filled_up(shape, dtype).numel() * dtype.itemsize
 
 
 def packing_size(matrix: Tensor, joined: bool) -> int:

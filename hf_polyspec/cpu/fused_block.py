@@ -171,7 +171,10 @@ class FusedBlock:
         from hf_polyspec.cpu.compiled.whole_block import whole_block
 
         shape, index = block_shape(self.parts), self.parts.attention.layer_idx
-        new, layer = new_states(shape, x), growing_layer(past, index)
+        new = new_states(shape, x)
+        if isinstance(past, RaggedCache):
+            past.open(index, new, x)
+        layer = growing_layer(past, index)
         room = layer.extend(new, x) if isinstance(layer, GrowingLayer) else past.extend(index, new, x)
         apart = apart_of(past, shape.heads // shape.shared)
         return whole_block(x, products, shape, turns, None if mask is None else plain_mask(mask), room, apart)

@@ -248,7 +248,9 @@ def _again(
     if type(past) is RaggedCache and not takes_rows(past, 0, new, x, mask):
         return None
     if type(past) is RaggedCache:
-        for index in range(len(past.layers), len(layers)):
+        if any(window is not None for window in past.windows[: len(layers)]):
+            return None
+        for index in range(len(layers)):
             past.open(index, new, x)
     elif not past.layers:
         past.open(len(layers), new, x)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_polyspec.cpu.by_rows import ByRows
-from hf_polyspec.cpu.float_kernels import packed_size, packs
+from hf_polyspec.cpu.float_kernels import packed_bytes, packs
 from hf_polyspec.cpu.memory import memory, spare
 from hf_polyspec.cpu.packing import PackedForward
 from hf_polyspec.cpu.shortage import Shortage, megabytes
@@ -64,7 +64,7 @@ def packing_here(model: nn.Module, dtype: torch.dtype) -> str | None:
     weights = [module.weight for module in model.modules() if type(module) is nn.Linear]
     if not weights or not packs(kind):
         return None
-    size = sum(weight.numel() for weight in weights) * packed_size(kind)
+    size = sum(packed_bytes(weight.shape, dtype) for weight in weights)
     own = sum(parameter.numel() for parameter in model.parameters()) * kind.element_size()
     seen = memory()
     fits = "fits" if own + size < seen.available - spare() else "some matrices would stay unpacked, which is slower"

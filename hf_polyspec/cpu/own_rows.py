@@ -37,7 +37,7 @@ def apart_of(past: Any, group: int) -> Apart | None:
 def takes_rows(past: RaggedCache, index: int, shape: tuple[int, int, int, int], x: Tensor, mask: Tensor | None) -> bool:
     """Whether a compiled block can do a layer's part of the pass under way: rows only go on, and there are buffers.
 
-    A layer that holds nothing yet is given some.
+    A layer that holds nothing yet can be given some (`RaggedCache.open`).
 
     Args:
         past, index: The cache and which of its layers; shape: of the new keys; x: has their dtype.
@@ -48,7 +48,5 @@ def takes_rows(past: RaggedCache, index: int, shape: tuple[int, int, int, int], 
         return False
     if (past.windows[index] if index < len(past.windows) else None) is not None:
         return False
-    past.open(index, shape, x)
-    layer: Any = past.layers[index]
-    held: bool = layer.holds(shape, x)
-    return held
+    layer: Any = past.layers[index] if index < len(past.layers) else None
+    return layer is None or layer.keys is None or bool(layer.holds(shape, x))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from hf_polyspec.cpu.compiled import computes
+from hf_polyspec.cpu.float_kernels import packed_size
 from hf_polyspec.cpu.memory import grant
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class RowScores:
         if self._product is None:
             from hf_polyspec.cpu.compiled.growing_product import GrowingProduct
 
-            self._refused = not grant(self.weight.nbytes)
+            self._refused = not grant(packed_size(self.weight))
             if not self._refused:
                 self._product = GrowingProduct(self.weight)
         return not self._refused

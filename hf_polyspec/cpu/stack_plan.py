@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from threading import local
+from threading import Thread, current_thread, local
 from typing import TYPE_CHECKING, Any, Protocol
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -91,7 +91,8 @@ class Plan:
         self._matrices: list[tuple[BlockProducts, BlockShape]] = [
             (product, block_shape(block.parts)) for product, block in zip(products, blocks, strict=True)
         ]
-        self._own, self._whole = local(), local()  # a task and its memory belong to one thread
+        self._own = local()  # a task and its memory belong to one thread
+        self._whole: WeakKeyDictionary[Thread, Any] = WeakKeyDictionary()  # likewise
 
     @property
     def shape(self) -> BlockShape:
@@ -101,11 +102,14 @@ class Plan:
     @property
     def whole(self) -> Any:
         """What this thread has kept for passes of the whole model from one text to the next (`WholePass`), or None."""
-        return getattr(self._whole, "kept", None)
+        return self._whole.get(current_thread())
 
     @whole.setter
     def whole(self, made: Any) -> None:
-        self._whole.kept = made
+        for thread, other in list(self._whole.items()):
+            if not other.shares_with(made):  # one that rests may never find out, and would keep what was replaced
+                self._whole.pop(thread, None)
+        self._whole[current_thread()] = made
 
     def seen(self, x: Tensor, moment: Moment | None) -> bool:
         """Whether all was looked at in this moment already, for inputs like `x`."""
@@ -150,6 +154,9 @@ class Plan:
         if last:
             return StackTask(x, self._matrices, turns, mask, rooms, like, last=True)
         task = tasks.pop(key, None)
+        if task is not None and task.busy:  # somebody's code begins a pass inside of another
+            tasks[key] = task
+            return StackTask(x, self._matrices, turns, mask, rooms, like)
         if task is None:
             while tasks and sum(_rows(one) for one in (x, *(kept.outputs[0] for kept in tasks.values()))) > _ROWS_KEPT:
                 del tasks[next(iter(tasks))]  # the one that was used longest ago: of a prompt, mostly

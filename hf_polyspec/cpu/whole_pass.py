@@ -75,6 +75,13 @@ class WholePass:
         self._tasks: dict[int, _Tasks] = {}
         self._threads, self._thread = torch.get_num_threads(), get_ident()
         self.alike: bool | None = None
+        self._under_way = False
+
+    def shares_with(self, other: WholePass) -> bool:
+        """Whether both multiply by the same matrices."""
+        mine, theirs = self._found, other._found
+        same = mine is not None and theirs is not None and mine[0] is theirs[0]
+        return same and self._weight.data_ptr() == other._weight.data_ptr()
 
     def _look(self) -> tuple[object, ...] | None:
         """What the numbers depend on besides the blocks, None where they cannot be computed here."""
@@ -101,8 +108,11 @@ class WholePass:
         return (product, norm.variance_epsilon, *numbers, *places, *angles)
 
     def serves(self, around: Around, known: int) -> bool:
-        """Whether this is for the same modules and ids, has been compared, and nothing was found to have changed."""
-        return bool(self.alike) and known == self._known and all(map(is_, around, self._around))
+        """Whether this is for the same modules and ids, has been compared, and nothing was found to have changed.
+
+        In a pass somebody's code may begin another text, which it does not serve.
+        """
+        return bool(self.alike) and not self._under_way and known == self._known and all(map(is_, around, self._around))
 
     def same(self, around: Around, known: int, moment: Moment) -> bool:
         """Whether all that the numbers depend on still is what it was; looked at once a moment, the blocks left aside,
@@ -113,15 +123,15 @@ class WholePass:
         """
         from hf_polyspec.cpu.compiled.tasks import profiling
 
+        if get_ident() != self._thread:
+            return False  # a task is one thread's own, which may have begun another text since this one went on here
         if self._plan.blocks[0].plans.get(len(self._plan.layers)) is not self._plan:
             self.alike = None
             return False  # made anew since, as for layers that are packed for each call
         if self._moment is moment:
             return True
         alike = known == self._known and all(map(is_, around, self._around))
-        # A task is one thread's own, which may have begun another text since this one went on in another.
-        here = torch.get_num_threads() == self._threads and get_ident() == self._thread
-        ready = here and computes(self._weight[None, :1]) and not profiling()
+        ready = torch.get_num_threads() == self._threads and computes(self._weight[None, :1]) and not profiling()
         found = alike and ready and self._look() == self._found
         self._moment = moment if found else None
         if not found:
@@ -144,9 +154,18 @@ class WholePass:
         Raises:
             MemoryError: there is no memory to work in.
         """
+        if self._under_way or min(ids) < 0 or max(ids) >= len(self._rows):
+            return [], []  # of ids that do not exist torch says so
+        self._under_way = True
+        try:
+            return self._run(ids, position, past, held, moment, exact)
+        finally:
+            self._under_way = False
+
+    def _run(
+        self, ids: Sequence[int], position: int, past: RollbackCache, held: int, moment: Moment, exact: bool
+    ) -> tuple[list[int], list[float]]:
         fed, shape, count = len(ids), self._plan.shape, len(self._plan.layers)
-        if min(ids) < 0 or max(ids) >= len(self._rows):
-            return [], []  # torch says what is wrong
         rooms = past.rooms_from(held, count, (1, shape.shared, fed, shape.size), self._weight, moment)
         if rooms is None or not self._plan.same(self._weight, moment):
             return [], []
@@ -154,8 +173,9 @@ class WholePass:
         jobs[:, 3] = reach + held
         given[:] = self._rows[list(ids)] if fed > 1 else self._rows[ids[0]]
         turns = self._turns(x, position, fed)
-        stack.go_on(x.data_ptr(), turns, jobs, rooms)
-        end.run()
+        with stack.under_way():
+            stack.go_on(x.data_ptr(), turns, jobs, rooms)
+            end.run()
         likeliest: list[int] = end.ids.tolist()
         if min(likeliest) < 0 or not self._agrees(ids, position, x, stack.outputs[-1], end):
             return [], []
@@ -174,13 +194,14 @@ class WholePass:
             _, *table = self._angles or (0,)
             first = position % _POSITIONS
             turns = rotary(x, position_ids=torch.arange(position, position + len(ids), device="cpu")[None])
-            self.alike = torch.equal(embedding(torch.tensor([ids], device="cpu")), x) and all(
+            alike = torch.equal(embedding(torch.tensor([ids], device="cpu")), x) and all(
                 torch.equal(own[0].to(self._dtype), mine[first : first + len(ids)])
                 for own, mine in zip(turns, table, strict=True)
             )
             logits, mine = self._logits(states), end.logits[:, : self._known].float()
-            self.alike &= float((logits - mine).abs().max()) <= 8 * SLACK[self._dtype] * float(logits.abs().max())
-        return self.alike
+            alike &= float((logits - mine).abs().max()) <= 8 * SLACK[self._dtype] * float(logits.abs().max())
+            self.alike = alike
+        return bool(self.alike)
 
     def _decide(self, states: Tensor, end: EndTask, likeliest: list[int], leads: list[float]) -> None:
         """Say of rows in which two ids are within rounding what the model's own norm says."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -41,11 +42,12 @@ def processor() -> str:
 
 def _instructions() -> list[str]:
     found = [torch.backends.cpu.get_cpu_capability()]
-    if compiles():
-        from ..cpu.compiled.amx import TILES
-        from ..cpu.compiled.pairs import PAIRED
+    with suppress(ImportError):  # of a numba that is installed and does not run
+        if compiles():
+            from ..cpu.compiled.amx import TILES
+            from ..cpu.compiled.pairs import PAIRED
 
-        found += [name for name, here in (("bfloat16", PAIRED), ("AMX", TILES)) if here]
+            found += [name for name, here in (("bfloat16", PAIRED), ("AMX", TILES)) if here]
     return found
 
 

@@ -40,9 +40,10 @@ _BYTE, _NUMBER = ir.IntType(8), ir.IntType(64)
 def has_tiles() -> bool:
     """Whether this CPU multiplies tiles of bytes and of bfloat16, and the system lets this process do it.
 
-    `ONEDNN_MAX_CPU_ISA`, with which torch's own products are kept from it, keeps these, too.
+    `ONEDNN_MAX_CPU_ISA`, with which torch's own products are kept from it, or its older name, keeps these, too.
     """
-    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    told = (os.environ.get(f"{prefix}_MAX_CPU_ISA") for prefix in ("ONEDNN", "DNNL"))
+    most = next(filter(None, told), "ALL").upper()
     allowed = "AMX" in most or most in ("ALL", "DEFAULT")
     features = binding.get_host_cpu_features()
     known = all(features.get(name, False) for name in ("amx-tile", "amx-int8", "amx-bf16"))

@@ -192,14 +192,14 @@ def means_in_tiles(weights: Any, rows: Any, values: Any, means: Any, memory: Any
     """The sum of the values `[S, D]` under each of so many rows of weights `[R, S']`; tiles are shaped for them.
 
     Args:
-        weights: 0 behind the first S columns, S' a multiple of `LANES`; means: `[R, D]`.
+        weights: 0 behind the first S columns, to the next multiple of `LANES`; means: `[R, D]`.
         memory: address of room for all values, behind it for weights, and behind those for sums.
     """
     (seen, size), lines, columns = values.shape, lines_of(rows), filled(values.shape[0], COLUMNS)
     of_panel, pitch = columns * COLUMNS * 2, columns * 2
     split = carray(pointer(memory + of_panel * (size // COLUMNS), like), (2 * filled(rows, lines), columns))
     sums = carray(pointer(behind(split), np.float32(0)), (2 * LINES, COLUMNS))
-    given = min(weights.shape[1], columns)
+    given = filled(seen, LANES)
     for r in range(rows):
         high = r // lines * 2 * lines + r % lines
         low = high + lines

@@ -186,9 +186,11 @@ def multiply_digits_task(task: Any, active: Any, me: Any, threads: Any) -> None:
             return
         count = min(rows - start, CHUNK)
         if chunk != held:
-            in_tiles = _lines_of_tiles(count * each)
+            before, in_tiles = in_tiles, _lines_of_tiles(count * each)
             if in_tiles:
                 shape_tiles(in_tiles)
+            elif before:
+                free_tiles()
             for r in range(count):
                 own = digits[r * each : (r + 1) * each]
                 row_scales[r] = _write_digits(x[start + r], own, row_sums[r], active)

@@ -17,7 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from .pairs import PAIRED, add_pairs, in_pairs, paired
+from .pairs import GRAIN, PAIRED, add_pairs, in_pairs, paired
 from .vectors import FLOATS, LANES, WORDS, load, narrowed, place, prefetch, spread, words
 
 WIDTH = 2 * LANES
@@ -26,6 +26,13 @@ MOST = 12 if LANES == 16 else 6
 """Rows that are multiplied at once; more sums than that do not fit into the registers."""
 LINE = 64
 """Bytes that the memory brings at once."""
+
+
+def filled_up(shape: torch.Size, dtype: torch.dtype) -> torch.Size:
+    """The shape of a matrix `[N, K]` with the zeros that `in_panels` adds."""
+    outputs, inputs = shape
+    grain = GRAIN if dtype is torch.bfloat16 and PAIRED else 1
+    return torch.Size((outputs + -outputs % WIDTH, inputs + -inputs % grain))
 
 
 def in_panels(weight: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ memory in between. Only a few columns of the table of all blocks change, and tho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 from weakref import ref
@@ -57,6 +58,9 @@ class StackTask:
         rooms: Each block's keys and values.
         like: A task of the same blocks for inputs of another shape, in the same dtype, where there is one.
         last: Whether the last block's output is all that will be looked at: two are written in turns then.
+
+    Attributes:
+        busy: whether what it gives is still to be read, and nobody may run it.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class StackTask:
         self._table[:, [_column(stage, ROOM) for stage in _PRODUCTS]] = self._shares.room
         counters = self._shares.addresses().reshape(len(blocks), -1)
         self._table[:, [_column(stage, COUNTERS) for stage in _PRODUCTS]] = counters
+        self.busy = False
         self._rooms: ref[Any] | None = None
         self._held = np.zeros((len(blocks), 2), np.int64)
 
@@ -135,6 +140,15 @@ class StackTask:
         )
         run_blocks(*self._kinds, len(task), task.strides[0], task.ctypes.data)
         check_counter(task[:, HEADER::SLOT].max())
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """What the task gives is still to be read: meanwhile it is `busy`."""
+        self.busy = True
+        try:
+            yield
+        finally:
+            self.busy = False
 
     def go_on(self, x: int, turns: tuple[int, int], jobs: Any, rooms: Rooms) -> None:
         """`run` for one row over a cache of ours, from addresses that need no look.

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from hf_polyspec.cpu.packing import pack
 from hf_polyspec.exactness.context import Context, Prompt
 from hf_polyspec.exactness.passes import Picks
 from hf_polyspec.host.cache import RollbackCache
-from hf_polyspec.host.moments import no_moment, one_moment
+from hf_polyspec.host.moments import no_moment, one_moment, this_moment
 from hf_polyspec.host.picking import picks
 from hf_polyspec.host.runner import ModelRunner
 from hf_polyspec.quantization import quantize_model
@@ -246,6 +248,85 @@ def test_what_is_changed_between_two_texts_is_seen(tiny: Tiny, change: Callable[
             text.go_on(right, wrong)
     finally:
         torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("moment", ["before the blocks", "behind the blocks"])
+def test_a_text_inside_of_a_pass_of_another(tiny: Tiny, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a signal's handler or a finaliser may begin one, in the same thread."""
+    from hf_polyspec.cpu.compiled.ends import EndTask
+    from hf_polyspec.cpu.compiled.whole_stack import StackTask
+
+    model = packed(tiny)
+    outer, inner = Both(model), Both(model)
+    for text in (outer, inner):
+        text.settle()
+    kind: Any = StackTask if moment == "before the blocks" else EndTask
+    name, nested = ("go_on" if kind is StackTask else "run"), []
+    whole = getattr(kind, name)
+
+    def interrupted(self: Any, *given: Any) -> None:
+        if not nested:
+            nested.append(1)
+            with no_moment():
+                inner.go_on(0, len(outer.picked) % 2)
+        whole(self, *given)
+
+    for draft in (0, 1, 0, 1):
+        nested.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(kind, name, interrupted)
+            outer.go_on(0, draft)
+        assert nested
+        assert outer.picked[-1]
+
+
+@torch.no_grad()
+def test_another_thread_that_asks_changes_nothing(tiny: Tiny) -> None:
+    model = packed(tiny)
+    text = Both(model)
+    text.settle()
+    whole = text.fast._forwarding.straight._whole
+    found: list[bool] = []
+
+    def ask() -> None:
+        with one_moment():
+            moment = this_moment()
+            assert moment is not None
+            found.append(whole.same(whole._around, KNOWN, moment))
+
+    thread = Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert found == [False]
+    assert whole.alike
+    text.go_on()
+    assert text.picked[-1]
+
+
+@torch.no_grad()
+def test_what_was_replaced_is_not_kept_by_a_thread_that_rests(tiny: Tiny) -> None:
+    model, begun, over = packed(tiny), Event(), Event()
+
+    def read() -> None:
+        with torch.no_grad():
+            Both(model).settle()
+        begun.set()
+        over.wait(60)
+
+    thread = Thread(target=read)
+    thread.start()
+    try:
+        assert begun.wait(60)
+        plan = next(iter(model.model.layers[0].forward.plans.values()))
+        old = ref(plan._whole[thread]._found[0])
+        _other(model.lm_head)
+        Both(model).settle()
+        gc.collect()
+        assert old() is None
+    finally:
+        over.set()
+        thread.join()
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -25,6 +26,13 @@ def test_instructions_are_part_of_the_processors_name() -> None:
     assert name
     assert instructions.split(", ")[0] == torch.backends.cpu.get_cpu_capability()
     assert describe().startswith(f"{processor()}, {torch.get_num_threads()} of ")
+
+
+def test_a_numba_that_does_not_run_leaves_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("hf_polyspec.cpu.compiled.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    assert processor().endswith(f"({torch.backends.cpu.get_cpu_capability()})")
 
 
 def test_machines_of_one_name_with_other_instructions_have_other_profiles(
