@@ -259,7 +259,8 @@ def test_a_text_inside_of_a_pass_of_another(tiny: Tiny, moment: str, monkeypatch
 
     model = packed(tiny)
     outer, inner = Both(model), Both(model)
-    for text in (outer, inner):
+    inner.ids = inner.ids[::-1]
+    for text in (outer, inner, inner, inner):  # of other lengths
         text.settle()
     kind: Any = StackTask if moment == "before the blocks" else EndTask
     name, nested = ("go_on" if kind is StackTask else "run"), []
