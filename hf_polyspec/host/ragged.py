@@ -176,7 +176,7 @@ class RaggedRunner(ModelRunner):
             sizes: logits wanted by each row of the batch.
         """
         whole, twins = once(readings)
-        for one in whole:
+        for one in (*whole, *twins):  # at once, so that buffers grow once
             self.ragged.reserve(one.row, one.held, len(one.ids))
         self.ragged.fit()
         self._forget(readings)
@@ -188,7 +188,6 @@ class RaggedRunner(ModelRunner):
             logits.append(states)
         for one in twins:
             assert one.like is not None
-            self.ragged.reserve(one.row, one.held, len(one.ids))
             self.ragged.copy(one.like, one.row, one.held, len(one.ids))
         return self._passed(
             context, whole, twins, sizes, (outputs, torch.cat(logits) if len(logits) > 1 else logits[0])

@@ -95,3 +95,20 @@ def test_a_row_that_is_named_again_begins_with_nothing() -> None:
         logits = runner.run(Context(rows, Prompt.apart([2, 4, 2], [0, 1, 2])), [[], [], []], stats).logits
         for row, text in zip(logits, rows, strict=True):
             torch.testing.assert_close(row[0], model(torch.tensor([text])).logits[0, -1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_equal_prompts_have_buffers_made_once() -> None:
+    model, rows, length = tiny("llama"), 7, 40
+    runner, stats = RaggedRunner(model, "all", rows=rows), LevelStats("all", 0)
+    ids = [3 + place % 40 for place in range(length)]
+    prompt = Prompt.apart([length] * rows, range(rows))
+    logits = runner.run(Context([list(ids) for _ in range(rows)], prompt), [[]] * rows, stats).logits
+    layers = model.config.num_hidden_layers
+    assert runner.ragged.regions[None].changes == layers, "each layer's once"
+    assert all(torch.equal(row, logits[0]) for row in logits)
+    following = runner.run(Context([[*ids, 5 + row] for row in range(rows)], prompt), [[]] * rows, stats).logits
+    alone = RaggedRunner(model, "one", rows=1)
+    context = Context([[*ids, 5 + rows - 1]], Prompt.apart([length], [0]))
+    wanted = alone.run(context, [[]], stats).logits
+    torch.testing.assert_close(following[-1, -1], wanted[0, -1], rtol=1e-4, atol=1e-4)
