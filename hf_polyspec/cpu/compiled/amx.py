@@ -29,7 +29,7 @@ DEPTH = 64
 """Bytes of a line: what a step takes of a row of activations."""
 STEP = LINES * 2 * DEPTH
 """Bytes of a panel or block that a step takes."""
-MOST = 2 * LINES
+ROWS = 2 * LINES
 """Rows that are multiplied at once: two tiles of them by two of weights, whose sums are four of the eight there are."""
 _LINE = 64
 

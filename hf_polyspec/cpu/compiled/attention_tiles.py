@@ -17,7 +17,7 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .amx import DEPTH, LINES, STEP, one_of_pairs, two_of_pairs
+from .amx import DEPTH, LINES, ROWS, STEP, one_of_pairs, two_of_pairs
 from .tasks import behind, pointer, whole_lines
 from .vectors import FLOATS, LANES, WORDS, load, narrowed, place, spread, words
 
@@ -43,7 +43,7 @@ def room_in_tiles(rows: Any, columns: Any, size: Any) -> Any:
     """Bytes of memory that at most so many rows over so many columns need."""
     rows, columns = rows + LINES, filled(columns, COLUMNS)
     active, panels, split = rows * size * 2, columns * size * 2, 2 * rows * columns * 2
-    return whole_lines(active) + whole_lines(panels) + whole_lines(split) + 2 * LINES * COLUMNS * 4
+    return whole_lines(active) + whole_lines(panels) + whole_lines(split) + ROWS * COLUMNS * 4
 
 
 def _at(builder: Any, base: Any, *offsets: Any) -> Any:
@@ -198,7 +198,7 @@ def means_in_tiles(weights: Any, rows: Any, values: Any, means: Any, memory: Any
     (seen, size), lines, columns = values.shape, lines_of(rows), filled(values.shape[0], COLUMNS)
     of_panel, pitch = columns * COLUMNS * 2, columns * 2
     split = carray(pointer(memory + of_panel * (size // COLUMNS), like), (2 * filled(rows, lines), columns))
-    sums = carray(pointer(behind(split), np.float32(0)), (2 * LINES, COLUMNS))
+    sums = carray(pointer(behind(split), np.float32(0)), (ROWS, COLUMNS))
     given = filled(seen, LANES)
     for r in range(rows):
         high = r // lines * 2 * lines + r % lines

@@ -17,7 +17,7 @@ from numba import carray, njit
 from numba.extending import overload
 from torch import Tensor, nn
 
-from .amx import DEPTH, LINES, TILES, free_tiles, one_of_pairs, shape_tiles, two_of_pairs
+from .amx import DEPTH, LINES, ROWS, TILES, free_tiles, one_of_pairs, shape_tiles, two_of_pairs
 from .numbers import LIKE, VERSION
 from .pages import laid_out
 from .pairs import deep, operand, operand_kind, paired
@@ -92,7 +92,7 @@ def _tiles_of(stored: Any) -> Any:
 @njit
 def _at_once(count: Any, stored: Any) -> Any:
     """How many of so many rows are multiplied at once: as few as the registers or tiles ask for."""
-    most = 2 * LINES if _in_tiles(stored) else MOST
+    most = ROWS if _in_tiles(stored) else MOST
     groups = (count + most - 1) // most
     return (count + groups - 1) // groups
 
@@ -133,7 +133,7 @@ def multiply_task(task: Any, stored: Any, active: Any, me: Any, threads: Any) ->
     pitch = (outputs + WIDTH - 1) // WIDTH * WIDTH * 4
     most, columns, kind, like = min(rows, CHUNK), deep(inputs, stored), operand_kind(stored), np.float32(0)
     at_once = 4 // carray(pointer(0, kind), 1).itemsize  # inputs of a step
-    room = 2 * LINES if _in_tiles(stored) else MOST
+    room = ROWS if _in_tiles(stored) else MOST
     of_rows, of_sums = whole_lines((most + SPARE) * columns * (4 // at_once)), whole_lines(room * WIDTH * 4)
     memory = borrow(task, of_rows + whole_lines(most * 4) + 2 * of_sums)
     if memory == 0:
