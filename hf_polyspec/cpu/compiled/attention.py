@@ -94,7 +94,7 @@ def _attend_apart(task: Any, like: Any) -> None:
     padded = (most * group + ROWS - 1) // ROWS * ROWS
     all_columns, one = (longest + LANES - 1) // LANES * LANES, np.float32(0)
     of_queries, of_scores = whole_lines(padded * size * 4), whole_lines(padded * all_columns * 4)
-    in_tiles = room_for_tiles(padded, all_columns, size, like)
+    in_tiles = room_for_tiles(padded, size, like)
     room = 2 * of_queries + of_scores + whole_lines(padded * 4) + whole_lines(OUTPUTS * size * 4)
     memory = borrow(task, room + in_tiles)
     if memory == 0:
@@ -148,7 +148,7 @@ def attend_task(task: Any, like: Any) -> None:
     padded = (min(fed, POSITIONS) + ROWS - 1) // ROWS * ROWS
     all_columns, one = (seen + LANES - 1) // LANES * LANES, np.float32(0)
     of_queries, of_scores = whole_lines(padded * size * 4), whole_lines(padded * all_columns * 4)
-    in_tiles = room_for_tiles(padded, all_columns, size, like)
+    in_tiles = room_for_tiles(padded, size, like)
     room = 2 * of_queries + of_scores + whole_lines(padded * 4) + whole_lines(OUTPUTS * size * 4)
     memory = borrow(task, room + in_tiles)
     if memory == 0:

@@ -97,16 +97,16 @@ def _in_tiles(rows: Any, active: Any, keys: Any, scores: Any, scale: Any, shaped
     return lines
 
 
-def room_for_tiles(rows: Any, columns: Any, size: Any, like: Any) -> Any:
-    """Bytes that at most so many rows over so many columns need besides in tiles; 0 where registers multiply."""
+def room_for_tiles(rows: Any, size: Any, like: Any) -> Any:
+    """Bytes that at most so many rows need besides in tiles; 0 where registers multiply."""
     raise NotImplementedError
 
 
 @overload(room_for_tiles, strict=False)
-def _room(rows: Any, columns: Any, size: Any, like: Any) -> Any:
+def _room(rows: Any, size: Any, like: Any) -> Any:
     if TILES and paired(like):
-        return lambda rows, columns, size, like: 0 if size % COLUMNS else room_in_tiles(rows, columns, size)
-    return lambda rows, columns, size, like: 0
+        return lambda rows, size, like: 0 if size % COLUMNS else room_in_tiles(rows, size)
+    return lambda rows, size, like: 0
 
 
 @njit

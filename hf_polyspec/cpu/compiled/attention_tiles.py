@@ -19,10 +19,15 @@ from numba.extending import intrinsic
 
 from .amx import DEPTH, LINES, ROWS, STEP, one_of_pairs, two_of_pairs
 from .tasks import behind, pointer, whole_lines
-from .vectors import FLOATS, LANES, WORDS, load, narrowed, place, spread, words
+from .vectors import FLOATS, LANES, WORDS, load, narrowed, place, prefetch, spread, words
 
 COLUMNS = 2 * LINES
 """Keys of a block, and numbers of a head whose values are one panel."""
+AT_ONCE = 256
+"""Values that are laced before they are multiplied: they must not leave the nearest caches in between. The means of
+each so many are added in their order."""
+AHEAD = 64
+"""Keys or values from those that are brought into order to those that the memory is asked for meanwhile."""
 _NUMBER = ir.IntType(64)
 
 
@@ -39,10 +44,10 @@ def filled(count: Any, grain: Any) -> Any:
 
 
 @njit
-def room_in_tiles(rows: Any, columns: Any, size: Any) -> Any:
-    """Bytes of memory that at most so many rows over so many columns need."""
-    rows, columns = rows + LINES, filled(columns, COLUMNS)
-    active, panels, split = rows * size * 2, columns * size * 2, 2 * rows * columns * 2
+def room_in_tiles(rows: Any, size: Any) -> Any:
+    """Bytes of memory that at most so many rows need, over any number of columns."""
+    rows = rows + LINES
+    active, panels, split = rows * size * 2, AT_ONCE * size * 2, 2 * rows * AT_ONCE * 2
     return whole_lines(active) + whole_lines(panels) + whole_lines(split) + ROWS * COLUMNS * 4
 
 
@@ -70,6 +75,7 @@ def _turn(_typing: Any, rows: Any, pitch: Any, last: Any, lines: Any, apart: Any
         for row in range(LINES):
             begin = builder.add(rows, _times(builder, pitch, row))
             begin = builder.select(builder.icmp_unsigned("<", begin, last), begin, last)
+            prefetch(builder, _at(builder, begin, _times(builder, pitch, AHEAD)))
             held.append(builder.load(place(builder, begin, WORDS), align=2))
         half = LINES // 2
         halves = [
@@ -95,6 +101,9 @@ def _lace(_typing: Any, first: Any, second: Any, line: Any) -> Any:
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         first, second, line = arguments
         kind = ir.VectorType(ir.IntType(16), LANES)
+        far = _times(builder, builder.sub(second, first), AHEAD)
+        for base in (first, second):
+            prefetch(builder, builder.add(base, far))
         for half in range(2):
             one, other = (
                 builder.zext(builder.load(place(builder, _at(builder, base, half * 2 * LANES), kind), align=2), WORDS)
@@ -188,38 +197,47 @@ def scores_in_tiles(active: Any, rows: Any, keys: Any, scores: Any, scale: Any, 
 
 
 @njit
+def _lace_all(values: Any, first: Any, panel: Any, columns: Any, like: Any) -> None:
+    """A panel of `COLUMNS` numbers of a head, from the `first` on, of values `[S, D]`, filled up with zeros."""
+    (count, size), of_values = values.shape, values.ctypes.data + first * 2
+    for s in range(0, count - 1, 2):
+        _lace(of_values + s * size * 2, of_values + (s + 1) * size * 2, panel + s * DEPTH)
+    done = count // 2 * 2
+    rest = carray(pointer(panel + done * DEPTH, like), (columns - done) * COLUMNS)
+    rest[:] = 0
+    if count % 2:
+        for k in range(COLUMNS):
+            rest[2 * k] = values[count - 1, first + k]
+
+
+@njit
 def means_in_tiles(weights: Any, rows: Any, values: Any, means: Any, memory: Any, like: Any) -> None:
     """The sum of the values `[S, D]` under each of so many rows of weights `[R, S']`; tiles are shaped for them.
 
     Args:
         weights: 0 behind the first S columns, to the next multiple of `LANES`; means: `[R, D]`.
-        memory: address of room for all values, behind it for weights, and behind those for sums.
+        memory: address of room for `AT_ONCE` values, behind it for weights, and behind those for sums.
     """
-    (seen, size), lines, columns = values.shape, lines_of(rows), filled(values.shape[0], COLUMNS)
-    of_panel, pitch = columns * COLUMNS * 2, columns * 2
-    split = carray(pointer(memory + of_panel * (size // COLUMNS), like), (2 * filled(rows, lines), columns))
-    sums = carray(pointer(behind(split), np.float32(0)), (ROWS, COLUMNS))
-    given = filled(seen, LANES)
-    for r in range(rows):
-        high = r // lines * 2 * lines + r % lines
-        low = high + lines
-        _split(weights[r].ctypes.data, given, split[high].ctypes.data, split[low].ctypes.data, like)
-        split[high, given:] = 0
-        split[low, given:] = 0
-    of_values, each = values.ctypes.data, size * 2
-    for d in range(0, size, COLUMNS):
-        panel, first = memory + d // COLUMNS * of_panel, of_values + d * 2
-        for s in range(0, seen - 1, 2):
-            _lace(first + s * each, first + (s + 1) * each, panel + s * DEPTH)
-        rest = carray(pointer(panel + seen // 2 * 2 * DEPTH, like), (columns - seen // 2 * 2) * COLUMNS)
-        rest[:] = 0
-        if seen % 2:
-            for k in range(COLUMNS):
-                rest[2 * k] = values[seen - 1, d + k]
-    for top in range(0, rows, lines):
+    (seen, size), lines = values.shape, lines_of(rows)
+    of_panel, zero = AT_ONCE * COLUMNS * 2, np.float32(0)
+    split = carray(pointer(memory + of_panel * (size // COLUMNS), like), (2 * filled(rows, lines), AT_ONCE))
+    sums = carray(pointer(behind(split), zero), (ROWS, COLUMNS))
+    means[:rows] = zero
+    for begin in range(0, seen, AT_ONCE):
+        count = min(AT_ONCE, seen - begin)
+        columns, given = filled(count, COLUMNS), filled(count, LANES)
+        for r in range(rows):
+            high = r // lines * 2 * lines + r % lines
+            low = high + lines
+            _split(weights[r, begin:].ctypes.data, given, split[high].ctypes.data, split[low].ctypes.data, like)
+            split[high, given:columns] = 0
+            split[low, given:columns] = 0
         for d in range(0, size, COLUMNS):
             panel = memory + d // COLUMNS * of_panel
-            _multiply(panel, split[2 * top].ctypes.data, sums.ctypes.data, lines, 2, pitch, pitch // DEPTH)
-            for r in range(min(lines, rows - top)):
-                for k in range(COLUMNS):
-                    means[top + r, d + k] = sums[r, k] + sums[lines + r, k]
+            _lace_all(values[begin : begin + count], d, panel, columns, like)
+            for top in range(0, rows, lines):
+                x = split[2 * top].ctypes.data
+                _multiply(panel, x, sums.ctypes.data, lines, 2, AT_ONCE * 2, columns * 2 // DEPTH)
+                for r in range(min(lines, rows - top)):
+                    for k in range(COLUMNS):
+                        means[top + r, d + k] += sums[r, k] + sums[lines + r, k]

@@ -62,14 +62,14 @@ def _bool_mask(rows: int, fed: int, seen: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("seen", [1, 2, 4, 15, 33, 70])
+@pytest.mark.parametrize("seen", [1, 2, 4, 15, 33, 70, 257, 300, 513])
 @pytest.mark.parametrize("size", SIZES)
 def test_one_position_sees_everything(dtype: torch.dtype, seen: int, size: int) -> None:
     _check(*_given(2, 4, 2, 1, seen, size, dtype))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("fed", [2, 4, 5, 16, 17, 33, 75])
+@pytest.mark.parametrize("fed", [2, 4, 5, 16, 17, 33, 75, 290])
 @pytest.mark.parametrize("size", SIZES)
 def test_positions_without_a_mask_see_what_came_before(dtype: torch.dtype, fed: int, size: int) -> None:
     _check(*_given(2, 4, 2, fed, fed, size, dtype), causal=True)
@@ -234,11 +234,11 @@ def test_a_converted_mask_is_kept_until_it_changes() -> None:
 @pytest.mark.parametrize("size", [16, 80, 20, 64, 96])
 def test_a_position_is_the_same_whatever_is_fed_with_it(dtype: torch.dtype, size: int) -> None:
     """To the last bit, with and without a mask that hides what comes after."""
-    q, k, v = _given(1, 2, 1, 70, 70, size, dtype)
+    q, k, v = _given(1, 2, 1, 270, 270, size, dtype)
     whole = attend(q, k, v, None, 0.3)
-    mask = torch.ones(70, 70, dtype=torch.bool).tril()[None, None]
+    mask = torch.ones(270, 270, dtype=torch.bool).tril()[None, None]
     assert torch.equal(attend(q, k, v, mask, 0.3), whole)
-    for position in (0, 1, 2, 3, 4, 30, 31, 32, 63, 64, 69):
+    for position in (0, 1, 2, 3, 4, 30, 31, 32, 63, 64, 69, 254, 255, 256, 257, 269):
         end = position + 1
         alone = attend(q[:, :, position:end].contiguous(), k[:, :, :end], v[:, :, :end], None, 0.3)
         assert torch.equal(alone[:, 0], whole[:, position])
