@@ -247,7 +247,7 @@ def _again(
     new, fed = new_states(plan.shape, x), x.shape[1]
     if type(past) is RaggedCache and not takes_rows(past, 0, new, x, mask):
         return None
-    if type(past) is RaggedCache:
+    if type(past) is RaggedCache and len(past.layers) < len(layers):
         if any(window is not None for window in past.windows[: len(layers)]):
             return None
         for index in range(len(layers)):

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from llvmlite import binding, ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .tasks import release
 from .vectors import LANES, place, prefetch
 
 LINES = 16
@@ -99,6 +100,31 @@ def free_tiles(_typing: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(), generate
+
+
+@njit
+def lines_of(rows: Any) -> Any:
+    """Rows of a tile where so many are multiplied: as few as will do, all tiles alike."""
+    groups = (rows + LINES - 1) // LINES
+    return (rows + groups - 1) // groups
+
+
+@njit
+def reshaped(lines: Any, before: Any) -> Any:
+    """Tiles of so many lines in the place of those of `before` lines; 0 for none. `lines` again."""
+    if lines and lines != before:
+        shape_tiles(lines)
+    elif before and not lines:
+        free_tiles()
+    return lines
+
+
+@njit
+def done(memory: Any, lines: Any) -> None:
+    """Give back what a thread has borrowed, and its tiles of so many lines, if any."""
+    if lines:
+        free_tiles()
+    release(memory)
 
 
 def _multiplier(groups: int, name: str) -> Any:

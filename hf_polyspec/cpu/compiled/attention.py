@@ -18,8 +18,8 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from .amx import LINES
-from .attention_products import ROWS, done, mean, room_for_tiles, score, take_query
+from .amx import LINES, done
+from .attention_products import ROWS, mean, room_for_tiles, score, take_query
 from .numbers import LIKE, VERSION, narrow
 from .places import address
 from .row_vectors import largest, powers

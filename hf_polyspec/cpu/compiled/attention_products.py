@@ -9,15 +9,15 @@ import numpy as np
 from numba import njit
 from numba.extending import overload
 
-from .amx import TILES, free_tiles, shape_tiles
-from .attention_tiles import COLUMNS, lines_of, means_in_tiles, room_in_tiles, scores_in_tiles
+from .amx import TILES, lines_of, reshaped
+from .attention_tiles import COLUMNS, means_in_tiles, room_in_tiles, scores_in_tiles
 from .numbers import REORDERED, widen
 from .pairs import paired
-from .tasks import behind, release
+from .tasks import behind
 from .tiles import OUTPUTS, ROWS, four_means, four_rows, one_mean
 from .vectors import LANES
 
-__all__ = ["ROWS", "done", "mean", "room_for_tiles", "score", "take_query"]
+__all__ = ["ROWS", "mean", "room_for_tiles", "score", "take_query"]
 
 
 @njit
@@ -90,9 +90,7 @@ def _in_registers(rows: Any, queries: Any, keys: Any, scores: Any, few: Any, lik
 
 @njit
 def _in_tiles(rows: Any, active: Any, keys: Any, scores: Any, scale: Any, shaped: Any) -> Any:
-    lines = lines_of(rows)
-    if lines != shaped:
-        shape_tiles(lines)
+    lines = reshaped(lines_of(rows), shaped)
     scores_in_tiles(active, rows, keys, scores, scale, behind(active))
     return lines
 
@@ -170,11 +168,3 @@ def _mean(rows: Any, weights: Any, active: Any, values: Any, sums: Any, like: An
     return lambda rows, weights, active, values, sums, like: _means(
         weights[: (rows + ROWS - 1) // ROWS * ROWS], values, sums, like
     )
-
-
-@njit
-def done(memory: Any, shaped: Any) -> None:
-    """Give back what a thread has borrowed, and its tiles."""
-    if shaped:
-        free_tiles()
-    release(memory)

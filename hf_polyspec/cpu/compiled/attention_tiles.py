@@ -17,7 +17,7 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .amx import DEPTH, LINES, ROWS, STEP, one_of_pairs, two_of_pairs
+from .amx import DEPTH, LINES, ROWS, STEP, lines_of, one_of_pairs, two_of_pairs
 from .tasks import behind, pointer, whole_lines
 from .vectors import FLOATS, LANES, WORDS, load, narrowed, place, prefetch, spread, words
 
@@ -29,13 +29,6 @@ each so many are added in their order."""
 AHEAD = 64
 """Keys or values from those that are brought into order to those that the memory is asked for meanwhile."""
 _NUMBER = ir.IntType(64)
-
-
-@njit
-def lines_of(rows: Any) -> Any:
-    """Rows of a tile, where so many are multiplied."""
-    groups = (rows + LINES - 1) // LINES
-    return (rows + groups - 1) // groups
 
 
 @njit

@@ -17,7 +17,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from .amx import DEPTH, LINES, STEP, TILES, free_tiles, one_of_bytes, shape_tiles, two_of_bytes
+from .amx import DEPTH, STEP, TILES, done, lines_of, one_of_bytes, reshaped, two_of_bytes
 from .digit_vectors import finish_one, finish_two, largest_bits, write_one, write_two
 from .dots import (
     BLOCK,
@@ -39,7 +39,7 @@ from .pages import laid_out
 from .panels import LINE
 from .product import multiplied
 from .shares import ANYBODY, next_part
-from .tasks import Launch, behind, borrow, compiled, part_size, pointer, release, together, whole_lines
+from .tasks import Launch, behind, borrow, compiled, part_size, pointer, together, whole_lines
 from .vectors import LANES
 
 CHUNK = 32
@@ -111,17 +111,8 @@ def _some_dots(rows: Any, codes: Any, digits: Any, sums: Any, pitch: Any, steps:
 
 
 @njit
-def _lines_of_tiles(count: Any) -> Any:
-    """Rows of a tile where so many are multiplied; 0 for registers, which are as quick with few."""
-    if not TILES or count <= FEW:
-        return 0
-    groups = (count + LINES - 1) // LINES
-    return (count + groups - 1) // groups
-
-
-@njit
 def _multiply_tiles(each: Any, count: Any, codes: Any, digits: Any, sums: Any, steps: Any, ahead: Any) -> None:
-    """As `_multiply` does, `each` rows to a tile."""
+    """As `_multiply_registers` does, `each` rows to a tile."""
     passes = (count + 2 * each - 1) // (2 * each)
     pace, pitch, apart = STEP // passes // LINE * LINE, digits.strides[0], each * digits.strides[0]
     of_digits, of_sums, steps = digits.ctypes.data, sums.ctypes.data, steps * INPUTS // DEPTH
@@ -134,7 +125,7 @@ def _multiply_tiles(each: Any, count: Any, codes: Any, digits: Any, sums: Any, s
 
 
 @njit
-def _multiply(count: Any, codes: Any, digits: Any, sums: Any, steps: Any, ahead: Any) -> None:
+def _multiply_registers(count: Any, codes: Any, digits: Any, sums: Any, steps: Any, ahead: Any) -> None:
     """One block's sums for so many rows of digits; meanwhile the memory brings the block at `ahead`.
 
     One that waits for the memory does not multiply: with many rows a block takes longer to multiply than to bring, so
@@ -147,6 +138,15 @@ def _multiply(count: Any, codes: Any, digits: Any, sums: Any, steps: Any, ahead:
         top = group * each
         some, place, found = min(each, count - top), of_digits + top * pitch, of_sums + top * BLOCK * 4
         _some_dots(some, codes, place, found, pitch, steps, ahead + group * steps * pace, pace)
+
+
+@njit
+def _multiply(lines: Any, count: Any, codes: Any, digits: Any, sums: Any, steps: Any, ahead: Any) -> None:
+    """One block's sums, in tiles of so many lines or, without any, in registers, which are as quick with few rows."""
+    if lines:
+        _multiply_tiles(lines, count, codes, digits, sums, steps, ahead)
+    else:
+        _multiply_registers(count, codes, digits, sums, steps, ahead)
 
 
 @njit
@@ -180,17 +180,11 @@ def multiply_digits_task(task: Any, active: Any, me: Any, threads: Any) -> None:
         chunk, first = part // parts, part % parts * size
         start = chunk * CHUNK
         if start >= rows:
-            if in_tiles:
-                free_tiles()
-            release(memory)
+            done(memory, in_tiles)
             return
         count = min(rows - start, CHUNK)
         if chunk != held:
-            before, in_tiles = in_tiles, _lines_of_tiles(count * each)
-            if in_tiles:
-                shape_tiles(in_tiles)
-            elif before:
-                free_tiles()
+            in_tiles = reshaped(lines_of(count * each) if TILES and count * each > FEW else 0, in_tiles)
             for r in range(count):
                 own = digits[r * each : (r + 1) * each]
                 row_scales[r] = _write_digits(x[start + r], own, row_sums[r], active)
@@ -202,10 +196,7 @@ def multiply_digits_task(task: Any, active: Any, me: Any, threads: Any) -> None:
                 part = next_part(task, me, threads, parts)
                 following = part % parts * size if part // parts * CHUNK < rows else begin
             ahead = all_codes + following * steps * INPUTS
-            if in_tiles:
-                _multiply_tiles(in_tiles, count * each, codes, digits, sums, steps, ahead)
-            else:
-                _multiply(count * each, codes, digits, sums, steps, ahead)
+            _multiply(in_tiles, count * each, codes, digits, sums, steps, ahead)
             complete, vectors = outputs - begin >= BLOCK, all_vectors + begin * 4
             place = y.ctypes.data + (start * outputs + begin) * y.itemsize if complete else part_of_block.ctypes.data
             apart, found = (outputs if complete else BLOCK) * y.itemsize, sums.ctypes.data

@@ -17,7 +17,7 @@ from numba import carray, njit
 from numba.extending import overload
 from torch import Tensor, nn
 
-from .amx import DEPTH, LINES, ROWS, TILES, free_tiles, one_of_pairs, shape_tiles, two_of_pairs
+from .amx import DEPTH, LINES, ROWS, TILES, done, lines_of, one_of_pairs, reshaped, two_of_pairs
 from .numbers import LIKE, VERSION
 from .pages import laid_out
 from .pairs import deep, operand, operand_kind, paired
@@ -45,7 +45,6 @@ from .tasks import (
     compiled,
     part_size,
     pointer,
-    release,
     run,
     together,
     whole_lines,
@@ -98,16 +97,6 @@ def _at_once(count: Any, stored: Any) -> Any:
 
 
 @njit
-def _shape(each: Any, stored: Any) -> Any:
-    """Shape tiles for so many rows at once; how many of them a tile takes, 0 for none."""
-    if not _in_tiles(stored):
-        return 0
-    lines = each if each <= LINES else (each + 1) // 2
-    shape_tiles(lines)
-    return lines
-
-
-@njit
 def _sums(
     lines: Any, rows: Any, panel: Any, x: Any, sums: Any, columns: Any, inputs: Any, pitch: Any, ahead: Any, pace: Any,
     stored: Any,
@@ -152,9 +141,7 @@ def multiply_task(task: Any, stored: Any, active: Any, me: Any, threads: Any) ->
         chunk, first = part // parts, part % parts * size
         start = chunk * CHUNK
         if start >= rows:
-            if lines:
-                free_tiles()
-            release(memory)
+            done(memory, lines)
             return
         count = min(rows - start, CHUNK)
         if chunk != held:
@@ -164,7 +151,7 @@ def multiply_task(task: Any, stored: Any, active: Any, me: Any, threads: Any) ->
                 if shifted:
                     totals[r] = wide[r].sum()
             held, each = chunk, _at_once(count, stored)
-            lines = _shape(each, stored)
+            lines = reshaped(lines_of(each) if _in_tiles(stored) else 0, lines)
         # A panel that waits for the memory does not multiply: the next one is asked for all the time.
         pace = WIDTH * bytes_each * at_once // ((count + each - 1) // each)
         end = min(outputs, first + size)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hf_polyspec.auto.profile import Key
+from hf_polyspec.cpu.compiled import compiles
 from hf_polyspec.models import environment
 from hf_polyspec.models.environment import describe, processor
 
@@ -29,6 +30,8 @@ def test_instructions_are_part_of_the_processors_name() -> None:
 
 
 def test_a_numba_that_does_not_run_leaves_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiles():  # asked before numba is gone, since the answer is kept
+        pytest.skip("compiled functions do not run here")
     for name in [name for name in sys.modules if name.startswith("hf_polyspec.cpu.compiled.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "numba", None)
