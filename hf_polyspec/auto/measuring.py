@@ -101,7 +101,7 @@ class Clock:
     def seconds(self, columns: int) -> float:
         """Of one pass over so many columns, run as for a text of likeliest ids; its last logits are waited for."""
         began, draft = time.perf_counter(), self.draft[: columns - 1]
-        if picks(self.runner, self.context, draft, self.stats, self._known) is None:
+        if picks(self.runner, self.context, [draft], self.stats, self._known) is None:
             passed = self.runner.run(self.context, [draft], self.stats)
             float(passed.logits[0, -1, 0])
         return time.perf_counter() - began

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pass of a whole model over a few tokens of one row as two tasks, from ids to the likeliest ids.
+"""A pass of a whole model over a few tokens as two tasks, from ids to the likeliest ids.
 
 The weights of a pass push everything else out of the processor's caches, so what runs between two passes finds neither
 its code nor its objects there: a call of torch's takes five times as long as in a loop of its own, and a middle's pass
@@ -14,9 +14,11 @@ from operator import is_
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_polyspec.cpu.angles import Angles, numbers_of
 from hf_polyspec.cpu.block_parts import BlockParts, fits
 from hf_polyspec.cpu.block_products import compiled_product
 from hf_polyspec.cpu.compiled import computes
@@ -24,10 +26,9 @@ from hf_polyspec.cpu.compiled.places import held as lies_here
 from hf_polyspec.cpu.joint_product import change_count
 from hf_polyspec.cpu.stack_plan import Plan
 from hf_polyspec.exactness.largest import largest
-from hf_polyspec.host.cache import RollbackCache
+from hf_polyspec.host.fed import Fed, OneRow
 from hf_polyspec.host.moments import Moment
 from hf_polyspec.host.rooms import Rooms
-from hf_polyspec.host.straight import MOST
 
 if TYPE_CHECKING:
     from hf_polyspec.cpu.compiled.ends import EndTask
@@ -37,10 +38,8 @@ Around = tuple[Any, Any, Any, Any]
 """What is called around the layers: embedding, angles, norm and lm_head."""
 
 _Tasks = tuple[Any, Tensor, "StackTask", "EndTask", Any, Any]
-"""For so many positions: their inputs as numpy and as torch see them, blocks and end, parts of attention, and the
-columns that those see with none before them."""
-_POSITIONS = 1024
-"""Positions in a table of angles."""
+"""For so many positions: their inputs as numpy and as torch see them, blocks and end, and of a row that is alone parts
+of attention, and the columns that those see with none before them."""
 _ROWS_KEPT = 128
 """Positions of all tasks together that are kept, each of which has memory for as many logits as there are ids."""
 
@@ -70,8 +69,8 @@ class WholePass:
         embedding, _, self._norm, _ = around
         # Kept here: what another thread puts in their place frees none of them.
         self._weight: Tensor = embedding.weight.detach()
-        self._rows = _numbers(self._weight)
-        self._angles: tuple[int, Tensor, Tensor] | None = None
+        self._rows = numbers_of(self._weight)
+        self._angles = Angles(around[1], self._weight[None, :1])
         self._tasks: dict[int, _Tasks] = {}
         self._threads, self._thread = torch.get_num_threads(), get_ident()
         self.alike: bool | None = None
@@ -138,13 +137,11 @@ class WholePass:
             self.alike = None
         return found
 
-    def run(
-        self, ids: Sequence[int], position: int, past: RollbackCache, held: int, moment: Moment, exact: bool
-    ) -> tuple[list[int], list[float]]:
-        """A pass over ids behind the first `held` columns of a cache, which holds them as well then.
+    def run(self, fed: Fed, moment: Moment, exact: bool) -> tuple[list[int], list[float]]:
+        """A pass over new columns, which the cache holds as well then.
 
         Args:
-            ids: F of them; position: of the first; moment: this one.
+            fed: F ids and where they go; moment: this one.
             exact: whether rounding, too, is to be that of the model's own norm.
 
         Returns:
@@ -154,71 +151,93 @@ class WholePass:
         Raises:
             MemoryError: there is no memory to work in.
         """
-        if self._under_way or min(ids) < 0 or max(ids) >= len(self._rows):
+        if self._under_way or min(fed.ids) < 0 or max(fed.ids) >= len(self._rows):
             return [], []  # of ids that do not exist torch says so
         self._under_way = True
         try:
-            return self._run(ids, position, past, held, moment, exact)
+            return self._run(fed, moment, exact)
         finally:
             self._under_way = False
 
-    def _run(
-        self, ids: Sequence[int], position: int, past: RollbackCache, held: int, moment: Moment, exact: bool
-    ) -> tuple[list[int], list[float]]:
-        fed, shape, count = len(ids), self._plan.shape, len(self._plan.layers)
-        rooms = past.rooms_from(held, count, (1, shape.shared, fed, shape.size), self._weight, moment)
+    def _run(self, fed: Fed, moment: Moment, exact: bool) -> tuple[list[int], list[float]]:
+        count, rooms = len(fed.ids), self._rooms(fed, moment)
         if rooms is None or not self._plan.same(self._weight, moment):
             return [], []
-        given, x, stack, end, jobs, reach = self._tasks.get(fed) or self._made(fed, rooms)
-        jobs[:, 3] = reach + held
-        given[:] = self._rows[list(ids)] if fed > 1 else self._rows[ids[0]]
-        turns = self._turns(x, position, fed)
+        given, x, stack, end, jobs, reach = self._tasks.get(count) or self._made(count, rooms)
+        given[:] = self._rows[fed.ids] if count > 1 else self._rows[fed.ids[0]]
+        cos, sin = self._angles.at(fed.positions)
+        turns = cos.ctypes.data, sin.ctypes.data
         with stack.under_way():
-            stack.go_on(x.data_ptr(), turns, jobs, rooms)
+            if isinstance(fed, OneRow):
+                jobs[:, 3] = reach + fed.held
+                stack.go_on(x.data_ptr(), turns, jobs, rooms)
+            else:
+                columns = np.array(fed.written, np.int64)
+                stack.go_on(x.data_ptr(), turns, self._jobs(fed.spans), rooms, columns.ctypes.data)
             end.run()
         likeliest: list[int] = end.ids.tolist()
-        if min(likeliest) < 0 or not self._agrees(ids, position, x, stack.outputs[-1], end):
+        if min(likeliest) < 0 or not self._agrees(fed, (cos, sin), x, stack.outputs[-1], end):
             return [], []
         leads: list[float] = end.leads.tolist()
         if exact and end.close.any():
             self._decide(stack.outputs[-1], end, likeliest, leads)
-        past.hold(held + fed)
+        if isinstance(fed, OneRow):
+            fed.cache.hold(fed.held + count)
         return likeliest, leads
 
-    def _agrees(self, ids: Sequence[int], position: int, x: Tensor, states: Tensor, end: EndTask) -> bool:
+    def _rooms(self, fed: Fed, moment: Moment) -> Rooms | None:
+        """The buffers of all layers, None where they have no place for what is fed."""
+        shape, layers = self._plan.shape, len(self._plan.layers)
+        new = 1, shape.shared, len(fed.ids), shape.size
+        if isinstance(fed, OneRow):
+            return fed.cache.rooms_from(fed.held, layers, new, self._weight, moment)
+        rooms = fed.cache.rooms_of_regions(layers)
+        return rooms if rooms is not None and rooms.take(new, self._weight) else None
+
+    def _jobs(self, spans: Sequence[tuple[int, int, int, int]]) -> Any:
+        """Parts of attention."""
+        from hf_polyspec.cpu.compiled.attention import jobs_apart
+
+        return jobs_apart(spans, self._plan.shape.heads // self._plan.shape.shared).numpy()
+
+    def _agrees(self, fed: Fed, turns: tuple[Any, Any], x: Tensor, states: Tensor, end: EndTask) -> bool:
         """Whether the model's own modules around the blocks say the same; asked in the first pass."""
         from hf_polyspec.cpu.compiled.ends import SLACK
 
         if self.alike is None:
             embedding, rotary, _, _ = self._around
-            _, *table = self._angles or (0,)
-            first = position % _POSITIONS
-            turns = rotary(x, position_ids=torch.arange(position, position + len(ids), device="cpu")[None])
-            alike = torch.equal(embedding(torch.tensor([ids], device="cpu")), x) and all(
-                torch.equal(own[0].to(self._dtype), mine[first : first + len(ids)])
-                for own, mine in zip(turns, table, strict=True)
+            own = rotary(x, position_ids=torch.tensor([list(fed.positions)], device="cpu"))
+            alike = torch.equal(embedding(torch.tensor([list(fed.ids)], device="cpu")), x) and all(
+                np.array_equal(numbers_of(turn[0].to(self._dtype).contiguous()), mine)
+                for turn, mine in zip(own, turns, strict=True)
             )
-            logits, mine = self._logits(states), end.logits[:, : self._known].float()
+            logits, mine = self._logits(self._normed(states)), end.logits[:, : self._known].float()
             alike &= float((logits - mine).abs().max()) <= 8 * SLACK[self._dtype] * float(logits.abs().max())
             self.alike = alike
         return bool(self.alike)
 
     def _decide(self, states: Tensor, end: EndTask, likeliest: list[int], leads: list[float]) -> None:
-        """Say of rows in which two ids are within rounding what the model's own norm says."""
-        logits = self._logits(states)
-        for row in end.close.nonzero()[0].tolist():
-            first = likeliest[row] = int(largest(logits[row]))
-            of_row = logits[row].topk(min(2, logits.shape[1])).values
-            leads[row] = float(logits[row, first] - of_row[-1])
+        """Say of positions at which two ids are within rounding what the model's own norm says, which mostly rounds no
+        number of a position otherwise: then its logits are the same, too."""
+        normed = self._normed(states)
+        rows = [row for row in end.close.nonzero()[0].tolist() if not torch.equal(normed[row], end.normed[row])]
+        if not rows:
+            return
+        for row, logits in zip(rows, self._logits(normed[rows]), strict=True):
+            first = likeliest[row] = int(largest(logits))
+            leads[row] = float(logits[first] - logits.topk(min(2, len(logits))).values[-1])
 
-    def _logits(self, states: Tensor) -> Tensor:
-        """`[F, known]`, float32, of what the last block gave."""
-        _, _, norm, head = self._around
-        logits: Tensor = head(norm(states))[0, :, : self._known].float()
+    def _normed(self, states: Tensor) -> Tensor:
+        """`[F, H]` of what the last block gave, by the model's own norm."""
+        normed: Tensor = self._norm(states)[0]
+        return normed
+
+    def _logits(self, normed: Tensor) -> Tensor:
+        """`[F, known]`, float32, by the model's own head."""
+        logits: Tensor = self._around[3](normed[None])[0, :, : self._known].float()
         return logits
 
     def _made(self, fed: int, rooms: Rooms) -> _Tasks:
-        from hf_polyspec.cpu.compiled.attention import jobs_apart
         from hf_polyspec.cpu.compiled.ends import EndTask
 
         x = torch.empty(1, fed, self._width, dtype=self._dtype, device="cpu")
@@ -229,25 +248,9 @@ class WholePass:
         end = EndTask(stack.outputs[-1], norm, product, min(self._known, product.shape[0]))
         if fed + sum(self._tasks) > _ROWS_KEPT:
             self._tasks.clear()
-        jobs = jobs_apart([(0, fed, 0, fed)], self._plan.shape.heads // self._plan.shape.shared).numpy()
-        found = self._tasks[fed] = _numbers(x[0]), x, stack, end, jobs, jobs[:, 3].copy()
+        jobs = self._jobs([(0, fed, 0, fed)])
+        found = self._tasks[fed] = numbers_of(x[0]), x, stack, end, jobs, jobs[:, 3].copy()
         return found
-
-    def _turns(self, x: Tensor, position: int, fed: int) -> tuple[int, int]:
-        """Where cosines and sines `[F, D]` lie, from a position on, which a caller may have given: any."""
-        begin = position - position % _POSITIONS
-        if self._angles is None or self._angles[0] != begin:
-            places = torch.arange(begin, begin + _POSITIONS + MOST, device="cpu")[None]
-            cos, sin = (turn[0].to(self._dtype).contiguous() for turn in self._around[1](x, position_ids=places))
-            self._angles = begin, cos, sin
-        _, cos, sin = self._angles
-        step = (position - begin) * cos.shape[1] * cos.element_size()
-        return cos.data_ptr() + step, sin.data_ptr() + step
-
-
-def _numbers(tensor: Tensor) -> Any:
-    """A tensor's memory as numpy sees it, which knows no bfloat16."""
-    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()]).numpy()
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -118,7 +118,8 @@ def common_prefix(left: list[int], right: list[int]) -> int:
     Lists almost always agree up to near the end, so equality of slices (one C loop) is tried first and then bisected.
     """
     high = min(len(left), len(right))
-    if left[:high] == right[:high]:
+    # A copy of a list touches every number in it, so none is made of the shorter one.
+    if (left if len(left) == high else left[:high]) == (right if len(right) == high else right[:high]):
         return high
     low = 0
     while low + 1 < high:

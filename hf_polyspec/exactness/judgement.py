@@ -184,13 +184,13 @@ def _compared(
 
 
 NOTHING = torch.empty(1, 0, 0)
-"""Scores where nobody asks for them."""
+"""Scores of a row where nobody asks for them."""
 
 
-def compare(law: LawMaker, proposal: Proposal, picks: Picks) -> Judgement:
-    """As `judge` for a row that is alone and whose text is what is likeliest, from a pass that said no more."""
-    found = _alike(law, proposal, [picks.tokens], NOTHING, [True])
-    return replace(found, leads=[picks.leads[: len(found.tokens[0])]])
+def compare(law: LawMaker, proposal: Proposal, picks: Picks, active: list[bool]) -> Judgement:
+    """As `judge` for rows whose text is what is likeliest, from a pass that said no more."""
+    found = _alike(law, proposal, picks.tokens, NOTHING, active)
+    return replace(found, leads=[row[: len(own)] for row, own in zip(picks.leads, found.tokens, strict=True)])
 
 
 def _alike(

@@ -14,17 +14,19 @@ from .row_tensors import RowTensors
 
 @dataclass(frozen=True)
 class Picks:
-    """What a pass over one row said, where nobody asks for more than the likeliest ids.
+    """What a pass said, where nobody asks for more than the likeliest ids.
 
     Attributes:
-        tokens: K + 1 of them, behind the context and behind each draft token; leads: by how many logits each is ahead.
-        fed: columns of the pass; read: the ids the model has now read.
+        tokens: per row, K + 1 of them, behind the context and behind each draft token; none for rows that were not
+            asked. leads: by how many logits each is ahead.
+        fed, read, counts: as of a `Pass`.
     """
 
-    tokens: list[int]
-    leads: list[float]
+    tokens: list[list[int]]
+    leads: list[list[float]]
     fed: int
-    read: list[int]
+    read: list[list[int]]
+    counts: list[int] | None = None
 
 
 @dataclass(frozen=True)

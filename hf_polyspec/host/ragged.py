@@ -65,7 +65,8 @@ class RaggedRunner(ModelRunner):
 
     def own(self, context: Context) -> list[list[int]]:
         """The ids of each row, without padding."""
-        return [ids[left:] for ids, left in zip(context.ids, self.padding(context.prompt), strict=True)]
+        pads = self.padding(context.prompt)
+        return [ids[left:] if left else ids for ids, left in zip(context.ids, pads, strict=True)]
 
     def lacks(self, context: Context) -> list[int]:
         left = self.padding(context.prompt)
@@ -166,7 +167,8 @@ class RaggedRunner(ModelRunner):
         self.memo = [[] if row in rows[:place] else self.memo[row] for place, row in enumerate(rows)]
 
     def _reading(self, row: int, ids: list[int], wanted: int, parents: list[int]) -> Reading:
-        held = min(common_prefix(self.memo[row], ids[: len(ids) - len(parents)]), len(ids) - wanted)
+        known = ids[: len(ids) - len(parents)] if parents else ids
+        held = min(common_prefix(self.memo[row], known), len(ids) - wanted)
         return Reading(row, ids, self.ragged.usable(row, held), wanted, parents)
 
     def _read(self, context: Context, readings: list[Reading], sizes: list[int], stats: LevelStats) -> Pass:
@@ -218,10 +220,16 @@ class RaggedRunner(ModelRunner):
         said = RowTensors.of(logits, parts, self.device)
         return Pass(said, Spread(outputs, firsts, counts, most), most, read, counts=counts)
 
+    def forget(self) -> None:
+        """Nothing is held any more."""
+        self.memo = [[] for _ in self.memo]
+        self.ragged = RaggedCache(len(self.memo), self.model)
+
     def _forget(self, readings: Sequence[Reading]) -> None:
         """What is about to be written over is no longer held."""
         for one in readings:
-            self.memo[one.row] = self.memo[one.row][: one.held]
+            if one.held < len(self.memo[one.row]):
+                self.memo[one.row] = self.memo[one.row][: one.held]
 
     def _call_rows(self, context: Context, group: list[Reading], stats: LevelStats) -> tuple[Any, torch.Tensor]:
         """One pass over the columns of some rows; the model's output, and the wanted logits `[M, V]`."""
@@ -244,8 +252,7 @@ class RaggedRunner(ModelRunner):
             with level_failures(f"the forward pass of {self.name} failed"), spanned(self.model, groups):
                 output = self._forwarding.run(inputs, self.record)
         except Exception:
-            self.memo = [[] for _ in self.memo]
-            self.ragged = RaggedCache(len(self.memo), self.model)
+            self.forget()
             raise
         logits = output.logits[0]
         if logits.shape[0] != len(wanted):

@@ -232,6 +232,11 @@ class RaggedCache(DynamicCache):
         Returns:
             The same object for as long as they are the same; None where not all of them take such columns.
         """
+        found = self.rooms_of_regions(count)
+        return found if found is not None and self.ragged_layers[0].holds(shape, like) else None
+
+    def rooms_of_regions(self, count: int) -> Rooms | None:
+        """`rooms`, whatever is written there."""
         regions, layers = self.regions[None], self.ragged_layers[:count]
         mark = count, regions.changes, regions.capacity
         if self._rooms[0] != mark:
@@ -239,8 +244,7 @@ class RaggedCache(DynamicCache):
                 type(layer) is RaggedLayer and layer.regions is regions for layer in layers
             )
             self._rooms = mark, rooms_of([(layer.keys, layer.values) for layer in layers]) if fit else None
-        found = self._rooms[1]
-        return found if found is not None and layers[0].holds(shape, like) else None
+        return self._rooms[1]
 
     def claim(self, rooms: Rooms, fed: int) -> bool:
         """The columns of the pass were written to the buffers; False if there are others by now."""

@@ -18,7 +18,9 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
+from .attention import ROWS_APART
 from .cache import RollbackCache
+from .fed import Fed
 from .hooks import is_hooked
 from .moments import Moment, is_known, is_under_modes, packages_of, this_moment
 from .ragged_cache import RaggedCache
@@ -66,14 +68,12 @@ class Straight:
         self._looked: tuple[Moment, object, Around] | None = None
         self._whole: Any = None  # passes without torch, False where there are none
 
-    def picks(
-        self, ids: Sequence[int], position: int, past: RollbackCache, held: int, known: int, exact: bool = True
-    ) -> tuple[list[int], list[float]]:
+    def picks(self, fed: Fed, known: int, exact: bool = True) -> tuple[list[int], list[float]]:
         """The likeliest of the first `known` ids behind each of some, and how many logits it is ahead, from a pass that
         makes nothing else. The thread is in a moment.
 
         Args:
-            ids: of one row, behind the first `held` columns of its cache; position: of the first.
+            fed: the ids and where they go.
             exact: whether of ids within rounding of each other it is the one that a pass as others are would show.
 
         Returns:
@@ -83,7 +83,7 @@ class Straight:
         if moment is None or self._whole is False or self._parts is None:
             return [], []
         mark, _, around = self._marked()
-        kind = mark, len(ids) > 1, True, False, RollbackCache, False
+        kind = mark, len(fed.ids) > 1, True, False, type(fed.cache), False
         if mark is None or not _tried.get(self._model, {}).get(kind):
             return [], []
         if self._whole is None:
@@ -92,7 +92,7 @@ class Straight:
             self._whole = None
         if not self._whole:
             return [], []
-        found: tuple[list[int], list[float]] = self._whole.run(ids, position, past, held, moment, exact)
+        found: tuple[list[int], list[float]] = self._whole.run(fed, moment, exact)
         if self._whole.alike is False:
             self._whole = False
         return found
@@ -279,7 +279,9 @@ def _is_fused(layer: Any) -> bool:
 
 
 def _plain(settings: Mapping[str, Any]) -> Any:
-    return ((name, value) for name, value in settings.items() if isinstance(value, (int, float, str)))
+    # During a pass over rows apart, attention has a name of ours, and is what it was.
+    seen = ((name, "sdpa" if value == ROWS_APART else value) for name, value in settings.items())
+    return ((name, value) for name, value in seen if isinstance(value, (int, float, str)))
 
 
 def _shown(record: Mapping[str, Any], x: Any, outputs: Sequence[Any], last: Any) -> tuple[Any, ...] | None:

@@ -14,6 +14,7 @@ from ..exactness.row_tensors import fit_vocabulary
 from ..host.picking import picks
 from ..host.runner import ModelRunner
 from .carried import CarriedSizes
+from .picking import says_likeliest
 from .sequential import SequentialDrafter
 
 
@@ -86,11 +87,12 @@ class CausalLMDrafter(SequentialDrafter):
         """Draw the next token of every row that is still going; returns the laws `[B, V]`."""
         nothing: list[list[int]] = [[] for _ in tokens]
         self.runner.asked = going
-        if context.batch == 1 and type(law) is LawMaker and self.draws_likeliest(law):
+        if says_likeliest(law) and self.draws_likeliest(law):
             # The level above checks it: which of two ids within rounding it is does not matter.
-            found = picks(self.runner, context.extended(tokens), [], self.stats, self.vocabulary, exact=False)
+            longer = context.extended(tokens)
+            found = picks(self.runner, longer, nothing, self.stats, self.vocabulary, going, exact=False)
             if found is not None:
-                self.take(found.tokens, tokens, list(going), going)
+                self.take([row[0] if row else 0 for row in found.tokens], tokens, list(going), going)
                 return NOTHING[0]
         logits = self.runner.run(context.extended(tokens), nothing, self.stats).logits
         return self.draw(context, tokens, fit_vocabulary(logits, self.vocabulary), list(going), going, law)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A verifier's check of one row, where nothing but likeliest ids is asked of its pass."""
+"""A verifier's check where nothing but likeliest ids is asked of its pass."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from ..exactness.distributions import LawMaker
 from ..exactness.judgement import NOTHING, compare, record
 from ..exactness.passes import Pass
 from ..exactness.proposal import Proposal
+from ..exactness.row_laws import RowLaws
+from ..exactness.row_tensors import RowTensors
 from ..host.picking import picks
 from ..host.runner import ModelRunner
 from ..telemetry.counters import LevelStats
@@ -30,30 +32,39 @@ class Checker(Protocol):
     scored: bool
 
 
+def says_likeliest(law: LawMaker) -> bool:
+    """Whether the text of all rows is what raw logits hold likeliest, and nothing that a pass says could fail a row."""
+    if type(law) is RowLaws:
+        return not law.failures and all(map(says_likeliest, law.laws))
+    return type(law) is LawMaker and law.picks_likeliest
+
+
 def picked(level: Checker, context: Context, proposal: Proposal, active: list[bool], law: LawMaker) -> Emission | None:
-    """What a verifier emits, for a row that is alone; None, and nothing has changed, where more is asked of the pass
-    (laws, scores, states for a level below), or the model cannot say so little."""
-    if level.scored or active != [True] or type(law) is not LawMaker or not law.picks_likeliest:
+    """What a verifier emits; None, and nothing has changed, where more is asked of the pass (laws, scores, states for
+    a level below), or the model cannot say so little."""
+    if level.scored or not any(active) or not says_likeliest(law):
         return None
     if any(below.watches for below in (level.below, *level.watchers)):
         return None
-    drafted = proposal.tokens[0]
     # What a middle says is checked by the level above.
-    found = picks(level.runner, context, drafted, level.stats, level.vocabulary, exact=level.index == 0)
+    exact = level.index == 0
+    found = picks(level.runner, context, proposal.tokens, level.stats, level.vocabulary, active, exact=exact)
     if found is None:
         return None
-    judgement = compare(law, proposal, found)
+    judgement = compare(law, proposal, found, active)
     counted = record(level.stats, proposal, judgement, active, level.eos)
-    passed = Pass(NOTHING, None, found.fed, [found.read])
+    alone = context.batch == 1
+    nothing = NOTHING if alone else RowTensors([NOTHING[0]] * context.batch, NOTHING.device)
+    passed = Pass(nothing, None, found.fed, found.read, counts=found.counts)
     return Emission(
         judgement.tokens,
         None,
         origins_of(level.index, proposal, judgement),
-        [len(drafted)],
+        [len(row) for row in proposal.tokens],
         judgement.accepted,
-        NOTHING,
-        NOTHING,
+        nothing,
+        nothing,
         passed,
         counted=counted,
-        leads=judgement.leads,
+        leads=judgement.leads if alone else [],
     )

@@ -223,7 +223,7 @@ def jobs_apart(spans: Sequence[tuple[int, int, int, int]], group: int) -> Tensor
         for first, count, base, columns in spans
         for start in range(0, count, most)
     ]
-    return torch.tensor(sorted(parts, key=lambda part: -part[3]), dtype=torch.int64, device="cpu")
+    return torch.from_numpy(np.array(sorted(parts, key=lambda part: -part[3]), np.int64))
 
 
 # The last mask that had to be converted, by its object and torch's count of changes: all layers of a pass are given

@@ -129,7 +129,7 @@ class EndTask:
     Attributes:
         ids, leads: `[F]`, the likeliest id behind each position, and by how much; -1 where that cannot be told.
         close: `[F]`, whether that is so little that another order of sums might tell another id.
-        logits: `[F, V]`.
+        normed: `[F, H]`, what is multiplied by the matrix; logits: `[F, V]`.
     """
 
     def __init__(self, states: Tensor, norm: tuple[Tensor, float], product: Product, known: int) -> None:
@@ -140,8 +140,8 @@ class EndTask:
             np.zeros(rows, np.int64),
         )
         given = (self.ids.ctypes.data, self.leads.ctypes.data, self.close.ctypes.data)
-        self.logits, self._normed = states.new_empty(rows, product.shape[0]), states.new_empty(rows, width)
-        normed, logits = self._normed.data_ptr(), self.logits.data_ptr()
+        self.logits, self.normed = states.new_empty(rows, product.shape[0]), states.new_empty(rows, width)
+        normed, logits = self.normed.data_ptr(), self.logits.data_ptr()
         self._kept = states, norm[0], norm[0].untyped_storage(), product
         self._kinds = product.dtype, states.dtype
         stages = (

@@ -150,13 +150,14 @@ class StackTask:
         finally:
             self.busy = False
 
-    def go_on(self, x: int, turns: tuple[int, int], jobs: Any, rooms: Rooms) -> None:
-        """`run` for one row over a cache of ours, from addresses that need no look.
+    def go_on(self, x: int, turns: tuple[int, int], jobs: Any, rooms: Rooms, columns: int = 0) -> None:
+        """`run` for one row, or rows apart, over a cache of ours, from addresses that need no look.
 
         Args:
             x: Where the inputs lie; turns: cosines and sines `[F, D]`.
-            jobs: Parts of attention `[n, 4]`, int64, as `jobs_apart` gives them for all of the row.
+            jobs: Parts of attention `[n, 4]`, int64, as `jobs_apart` gives them.
             rooms: As for `run`.
+            columns: `[F]`, int64, where new keys and values go; 0: behind the `rooms.start` that there are.
 
         Raises:
             MemoryError: There is no memory to work in.
@@ -169,7 +170,7 @@ class StackTask:
         task[0, _INPUT] = x
         task[:, _NEW] = self._held + rooms.start * self._column_size
         parts = jobs[:, 1].max(), APART, len(jobs), jobs[0, 3], jobs.ctypes.data
-        task[:, _ALIKE] = (1, *turns, 0, *parts)
+        task[:, _ALIKE] = (1, *turns, columns, *parts)
         run_blocks(*self._kinds, len(task), task.strides[0], task.ctypes.data)
         check_counter(task[:, HEADER::SLOT].max())
 

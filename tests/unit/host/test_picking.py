@@ -66,16 +66,16 @@ class Both:
         """One check, which must come to the same both ways; the text goes on as far as the draft was right."""
         draft = self.draft(right, wrong)
         wanted = self.whole(self.slow, self.ids, draft)
-        found = picks(self.fast, Context([self.ids], self.prompt), draft, self.stats, self.known)
+        found = picks(self.fast, Context([self.ids], self.prompt), [draft], self.stats, self.known)
         said = wanted.argmax(-1).tolist()
         if found is None:
             assert self.whole(self.fast, self.ids, draft).argmax(-1).tolist() == said
         else:
-            assert found.tokens == said
+            assert found.tokens == [said]
             best, second = wanted.topk(2).values.float().unbind(-1)
-            torch.testing.assert_close(torch.tensor(found.leads), best - second, rtol=0, atol=self._rounding(best))
-            assert found.read == self.ids + draft == self.fast.memo[0]
-            assert self.fast.cache.length == len(found.read)
+            torch.testing.assert_close(torch.tensor(found.leads[0]), best - second, rtol=0, atol=self._rounding(best))
+            assert found.read == [self.ids + draft] == self.fast.memo
+            assert self.fast.cache.length == len(found.read[0])
         self.picked.append(found is not None)
         self.ids = self.ids + said[: right + 1]
         return found
@@ -158,9 +158,9 @@ def test_a_default_device_is_for_what_a_caller_makes(tiny: Tiny, fresh: bool) ->
     if fresh:
         text.fast._forwarding.straight._whole = None
     with torch.device("meta"):
-        found = picks(text.fast, Context([text.ids], text.prompt), [3, 4, 5, 6], text.stats, KNOWN)
+        found = picks(text.fast, Context([text.ids], text.prompt), [[3, 4, 5, 6]], text.stats, KNOWN)
     assert found is not None
-    assert found.tokens == wanted
+    assert found.tokens == [wanted]
 
 
 @torch.no_grad()
@@ -364,7 +364,7 @@ def test_hooks_are_called(tiny: Tiny, place: str, before: bool) -> None:
     module = text.fast.model.get_submodule(place)
     add = module.register_forward_pre_hook if before else module.register_forward_hook
     handle = add(lambda *_: calls.append(1))
-    assert picks(text.fast, Context([text.ids], text.prompt), [], text.stats, KNOWN) is None
+    assert picks(text.fast, Context([text.ids], text.prompt), [[]], text.stats, KNOWN) is None
     text.fast.run(Context([text.ids], text.prompt), [[]], text.stats)
     assert calls == [1]
     handle.remove()
@@ -398,7 +398,7 @@ def test_where_more_is_asked_or_something_is_in_the_way(tiny: Tiny) -> None:
     held = runner.cache.length
 
     def none(context: Context = given, draft: list[int] | None = None) -> bool:
-        found = picks(runner, context, draft or [], text.stats, KNOWN)
+        found = picks(runner, context, [draft or []], text.stats, KNOWN)
         return found is None and runner.cache.length == held
 
     with torch.enable_grad():
@@ -428,7 +428,7 @@ def test_logits_that_are_no_numbers(tiny: Tiny) -> None:
     text.settle()
     text.fast.model.lm_head.weight[5] = float("nan")
     before = [list(row) for row in text.fast.memo]
-    assert picks(text.fast, Context([text.ids], text.prompt), [3], text.stats, KNOWN) is None
+    assert picks(text.fast, Context([text.ids], text.prompt), [[3]], text.stats, KNOWN) is None
     assert text.fast.memo == before
     assert text.whole(text.fast, text.ids, [3])[:, 5].isnan().all()
 
@@ -460,14 +460,25 @@ def test_ids_within_rounding_of_each_other_are_told_apart_by_the_models_own_norm
     text.go_on()
     assert text.picked[-1]
     asked: list[int] = []
-    look = WholePass._logits
-    monkeypatch.setattr(WholePass, "_logits", lambda *given: (asked.append(1), look(*given))[1])
+    look, norm = WholePass._logits, WholePass._normed
+    monkeypatch.setattr(WholePass, "_logits", lambda self, normed: (asked.append(len(normed)), look(self, normed))[1])
     text.go_on(0, 2)
     assert text.picked[-1]
-    assert asked == [1]
-    found = picks(text.fast, Context([text.ids], text.prompt), [], text.stats, KNOWN, exact=False)
+    assert asked == [], "where no number is rounded otherwise, logits are the same"
+
+    def otherwise(self: Any, states: torch.Tensor) -> torch.Tensor:
+        normed = norm(self, states).clone()
+        normed[1, 3] *= 1 + 2**-7
+        return normed
+
+    monkeypatch.setattr(WholePass, "_normed", otherwise)
+    text.go_on(0, 2)
+    assert text.picked[-1]
+    assert asked == [1], "of the one position that was"
+    monkeypatch.setattr(WholePass, "_normed", norm)
+    found = picks(text.fast, Context([text.ids], text.prompt), [[]], text.stats, KNOWN, exact=False)
     assert found is not None
-    assert found.tokens == [0]
+    assert found.tokens == [[0]]
     assert asked == [1]
 
 
