@@ -31,8 +31,9 @@ from .risks import Risks
 from .setups import PLAIN, Chain, Setup, spine
 from .shares import shared_out, tell_left, valued
 
-PATIENCE = 2
-"""Rounds in a row that a middle may lose which is expected to be right."""
+PATIENCE, LONGER = 2, 4
+"""Rounds in a row that a middle may lose which is expected to be right, and one that was: two unlucky ones come every
+hundred tokens where nineteen of twenty are right, and to do without it for a while costs more than a third."""
 TRIAL = 1
 """Most tokens of blocks and drafts in a trial; they double with every round that does not lose."""
 WATCHED = 4
@@ -271,7 +272,8 @@ class SteadyControl:
     def _opened(self, most: int | None) -> Account:
         share = SHARE if self._rows == 1 else SHARE_OF_ROWS
         found = Account(CREDIT * self._plain_seconds(), most=most, missed=self._reason == "trial", share=share)
-        found.patience = PATIENCE if self._believes(self.standing.place) else 1
+        if self._believes(self.standing.place):
+            found.patience = LONGER if self.costs.middle.proven else PATIENCE
         return found
 
     def _hopeless(self, place: int) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from clockwork import LAW, VOCABULARY, Clock, ClockedDrafter, ClockedRunner, Run, truth
 
-from hf_polyspec.control import Costs, SteadyControl
+from hf_polyspec.control import Costs, SteadyControl, steady
 from hf_polyspec.control.ending import WorthEnding, ending_of
 from hf_polyspec.control.setups import Chain, spine
 from hf_polyspec.exactness.context import Context, Prompt
@@ -245,3 +245,17 @@ def test_a_middle_whose_passes_are_shared_ends_blocks_alike_everywhere() -> None
     stage.middle.ask = relayed.ask
     assert ending_of(Chain(spine(stage.top)), stage.costs) is None
     assert stage.middle.ending is None
+
+
+def test_a_middle_that_was_right_is_not_left_for_two_unlucky_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    took = {}
+    for rounds in (steady.PATIENCE, steady.LONGER):
+        monkeypatch.setattr(steady, "LONGER", rounds)
+        stage = Stage(0.94, seed=5)
+        stage.run(128)
+        assert stage.costs.middle.proven
+        found = stage.run(256)
+        took[rounds] = found.seconds
+        left = [decision for decision in found.control.decisions if decision.reason == "it loses"]
+        assert len(left) == (rounds == steady.PATIENCE)
+    assert took[4] < 0.97 * took[2]
