@@ -49,9 +49,6 @@ class Columns:
         below: likewise of the level that it asks, where that is a verifier.
         passes_by: whether that verifier may be passed by, where the drafter below it promises more (`_shortcut`).
 
-    Attributes:
-        worth, hoped: of a token of each row (`worths`), set anew every round, as drafts go and if they were right; None
-            where others take the place of rows that end, and all tokens are worth the same.
     """
 
     def __init__(
@@ -74,15 +71,23 @@ class Columns:
         self._nothing = False
         self._asked: Known | None = None
         self._on_trial = False
-        self.worth: list[float] | None = None
-        self.hoped: list[float] | None = None
+        self._left: Sequence[int] | None = None
+        self._coming = 0.0
+        self._worth: list[float] | None = None
         self._promise = HOPE
 
     def tell_left(self, left: Sequence[int]) -> None:
         """So many tokens may each row emit yet."""
-        won = self._promise / (1 + self._promise)
-        seconds = self.seconds.seconds
-        self.worth, self.hoped = worths(left, seconds, won * max(left, default=0)), worths(left, seconds)
+        self._left, self._worth = left, None
+        self._coming = self._promise / (1 + self._promise) * max(left, default=0)
+
+    @property
+    def worth(self) -> list[float] | None:
+        """Of a token of each row (`worths`), as drafts go; None where others take the place of rows that end, and all
+        tokens are worth the same."""
+        if self._worth is None and self._left is not None:  # in most rounds nobody asks
+            self._worth = worths(self._left, self.seconds.seconds, self._coming)
+        return self._worth
 
     # What the verifier calls
 
@@ -137,12 +142,14 @@ class Columns:
         self._time(known, began, nodes if tree else 0, wanted)
         return tree
 
-    def observe(self, check: Check) -> None:
+    def observe(self, check: Check, learns: bool = True) -> None:
         """A check of this verifier is over: learn what it cost, and how the rows' drafts have fared."""
         if check.level != self.level.index:
             return
         if self._home is not None:
             self._come_home()
+        if not learns:
+            return
         drafted = check.nodes or check.drafted
         if check.columns and check.columns <= sum(drafted) + len(check.asked):  # else a prompt was read as well
             self.seconds.add(check.columns, check.seconds)
@@ -226,8 +233,10 @@ class Columns:
         known = self._known(source, context, rooms)
         known.sureness.came(context)
         tells, self._on_trial = speaker(source).tells_chances, False
+        if tells and not self._may_look(known):
+            return None
         wanted = self._worthwhile(rooms) if tells else self._granted(source, known, rooms, 0, rival)
-        if not any(wanted) or (tells and not self._may_look(known)):
+        if not any(wanted):
             return None
         known.asked = self._turn
         began = self.level.stats.clock()
@@ -298,11 +307,12 @@ class Columns:
 
     def _worthwhile(self, rooms: list[int]) -> list[int]:
         """The room of rows in which a token that is surely right would be worth its column, 0 of others."""
-        if self.hoped is None or not self.level.runner.own_rows:
+        if self._left is None or not self.level.runner.own_rows:
             return rooms
         rows = sum(room > 0 for room in rooms)
         one, more = self.seconds.seconds(rows), self.seconds.seconds(rows + 1)
-        return [room if worth * one > rows * (more - one) else 0 for room, worth in zip(rooms, self.hoped, strict=True)]
+        hoped = worths(self._left, self.seconds.seconds)
+        return [room if worth * one > rows * (more - one) else 0 for room, worth in zip(rooms, hoped, strict=True)]
 
     def _draft_seconds(self, source: Drafter, known: Known, rows: int, nodes: int) -> float:
         """Of a token of a draft of so many rows."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ..telemetry.counters import Check
 from .pass_seconds import PassSeconds
 
 NEWEST = 0.1
@@ -21,6 +22,24 @@ RESTED = 24
 """Passes of the target after which what a level that rests seemed to cost is to be found out anew."""
 BEHIND = 4
 """Columns beyond those of a draft from which on a pass has read what its level had missed."""
+EVERY = 4
+"""Of passes that are like the last, the share that is learnt from."""
+
+
+class Usual:
+    """Passes over several rows without a draft, as many columns as in the last: to learn from every one of them takes
+    longer than all else that is decided in such a round."""
+
+    def __init__(self) -> None:
+        self._last = (0, 0)
+        self._since = 0
+
+    def is_like_the_last(self, check: Check) -> bool:
+        """Whether a pass is one of those, and need not be learnt from."""
+        kind = check.level, check.columns
+        alike = len(check.asked) > 1 and not any(check.drafted) and kind == self._last
+        self._last, self._since = kind, (self._since + 1) % EVERY if alike else 0
+        return self._since > 0
 
 
 class Pace:

@@ -55,6 +55,8 @@ def valued(columns: Sequence[Columns], emission: Emission, tokens: float) -> flo
     Args:
         columns: of the target first; emission: of a round; tokens: of a row in it, on average.
     """
+    if len({row.emitted for row, own in zip(emission.counted, emission.tokens, strict=True) if own}) == 1:
+        return tokens  # whatever each is worth
     worth = columns[0].worth
     if worth is None:
         return tokens

@@ -26,14 +26,13 @@ from .ending import ending_of
 from .heads import Heads
 from .ladder import ladder_of, passes_by, tells
 from .ledger import CREDIT, SHARE, SHORTEST_WAIT, START, Account, Ledger, at_first, wait_after
-from .pace import BEHIND
+from .pace import BEHIND, Usual
 from .risks import Risks
 from .setups import PLAIN, Chain, Setup, spine
 from .shares import shared_out, tell_left, valued
 
 PATIENCE, LONGER = 2, 4
-"""Rounds in a row that a middle may lose which is expected to be right, and one that was: two unlucky ones come every
-hundred tokens where nineteen of twenty are right, and to do without it for a while costs more than a third."""
+"""Rounds in a row that a middle may lose which is expected to be right, and one that was: two come by bad luck."""
 TRIAL = 1
 """Most tokens of blocks and drafts in a trial; they double with every round that does not lose."""
 WATCHED = 4
@@ -100,9 +99,8 @@ class SteadyControl:
         self.ledger = Ledger()
         self._account: Account | None = None
         self._before: tuple[int, Account] | None = None
-        self._rows, self._alone = 1, True
-        self._start = self._surely = 0.0
-        self._reason = "start"
+        self._rows, self._alone, self._start, self._surely = 1, True, 0.0, 0.0
+        self._reason, self._usual = "start", Usual()
         self._began = clock()
         for level in self.chain.verifiers:
             level.observer = self.observe
@@ -120,8 +118,7 @@ class SteadyControl:
         self._meet(len(limits) > 1)
         if not self._joining:
             tell_left(self.columns, limits)
-        if self._account is None:
-            # What a profile promises has yet to be seen on a text.
+        if self._account is None:  # what a profile promises has yet to be seen on a text
             self._account = self._opened(None if self.standing.tokens else self._trial)
         self._step(context, max(limits, default=1))
         self._own = self._at_most(self._sized(self.standing.place), self._account.most)
@@ -159,8 +156,11 @@ class SteadyControl:
 
     def observe(self, check: Check) -> None:
         """A verifier has judged a proposal: learn the machine's pace, and acceptance."""
+        learns = not self._usual.is_like_the_last(check)
         for columns in self.columns:
-            columns.observe(check)
+            columns.observe(check, learns)
+        if not learns:
+            return
         once = self.costs.observe(check.level, check.columns, check.seconds, check.offered if self._rows == 1 else None)
         self._began += once  # what is compiled on the way is nobody's loss: as if the round had begun later
         if check.source is None or not any(check.drafted):

@@ -3,10 +3,17 @@
 
 from __future__ import annotations
 
-import pytest
+from functools import partial
 
+import pytest
+from clockwork import Clock, OwnRows, Run, Teller
+
+from hf_polyspec.control import Costs, SteadyControl
 from hf_polyspec.control.ledger import SHARE, START, Account, Ledger
-from hf_polyspec.control.pace import SETTLED, Pace
+from hf_polyspec.control.pace import SETTLED, Pace, Usual
+from hf_polyspec.exactness.proposal import Proposal
+from hf_polyspec.levels.verifier import Verifier
+from hf_polyspec.telemetry.counters import Check
 
 
 def target(columns: float) -> float:
@@ -80,3 +87,32 @@ def test_what_a_middle_could_save_is_the_time_of_rounds_of_one_token() -> None:
         account.book(0.0, 1.0, 1.0)
         account.book(1.0, 1.0, 2.0)
     assert account.idle == pytest.approx(0.5, abs=0.1)
+
+
+def _check(rows: int, columns: int, drafted: int = 0, level: int = 0) -> Check:
+    of_rows = [drafted, *[0] * (rows - 1)]
+    return Check(level, 1, [4] * rows, of_rows, [0] * rows, drafted, [], 1, 1.0, 0.0, columns)
+
+
+def test_passes_that_are_like_the_last_are_learnt_from_now_and_then() -> None:
+    usual = Usual()
+    learnt = [not usual.is_like_the_last(_check(8, 8)) for _ in range(9)]
+    assert learnt == [True, False, False, False, True, False, False, False, True]
+    assert not usual.is_like_the_last(_check(8, 8, drafted=2)), "a draft"
+    assert not usual.is_like_the_last(_check(8, 10)), "other columns"
+    assert not usual.is_like_the_last(_check(8, 10, level=1)), "another level"
+    assert not any(usual.is_like_the_last(_check(1, 1)) for _ in range(5)), "one row is not worth the while"
+
+
+def test_a_control_learns_from_some_rounds_of_rows_without_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    learnt: list[int] = []
+    monkeypatch.setattr(Costs, "observe", lambda self, *given: learnt.append(1) or 0.0)
+    for rows, least, most in ((1, 16, 17), (4, 4, 6)):
+        learnt.clear()
+        clock = Clock()
+        runner = OwnRows(clock, lambda tokens: 1.0, lambda: 1.0, 4)
+        top = Verifier(runner, Teller(clock, lambda: 0.0, lambda: 0.0), name="target")
+        top.below.propose = lambda context, limits, law: Proposal([[] for _ in limits], None, [[] for _ in limits])  # type: ignore[method-assign]
+        costs = Costs([[[1, 1.0], [32, 2.0]]], 0.9)
+        Run(clock, top, 16, prompt=1, rows=rows, control=partial(SteadyControl, costs=costs, shares=True))
+        assert least <= len(learnt) <= most
