@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -25,7 +26,7 @@ class Picks:
     tokens: list[list[int]]
     leads: list[list[float]]
     fed: int
-    read: list[list[int]]
+    read: Sequence[list[int]]
     counts: list[int] | None = None
 
 
@@ -46,7 +47,7 @@ class Pass:
     given: torch.Tensor | RowTensors
     output: Any
     fed: int
-    read: list[list[int]] = field(default_factory=list)
+    read: Sequence[list[int]] = field(default_factory=list)
     kept: list[list[int]] | None = None
     counts: list[int] | None = None
 

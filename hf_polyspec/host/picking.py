@@ -13,7 +13,7 @@ from .cache import RollbackCache
 from .fed import Fed, OneRow, RowsApart
 from .moments import one_moment
 from .ragged import RaggedRunner
-from .row_readings import Reading, once
+from .row_readings import Padded, Reading, once
 from .runner import ModelRunner
 from .straight import MOST
 
@@ -150,9 +150,7 @@ def _by_row(
         wanted = slice(end - one.wanted, end)
         tokens[one.row], leads[one.row], counts[one.row] = found[0][wanted], found[1][wanted], one.count
         runner.memo[one.row] = one.ids
-    pads = runner.padding(context.prompt)
-    rows_read = zip(context.ids, pads, runner.memo, strict=True)
-    read = [ids[:pad] + have if pad else have for ids, pad, have in rows_read]
+    read = Padded(context.ids, runner.padding(context.prompt), runner.memo)
     return Picks(tokens, leads, max(counts), read, counts)
 
 

@@ -26,7 +26,7 @@ from ..telemetry.counters import LevelStats
 from .cache import RollbackCache
 from .lending import WORTH
 from .ragged_cache import RaggedCache
-from .row_readings import Reading, Spread, groups_of, once, places_of
+from .row_readings import Padded, Reading, Spread, groups_of, once, places_of
 from .runner import ModelRunner
 from .span import Span
 from .spans import spanned
@@ -214,8 +214,7 @@ class RaggedRunner(ModelRunner):
                 firsts[row], counts[row], self.memo[row] = fed, one.count, one.ids
                 parts[row] = offset + one.wanted - sizes[row], sizes[row]
             fed, offset = fed + one.count, offset + one.wanted
-        pads = self.padding(context.prompt)
-        read = [ids[:pad] + have for ids, pad, have in zip(context.ids, pads, self.memo, strict=True)]
+        read = Padded(context.ids, self.padding(context.prompt), self.memo)
         most = max(counts)
         said = RowTensors.of(logits, parts, self.device)
         return Pass(said, Spread(outputs, firsts, counts, most), most, read, counts=counts)

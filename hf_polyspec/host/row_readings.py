@@ -79,6 +79,24 @@ def groups_of(readings: list[Reading]) -> list[list[Reading]]:
     return groups
 
 
+class Padded(Sequence[list[int]]):
+    """What rows have read, with their padding before it; put together for whoever looks, since most often nobody does.
+
+    Args:
+        ids: of each row, padding included; pads: columns of it; own: what each has read.
+    """
+
+    def __init__(self, ids: Sequence[list[int]], pads: Sequence[int], own: Sequence[list[int]]) -> None:
+        self._ids, self._pads, self._own = ids, pads, list(own)
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+    def __getitem__(self, row: Any) -> Any:
+        pad, own = self._pads[row], self._own[row]
+        return self._ids[row][:pad] + own if pad else own
+
+
 class Spread:
     """What passes over columns of several rows gave, with hidden states in the shape `[B, F, H]` that rows are read in.
 
