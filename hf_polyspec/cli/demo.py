@@ -109,6 +109,8 @@ class Answer:
 class ConsoleStreamer(TextStreamer):
     """Prints text as it arrives, on a rich console and without reading it as markup."""
 
+    asks_nobody = True
+
     def __init__(self, tokenizer: Any, console: Console) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.console = console

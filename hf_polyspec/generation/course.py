@@ -22,6 +22,7 @@ from ..exactness.id_rows import IdRows
 from ..exactness.judgement import Going
 from ..exactness.noise import SharedNoise
 from ..host.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
+from ..host.moments import is_quiet
 from ..host.ranks import ALONE, Ranks
 from ..levels.emission import Emission
 from ..telemetry.counters import Counted, LevelStats
@@ -137,7 +138,8 @@ class Course:
     @property
     def asks_nobody(self) -> bool:
         """Whether no code of the caller's is told of steps."""
-        return self.streamer is None and not self.stopping.others
+        told = [*self.stopping.others, *([] if self.streamer is None else [self.streamer])]
+        return all(map(is_quiet, told))
 
     def limit(self, index: int) -> int:
         """Tokens the row may still emit; 0 once its end is in sight."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import local
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -95,6 +96,16 @@ def is_known(module: Any) -> bool:
 def runs_known_code(model: Any) -> bool:
     """Whether nobody else's code runs in a pass of a model: no module, forward or hook of a user's."""
     return all(map(is_known, modules_of(model)))
+
+
+def is_quiet(thing: Any) -> bool:
+    """Whether a streamer or a criterion is of a class of transformers', as it was written: between two passes it
+    prints, counts or compares, and no model is another one for that. Other classes say so (`asks_nobody`), which what
+    inherits from them does not."""
+    own = vars(thing).values() if hasattr(thing, "__dict__") else ()
+    theirs = str(type(thing).__module__).partition(".")[0] == PreTrainedModel.__module__.partition(".")[0]
+    known = theirs or bool(type(thing).__dict__.get("asks_nobody", False))
+    return known and not any(isinstance(value, (FunctionType, MethodType)) for value in own)
 
 
 def packages_of(function: Any) -> set[str]:

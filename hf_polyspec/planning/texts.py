@@ -173,6 +173,8 @@ def time_plain(target: Any, text: Text, temperature: float, tokens: int = 8) -> 
 class _Clock(BaseStreamer):
     """Notes when each token arrives; the first call brings the prompt."""
 
+    asks_nobody = True
+
     def __init__(self) -> None:
         self.times: list[float] = []
 

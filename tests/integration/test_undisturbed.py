@@ -12,7 +12,7 @@ import torch
 from tiny_models import prompts, tiny
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+from transformers.generation.streamers import BaseStreamer, TextIteratorStreamer, TextStreamer
 
 import hf_polyspec
 from hf_polyspec.cpu.compiled import compiles
@@ -123,6 +123,57 @@ def test_what_nobody_can_have_changed_is_looked_at_once(
     looks.clear()
     model.generate(**prompts(1), **GREEDY, assistant_models=[], streamer=Streamer(copy.deepcopy(model)))
     assert len(looks) >= TOKENS - 1 > 3 >= few
+
+
+class Words:
+    """Stands for a tokenizer."""
+
+    def decode(self, ids: Any, **_: Any) -> str:
+        return " ".join(map(str, ids)) + " "
+
+
+class Inherited(TextStreamer):
+    """A caller's own, though nothing in it is."""
+
+
+class Told(BaseStreamer):
+    """One that says of itself that it changes nothing."""
+
+    asks_nobody = True
+
+    def put(self, value: torch.Tensor) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class Untold(Told):
+    """Which another one does not inherit."""
+
+
+def _replaced() -> TextStreamer:
+    streamer = TextStreamer(Words())  # type: ignore[arg-type]
+    streamer.on_finalized_text = lambda *_, **__: None  # type: ignore[method-assign]
+    return streamer
+
+
+@pytest.mark.parametrize(
+    ("make", "quiet"),
+    [
+        (lambda: TextStreamer(Words()), True),  # type: ignore[arg-type]
+        (lambda: TextIteratorStreamer(Words()), True),  # type: ignore[arg-type]
+        (Told, True),
+        (lambda: Inherited(Words()), False),  # type: ignore[arg-type]
+        (Untold, False),
+        (_replaced, False),
+    ],
+)
+def test_streamers_of_transformers_run_no_code_of_the_callers(
+    enabled: None, model: PreTrainedModel, looks: list[int], make: Callable[[], Any], quiet: bool
+) -> None:
+    model.generate(**prompts(1), **GREEDY, assistant_models=[])
+    looks.clear()
+    model.generate(**prompts(1), **GREEDY, assistant_models=[], streamer=make())
+    assert (len(looks) <= 3) if quiet else (len(looks) >= TOKENS - 1)
 
 
 def test_a_call_begun_inside_a_moment_looks_for_itself(enabled: None, model: PreTrainedModel) -> None:

@@ -69,6 +69,8 @@ class Rate:
 class _Watch(BaseStreamer):
     """Notices when every row has its first token, on this clock."""
 
+    asks_nobody = True
+
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
         self.seen = 0
