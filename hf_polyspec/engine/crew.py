@@ -14,6 +14,7 @@ from ..generation.chain import build_chain, levels_of
 from ..generation.loop import DecodingLoop
 from ..generation.setting import Setting
 from ..host.joining import joining_runner
+from ..host.moments import one_moment
 from ..host.rope import gate
 from ..levels.verifier import Verifier
 from ..telemetry.counters import Check, LevelStats
@@ -21,6 +22,9 @@ from .desk import Desk
 from .held import Held
 from .request import Request
 from .steering import Control, Steering
+
+ROUNDS = 16
+"""Most rounds between two looks: another thread may change the model while requests run, and some run for long."""
 
 
 class Crew:
@@ -77,13 +81,27 @@ class Crew:
             self._admit()
             if not self.running:
                 continue
-            assert self._loop is not None
             try:
-                self._loop.round()
+                self._go_on()
             except Exception as error:
                 self._fail_all(error)
                 continue
             self._leave([request for request in self.running if request.over])
+
+    def _go_on(self) -> None:
+        """One round; several where no code of a caller's runs in this thread between them, nobody ends and nobody can
+        join, so that what is packed is looked through once for all of them (`host.moments`)."""
+        loop = self._loop
+        assert loop is not None
+        if not (all(request.started and request.asks_nobody for request in self.running) and loop.asks_nobody):
+            loop.round()
+            return
+        with one_moment():
+            for _ in range(ROUNDS):
+                loop.round()
+                joins = len(self.running) < self.setting.batch and len(self.desk)
+                if joins or self.desk.ending or any(request.over for request in self.running):
+                    return
 
     def _admit(self) -> None:
         while len(self.running) < self.setting.batch:

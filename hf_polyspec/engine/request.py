@@ -21,6 +21,7 @@ from ..generation.chances import Chances
 from ..generation.course import Course
 from ..generation.outputs import Recorder
 from ..host.generation import decoder_output, pad_id
+from ..host.moments import is_quiet
 from ..levels.emission import Emission
 from ..telemetry.counters import Counted, LevelStats
 from ..telemetry.stats import PolySpecStats
@@ -207,6 +208,10 @@ class Request(Course):
         draws_with = None if own is None else noise if alike is not None else OneRow(own)
         law = LawMaker(processors, do_sample, device, chances, draws_with, self.prepared.stopping.eos)
         return law, None if alike is None else (do_sample, alike)
+
+    @property
+    def asks_nobody(self) -> bool:
+        return super().asks_nobody and (self.listener is None or is_quiet(self.listener))
 
     @property
     def over(self) -> bool:

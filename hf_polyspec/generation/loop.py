@@ -92,7 +92,12 @@ class DecodingLoop:
     def _is_alone(self, course: Course) -> bool:
         """Whether no code of the caller's runs until all rows have ended, so that nothing needs to be looked through
         in every pass again."""
-        return course.asks_nobody and self.law.asks_nobody and asks_nobody(self.target)
+        return course.asks_nobody and self.asks_nobody
+
+    @property
+    def asks_nobody(self) -> bool:
+        """Whether no code of the caller's runs in a round, what courses tell left aside."""
+        return self.law.asks_nobody and asks_nobody(self.target)
 
     def admit(self, course: Course, context: Context) -> None:
         """Rows join behind the others; the law maker has to follow.

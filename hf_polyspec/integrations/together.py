@@ -27,6 +27,8 @@ class _Job:
         prompt: ids `[1, L]`; length: new tokens with which it ends at the latest.
     """
 
+    asks_nobody = True
+
     def __init__(self, watcher: Watcher, streamer: Any, prompt: torch.Tensor, length: int | None) -> None:
         self.watcher, self.streamer, self.prompt, self.length = watcher, streamer, prompt, length
         self.asked = time.perf_counter()

@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer, TextIteratorStreamer
 import hf_polyspec
 from hf_polyspec.cpu.compiled import compiles
 from hf_polyspec.cpu.packing import pack
+from hf_polyspec.engine.crew import ROUNDS
 from hf_polyspec.host.moments import one_moment
 from hf_polyspec.host.straight import Straight
 
@@ -174,6 +175,46 @@ def test_streamers_of_transformers_run_no_code_of_the_callers(
     looks.clear()
     model.generate(**prompts(1), **GREEDY, assistant_models=[], streamer=make())
     assert (len(looks) <= 3) if quiet else (len(looks) >= TOKENS - 1)
+
+
+class Listening:
+    """A caller's own."""
+
+    def began(self) -> None: ...
+
+    def came(self, tokens: list[int]) -> None: ...
+
+
+@pytest.mark.parametrize("watched", [None, "listener", "streamer"])
+def test_an_engine_looks_once_in_so_many_rounds_unless_code_of_the_callers_runs(
+    model: PreTrainedModel, looks: list[int], watched: str | None
+) -> None:
+    told: dict[str, Any] = {"listener": Listening(), "streamer": Streamer(copy.deepcopy(model))}
+    ids, tokens = prompts(1)["input_ids"], 4 * TOKENS
+    wanted = hf_polyspec.generate(model, ids, assistant_models=[], max_new_tokens=tokens, do_sample=False)
+    with hf_polyspec.Engine(model, assistant_models=[], slots=2) as engine:
+        engine.submit(ids, max_new_tokens=tokens, do_sample=False).result(60)
+        looks.clear()
+        more = {watched: told[watched]} if watched else {}
+        both = [engine.submit(ids, max_new_tokens=tokens, do_sample=False, **more) for _ in range(2)]
+        assert all(handle.result(60).tolist() == wanted.tolist() for handle in both)
+    rounds = sum(handle.polyspec.levels[0].rounds for handle in both) / 2
+    assert rounds >= tokens - 1
+    assert len(looks) >= rounds - 1 if watched else len(looks) <= 4 * (2 + rounds / ROUNDS)
+
+
+def test_an_engine_ends_and_lets_in_as_ever_in_such_a_stretch(model: PreTrainedModel) -> None:
+    ids = prompts(1)["input_ids"]
+    alone = hf_polyspec.generate(model, ids, assistant_models=[], max_new_tokens=30, do_sample=False).tolist()
+    with hf_polyspec.Engine(model, assistant_models=[], slots=2) as engine:
+        long = engine.submit(ids, max_new_tokens=400, do_sample=False)
+        next(iter(long))
+        short = engine.submit(ids, max_new_tokens=30, do_sample=False)
+        assert short.result(60).tolist() == alone
+        assert not long.done()
+        assert long.cancel()
+        again = engine.submit(ids, max_new_tokens=30, do_sample=False)
+        assert again.result(60).tolist() == alone
 
 
 def test_a_call_begun_inside_a_moment_looks_for_itself(enabled: None, model: PreTrainedModel) -> None:
