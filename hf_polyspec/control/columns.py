@@ -67,6 +67,8 @@ class Columns:
         self._lengths: list[int] = []
         self._turn = 0
         self._credit = 0.0
+        device = getattr(level.runner, "model_device", None)
+        self._at_once = device is None or device.type == "cpu"  # elsewhere who judges waits for the pass
         self._asked_at: float | None = None
         self._nothing = False
         self._asked: Known | None = None
@@ -152,7 +154,7 @@ class Columns:
             return
         drafted = check.nodes or check.drafted
         if check.columns and check.columns <= sum(drafted) + len(check.asked):  # else a prompt was read as well
-            self.seconds.add(check.columns, check.seconds)
+            self.seconds.add(check.columns, check.seconds, check.judging if self._at_once else 0.0)
         known = self._asked
         if check.source is None or known is None or known.looks:  # where chances are told, those are what counts
             return
