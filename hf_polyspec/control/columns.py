@@ -48,7 +48,6 @@ class Columns:
         seconds: of its passes; learns.
         below: likewise of the level that it asks, where that is a verifier.
         passes_by: whether that verifier may be passed by, where the drafter below it promises more (`_shortcut`).
-
     """
 
     def __init__(
@@ -150,10 +149,8 @@ class Columns:
             return
         if self._home is not None:
             self._come_home()
-        if not learns:
-            return
         drafted = check.nodes or check.drafted
-        if check.columns and check.columns <= sum(drafted) + len(check.asked):  # else a prompt was read as well
+        if learns and 0 < check.columns <= sum(drafted) + len(check.asked):  # with more a prompt was read as well
             self.seconds.add(check.columns, check.seconds, check.judging if self._at_once else 0.0)
         known = self._asked
         if check.source is None or known is None or known.looks:  # where chances are told, those are what counts
@@ -237,10 +234,11 @@ class Columns:
         tells, self._on_trial = speaker(source).tells_chances, False
         if tells and not self._may_look(known):
             return None
+        cost = self._cost_of_look(known) if tells else 0.0
         wanted = self._worthwhile(rooms) if tells else self._granted(source, known, rooms, 0, rival)
         if not any(wanted):
             return None
-        known.asked = self._turn
+        known.asked, self._credit = self._turn, self._credit - cost
         began = self.level.stats.clock()
         offered = self._ask(source, context, wanted, law, vocabulary, eos)
         if tells:
@@ -337,15 +335,14 @@ class Columns:
     def _is_due(self, known: Known, row: int) -> bool:
         return self._turn - known.tried[self._places[row]] >= PATIENCE
 
-    def _may_look(self, known: Known) -> bool:
-        """Whether to ask a level that tells its drafts' chances: what it wins pays for it, or has to be found out."""
+    def _cost_of_look(self, known: Known) -> float:
+        """Seconds that asking a level which tells its drafts' chances is not expected to win."""
         seconds = known.seconds or 0.0
-        if known.gain >= seconds or self._turn <= PATIENCE:
-            return True
-        if self._credit < seconds:
-            return False
-        self._credit -= seconds
-        return True
+        return 0.0 if known.gain >= seconds or self._turn <= PATIENCE else seconds
+
+    def _may_look(self, known: Known) -> bool:
+        """Whether to ask it: what it wins pays for it, or has to be found out."""
+        return self._credit >= (cost := self._cost_of_look(known)) or not cost
 
     def _cut(
         self, source: Drafter, known: Known, context: Context, rooms: list[int], offered: Proposal, asked: int

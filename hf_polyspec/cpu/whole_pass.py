@@ -246,8 +246,8 @@ class WholePass:
         product: Any = self._found[0] if self._found else None
         norm = self._norm.weight.detach(), self._norm.variance_epsilon
         end = EndTask(stack.outputs[-1], norm, product, min(self._known, product.shape[0]))
-        if fed + sum(self._tasks) > _ROWS_KEPT:
-            self._tasks.clear()
+        while self._tasks and fed + sum(self._tasks) > _ROWS_KEPT:
+            del self._tasks[next(iter(self._tasks))]  # the one that was made longest ago
         jobs = self._jobs([(0, fed, 0, fed)])
         found = self._tasks[fed] = numbers_of(x[0]), x, stack, end, jobs, jobs[:, 3].copy()
         return found

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import local
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -99,13 +99,20 @@ def runs_known_code(model: Any) -> bool:
 
 
 def is_quiet(thing: Any) -> bool:
-    """Whether a streamer or a criterion is of a class of transformers', as it was written: between two passes it
-    prints, counts or compares, and no model is another one for that. Other classes say so (`asks_nobody`), which what
-    inherits from them does not."""
-    own = vars(thing).values() if hasattr(thing, "__dict__") else ()
-    theirs = str(type(thing).__module__).partition(".")[0] == PreTrainedModel.__module__.partition(".")[0]
-    known = theirs or bool(type(thing).__dict__.get("asks_nobody", False))
-    return known and not any(isinstance(value, (FunctionType, MethodType)) for value in own)
+    """Whether a streamer or a criterion is of a class of transformers', as it was written, or a list of such: between
+    two passes it prints, counts or compares, and no model is another one for that. (It calls a tokenizer, and writes to
+    `sys.stdout`, whoever made those.) Other classes say so, by `asks_nobody = True`, which what inherits from them does
+    not."""
+    kind = type(thing)
+    if isinstance(thing, list) and not all(map(is_quiet, thing)):
+        return False
+    if any(hasattr(kind, name) for name in getattr(thing, "__dict__", ())):
+        return False  # something of its own stands in the place of what its class does
+    if kind.__dict__.get("asks_nobody") is True:
+        return True
+    written = [vars(one).values() for one in kind.__mro__ if _is_of(one)]
+    methods = (value for values in written for value in values if isinstance(value, FunctionType))
+    return _is_hosts(kind) and all(packages_of(method) <= _KNOWN for method in methods)
 
 
 def packages_of(function: Any) -> set[str]:
@@ -116,6 +123,10 @@ def packages_of(function: Any) -> set[str]:
         found.add(str(getattr(function, "__globals__", {}).get("__name__", "")).partition(".")[0])
         function = getattr(function, "__wrapped__", None)
     return found
+
+
+def _is_hosts(kind: type) -> bool:
+    return str(kind.__module__).partition(".")[0] == str(PreTrainedModel.__module__).partition(".")[0]
 
 
 def _is_of(kind: type) -> bool:

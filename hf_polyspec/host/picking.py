@@ -37,7 +37,7 @@ def picks(
             level whose word another checks may as well say the other.
 
     Returns:
-        None, and nothing has changed, where a pass has to be `run`.
+        None where a pass has to be `run`: no row holds anything else then, though it may hold less, and have room.
 
     Raises:
         LevelError: as `run` does.
@@ -95,6 +95,8 @@ def _of_rows(
     exact: bool,
 ) -> Picks | None:
     """Of rows that each have a region of the cache."""
+    if not runner._forwarding.straight.may_pick:
+        return None
     own = runner.own(context)
     if not all(own):
         return None
@@ -111,6 +113,8 @@ def _of_rows(
     try:
         found = _said(runner, _placed(runner, context, readings, fresh), known, exact)
     except Exception:
+        stats.forward_passes += 1
+        runner.asked = None
         runner.forget()
         raise
     if found is None:

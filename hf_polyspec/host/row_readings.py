@@ -92,7 +92,14 @@ class Padded(Sequence[list[int]]):
     def __len__(self) -> int:
         return len(self._own)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[one] for one in range(*row.indices(len(self)))]
         pad, own = self._pads[row], self._own[row]
         return self._ids[row][:pad] + own if pad else own
 

@@ -68,6 +68,11 @@ class Straight:
         self._looked: tuple[Moment, object, Around] | None = None
         self._whole: Any = None  # passes without torch, False where there are none
 
+    @property
+    def may_pick(self) -> bool:
+        """Whether `picks` is worth asking: something is fused, and was not found to disagree."""
+        return self._whole is not False and self._parts is not None and "forward" in self._parts[1][0].__dict__
+
     def picks(self, fed: Fed, known: int, exact: bool = True) -> tuple[list[int], list[float]]:
         """The likeliest of the first `known` ids behind each of some, and how many logits it is ahead, from a pass that
         makes nothing else. The thread is in a moment.

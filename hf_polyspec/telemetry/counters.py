@@ -166,7 +166,7 @@ class LevelStats:
     @contextmanager
     def timed(self) -> Iterator[None]:
         """Add the wall time of the block to this level's seconds."""
-        start = self.clock()
+        start, self._judging = self.clock(), 0.0
         try:
             yield
         finally:

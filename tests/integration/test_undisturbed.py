@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -126,6 +127,15 @@ def test_what_nobody_can_have_changed_is_looked_at_once(
     assert len(looks) >= TOKENS - 1 > 3 >= few
 
 
+class EndsLate(StoppingCriteria):
+    """Says of itself that it changes nothing."""
+
+    asks_nobody = True
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
 class Words:
     """Stands for a tokenizer."""
 
@@ -151,9 +161,19 @@ class Untold(Told):
     """Which another one does not inherit."""
 
 
-def _replaced() -> TextStreamer:
+def _nothing(*_: Any, **__: Any) -> None:
+    """In the place of a method."""
+
+
+class Called:
+    """Likewise."""
+
+    __call__ = _nothing
+
+
+def _replaced(by: Any = _nothing) -> TextStreamer:
     streamer = TextStreamer(Words())  # type: ignore[arg-type]
-    streamer.on_finalized_text = lambda *_, **__: None  # type: ignore[method-assign]
+    streamer.on_finalized_text = by  # type: ignore[method-assign]
     return streamer
 
 
@@ -166,6 +186,8 @@ def _replaced() -> TextStreamer:
         (lambda: Inherited(Words()), False),  # type: ignore[arg-type]
         (Untold, False),
         (_replaced, False),
+        (lambda: _replaced(partial(_nothing)), False),
+        (lambda: _replaced(Called()), False),
     ],
 )
 def test_streamers_of_transformers_run_no_code_of_the_callers(
@@ -175,6 +197,27 @@ def test_streamers_of_transformers_run_no_code_of_the_callers(
     looks.clear()
     model.generate(**prompts(1), **GREEDY, assistant_models=[], streamer=make())
     assert (len(looks) <= 3) if quiet else (len(looks) >= TOKENS - 1)
+
+
+def test_a_method_of_transformers_that_was_replaced_is_the_callers(
+    enabled: None, model: PreTrainedModel, looks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.generate(**prompts(1), **GREEDY, assistant_models=[])
+    monkeypatch.setattr(TextStreamer, "on_finalized_text", _nothing)
+    looks.clear()
+    model.generate(**prompts(1), **GREEDY, assistant_models=[], streamer=TextStreamer(Words()))  # type: ignore[arg-type]
+    assert len(looks) >= TOKENS - 1
+
+
+def test_a_list_of_criteria_is_as_quiet_as_what_it_holds(
+    enabled: None, model: PreTrainedModel, looks: list[int]
+) -> None:
+    model.generate(**prompts(1), **GREEDY, assistant_models=[])
+    for inner, quiet in ([], True), ([Criterion(copy.deepcopy(model))], False):
+        looks.clear()
+        criteria = StoppingCriteriaList([StoppingCriteriaList([EndsLate(), *inner])])
+        model.generate(**prompts(1), **GREEDY, assistant_models=[], stopping_criteria=criteria)
+        assert (len(looks) <= 3) == quiet
 
 
 class Listening:

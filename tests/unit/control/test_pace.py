@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
@@ -14,7 +15,7 @@ from hf_polyspec.control.pace import SETTLED, Pace, Usual
 from hf_polyspec.control.pass_seconds import PassSeconds
 from hf_polyspec.exactness.proposal import Proposal
 from hf_polyspec.levels.verifier import Verifier
-from hf_polyspec.telemetry.counters import Check
+from hf_polyspec.telemetry.counters import Check, LevelStats
 
 
 def target(columns: float) -> float:
@@ -132,3 +133,16 @@ def test_what_judging_takes_is_told_from_the_pace_by_passes_of_one_size() -> Non
     assert more[0.0] < 0.01
     gauge.scale(2.0)
     assert gauge.seconds(5) - gauge.seconds(4) == pytest.approx(0.402, rel=0.01)
+
+
+def test_a_judgement_is_told_of_with_its_own_check_or_not_at_all() -> None:
+    ticks = itertools.count()
+    stats = LevelStats("target", 0, clock=lambda: float(next(ticks)))
+    with stats.timed(), stats.judged():
+        pass
+    with stats.timed():
+        pass  # a pass that judges nothing
+    assert stats.take_judging() == 0
+    with stats.timed(), stats.judged():
+        pass
+    assert stats.take_judging() > 0 == stats.take_judging()

@@ -7,9 +7,13 @@ import random
 
 import pytest
 import torch
+from clockwork import LAW, VOCABULARY, Clock, OwnRows, Teller
 
+from hf_polyspec.control.columns import Columns
+from hf_polyspec.control.pass_seconds import PassSeconds
 from hf_polyspec.control.sureness import TRUST, Sureness
 from hf_polyspec.exactness.context import Context, Prompt
+from hf_polyspec.levels.verifier import Verifier
 
 
 def rows(*ids: list[int]) -> Context:
@@ -51,3 +55,21 @@ def test_a_row_is_known_by_its_name_and_looked_at_once() -> None:
     sureness.offered(rows([1], [2], [3]), [[5], [], [6]], [[0.5], [], [0.5]])
     sureness.came(Context([[3, 9, 9]], Prompt(1, None, torch.zeros(1, 1), rows=(2,))))
     assert sureness.corrected([0.5])[0] == pytest.approx(TRUST * 0.5 / (1 + TRUST))
+
+
+def test_a_look_that_is_not_taken_costs_no_credit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near the end of a batch no column is worth anything, and nobody is asked."""
+    clock = Clock()
+    top = Verifier(
+        OwnRows(clock, lambda tokens: 1.0, lambda: 1.0, 4), Teller(clock, lambda: 0.0, lambda: 0.0), name="t"
+    )
+    columns = Columns(top, PassSeconds(lambda count: 1.0))
+    context = Context([[1], [2]], Prompt(1, None, torch.zeros(2, 1, dtype=torch.long)))
+    columns._turn, columns._credit = 1000, 0.01
+    columns._known(top.below, context, [3, 3]).seconds = 0.001
+    columns._places, columns._lengths = context.places, [1, 1]
+    for worth, credit in (([0, 0], 0.01), ([3, 3], 0.009)):
+        monkeypatch.setattr(columns, "_worthwhile", lambda rooms, worth=worth: worth)
+        offered = columns._offered(top.below, context, [3, 3], LAW, VOCABULARY, ())
+        assert (offered is None) == (not any(worth))
+        assert columns._credit == pytest.approx(credit)

@@ -21,6 +21,7 @@ from hf_polyspec.exactness.passes import Picks
 from hf_polyspec.host.moments import one_moment
 from hf_polyspec.host.picking import picks
 from hf_polyspec.host.ragged import RaggedRunner
+from hf_polyspec.host.row_readings import Padded
 from hf_polyspec.quantization import quantize_model
 from hf_polyspec.telemetry.counters import LevelStats
 
@@ -237,10 +238,22 @@ def test_a_pass_that_fails_leaves_nothing_behind(tiny: Tiny, monkeypatch: pytest
 
     with monkeypatch.context() as broken:
         broken.setattr(WholePass, "_jobs", fail)
+        texts.fast.asked = [True, True, False, False]
         with pytest.raises((MemoryError, LevelError)):
-            picks(texts.fast, texts.context, [[]] * 4, texts.stats, KNOWN, [True] * 4)
+            picks(texts.fast, texts.context, [[]] * 4, texts.stats, KNOWN, texts.fast.asked)
     assert texts.fast.memo == [[], [], [], []]
+    assert texts.fast.asked is None, "the next pass is for all rows"
     assert all(layer.keys is None for layer in texts.fast.ragged.ragged_layers)
     texts.go_on((2, 0, 0, 1))
     texts.go_on()
     assert texts.picked[-1]
+
+
+def test_what_padded_rows_have_read_is_a_list_in_all_but_name() -> None:
+    own = [[1, 2], [3]]
+    read = Padded([[0, 1, 2, 9], [0, 0, 3]], [1, 2], own)
+    own[0] = []
+    assert read == [[0, 1, 2], [0, 0, 3]]
+    assert read[:1] == [[0, 1, 2]]
+    assert read[-1] == [0, 0, 3]
+    assert read != [[0, 1, 2]]
