@@ -56,7 +56,8 @@ def _numbers(weight: Tensor) -> bytes:
         return b""
     flat = own_part(weight.detach()).reshape(-1)
     some = flat[:: max(1, flat.numel() // _NUMBERS)][:_NUMBERS]
-    return bytes(some.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    # A copy: what numpy looks into can never be resized again, as those do who gather weights for a call.
+    return bytes(some.to(torch.bfloat16, copy=True).view(torch.int16).cpu().numpy().tobytes())
 
 
 def _base_weights(model: Any) -> Iterator[tuple[str, Tensor]]:

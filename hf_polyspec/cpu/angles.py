@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import c_int16, c_int32
 from typing import Any
 
 import numpy as np
@@ -68,5 +69,12 @@ class Angles:
 
 
 def numbers_of(tensor: Tensor) -> Any:
-    """A tensor's memory as numpy sees it, which knows no bfloat16."""
+    """A tensor's memory as numpy sees it, which knows no bfloat16; its storage can never be resized again."""
     return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()]).numpy()
+
+
+def lent_numbers_of(tensor: Tensor) -> Any:
+    """The same of a contiguous one that is somebody's, who may take its memory away, as FSDP does which gathers weights
+    for a call: whoever reads asks first whether it is still there."""
+    kind = {2: c_int16, 4: c_int32}[tensor.element_size()]
+    return np.ctypeslib.as_array((kind * tensor.numel()).from_address(tensor.data_ptr())).reshape(tensor.shape)

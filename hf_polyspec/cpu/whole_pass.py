@@ -10,6 +10,7 @@ are looked up in a table, and of the logits only the likeliest id is handed on.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import string_at
 from operator import is_
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_polyspec.cpu.angles import Angles, numbers_of
+from hf_polyspec.cpu.angles import Angles, lent_numbers_of, numbers_of
 from hf_polyspec.cpu.block_parts import BlockParts, fits
 from hf_polyspec.cpu.block_products import compiled_product
 from hf_polyspec.cpu.compiled import computes
@@ -69,7 +70,7 @@ class WholePass:
         embedding, _, self._norm, _ = around
         # Kept here: what another thread puts in their place frees none of them.
         self._weight: Tensor = embedding.weight.detach()
-        self._rows = numbers_of(self._weight)
+        self._rows, self._size = lent_numbers_of(self._weight), self._weight.untyped_storage().nbytes()
         self._angles = Angles(around[1], self._weight[None, :1])
         self._tasks: dict[int, _Tasks] = {}
         self._threads, self._thread = torch.get_num_threads(), get_ident()
@@ -124,7 +125,7 @@ class WholePass:
 
         if get_ident() != self._thread:
             return False  # a task is one thread's own, which may have begun another text since this one went on here
-        if self._plan.blocks[0].plans.get(len(self._plan.layers)) is not self._plan:
+        if self._plan.blocks[0].plans.get(len(self._plan.layers)) is not self._plan or not self._is_there():
             self.alike = None
             return False  # made anew since, as for layers that are packed for each call
         if self._moment is moment:
@@ -136,6 +137,10 @@ class WholePass:
         if not found:
             self.alike = None
         return found
+
+    def _is_there(self) -> bool:
+        """Whether the embedding still has its memory."""
+        return bool(self._weight.untyped_storage().nbytes() == self._size)
 
     def run(self, fed: Fed, moment: Moment, exact: bool) -> tuple[list[int], list[float]]:
         """A pass over new columns, which the cache holds as well then.
@@ -161,7 +166,7 @@ class WholePass:
 
     def _run(self, fed: Fed, moment: Moment, exact: bool) -> tuple[list[int], list[float]]:
         count, rooms = len(fed.ids), self._rooms(fed, moment)
-        if rooms is None or not self._plan.same(self._weight, moment):
+        if rooms is None or not self._plan.same(self._weight, moment) or not self._is_there():
             return [], []
         given, x, stack, end, jobs, reach = self._tasks.get(count) or self._made(count, rooms)
         given[:] = self._rows[fed.ids] if count > 1 else self._rows[fed.ids[0]]
@@ -254,5 +259,5 @@ class WholePass:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    found: bytes = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return found
+    found = tensor.cpu().contiguous()
+    return string_at(found.data_ptr(), found.nbytes)

@@ -513,3 +513,25 @@ def test_a_cache_of_another_depth_is_no_room() -> None:
     with no_moment():
         cache.layers[2].keys = torch.zeros(1, 2, 5, 4)
     assert cache.rooms_from(5, 3, new, like, object()) is None
+
+
+@torch.no_grad()
+def test_the_memory_of_weights_can_be_taken_away_and_given_back_as_before(tiny: Tiny) -> None:
+    """As those do that gather weights for a call and let them go."""
+    text = Both(packed(tiny))
+    text.settle()
+    weight, rotary = text.fast.model.get_input_embeddings().weight, text.fast.model.model.rotary_emb.inv_freq
+    for held in (weight, rotary):
+        kept, storage = held.clone(), held.untyped_storage()
+        size = storage.nbytes()
+        storage.resize_(0)
+        if held is weight:
+            given = Context([text.ids], text.prompt)
+            with one_moment():
+                assert picks(text.fast, given, [[]], text.stats, KNOWN) is None
+        storage.resize_(size)
+        held.copy_(kept)
+    text.go_on()
+    text.go_on()
+    text.go_on()
+    assert text.picked[-1]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_polyspec import attach
-from hf_polyspec.auto.source import PACKED, layout_of
+from hf_polyspec.auto.source import PACKED, identity_of, layout_of
 from hf_polyspec.models import changes
 from hf_polyspec.models.changes import Stamp
 
@@ -154,3 +155,13 @@ def test_nothing_is_kept_alive(tiny: Tiny) -> None:
     gc.collect()
     assert [one() for one in gone] == [None, None, None]
     assert not found.holds(tiny("llama"))
+
+
+def test_a_look_at_weights_leaves_them_to_whoever_gathers_them(tiny: Tiny) -> None:
+    """Memory that numpy was shown can never be resized again."""
+    model = copy.deepcopy(tiny()).to(torch.bfloat16)
+    identity_of(model)
+    for weight in model.parameters():
+        size = weight.untyped_storage().nbytes()
+        weight.untyped_storage().resize_(0)
+        weight.untyped_storage().resize_(size)
