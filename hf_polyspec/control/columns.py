@@ -66,8 +66,6 @@ class Columns:
         self._lengths: list[int] = []
         self._turn = 0
         self._credit = 0.0
-        device = getattr(level.runner, "model_device", None)
-        self._at_once = device is None or device.type == "cpu"  # elsewhere who judges waits for the pass
         self._asked_at: float | None = None
         self._nothing = False
         self._asked: Known | None = None
@@ -151,7 +149,7 @@ class Columns:
             self._come_home()
         drafted = check.nodes or check.drafted
         if learns and 0 < check.columns <= sum(drafted) + len(check.asked):  # with more a prompt was read as well
-            self.seconds.add(check.columns, check.seconds, check.judging if self._at_once else 0.0)
+            self.seconds.add(check.columns, check.seconds)
         known = self._asked
         if check.source is None or known is None or known.looks:  # where chances are told, those are what counts
             return
@@ -232,9 +230,9 @@ class Columns:
         known = self._known(source, context, rooms)
         known.sureness.came(context)
         tells, self._on_trial = speaker(source).tells_chances, False
-        if tells and not self._may_look(known):
-            return None
         cost = self._cost_of_look(known) if tells else 0.0
+        if cost > max(0.0, self._credit):
+            return None
         wanted = self._worthwhile(rooms) if tells else self._granted(source, known, rooms, 0, rival)
         if not any(wanted):
             return None
@@ -336,13 +334,10 @@ class Columns:
         return self._turn - known.tried[self._places[row]] >= PATIENCE
 
     def _cost_of_look(self, known: Known) -> float:
-        """Seconds that asking a level which tells its drafts' chances is not expected to win."""
+        """Seconds that asking a level which tells its drafts' chances is not expected to win back; 0 while that has to
+        be found out."""
         seconds = known.seconds or 0.0
         return 0.0 if known.gain >= seconds or self._turn <= PATIENCE else seconds
-
-    def _may_look(self, known: Known) -> bool:
-        """Whether to ask it: what it wins pays for it, or has to be found out."""
-        return self._credit >= (cost := self._cost_of_look(known)) or not cost
 
     def _cut(
         self, source: Drafter, known: Known, context: Context, rooms: list[int], offered: Proposal, asked: int

@@ -23,7 +23,7 @@ RESTED = 24
 BEHIND = 4
 """Columns beyond those of a draft from which on a pass has read what its level had missed."""
 EVERY = 4
-"""Of passes that are like the last, the share that is learnt from."""
+"""Of so many passes that are like the last one is learnt from."""
 
 
 class Usual:

@@ -9,8 +9,6 @@ import torch
 
 KEPT = 0.98
 """What a pass leaves of the weight of those before it: about the last 50 count."""
-NEWEST = 0.1
-"""Weight of the newest pass in what judging a column takes."""
 TRUST = 4.0
 """Passes that the expected cost of a column stands for, unless given."""
 OUTLIER = 2.0
@@ -34,8 +32,6 @@ class PassSeconds:
 
     Attributes:
         passes: that were timed.
-        judging: seconds that a column takes to be judged, on average of late. Passes of one size cannot tell that from
-            the machine's pace, and where tokens are sampled it is more than the model takes for a column.
     """
 
     def __init__(
@@ -53,14 +49,10 @@ class PassSeconds:
         self.pace = one
         self.cost = self._expected * one
         self.passes = 0
-        self.judging = 0.0
         self._sums = [0.0] * 5
 
     def seconds(self, columns: float) -> float:
         """Of a pass over so many columns."""
-        return self._bare(columns) + self.judging * columns
-
-    def _bare(self, columns: float) -> float:
         return self.pace * self._shape(columns) + self.cost * columns
 
     def _shape(self, columns: float) -> float:
@@ -73,13 +65,11 @@ class PassSeconds:
             found = self._shapes[columns] = self._known(columns) / self._one
         return found
 
-    def add(self, columns: int, seconds: float, judging: float = 0.0) -> None:
-        """A pass over so many columns took so long, so much of it for judging them, where that was timed."""
-        seconds -= judging
+    def add(self, columns: int, seconds: float) -> None:
+        """A pass over so many columns took so long."""
         if seconds <= 0:
             return
-        self.judging += (judging / columns - self.judging) * max(NEWEST, 1 / (self.passes + 1))
-        before = self._bare(columns)
+        before = self.seconds(columns)
         if self.passes:
             seconds = min(OUTLIER * before, max(before / OUTLIER, seconds))
         else:
@@ -93,14 +83,14 @@ class PassSeconds:
 
     def scale(self, factor: float) -> None:
         """As if every pass had taken so many times what it took."""
-        self.pace, self.cost, self.judging = self.pace * factor, self.cost * factor, self.judging * factor
+        self.pace, self.cost = self.pace * factor, self.cost * factor
         powers = (2, 2, 2, 1, 1)  # a pass weighs by its seconds
         self._sums = [old / factor**power for old, power in zip(self._sums, powers, strict=True)]
 
     def _solve(self) -> None:
         """The pace and cost of least relative squares; neither is ever negative."""
         of_shape, of_both, of_columns, shape_seconds, column_seconds = self._sums
-        trust = self._trust * (_TYPICAL / self._bare(_TYPICAL)) ** 2
+        trust = self._trust * (_TYPICAL / self.seconds(_TYPICAL)) ** 2
         a = of_shape + trust * self._expected**2
         b = of_both - trust * self._expected
         c = of_columns + trust

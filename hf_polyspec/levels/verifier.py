@@ -160,8 +160,7 @@ class Verifier(Drafter):
                 passed = self.runner.run(context, proposal.tokens, self.stats)
             logits = fit_vocabulary(passed.given, self.vocabulary)
             rules, leads = (self.rule, self.pad, self.bias_budget, self.going), self._ending(len(active)) is not None
-            with self.stats.judged():
-                judgement = judge(law, context, proposal, logits, active, *rules, leads=leads)
+            judgement = judge(law, context, proposal, logits, active, *rules, leads=leads)
             counted = record(self.stats, proposal, judgement, active, self.eos)
             self.stats.bias += sum(judgement.bias)
         return Emission(
@@ -220,8 +219,9 @@ class Verifier(Drafter):
         ended = [row.drafted < count for row, count in zip(counted, drafted, strict=True)]
         asked = [min(room, row.drafted) if end else room for room, row, end in zip(rooms, counted, ended, strict=True)]
         judged, accepted = _as_counted(counted)
-        told = max(drafted, default=0), nodes, passed.columns, now - offered, offered - began, passed.total
-        self.observer(Check(self.index, source, asked, judged, accepted, *told, self.stats.take_judging()))
+        longest, seconds = max(drafted, default=0), (now - offered, offered - began)
+        fed = passed.columns
+        self.observer(Check(self.index, source, asked, judged, accepted, longest, nodes, fed, *seconds, passed.total))
 
     def _round_of_tree(
         self, context: Context, tree: TreeProposal, active: list[bool], law: LawMaker, rooms: list[int], began: float

@@ -59,7 +59,6 @@ class Check:
         nodes: per row, nodes of the tree; empty when a chain was checked.
         fed: columns of the verifier's pass, of a row; columns: of all rows together.
         seconds: of the pass and the judgement; draft_seconds: until the proposal was there, all levels below included.
-        judging: seconds of the judgement alone, where that was timed.
     """
 
     level: int
@@ -73,7 +72,6 @@ class Check:
     seconds: float
     draft_seconds: float
     columns: int = 0
-    judging: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -149,24 +147,11 @@ class LevelStats:
     tree_levels: int = 0
     draft_vocabulary: int | None = None
     _overlap: list[tuple[torch.Tensor, int]] = field(default_factory=list, repr=False)
-    _judging: float = field(default=0.0, repr=False)
-
-    @contextmanager
-    def judged(self) -> Iterator[None]:
-        """The block judges a proposal (`take_judging`)."""
-        start = self.clock()
-        yield
-        self._judging = self.clock() - start
-
-    def take_judging(self) -> float:
-        """Seconds of the last judgement, once."""
-        found, self._judging = self._judging, 0.0
-        return found
 
     @contextmanager
     def timed(self) -> Iterator[None]:
         """Add the wall time of the block to this level's seconds."""
-        start, self._judging = self.clock(), 0.0
+        start = self.clock()
         try:
             yield
         finally:

@@ -38,7 +38,7 @@ class Still(PassSeconds):
         super().__init__()
         self.pace, self.cost = 4.0, 1.0
 
-    def add(self, columns: int, seconds: float, judging: float = 0.0) -> None:
+    def add(self, columns: int, seconds: float) -> None:
         self.passes += 1
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import partial
 
 import pytest
@@ -12,10 +11,9 @@ from clockwork import Clock, OwnRows, Run, Teller
 from hf_polyspec.control import Costs, SteadyControl
 from hf_polyspec.control.ledger import SHARE, START, Account, Ledger
 from hf_polyspec.control.pace import SETTLED, Pace, Usual
-from hf_polyspec.control.pass_seconds import PassSeconds
 from hf_polyspec.exactness.proposal import Proposal
 from hf_polyspec.levels.verifier import Verifier
-from hf_polyspec.telemetry.counters import Check, LevelStats
+from hf_polyspec.telemetry.counters import Check
 
 
 def target(columns: float) -> float:
@@ -118,31 +116,3 @@ def test_a_control_learns_from_some_rounds_of_rows_without_drafts(monkeypatch: p
         costs = Costs([[[1, 1.0], [32, 2.0]]], 0.9)
         Run(clock, top, 16, prompt=1, rows=rows, control=partial(SteadyControl, costs=costs, shares=True))
         assert least <= len(learnt) <= most
-
-
-def test_what_judging_takes_is_told_from_the_pace_by_passes_of_one_size() -> None:
-    """Four rows without drafts; a fifth column would be judged as they are."""
-    more = {}
-    for judging in (0.0, 0.8):
-        gauge = PassSeconds(lambda columns: 1.0 + 0.001 * columns)
-        for _ in range(20):
-            gauge.add(4, 1.804, judging)
-        assert gauge.seconds(4) == pytest.approx(1.804)
-        more[judging] = gauge.seconds(5) - gauge.seconds(4)
-    assert more[0.8] == pytest.approx(0.201, rel=0.01)
-    assert more[0.0] < 0.01
-    gauge.scale(2.0)
-    assert gauge.seconds(5) - gauge.seconds(4) == pytest.approx(0.402, rel=0.01)
-
-
-def test_a_judgement_is_told_of_with_its_own_check_or_not_at_all() -> None:
-    ticks = itertools.count()
-    stats = LevelStats("target", 0, clock=lambda: float(next(ticks)))
-    with stats.timed(), stats.judged():
-        pass
-    with stats.timed():
-        pass  # a pass that judges nothing
-    assert stats.take_judging() == 0
-    with stats.timed(), stats.judged():
-        pass
-    assert stats.take_judging() > 0 == stats.take_judging()

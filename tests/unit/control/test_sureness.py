@@ -13,6 +13,7 @@ from hf_polyspec.control.columns import Columns
 from hf_polyspec.control.pass_seconds import PassSeconds
 from hf_polyspec.control.sureness import TRUST, Sureness
 from hf_polyspec.exactness.context import Context, Prompt
+from hf_polyspec.levels.base import Drafter
 from hf_polyspec.levels.verifier import Verifier
 
 
@@ -57,19 +58,32 @@ def test_a_row_is_known_by_its_name_and_looked_at_once() -> None:
     assert sureness.corrected([0.5])[0] == pytest.approx(TRUST * 0.5 / (1 + TRUST))
 
 
+def _late(credit: float) -> tuple[Columns, Drafter, Context]:
+    """Columns of two rows after a thousand rounds, whose drafter takes a millisecond, and what may still be lost."""
+    clock = Clock()
+    drafter = Teller(clock, lambda: 0.0, lambda: 0.0)
+    columns = Columns(
+        Verifier(OwnRows(clock, lambda tokens: 1.0, lambda: 1.0, 4), drafter, name="t"), PassSeconds(lambda count: 1.0)
+    )
+    context = Context([[1], [2]], Prompt(1, None, torch.zeros(2, 1, dtype=torch.long)))
+    columns._turn, columns._credit, columns._places, columns._lengths = 1000, credit, context.places, [1, 1]
+    columns._known(drafter, context, [3, 3]).seconds = 0.001
+    return columns, drafter, context
+
+
 def test_a_look_that_is_not_taken_costs_no_credit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Near the end of a batch no column is worth anything, and nobody is asked."""
-    clock = Clock()
-    top = Verifier(
-        OwnRows(clock, lambda tokens: 1.0, lambda: 1.0, 4), Teller(clock, lambda: 0.0, lambda: 0.0), name="t"
-    )
-    columns = Columns(top, PassSeconds(lambda count: 1.0))
-    context = Context([[1], [2]], Prompt(1, None, torch.zeros(2, 1, dtype=torch.long)))
-    columns._turn, columns._credit = 1000, 0.01
-    columns._known(top.below, context, [3, 3]).seconds = 0.001
-    columns._places, columns._lengths = context.places, [1, 1]
+    columns, drafter, context = _late(0.01)
     for worth, credit in (([0, 0], 0.01), ([3, 3], 0.009)):
         monkeypatch.setattr(columns, "_worthwhile", lambda rooms, worth=worth: worth)
-        offered = columns._offered(top.below, context, [3, 3], LAW, VOCABULARY, ())
+        offered = columns._offered(drafter, context, [3, 3], LAW, VOCABULARY, ())
         assert (offered is None) == (not any(worth))
         assert columns._credit == pytest.approx(credit)
+
+
+def test_what_wins_is_asked_however_much_was_lost() -> None:
+    """A trial that was dear leaves less than nothing to lose."""
+    columns, drafter, context = _late(-1.0)
+    for gain, asked in ((0.002, True), (0.0, False)):
+        columns._known(drafter, context, [3, 3]).gain = gain
+        assert (columns._offered(drafter, context, [3, 3], LAW, VOCABULARY, ()) is not None) == asked
