@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from hf_polyspec.host.ragged_cache import RaggedCache
+from hf_polyspec.host.span import Span
 from hf_polyspec.host.spans import pass_under_way
 
 if TYPE_CHECKING:
@@ -25,13 +27,18 @@ def apart_of(past: Any, group: int) -> Apart | None:
         return None
     found: Apart | None = under_way.kept.get(group)
     if found is None:
-        from hf_polyspec.cpu.compiled.attention import jobs_apart
         from hf_polyspec.cpu.compiled.whole_block import Apart
 
-        spans = [(span.first, span.count, span.base, span.end) for span in under_way.spans]
-        found = Apart(jobs_apart(spans, group), under_way.groups[None].written())
+        found = Apart(jobs_of(under_way.spans, group), under_way.groups[None].written())
         under_way.kept[group] = found
     return found
+
+
+def jobs_of(spans: Sequence[Span], group: int) -> Tensor:
+    """Parts of attention over rows that only go on, see `jobs_apart`."""
+    from hf_polyspec.cpu.compiled.attention import jobs_apart
+
+    return jobs_apart([(span.first, span.count, span.base, span.end) for span in spans], group)
 
 
 def takes_rows(past: RaggedCache, index: int, shape: tuple[int, int, int, int], x: Tensor, mask: Tensor | None) -> bool:

@@ -30,6 +30,7 @@ from hf_polyspec.exactness.largest import largest
 from hf_polyspec.host.fed import Fed, OneRow
 from hf_polyspec.host.moments import Moment
 from hf_polyspec.host.rooms import Rooms
+from hf_polyspec.host.span import Span
 
 if TYPE_CHECKING:
     from hf_polyspec.cpu.compiled.ends import EndTask
@@ -125,9 +126,11 @@ class WholePass:
 
         if get_ident() != self._thread:
             return False  # a task is one thread's own, which may have begun another text since this one went on here
-        if self._plan.blocks[0].plans.get(len(self._plan.layers)) is not self._plan or not self._is_there():
+        current = self._plan.blocks[0].plans.get(len(self._plan.layers)) is self._plan
+        if not current or self._weight.untyped_storage().nbytes() != self._size:
+            # Made anew since, as for layers that are packed for each call, or the embedding's memory was taken away.
             self.alike = None
-            return False  # made anew since, as for layers that are packed for each call
+            return False
         if self._moment is moment:
             return True
         alike = known == self._known and all(map(is_, around, self._around))
@@ -137,10 +140,6 @@ class WholePass:
         if not found:
             self.alike = None
         return found
-
-    def _is_there(self) -> bool:
-        """Whether the embedding still has its memory."""
-        return bool(self._weight.untyped_storage().nbytes() == self._size)
 
     def run(self, fed: Fed, moment: Moment, exact: bool) -> tuple[list[int], list[float]]:
         """A pass over new columns, which the cache holds as well then.
@@ -165,8 +164,9 @@ class WholePass:
             self._under_way = False
 
     def _run(self, fed: Fed, moment: Moment, exact: bool) -> tuple[list[int], list[float]]:
-        count, rooms = len(fed.ids), self._rooms(fed, moment)
-        if rooms is None or not self._plan.same(self._weight, moment) or not self._is_there():
+        count, shape = len(fed.ids), self._plan.shape
+        rooms = fed.rooms(len(self._plan.layers), (1, shape.shared, count, shape.size), self._weight, moment)
+        if rooms is None or not self._plan.same(self._weight, moment):
             return [], []
         given, x, stack, end, jobs, reach = self._tasks.get(count) or self._made(count, rooms)
         given[:] = self._rows[fed.ids] if count > 1 else self._rows[fed.ids[0]]
@@ -177,7 +177,7 @@ class WholePass:
                 jobs[:, 3] = reach + fed.held
                 stack.go_on(x.data_ptr(), turns, jobs, rooms)
             else:
-                columns = np.array(fed.written, np.int64)
+                columns = np.array([column for span in fed.spans for column in span.written], np.int64)
                 stack.go_on(x.data_ptr(), turns, self._jobs(fed.spans), rooms, columns.ctypes.data)
             end.run()
         likeliest: list[int] = end.ids.tolist()
@@ -186,24 +186,14 @@ class WholePass:
         leads: list[float] = end.leads.tolist()
         if exact and end.close.any():
             self._decide(stack.outputs[-1], end, likeliest, leads)
-        if isinstance(fed, OneRow):
-            fed.cache.hold(fed.held + count)
+        fed.hold()
         return likeliest, leads
 
-    def _rooms(self, fed: Fed, moment: Moment) -> Rooms | None:
-        """The buffers of all layers, None where they have no place for what is fed."""
-        shape, layers = self._plan.shape, len(self._plan.layers)
-        new = 1, shape.shared, len(fed.ids), shape.size
-        if isinstance(fed, OneRow):
-            return fed.cache.rooms_from(fed.held, layers, new, self._weight, moment)
-        rooms = fed.cache.rooms_of_regions(layers)
-        return rooms if rooms is not None and rooms.take(new, self._weight) else None
-
-    def _jobs(self, spans: Sequence[tuple[int, int, int, int]]) -> Any:
+    def _jobs(self, spans: Sequence[Span]) -> Any:
         """Parts of attention."""
-        from hf_polyspec.cpu.compiled.attention import jobs_apart
+        from hf_polyspec.cpu.own_rows import jobs_of
 
-        return jobs_apart(spans, self._plan.shape.heads // self._plan.shape.shared).numpy()
+        return jobs_of(spans, self._plan.shape.heads // self._plan.shape.shared).numpy()
 
     def _agrees(self, fed: Fed, turns: tuple[Any, Any], x: Tensor, states: Tensor, end: EndTask) -> bool:
         """Whether the model's own modules around the blocks say the same; asked in the first pass."""
@@ -253,7 +243,7 @@ class WholePass:
         end = EndTask(stack.outputs[-1], norm, product, min(self._known, product.shape[0]))
         while self._tasks and fed + sum(self._tasks) > _ROWS_KEPT:
             del self._tasks[next(iter(self._tasks))]  # the one that was made longest ago
-        jobs = self._jobs([(0, fed, 0, fed)])
+        jobs = self._jobs([Span(0, fed, 0, 0)])
         found = self._tasks[fed] = numbers_of(x[0]), x, stack, end, jobs, jobs[:, 3].copy()
         return found
 

@@ -6,8 +6,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from .cache import RollbackCache
+from .moments import Moment
 from .ragged_cache import RaggedCache
+from .rooms import Rooms
+from .span import Span
+
+Shape = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +36,14 @@ class OneRow:
         """`[F]`."""
         return range(self.position, self.position + len(self.ids))
 
+    def rooms(self, layers: int, shape: Shape, like: torch.Tensor, moment: Moment) -> Rooms | None:
+        """The buffers of so many layers, None where they have no place for new keys of a shape and like a tensor."""
+        return self.cache.rooms_from(self.held, layers, shape, like, moment)
+
+    def hold(self) -> None:
+        """The columns were written."""
+        self.cache.hold(self.held + len(self.ids))
+
 
 @dataclass(frozen=True, slots=True)
 class RowsApart:
@@ -36,20 +51,21 @@ class RowsApart:
 
     Attributes:
         ids: F of them, one row's behind the other's; positions: `[F]`.
-        cache: the rows'.
-        spans: per row that is read, the first of its columns here, how many there are, where its region begins, and the
-            columns of it that are filled after the pass.
+        cache: the rows'; spans: of each that is read.
     """
 
     ids: Sequence[int]
     positions: Sequence[int]
     cache: RaggedCache
-    spans: Sequence[tuple[int, int, int, int]]
+    spans: Sequence[Span]
 
-    @property
-    def written(self) -> list[int]:
-        """`[F]`, columns of the cache that the new ones go to."""
-        return [place for _, count, base, end in self.spans for place in range(base + end - count, base + end)]
+    def rooms(self, layers: int, shape: Shape, like: torch.Tensor, moment: Moment) -> Rooms | None:
+        """As of one row."""
+        found = self.cache.rooms_of_regions(layers)
+        return found if found is not None and found.take(shape, like) else None
+
+    def hold(self) -> None:
+        """What a row's region holds is known to whoever reads it."""
 
 
 Fed = OneRow | RowsApart

@@ -15,6 +15,7 @@ from .moments import one_moment
 from .ragged import RaggedRunner
 from .row_readings import Padded, Reading, once
 from .runner import ModelRunner
+from .span import Span
 from .straight import MOST
 
 
@@ -130,13 +131,10 @@ def _lacks(runner: RaggedRunner, readings: list[Reading]) -> bool:
 
 def _placed(runner: RaggedRunner, context: Context, readings: list[Reading], fresh: list[int]) -> RowsApart:
     """Make room for the new columns, and say where they go."""
-    for one in readings:  # at once, so that buffers grow once
-        runner.ragged.reserve(one.row, one.held, len(one.ids))
-    runner.ragged.fit()
-    runner._forget(readings)
+    runner.make_room(readings)
     bases, spans, first = runner.ragged.regions[None].bases, [], 0
     for one in readings:
-        spans.append((first, one.count, bases[one.row], len(one.ids)))
+        spans.append(Span(first, one.count, bases[one.row], one.held))
         first += one.count
     positions = [place for one in readings for place in runner._positions(context, one)]
     return RowsApart(fresh, positions, runner.ragged, spans)

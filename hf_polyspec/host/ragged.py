@@ -178,10 +178,7 @@ class RaggedRunner(ModelRunner):
             sizes: logits wanted by each row of the batch.
         """
         whole, twins = once(readings)
-        for one in (*whole, *twins):  # at once, so that buffers grow once
-            self.ragged.reserve(one.row, one.held, len(one.ids))
-        self.ragged.fit()
-        self._forget(readings)
+        self.make_room(readings)
         logits: list[torch.Tensor] = []
         outputs: list[Any] = []
         for group in groups_of(whole):
@@ -224,8 +221,11 @@ class RaggedRunner(ModelRunner):
         self.memo = [[] for _ in self.memo]
         self.ragged = RaggedCache(len(self.memo), self.model)
 
-    def _forget(self, readings: Sequence[Reading]) -> None:
-        """What is about to be written over is no longer held."""
+    def make_room(self, readings: Sequence[Reading]) -> None:
+        """Give rows' regions room for what is to be read; what that is about to write over is no longer held."""
+        for one in readings:  # at once, so that buffers grow once
+            self.ragged.reserve(one.row, one.held, len(one.ids))
+        self.ragged.fit()
         for one in readings:
             if one.held < len(self.memo[one.row]):
                 self.memo[one.row] = self.memo[one.row][: one.held]

@@ -85,7 +85,7 @@ class Straight:
             Nothing, and nothing has changed, where the pass has to be run as others are.
         """
         moment = this_moment()
-        if moment is None or self._whole is False or self._parts is None:
+        if moment is None or not self.may_pick:
             return [], []
         mark, _, around = self._marked()
         kind = mark, len(fed.ids) > 1, True, False, type(fed.cache), False

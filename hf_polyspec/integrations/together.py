@@ -27,7 +27,7 @@ class _Job:
         prompt: ids `[1, L]`; length: new tokens with which it ends at the latest.
     """
 
-    asks_nobody = True
+    asks_nobody = True  # nor does a server's streamer, which puts tokens in a queue
 
     def __init__(self, watcher: Watcher, streamer: Any, prompt: torch.Tensor, length: int | None) -> None:
         self.watcher, self.streamer, self.prompt, self.length = watcher, streamer, prompt, length

@@ -14,17 +14,15 @@ from weakref import ref
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from packed_models import MODELS, Tiny, packed
 
 from hf_polyspec.cpu.compiled import compiles
-from hf_polyspec.cpu.packing import pack
 from hf_polyspec.exactness.context import Context, Prompt
 from hf_polyspec.exactness.passes import Picks
 from hf_polyspec.host.cache import RollbackCache
 from hf_polyspec.host.moments import no_moment, one_moment, this_moment
 from hf_polyspec.host.picking import picks
 from hf_polyspec.host.runner import ModelRunner
-from hf_polyspec.quantization import quantize_model
 from hf_polyspec.telemetry.counters import LevelStats
 
 if not compiles():
@@ -33,7 +31,6 @@ if not compiles():
 from hf_polyspec.cpu.compiled.ends import SLACK
 from hf_polyspec.cpu.whole_pass import WholePass
 
-Tiny = Callable[..., PreTrainedModel]
 KNOWN, WIDTH = 48, 7
 
 
@@ -90,18 +87,7 @@ class Both:
         assert self.picked[-1]
 
 
-def packed(tiny: Tiny, family: str = "llama", dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-    return pack(copy.deepcopy(tiny(family, num_hidden_layers=3, **settings)).eval().to(dtype))
-
-
 DRAFTS = [(0, 0), (2, 0), (0, 3), (1, 2), (0, 0), (5, 0), (0, 6), (3, 4), (0, 0), (0, 1)]
-MODELS: dict[str, Callable[[Tiny], Any]] = {
-    "llama": packed,
-    "bfloat16": lambda tiny: packed(tiny, dtype=torch.bfloat16),
-    "float16": lambda tiny: packed(tiny, dtype=torch.float16),
-    "qwen2, tied": lambda tiny: packed(tiny, "qwen2", tie_word_embeddings=True),
-    "4 bits": lambda tiny: pack(quantize_model(copy.deepcopy(tiny(num_hidden_layers=3)), bits=4)),
-}
 
 
 @torch.no_grad()

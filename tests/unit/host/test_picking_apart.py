@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -11,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from packed_models import MODELS, Tiny, packed
 
 from hf_polyspec.cpu.compiled import compiles
-from hf_polyspec.cpu.packing import pack
 from hf_polyspec.errors import LevelError
 from hf_polyspec.exactness.context import Context, Prompt
 from hf_polyspec.exactness.passes import Picks
@@ -22,7 +20,6 @@ from hf_polyspec.host.moments import one_moment
 from hf_polyspec.host.picking import picks
 from hf_polyspec.host.ragged import RaggedRunner
 from hf_polyspec.host.row_readings import Padded
-from hf_polyspec.quantization import quantize_model
 from hf_polyspec.telemetry.counters import LevelStats
 
 if not compiles():
@@ -32,7 +29,6 @@ from hf_polyspec.cpu.angles import TABLE
 from hf_polyspec.cpu.compiled.ends import SLACK
 from hf_polyspec.cpu.whole_pass import WholePass
 
-Tiny = Callable[..., PreTrainedModel]
 KNOWN = 48
 LENGTHS = (5, 9, 2, 7)
 
@@ -102,19 +98,6 @@ class Rows:
         for _ in range(4):
             self.go_on()
         assert self.picked[-1]
-
-
-def packed(tiny: Tiny, family: str = "llama", dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-    return pack(copy.deepcopy(tiny(family, num_hidden_layers=3, **settings)).eval().to(dtype))
-
-
-MODELS: dict[str, Callable[[Tiny], Any]] = {
-    "llama": packed,
-    "bfloat16": lambda tiny: packed(tiny, dtype=torch.bfloat16),
-    "float16": lambda tiny: packed(tiny, dtype=torch.float16),
-    "qwen2, tied": lambda tiny: packed(tiny, "qwen2", tie_word_embeddings=True),
-    "4 bits": lambda tiny: pack(quantize_model(copy.deepcopy(tiny(num_hidden_layers=3)), bits=4)),
-}
 
 
 @torch.no_grad()
@@ -211,7 +194,7 @@ def test_rows_that_read_the_same_are_read_once(tiny: Tiny) -> None:
 
 
 @torch.no_grad()
-def test_a_window_is_no_matter_for_such_a_pass(tiny: Tiny) -> None:
+def test_layers_with_windows_have_passes_of_their_own(tiny: Tiny) -> None:
     texts = Rows(packed(tiny, "mistral", sliding_window=6))
     for _ in range(5):
         texts.go_on()
