@@ -61,11 +61,12 @@ class Angles:
                 del self._tables[next(iter(self._tables))]
             places = torch.arange(number * TABLE, (number + 1) * TABLE + MOST, device="cpu")[None]
             cos, sin = self._rotary(self._like, position_ids=places)
-            found = self._tables[number] = self._numbers(cos), self._numbers(sin)
+            found = self._tables[number] = self.numbers(cos), self.numbers(sin)
         return found
 
-    def _numbers(self, turns: Tensor) -> Any:
-        return numbers_of(turns[0].to(self._like.dtype).contiguous())
+    def numbers(self, turns: Tensor) -> Any:
+        """`[F, D]` of what the module said, copied: it may have shown a buffer of its own."""
+        return numbers_of(turns[0].to(self._like.dtype, copy=True).contiguous())
 
 
 def numbers_of(tensor: Tensor) -> Any:

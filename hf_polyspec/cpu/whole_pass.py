@@ -203,8 +203,7 @@ class WholePass:
             embedding, rotary, _, _ = self._around
             own = rotary(x, position_ids=torch.tensor([list(fed.positions)], device="cpu"))
             alike = torch.equal(embedding(torch.tensor([list(fed.ids)], device="cpu")), x) and all(
-                np.array_equal(numbers_of(turn[0].to(self._dtype).contiguous()), mine)
-                for turn, mine in zip(own, turns, strict=True)
+                np.array_equal(self._angles.numbers(turn), mine) for turn, mine in zip(own, turns, strict=True)
             )
             logits, mine = self._logits(self._normed(states)), end.logits[:, : self._known].float()
             alike &= float((logits - mine).abs().max()) <= 8 * SLACK[self._dtype] * float(logits.abs().max())

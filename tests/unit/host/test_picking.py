@@ -23,11 +23,13 @@ from hf_polyspec.host.cache import RollbackCache
 from hf_polyspec.host.moments import no_moment, one_moment, this_moment
 from hf_polyspec.host.picking import picks
 from hf_polyspec.host.runner import ModelRunner
+from hf_polyspec.host.straight import MOST
 from hf_polyspec.telemetry.counters import LevelStats
 
 if not compiles():
     pytest.skip("blocks are not fused here", allow_module_level=True)
 
+from hf_polyspec.cpu.angles import TABLE, Angles
 from hf_polyspec.cpu.compiled.ends import SLACK
 from hf_polyspec.cpu.whole_pass import WholePass
 
@@ -521,3 +523,16 @@ def test_the_memory_of_weights_can_be_taken_away_and_given_back_as_before(tiny: 
     text.go_on()
     text.go_on()
     assert text.picked[-1]
+
+
+@torch.no_grad()
+def test_angles_that_a_module_keeps_stay_its_own() -> None:
+    kept = torch.randn(2, 1, TABLE + MOST, 4)
+    angles = Angles(lambda like, position_ids: kept.unbind(), torch.zeros(1, 1, 4))
+    cos, sin = angles.at(range(3, 7))
+    assert cos.tolist() == kept[0, 0, 3:7].view(torch.int32).tolist()
+    assert sin.tolist() == kept[1, 0, 3:7].view(torch.int32).tolist()
+    before = cos.copy()
+    kept.zero_()
+    assert cos.tolist() == before.tolist()
+    kept.untyped_storage().resize_(0)
