@@ -19,9 +19,11 @@ from ..levels.elsewhere import asking_here
 from ..levels.verifier import NoDraft, Verifier
 from ..telemetry.counters import Check
 from .allotment import allotted, worths
-from .known import NEWEST, Known
+from .known import NEWEST, Known, Learnt
+from .pace import EVERY
 from .pass_seconds import PassSeconds
-from .speaking import branch_of, may_rest, rest, rounds_ahead, speaker
+from .readiness import unread
+from .speaking import branch_of, rest, rounds_ahead, shortcut_of, speaker
 
 SHARE = 0.005
 """Of the time, what may go into drafts that are not expected to pay."""
@@ -29,13 +31,13 @@ LONGEST = 24
 """Most tokens of a row's draft, where the drafter sets no end."""
 PATIENCE = 8
 """Rounds that a row waits, at least, before what did not pay is tried again."""
-HOPE = 0.5
-"""Tokens that drafts are expected to win in a row and round, at first."""
 UNTIMED = 2
 """Most tokens of a draft before one was timed."""
 GUESS = 0.3
 SOON, LATER = 4, 16
 """Rounds after which a drafter below a verifier is asked past that again: at first, and later."""
+LOOK = 1.5
+"""What a look at a draft takes with the account of it, in seconds of the draft."""
 _IDLE = 4.0
 """Passes after which a pause is no time of this chain."""
 
@@ -47,38 +49,46 @@ class Columns:
         level: asks through this from now on.
         seconds: of its passes; learns.
         below: likewise of the level that it asks, where that is a verifier.
-        passes_by: whether that verifier may be passed by, where the drafter below it promises more (`_shortcut`).
+        passes_by: whether that verifier may be passed by, where the drafter below it promises more (`shortcut_of`).
+        learnt: what is known of those that draft; learns.
     """
 
     def __init__(
-        self, level: Verifier, seconds: PassSeconds, below: PassSeconds | None = None, *, passes_by: bool = False
+        self,
+        level: Verifier,
+        seconds: PassSeconds,
+        below: PassSeconds | None = None,
+        *,
+        passes_by: bool = False,
+        learnt: Learnt | None = None,
     ) -> None:
         self.level = level
         self.seconds = seconds
         self.below = below
         self.passes_by = passes_by
+        self.learnt = Learnt() if learnt is None else learnt
         self._home: Drafter | None = None
         asking = asking_here(level)
         self._ask, self._ask_for_tree = asking.ask, asking.ask_for_tree
         asking.ask, asking.ask_for_tree = self.ask, self.ask_for_tree
-        self._sources: dict[int, Known] = {}
         self._places: Sequence[int] = ()
         self._lengths: list[int] = []
         self._turn = 0
         self._credit = 0.0
         self._asked_at: float | None = None
         self._nothing = False
+        self._refused = 0
         self._asked: Known | None = None
         self._on_trial = False
+        self._unread: list[int] = []
         self._left: Sequence[int] | None = None
         self._coming = 0.0
         self._worth: list[float] | None = None
-        self._promise = HOPE
 
     def tell_left(self, left: Sequence[int]) -> None:
         """So many tokens may each row emit yet."""
         self._left, self._worth = left, None
-        self._coming = self._promise / (1 + self._promise) * max(left, default=0)
+        self._coming = self.learnt.promise / (1 + self.learnt.promise) * max(left, default=0)
 
     @property
     def worth(self) -> list[float] | None:
@@ -101,25 +111,28 @@ class Columns:
         if isinstance(source, NoDraft) or not any(rooms):
             return self._ask(source, context, rooms, law, vocabulary, eos)
         if nothing:
-            return _empty(context)
+            return Proposal.empty(context.batch)
         self._begin(rooms)
         if context.batch == 1:
             return self._unshared(source, context, rooms, law, vocabulary, eos)
-        shortcut = self._shortcut(source)
+        shortcut = shortcut_of(source, self.passes_by)
         if shortcut is None:
             offered = self._offered(source, context, rooms, law, vocabulary, eos)
-            return _empty(context) if offered is None else offered
+            return Proposal.empty(context.batch) if offered is None else offered
         rests = shortcut is source  # a part of it
-        known = self._sources.setdefault((branch_of(source) if rests else shortcut).index, Known())
+        known = self.learnt.known((branch_of(source) if rests else shortcut).index)
         offered, rival = None, known.gain - (known.seconds or 0.0)
-        if self._turn - known.asked < (SOON if known.looks < SOON else LATER):
+        going = sum(room > 0 for room in rooms)
+        again = self._refused != going or self._turn % EVERY == 0
+        if again and self._turn - known.asked < (SOON if known.looks < SOON else LATER):
             offered = self._offered(source, context, rooms, law, vocabulary, eos, max(0.0, rival))
+            self._refused = going if offered is None else 0
         if offered is None:
             self._home, self.level.source = source, shortcut  # until the check is over
             if rests:
                 rest(source, True)
             offered = self._offered(shortcut, context, rooms, law, vocabulary, eos)
-        return _empty(context) if offered is None else offered
+        return Proposal.empty(context.batch) if offered is None else offered
 
     def ask_for_tree(
         self, source: Drafter, context: Context, rooms: list[int], law: LawMaker, vocabulary: int
@@ -131,14 +144,14 @@ class Columns:
             return self._ask_for_tree(source, context, rooms, law, vocabulary)
         self._begin(rooms)
         known = self._known(source, context, rooms)
-        self._on_trial = False
+        self._unread, self._on_trial = unread(source, context, known.known), False
         wanted = rooms if context.batch == 1 else self._granted(source, known, rooms, nodes)
         self._nothing = not any(wanted)
         if self._nothing:
             return None
         began = self.level.stats.clock()
         tree = self._ask_for_tree(source, context, wanted, law, vocabulary)
-        self._time(known, began, nodes if tree else 0, wanted)
+        self._time(source, known, began, nodes if tree else 0, wanted)
         return tree
 
     def observe(self, check: Check, learns: bool = True) -> None:
@@ -154,7 +167,7 @@ class Columns:
         if check.source is None or known is None or known.looks:  # where chances are told, those are what counts
             return
         won = sum(check.accepted) / max(1, len(check.asked))
-        self._promise += NEWEST / 2 * (won - self._promise)
+        self.learnt.promise += NEWEST / 2 * (won - self.learnt.promise)
         for place, count, accepted in zip(self._places, check.drafted, check.accepted, strict=True):
             if count:
                 known.rates.add(place, count, accepted)
@@ -166,11 +179,11 @@ class Columns:
     ) -> Proposal:
         """What a level offers a row that is alone, as much as it likes to."""
         known = self._known(source, context, rooms)
-        self._on_trial, known.asked = False, self._turn
+        self._unread, self._on_trial, known.asked = unread(source, context, known.known), False, self._turn
         known.tried[context.places[0]] = self._turn
         began = self.level.stats.clock()
         offered = self._ask(source, context, rooms, law, vocabulary, eos)
-        self._time(known, began, 1 if speaker(source).tells_chances else offered.width, rooms)
+        self._time(source, known, began, 1 if speaker(source).tells_chances else offered.width, rooms)
         return offered
 
     def _begin(self, rooms: list[int]) -> None:
@@ -183,7 +196,7 @@ class Columns:
 
     def _known(self, source: Drafter, context: Context, rooms: list[int]) -> Known:
         """What is known of the level that is to draft."""
-        known = self._asked = self._sources.setdefault(speaker(source).index, Known())
+        known = self._asked = self.learnt.known(speaker(source).index)
         going = {place for place, room in zip(context.places, rooms, strict=True) if room}
         here = going.union(known.tried).intersection(context.places)
         if len(known.tried) != len(here) or not going <= known.tried.keys():
@@ -191,18 +204,6 @@ class Columns:
             known.rates.keep(here)
             known.tried = {place: known.tried.get(place, self._turn) for place in here}
         return known
-
-    def _shortcut(self, source: Drafter) -> Drafter | None:
-        """The drafter below a verifier, where its drafts may go up unchecked by that: nobody draws them; or a level
-        itself, of which a part may rest."""
-        if may_rest(source):
-            return source
-        if not self.passes_by or not isinstance(source, Verifier):
-            return None
-        found: Drafter = source
-        while isinstance(found, Verifier):
-            found = found.below
-        return found if found.tells_chances and not found.grows_trees else None
 
     def _come_home(self) -> Drafter:
         """The verifier is asked again, after its drafter was asked past it."""
@@ -233,6 +234,7 @@ class Columns:
         cost = self._cost_of_look(known) if tells else 0.0
         if cost > max(0.0, self._credit):
             return None
+        self._unread = unread(source, context, known.known)
         wanted = self._worthwhile(rooms) if tells else self._granted(source, known, rooms, 0, rival)
         if not any(wanted):
             return None
@@ -241,7 +243,7 @@ class Columns:
         offered = self._ask(source, context, wanted, law, vocabulary, eos)
         if tells:
             offered = self._cut(source, known, context, rooms, offered, sum(count > 0 for count in wanted))
-        self._time(known, began, 1 if tells else offered.width, wanted)
+        self._time(source, known, began, 1 if tells else offered.width, wanted)
         return offered
 
     def _granted(
@@ -288,8 +290,8 @@ class Columns:
         return [min(room, UNTIMED) if b == one else 0 for b, room in enumerate(rooms)]
 
     def _reading(self, known: Known, row: int) -> float:
-        """Seconds in which a level reads a row's text, if it has not."""
-        return 0.0 if self._places[row] in known.known else known.reading * self._lengths[row]
+        """Seconds in which a level reads what it has not read of a row's text."""
+        return known.reading * self._unread[row]
 
     def _worth_reading(
         self, known: Known, chances: list[list[float]], wanted: list[int], rooms: list[int], seconds: float
@@ -314,12 +316,19 @@ class Columns:
 
     def _draft_seconds(self, source: Drafter, known: Known, rows: int, nodes: int) -> float:
         """Of a token of a draft of so many rows."""
+        of_pass = self._seconds_of_pass(source, rows)
         if known.seconds is None:
             # Before a draft was timed a token of it is taken to cost a good part of a pass.
-            return GUESS * self.seconds.seconds(rows) / max(1, nodes)
-        if self.below is None or not isinstance(source, Verifier):
+            return GUESS * self.seconds.seconds(rows) / max(1, nodes) if of_pass is None else of_pass
+        if of_pass is None:
             return known.seconds
-        return known.seconds * self.below.seconds(rows) / self.below.seconds(known.rows)
+        assert self.below is not None
+        return known.seconds * of_pass / self.below.seconds(known.rows)
+
+    def _seconds_of_pass(self, source: Drafter, rows: int) -> float | None:
+        """Of a level that checks, over a column of each of so many rows; None where nothing is known of that."""
+        checks = isinstance(source, Verifier) and self.below is not None and self.below.informed
+        return self.below.seconds(rows) if checks and self.below is not None else None
 
     def _gain(self, chances: Sequence[Sequence[float]], wanted: Sequence[int], rows: int) -> float:
         """Seconds that a pass over so much of the rows' drafts is expected to win."""
@@ -337,7 +346,8 @@ class Columns:
         """Seconds that asking a level which tells its drafts' chances is not expected to win back; 0 while that has to
         be found out."""
         seconds = known.seconds or 0.0
-        return 0.0 if known.gain >= seconds or self._turn <= PATIENCE else seconds
+        strange = self._turn <= PATIENCE and not known.before
+        return 0.0 if known.gain >= LOOK * seconds or strange else LOOK * seconds
 
     def _cut(
         self, source: Drafter, known: Known, context: Context, rooms: list[int], offered: Proposal, asked: int
@@ -350,7 +360,10 @@ class Columns:
         known.sureness.offered(context, offered.tokens, told)
         chances = [known.sureness.corrected(row) for row in told]
         wanted = self._allotted(chances, rows, 0.0)
-        self._promise += NEWEST / 2 * (sum(map(sum, chances)) / asked - self._promise)
+        # What would be drafted where every row won as much.
+        price = min(1.0, self.seconds.seconds(2 * rows) / self.seconds.seconds(rows) - 1)
+        promised = sum(chance for row in chances for chance in row if chance >= price)
+        self.learnt.promise += NEWEST / 2 * (promised / asked - self.learnt.promise)
         known.looks += 1
         known.gain += max(NEWEST / 2, 1 / known.looks) * (self._gain(chances, wanted, rows) - known.gain)
         left = sum(len(own) - count for own, count in zip(offered.tokens, wanted, strict=True))
@@ -367,21 +380,16 @@ class Columns:
             return self.seconds.seconds(rows + sum(wanted))
         return self.seconds.seconds(rows * (1 + max(wanted)))
 
-    def _time(self, known: Known, began: float, size: int, wanted: Sequence[int]) -> None:
+    def _time(self, source: Drafter, known: Known, began: float, size: int, wanted: Sequence[int]) -> None:
         """A draft is over; one for which a text was read is no measure of others."""
         seconds = self.level.stats.clock() - began
         if self._on_trial:  # what it had to read of what it had missed is lost as well
             self._credit -= max(0.0, seconds - size * (known.seconds or 0.0))
         if not size:
             return
-        asked = {place: ids for place, ids, count in zip(self._places, self._lengths, wanted, strict=True) if count}
-        unread = [ids for place, ids in asked.items() if place not in known.known]
-        if unread:
-            known.read(seconds, size, sum(unread))
+        asked = [b for b, count in enumerate(wanted) if count]
+        if count := sum(self._unread[b] for b in asked):
+            known.read(seconds, size, count, self._seconds_of_pass(source, len(asked)))
         else:
             known.time(seconds / size, len(asked))
-        known.known.update(asked)
-
-
-def _empty(context: Context) -> Proposal:
-    return Proposal([[] for _ in context.ids], None, [[] for _ in context.ids])
+        known.known.update(self._places[b] for b in asked)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from ..planning.theory.cost_model import SecondsTable
+from .known import Learnt
 from .leads import Leads
 from .pace import Pace
 from .pass_seconds import PassSeconds
@@ -140,6 +141,7 @@ class Costs:
         tables: of passes as they were measured beforehand.
         leads: how likely a token of the middle is right, by how far it was ahead.
         middle, leaf, head: shares that were kept: of a middle, of what costs nothing to draft, of a head.
+        learnt: by level that checks, what is known of the drafts of several rows.
         step, extra: seconds of a token of a head, and of a round with some besides, at the pace of the tables.
     """
 
@@ -155,12 +157,13 @@ class Costs:
         self.step, self.extra = (0.0, 0.0) if head is None else (head.step, head.extra)
         self.standing = Standing()
         self._gauges: dict[int, PassSeconds] = {}
+        self.learnt: dict[int, Learnt] = {}
 
     def gauge(self, level: int) -> PassSeconds:
         """Seconds of a level's passes over the columns of several rows, gauged on the way."""
         if level not in self._gauges:
             known = level < len(self.tables)
-            self._gauges[level] = PassSeconds(self.tables[level].seconds if known else None)
+            self._gauges[level] = PassSeconds(self.tables[level].seconds if known else None, by_size=True)
         return self._gauges[level]
 
     def _table_seconds(self, level: int, columns: float) -> float:

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 from .row_rates import RowRates
 from .sureness import Sureness
 
+HOPE = 0.5
+"""Tokens that drafts are expected to win in a row and round, at first."""
 NEWEST = 0.25
+TIMED = 4
+"""Drafts that were timed before what they took is believed in a generation to come."""
+FORGIVEN = 0.9
+"""What a generation leaves of the seconds that reading seemed to take: a level that was dear once is asked again."""
+STANDS = 2
+"""Looks at drafts that those of a generation before stand for."""
 
 
 @dataclass
@@ -23,6 +31,8 @@ class Known:
         gain: seconds that a round of drafts wins, expected of late, where chances are told; looks: drafts it is of.
         asked: the turn in which it was asked last.
         tried: by row, the turn of its last draft; known: rows that it has drafted for.
+        timed, reads: drafts whose seconds were learnt from, and such readings.
+        before: whether what is known of its drafts was learnt in a generation before.
     """
 
     rates: RowRates = field(default_factory=RowRates)
@@ -35,22 +45,67 @@ class Known:
     asked: int = 0
     tried: dict[int, int] = field(default_factory=dict)
     known: set[int] = field(default_factory=set)
+    timed: int = 0
+    reads: int = 0
+    before: bool = False
     _first: tuple[float, int, int] | None = None
+
+    def carried(self) -> Known:
+        """The same for other rows of the same kind: what is no matter of one text stands for a few drafts."""
+        settled = self.timed >= TIMED  # a first draft may have compiled something, and what seems dear is not asked
+        seconds, reading = self.seconds if settled else None, FORGIVEN * self.reading
+        found = Known(self.rates.carried(), self.sureness.carried(), seconds, self.rows, reading, self.gain)
+        found.looks, found.timed, found.reads = min(self.looks, STANDS), self.timed if settled else 0, self.reads
+        found.before = settled
+        return found
 
     def time(self, seconds: float, rows: int) -> None:
         """A draft of so many rows took so long."""
+        self.timed += 1
         if self.seconds is None:
             self.seconds, self.rows = seconds, rows
             if self._first is not None:
                 self.read(*self._first)
+        elif self.timed < TIMED and seconds < self.seconds:
+            self.seconds, self.rows = seconds, rows
         else:
             self.seconds += NEWEST * (min(3 * self.seconds, seconds) - self.seconds)
             self.rows += NEWEST * (rows - self.rows)
 
-    def read(self, seconds: float, size: int, ids: int) -> None:
-        """A draft of so many tokens took so long with the reading of so many ids."""
-        if self.seconds is None:  # what a draft takes is known when there is one of a text that was read
+    def read(self, seconds: float, size: int, ids: int, usual: float | None = None) -> None:
+        """A draft of so many tokens took so long with the reading of so many ids.
+
+        Args:
+            usual: seconds of a token that are expected before one was timed.
+        """
+        one = usual if self.seconds is None else self.seconds
+        if one is None:  # what a draft takes is known when there is one of a text that was read
             self._first = seconds, size, ids
             return
-        once = max(0.0, seconds - size * self.seconds) / max(1, ids)
-        self.reading = once if not self.reading else self.reading + NEWEST * (once - self.reading)
+        once = max(0.0, seconds - size * one) / max(1, ids)
+        self.reads += 1
+        if self.reads == 1 or (self.reads <= TIMED and once < self.reading):
+            self.reading = once
+        else:
+            self.reading += NEWEST * (once - self.reading)
+
+
+@dataclass
+class Learnt:
+    """What a verifier has learnt of those that draft for its rows.
+
+    Attributes:
+        promise: tokens that drafts are expected to win in a row and round; of: the same level by level, by their index.
+    """
+
+    promise: float = field(default_factory=lambda: HOPE)
+    of: dict[int, Known] = field(default_factory=dict)
+
+    def known(self, level: int) -> Known:
+        """What is known of one of them."""
+        return self.of.setdefault(level, Known())
+
+    def carried(self) -> Learnt:
+        """The same for another generation."""
+        found = {level: known.carried() for level, known in self.of.items()}
+        return Learnt(self.promise if any(known.before for known in found.values()) else HOPE, found)

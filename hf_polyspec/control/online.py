@@ -313,27 +313,14 @@ class OnlineControl:
                     self.knowledge.agreement(*pair, tree).fade(2.0)
         if self.decisions and setup == self.setup:
             return
-        for index, level in enumerate(self.chain.levels):
-            self._note(index, level, setup)
+        # The first draft after a pause reads what the level has missed.
+        self._missed.update(self.chain.note(setup, self.setup if self.decisions else None, self.emitted))
         if setup.levels != self.setup.levels:
             self._behind, self._rounds = 0.0, 0
         self.chain.apply(setup)
         self.setup = setup
         speed = None if promised is None else promised.tokens_per_second
         self.decisions.append(Decision(self.emitted, setup.levels, setup.sizes, setup.tree, reason, speed))
-
-    def _note(self, index: int, level: Drafter, setup: Setup) -> None:
-        """The level's own statistics of the change."""
-        size, before = setup.size_of(index), self.setup.size_of(index) if self.decisions else None
-        if index == 0 or size == before:
-            return
-        if size and not before:
-            # The first draft after a pause reads what the level has missed.
-            self._missed.add(index)
-        for part in getattr(level, "parts", [level]):
-            part.stats.switched_off += int(before is not None and size == 0)
-            part.stats.switched_on += int(before == 0)
-            part.stats.sizes.append((self.emitted, size))
 
     def _plain_seconds(self, rows: int) -> float:
         return self.knowledge.pass_seconds(0, rows)

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -11,6 +12,10 @@ KEPT = 0.98
 """What a pass leaves of the weight of those before it: about the last 50 count."""
 TRUST = 4.0
 """Passes that the expected cost of a column stands for, unless given."""
+SIZE_TRUST = 4.0
+"""Passes that the line stands for in those of one size."""
+ASIDE = 0.25
+"""A pass counts as at most this part of the line beside it."""
 OUTLIER = 2.0
 """A pass counts for at most this many times what was expected of it, and at least for as small a part."""
 ON_CPU, ELSEWHERE = 0.03, 0.003
@@ -25,10 +30,15 @@ class PassSeconds:
     `seconds(n) = pace (shape(n) + cost n)`, by least squares of relative errors; passes fade, and the cost is drawn to
     what is expected of it, so that passes of one size alone leave it where it was.
 
+    Columns of several rows do not lie on a line: one more may fill another tile, and the first that is drafted brings
+    drafts, their judgement and what is rolled back. What lies between sizes that were seen is beside the line as they
+    are.
+
     Args:
         shape: seconds of a pass by columns, wrong by a factor perhaps; None where nothing was measured.
         device: where the model is, for what is expected where there is no shape.
         trust: passes that the expected cost of a column stands for.
+        by_size: whether what passes of each size take beside the line is learnt as well.
 
     Attributes:
         passes: that were timed.
@@ -39,10 +49,12 @@ class PassSeconds:
         shape: Callable[[float], float] | None = None,
         device: torch.device | None = None,
         trust: float = TRUST,
+        by_size: bool = False,
     ) -> None:
         self._known = shape
         self._shapes: dict[int, float] = {}
         self._trust = trust
+        self._by_size = by_size
         self._one = one = 1.0 if shape is None else max(1e-9, shape(1))
         slope = ELSEWHERE if device is not None and device.type != "cpu" else ON_CPU
         self._expected = slope if shape is None else 0.0
@@ -50,10 +62,35 @@ class PassSeconds:
         self.cost = self._expected * one
         self.passes = 0
         self._sums = [0.0] * 5
+        self._beside: dict[int, tuple[float, float]] = {}
+        self._sizes: list[int] = []
+        self._bends: list[float] = []
+        self._found: dict[float, float] = {}
+
+    @property
+    def informed(self) -> bool:
+        """Whether anything was measured, beforehand or since."""
+        return self._known is not None or self.passes > 0
 
     def seconds(self, columns: float) -> float:
         """Of a pass over so many columns."""
+        found = self._found.get(columns)
+        if found is None:
+            found = self._found[columns] = self._line(columns) * self._bend(columns)
+        return found
+
+    def _line(self, columns: float) -> float:
         return self.pace * self._shape(columns) + self.cost * columns
+
+    def _bend(self, columns: float) -> float:
+        """Of a pass, in what the line says."""
+        if not self._sizes:
+            return 1.0
+        right = bisect_left(self._sizes, columns)
+        if right in (0, len(self._sizes)):
+            return self._bends[min(right, len(self._sizes) - 1)]
+        (one, other), (here, there) = self._sizes[right - 1 : right + 1], self._bends[right - 1 : right + 1]
+        return here + (there - here) * (columns - one) / (other - one)
 
     def _shape(self, columns: float) -> float:
         """In passes over one column."""
@@ -80,10 +117,19 @@ class PassSeconds:
         news = (shape * shape, shape * columns, columns * columns, shape * seconds, columns * seconds)
         self._sums = [KEPT * old + weight * new for old, new in zip(self._sums, news, strict=True)]
         self._solve()
+        if self._by_size:
+            aside = min(ASIDE, max(-ASIDE, seconds / self._line(columns) - 1))
+            count, whole = self._beside.get(columns, (0.0, 0.0))
+            self._beside[columns] = KEPT * count + 1, KEPT * whole + aside
+            self._sizes = sorted(self._beside)
+            found = [(self._beside[size], self._line(size)) for size in self._sizes]
+            risen = rising([(line * (1 + whole / (count + SIZE_TRUST)), count) for (count, whole), line in found])
+            self._bends = [seconds / line for seconds, (_, line) in zip(risen, found, strict=True)]
+        self._found = {}
 
     def scale(self, factor: float) -> None:
         """As if every pass had taken so many times what it took."""
-        self.pace, self.cost = self.pace * factor, self.cost * factor
+        self.pace, self.cost, self._found = self.pace * factor, self.cost * factor, {}
         powers = (2, 2, 2, 1, 1)  # a pass weighs by its seconds
         self._sums = [old / factor**power for old, power in zip(self._sums, powers, strict=True)]
 
@@ -100,3 +146,15 @@ class PassSeconds:
         if cost < 0 or pace <= 0:
             pace, cost = (shape_seconds / of_shape, 0.0) if cost < 0 else (0.0, column_seconds / of_columns)
         self.pace, self.cost = pace, cost
+
+
+def rising(points: Sequence[tuple[float, float]]) -> list[float]:
+    """Values that never fall, nearest to (value, weight) each by weighted squares: neighbours that fall are pooled."""
+    pools: list[tuple[float, float, int]] = []
+    for value, weight in points:
+        count = 1
+        while pools and pools[-1][0] > value:
+            other, others, more = pools.pop()
+            value, weight, count = (value * weight + other * others) / (weight + others), weight + others, count + more
+        pools.append((value, weight, count))
+    return [value for value, _, count in pools for _ in range(count)]

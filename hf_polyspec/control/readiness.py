@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from ..exactness.context import Context
 from ..host.runner import ModelRunner
@@ -11,6 +11,7 @@ from ..levels.base import Drafter
 from ..levels.eagle import EagleDrafter
 from ..levels.verifier import Verifier
 from .estimates import Knowledge, Times
+from .pace import BEHIND
 from .setups import Chain
 
 
@@ -22,6 +23,18 @@ def missing(level: Drafter, context: Context) -> int:
     if not isinstance(runner, ModelRunner):
         return 0
     return max(0, *runner.lacks(context))
+
+
+def unread(level: Drafter, context: Context, drafted: Collection[int]) -> list[int]:
+    """Ids of each row that a level reads before it drafts: more than a round leaves behind.
+
+    Args:
+        level: that is to draft; drafted: places of rows that it has drafted for, where its own numbers do not tell.
+    """
+    runner = getattr(level, "runner", None)
+    if isinstance(runner, ModelRunner):
+        return [count if count > BEHIND else 0 for count in runner.lacks(context)]
+    return [0 if place in drafted else len(ids) for place, ids in zip(context.places, context.ids, strict=True)]
 
 
 def catch_up_seconds(chain: Chain, knowledge: Knowledge, context: Context, levels: tuple[int, ...]) -> float:

@@ -137,6 +137,28 @@ class Chain:
             return True
         return self.last == 0 or self.last - 1 in levels
 
+    def note(self, setup: Setup, before: Setup | None, emitted: float) -> list[int]:
+        """The levels' own statistics of a change.
+
+        Args:
+            setup: that is to be run; before: that was, None for none; emitted: tokens so far.
+
+        Returns:
+            The levels that are switched on.
+        """
+        found = []
+        for index, level in enumerate(self.levels[1:], 1):
+            size, was = setup.size_of(index), None if before is None else before.size_of(index)
+            if size == was:
+                continue
+            if size and not was:
+                found.append(index)
+            for part in getattr(level, "parts", [level]):
+                part.stats.switched_off += int(was is not None and size == 0)
+                part.stats.switched_on += int(was == 0)
+                part.stats.sizes.append((emitted, size))
+        return found
+
     def apply(self, setup: Setup) -> None:
         """Let the levels run in this way from the next round on."""
         below = dict(setup.pairs)

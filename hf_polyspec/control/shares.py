@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
@@ -13,6 +14,7 @@ from ..levels.emission import Emission
 from ..levels.verifier import NoDraft, Verifier
 from ..telemetry.counters import Check, Decision
 from .columns import Columns
+from .known import Learnt
 from .pass_seconds import PassSeconds
 from .setups import spine
 
@@ -24,11 +26,12 @@ Gauges = Callable[[int], PassSeconds]
 """What is known of the passes of a level, by its index; learns."""
 
 
-def shared_out(top: Verifier, gauges: Gauges) -> list[Columns]:
+def shared_out(top: Verifier, gauges: Gauges, learnt: Mapping[int, Learnt] = MappingProxyType({})) -> list[Columns]:
     """Have all verifiers of a chain share out their columns; those that read each row by itself have none to share.
 
     Args:
         top: the target, begun; gauges: see `Gauges`.
+        learnt: by index of a verifier, what was learnt of the drafts below it in a generation before.
     """
     return [
         Columns(
@@ -36,6 +39,7 @@ def shared_out(top: Verifier, gauges: Gauges) -> list[Columns]:
             gauges(level.index),
             gauges(level.below.index) if isinstance(level.below, Verifier) else None,
             passes_by=True,
+            learnt=learnt[level.index].carried() if level.index in learnt else None,
         )
         for level in spine(top)
         if isinstance(level, Verifier) and not isinstance(level.runner, SeparateRunner)
@@ -111,4 +115,4 @@ def shares_of(top: Verifier, rows: int, device: torch.device) -> Shares | None:
     if rows < MANY or isinstance(top.below, NoDraft):
         return None
     gauges: dict[int, PassSeconds] = {}
-    return Shares(top, lambda level: gauges.setdefault(level, PassSeconds(device=device)))
+    return Shares(top, lambda level: gauges.setdefault(level, PassSeconds(device=device, by_size=True)))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ..levels.base import Drafter
 from ..levels.joined import JoinedDrafter
+from ..levels.verifier import Verifier
 
 FARTHEST = 256
 """Rounds ahead that anything is reckoned for: texts end by themselves."""
@@ -25,6 +26,23 @@ def may_rest(source: Drafter) -> bool:
         and not source.grows_trees
         and source.branch.tells_chances
     )
+
+
+def shortcut_of(source: Drafter, passes_by: bool) -> Drafter | None:
+    """The drafter below a verifier, where its drafts may go up unchecked by that: nobody draws them; or a level itself,
+    of which a part may rest.
+
+    Args:
+        source: the level below; passes_by: whether a verifier may be passed by.
+    """
+    if may_rest(source):
+        return source
+    if not passes_by or not isinstance(source, Verifier):
+        return None
+    found: Drafter = source
+    while isinstance(found, Verifier):
+        found = found.below
+    return found if found.tells_chances and not found.grows_trees else None
 
 
 def branch_of(source: Drafter) -> Drafter:

@@ -26,7 +26,7 @@ from .ending import ending_of
 from .heads import Heads
 from .ladder import ladder_of, passes_by, tells
 from .ledger import CREDIT, SHARE, SHORTEST_WAIT, START, Account, Ledger, at_first, wait_after
-from .pace import BEHIND, Usual
+from .pace import BEHIND, EVERY, Usual
 from .risks import Risks
 from .setups import PLAIN, Chain, Setup, spine
 from .shares import shared_out, tell_left, valued
@@ -79,7 +79,7 @@ class SteadyControl:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.chain = Chain(spine(top))
-        self.columns = shared_out(top, costs.gauge) if shares else []
+        self.columns = shared_out(top, costs.gauge, costs.learnt) if shares else []
         self.costs = costs
         self._joining = joining
         self.clock = clock
@@ -100,8 +100,7 @@ class SteadyControl:
         self._account: Account | None = None
         self._before: tuple[int, Account] | None = None
         self._rows, self._alone, self._start, self._surely = 1, True, 0.0, 0.0
-        self._reason, self._usual = "start", Usual()
-        self._began = clock()
+        self._reason, self._usual, self._alike, self._began = "start", Usual(), 0, clock()
         for level in self.chain.verifiers:
             level.observer = self.observe
 
@@ -109,7 +108,7 @@ class SteadyControl:
 
     def before(self, context: Context, limits: list[int]) -> None:
         """Choose how the next round is run."""
-        if self._goes_on(context, limits):
+        if self._goes_on(context, limits) or self._go_on(limits):
             self._allow()
             return
         self._rows, self._alone = max(1, sum(limit > 0 for limit in limits)), len(limits) == 1
@@ -119,7 +118,7 @@ class SteadyControl:
         if not self._joining:
             tell_left(self.columns, limits)
         if self._account is None:  # what a profile promises has yet to be seen on a text
-            self._account = self._opened(None if self.standing.tokens else self._trial)
+            self._account = self._opened(not self.standing.tokens)
         self._step(context, max(limits, default=1))
         self._own = self._at_most(self._sized(self.standing.place), self._account.most)
         self._run(self._afforded(context))
@@ -150,6 +149,7 @@ class SteadyControl:
     def finish(self) -> None:
         """The generation is over: keep what was learnt, and give drafters back as they came."""
         self.costs.standing = self.standing
+        self.costs.learnt.update((own.level.index, own.learnt) for own in self.columns)
         if self._ending is not None:
             self._ending.level.ending = None
         self.chain.restore()
@@ -217,6 +217,18 @@ class SteadyControl:
         usual = self._cutting and not self.heads.known and not account.overdrawn
         return len(setup.levels) == 1 or (usual and self._risks.worst(setup, cutting=True) <= self._left(place))
 
+    def _go_on(self, limits: list[int]) -> bool:
+        """Whether several rows go on as they did: most of what is chosen for them is chosen column by column."""
+        account, rows = self._account, sum(limit > 0 for limit in limits)
+        self._alike += 1
+        if account is None or account.most is not None or not self._several or account.overdrawn or rows != self._rows:
+            self._alike = 0
+        if self._alike % EVERY == 0:
+            return False
+        if not self._joining:
+            tell_left(self.columns, limits)
+        return True
+
     def _step(self, context: Context, room: int) -> None:
         account, place = self._account, self.standing.place
         assert account is not None
@@ -241,10 +253,6 @@ class SteadyControl:
             else:
                 self.standing.due[above] = self.standing.passed + SHORTEST_WAIT
 
-    @property
-    def _trial(self) -> int:
-        return TRIAL if self._rows == 1 else ROWS_TRIAL
-
     def _due(self, place: int) -> bool:
         """Whether a setup that lost has waited long enough."""
         return self.standing.passed >= self.standing.due.get(place, 0.0)
@@ -267,9 +275,10 @@ class SteadyControl:
         if before is not None and before[0] == place > self._before[0] and before[1].most is None:
             self._account = before[1]  # it has paid, and was left for a trial only
         else:
-            self._account = self._opened(self._trial)
+            self._account = self._opened(True)
 
-    def _opened(self, most: int | None) -> Account:
+    def _opened(self, on_trial: bool) -> Account:
+        most = (TRIAL if self._rows == 1 else ROWS_TRIAL) if on_trial else None
         share = SHARE if self._rows == 1 else SHARE_OF_ROWS
         found = Account(CREDIT * self._plain_seconds(), most=most, missed=self._reason == "trial", share=share)
         if self._believes(self.standing.place):
@@ -338,7 +347,7 @@ class SteadyControl:
             middle, length = self.chain.verifiers[-1], self._passes_by
             # A draft that is cut where the target's columns no longer pay is one that the target had better check.
             middle.direct_tokens = length if self._cutting or self.costs.passing_by_pays(rows) else 0
-            middle.runner.borrows_from = FEW if middle.direct_tokens else WORTH
+            middle.runner.borrows_from = FEW if middle.direct_tokens or self._several else WORTH
         for above, level in itertools.pairwise(levels):
             if isinstance(self.chain.levels[level], Verifier):
                 sizes.append(self._block(rows))
@@ -372,22 +381,12 @@ class SteadyControl:
     def _run(self, setup: Setup) -> None:
         if self.decisions and setup == self.setup:
             return
-        for index, level in enumerate(self.chain.levels):
-            self._note(index, level, setup)
+        self.chain.note(setup, self.setup if self.decisions else None, self.emitted)
         self.chain.apply(setup)
         changed = not self.decisions or setup.levels != self.setup.levels
         self.setup = setup
         reason = self._reason if changed else "sizes"
         self.decisions.append(Decision(self.emitted, setup.levels, setup.sizes, 0, reason, None))
-
-    def _note(self, index: int, level: object, setup: Setup) -> None:
-        size, before = setup.size_of(index), self.setup.size_of(index) if self.decisions else None
-        if index == 0 or size == before:
-            return
-        for part in getattr(level, "parts", [level]):
-            part.stats.switched_off += int(before is not None and size == 0)
-            part.stats.switched_on += int(before == 0)
-            part.stats.sizes.append((self.emitted, size))
 
     def _plain_seconds(self) -> float:
         if self._several and (gauge := self.costs.gauge(0)).passes:

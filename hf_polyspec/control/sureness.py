@@ -15,6 +15,8 @@ from ..exactness.context import Context
 BINS = 8
 TRUST = 4.0
 """Tokens that a drafter's own word stands for."""
+CARRIED = 16.0
+"""Tokens that those of other texts stand for, which were told the same chance."""
 KEPT = 0.98
 """What a token leaves of the weight of those before it that were told the same chance."""
 
@@ -26,6 +28,14 @@ class Sureness:
         self._seen = [0.0] * BINS
         self._right = [0.0] * BINS
         self._waiting: dict[int, tuple[int, int, float]] = {}
+
+    def carried(self) -> Sureness:
+        """What was seen of other texts, of which a part stands for what is not yet seen of these."""
+        found = Sureness()
+        for place, seen in enumerate(self._seen):
+            share = min(1.0, CARRIED / seen) if seen else 0.0
+            found._seen[place], found._right[place] = share * seen, share * self._right[place]
+        return found
 
     def offered(self, context: Context, tokens: Sequence[Sequence[int]], chances: Sequence[Sequence[float]]) -> None:
         """Drafts of rows, and the chance that each is right up to each of its tokens, before anything is cut."""

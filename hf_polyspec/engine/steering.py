@@ -73,7 +73,7 @@ class Steering:
         return control
 
     def _gauge(self, level: int) -> PassSeconds:
-        return self._gauges.setdefault(level, PassSeconds(device=self.device))
+        return self._gauges.setdefault(level, PassSeconds(device=self.device, by_size=True))
 
 
 def _both(first: Observer | None, second: Observer) -> Observer:

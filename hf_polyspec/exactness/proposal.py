@@ -27,6 +27,11 @@ class Proposal:
     origins: list[list[int]]
     chances: Callable[[], list[list[float]]] | None = None
 
+    @classmethod
+    def empty(cls, rows: int) -> Proposal:
+        """Of nothing, for so many rows."""
+        return cls([[] for _ in range(rows)], None, [[] for _ in range(rows)])
+
     @property
     def width(self) -> int:
         """Longest row."""

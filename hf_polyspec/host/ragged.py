@@ -86,7 +86,7 @@ class RaggedRunner(ModelRunner):
             LevelError: the model raised; nothing is left in the cache.
         """
         asked, self.asked = self.asked, None
-        own = self._known(context, stats)
+        own = self._known(context, stats, asked)
         readings = []
         for row, (ids, draft) in enumerate(zip(own, drafts, strict=True)):
             whole = ids + draft
@@ -99,7 +99,7 @@ class RaggedRunner(ModelRunner):
     def run_tree(self, context: Context, tree: TreeProposal, stats: LevelStats) -> Pass:
         """As `ModelRunner.run_tree`."""
         asked, self.asked = self.asked, None
-        own = self._known(context, stats)
+        own = self._known(context, stats, asked)
         readings = [
             self._reading(row, ids + nodes, 1 + len(nodes), parents)
             for row, (ids, nodes, parents) in enumerate(zip(own, tree.tokens, tree.parents, strict=True))
@@ -130,11 +130,11 @@ class RaggedRunner(ModelRunner):
         self.ragged.pick(moves)
         return Pass(passed.given, passed.output, passed.fed, read, kept, passed.counts)
 
-    def _known(self, context: Context, stats: LevelStats) -> list[list[int]]:
-        """The rows' own ids, after what another model has read of them was taken from it."""
+    def _known(self, context: Context, stats: LevelStats, asked: Sequence[bool] | None) -> list[list[int]]:
+        """The rows' own ids, after what another model has read of those that are asked was taken from it."""
         own = self.own(context)
         if isinstance(self.lender, RaggedRunner) and len(self.lender.memo) == len(own):
-            taken = take_rows(self, self.lender, own)
+            taken = take_rows(self, self.lender, own, asked)
             if taken >= WORTH:
                 stats.notes.append(f"takes keys and values of {taken} tokens from {self.lender.name}")
         return own
@@ -296,7 +296,9 @@ def _span(one: Reading, first: int) -> Span:
     return Span(first, one.count, 0, one.held, sees, torch.tensor(places_of(one)))
 
 
-def take_rows(borrower: RaggedRunner, lender: RaggedRunner, rows: list[list[int]]) -> int:
+def take_rows(
+    borrower: RaggedRunner, lender: RaggedRunner, rows: list[list[int]], asked: Sequence[bool] | None = None
+) -> int:
     """As `lending.borrow`, each row by itself: columns that the lender holds and the borrower lacks are copied.
 
     Returns:
@@ -305,7 +307,7 @@ def take_rows(borrower: RaggedRunner, lender: RaggedRunner, rows: list[list[int]
     taken: list[tuple[int, int, int]] = []
     for row, ids in enumerate(rows):
         ours, theirs = borrower.memo[row], lender.memo[row]
-        if len(theirs) - len(ours) < borrower.borrows_from:
+        if not (asked is None or asked[row]) or len(theirs) - len(ours) < borrower.borrows_from:
             continue
         here, there = common_prefix(ours, ids), common_prefix(theirs, ids)
         here = borrower.ragged.usable(row, here)

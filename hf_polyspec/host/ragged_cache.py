@@ -290,17 +290,13 @@ class RaggedCache(DynamicCache):
 
     def copy_from(self, other: RaggedCache, taken: Sequence[tuple[int, int, int]]) -> None:
         """Positions of rows' texts in another model's cache: `(row, first, end)` each; there is room for them."""
-        places: dict[int | None, tuple[torch.Tensor, torch.Tensor]] = {}
+        places: dict[int | None, list[tuple[int, int, int]]] = {}
         for window, regions in self.regions.items():
-            theirs = other.regions[window]
-            sources: list[int] = []
-            targets: list[int] = []
+            theirs, found = other.regions[window], places.setdefault(window, [])
             for row, first, end in taken:
                 regions.dropped[row] = max(regions.dropped[row], theirs.dropped[row])
                 start = max(first, regions.dropped[row])
-                sources += range(theirs.place(row, start), theirs.place(row, end))
-                targets += range(regions.place(row, start), regions.place(row, end))
-            places[window] = torch.tensor(sources), torch.tensor(targets)
+                found.append((theirs.place(row, start), regions.place(row, start), end - start))
         for index, layer in enumerate(other.ragged_layers):
             if layer.keys is None:
                 continue
@@ -308,9 +304,9 @@ class RaggedCache(DynamicCache):
                 self.layers.append(self._layer(len(self.layers)))
             own = self.ragged_layers[index]
             own.fit(layer.keys, layer.values)
-            from_, to = (index.to(layer.keys.device) for index in places[own.regions.window])
             for states, lent in ((own.keys, layer.keys), (own.values, layer.values)):
-                states.index_copy_(2, to, lent.index_select(2, from_).to(states.dtype))
+                for source, target, count in places[own.regions.window]:
+                    states.narrow(2, target, count).copy_(lent.narrow(2, source, count))
 
     def pick(self, moves: Sequence[tuple[int, int, int]]) -> None:
         """Positions of rows' texts to other ones, all at once: `(row, from, to)` each."""

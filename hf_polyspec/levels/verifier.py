@@ -193,7 +193,7 @@ class Verifier(Drafter):
 
     def _round_without_draft(self, context: Context, active: list[bool], law: LawMaker) -> Emission:
         """One token a row from the pass that reads the prompt, which levels below are shown as their own."""
-        nothing = Proposal([[] for _ in active], None, [[] for _ in active])
+        nothing = Proposal.empty(len(active))
         with self.runner.recording(self._borrowers_record()):
             emission = self._judged(context, nothing, active, law)
         for level in (self.below, *self.watchers):
@@ -397,4 +397,4 @@ class NoDraft(Drafter):
     asks_nobody = True
 
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
-        return Proposal([[] for _ in limits], None, [[] for _ in limits])
+        return Proposal.empty(len(limits))

@@ -13,7 +13,7 @@ import torch
 from enumeration import CPU, EXACT, TableModel, approximations, outcomes
 from joined_rows import Table, drawing, off_the_law, written
 
-from hf_polyspec.control import PassSeconds, Shares, columns
+from hf_polyspec.control import PassSeconds, Shares, columns, known
 from hf_polyspec.control.columns import Columns
 from hf_polyspec.exactness.context import Context, Prompt
 from hf_polyspec.exactness.distributions import LawMaker
@@ -100,7 +100,7 @@ def test_columns_that_are_shared_out_leave_the_law(rule: str, levels: int, monke
         return found
 
     monkeypatch.setattr(Columns, "_granted", noted)
-    monkeypatch.setattr(columns, "HOPE", 100.0)  # texts of a few tokens: else a middle is never worth its first draft
+    monkeypatch.setattr(known, "HOPE", 100.0)  # texts of a few tokens: else a middle is never worth its first draft
     assert distance(approximations(levels, 2, 4, Ragged), rule) < EXACT
     assert {0, 1} <= {count for counts in granted for count in counts}, "some rows draft, and others do not"
 

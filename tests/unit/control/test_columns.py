@@ -181,12 +181,13 @@ def noised(dice: random.Random, seconds: float) -> float:
     return seconds * (dice.uniform(1, 1.2) if dice.random() < 0.9 else dice.uniform(2, 10))
 
 
+@pytest.mark.parametrize("by_size", [True, False])
 @pytest.mark.parametrize("known", [True, False])
-def test_the_cost_of_a_column_is_found(known: bool) -> None:
+def test_the_cost_of_a_column_is_found(known: bool, by_size: bool) -> None:
     """A machine three times as slow as in the profile, where columns cost twice as much of a pass."""
     dice = random.Random(1)
     shape = straight(10, 0.5)
-    gauge = PassSeconds(shape if known else None)
+    gauge = PassSeconds(shape if known else None, by_size=by_size)
     for _ in range(200):
         columns = dice.choice([8, 8, 8, 10, 13, 20, 30])
         gauge.add(columns, noised(dice, 30 + 3.0 * columns))
@@ -204,10 +205,23 @@ def test_passes_of_one_size_leave_what_is_expected_of_others() -> None:
 
 
 def test_columns_never_win_time() -> None:
-    gauge = PassSeconds()
-    for columns in (32, 8) * 20:
-        gauge.add(columns, 40.0 - columns)
-    assert gauge.seconds(64) >= gauge.seconds(8) > 0
+    for by_size in (False, True):
+        gauge = PassSeconds(by_size=by_size)
+        for columns in (32, 8) * 20:
+            gauge.add(columns, 40.0 - columns)
+        assert gauge.seconds(64) >= gauge.seconds(8) > 0
+
+
+def test_a_first_column_that_is_dear_is_seen() -> None:
+    """Eight rows on a line with the passes of fewer; what is drafted beside them begins with a step."""
+    dice = random.Random(2)
+    gauge = PassSeconds(straight(10, 0.4), by_size=True)
+    for _ in range(300):
+        columns = dice.choice([8, 8, 8, 8, 8, 8, 8, 9, 10, 5, 2])
+        gauge.add(columns, (20 + 0.4 * columns + (2 if columns > 8 else 0)) * dice.uniform(0.98, 1.02))
+    for columns in (8, 9, 10, 12):
+        step = gauge.seconds(columns) - gauge.seconds(8)
+        assert step == pytest.approx(0.4 * (columns - 8) + (2 if columns > 8 else 0), abs=0.6)
 
 
 def test_devices_differ_in_what_is_expected() -> None:
@@ -387,7 +401,7 @@ def of_three(passes_by: bool, middle_seconds: float, right: float) -> tuple[floa
     middle = Verifier(below, drafter, name="middle", block_size=3)
     above = OwnRows(clock, pass_seconds, lambda: 1.0, 4)
     top = Verifier(above, middle, name="target")
-    gauges = {index: PassSeconds(pass_seconds) for index in range(2)}
+    gauges = {0: PassSeconds(pass_seconds), 1: PassSeconds(lambda columns: middle_seconds * pass_seconds(columns))}
     top.begin(0, 8, 8)
     for level in (top, middle, drafter):
         level.stats.clock = clock

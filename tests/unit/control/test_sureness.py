@@ -9,7 +9,7 @@ import pytest
 import torch
 from clockwork import LAW, VOCABULARY, Clock, OwnRows, Teller
 
-from hf_polyspec.control.columns import Columns
+from hf_polyspec.control.columns import LOOK, Columns
 from hf_polyspec.control.pass_seconds import PassSeconds
 from hf_polyspec.control.sureness import TRUST, Sureness
 from hf_polyspec.exactness.context import Context, Prompt
@@ -74,7 +74,7 @@ def _late(credit: float) -> tuple[Columns, Drafter, Context]:
 def test_a_look_that_is_not_taken_costs_no_credit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Near the end of a batch no column is worth anything, and nobody is asked."""
     columns, drafter, context = _late(0.01)
-    for worth, credit in (([0, 0], 0.01), ([3, 3], 0.009)):
+    for worth, credit in (([0, 0], 0.01), ([3, 3], 0.01 - LOOK * 0.001)):
         monkeypatch.setattr(columns, "_worthwhile", lambda rooms, worth=worth: worth)
         offered = columns._offered(drafter, context, [3, 3], LAW, VOCABULARY, ())
         assert (offered is None) == (not any(worth))
