@@ -346,7 +346,7 @@ class Columns:
         """Seconds that asking a level which tells its drafts' chances is not expected to win back; 0 while that has to
         be found out."""
         seconds = known.seconds or 0.0
-        strange = self._turn <= PATIENCE and not known.before
+        strange = self._turn <= (1 if known.before else PATIENCE)
         return 0.0 if known.gain >= LOOK * seconds or strange else LOOK * seconds
 
     def _cut(

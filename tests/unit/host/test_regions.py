@@ -112,3 +112,23 @@ def test_equal_prompts_have_buffers_made_once() -> None:
     context = Context([[*ids, 5 + rows - 1]], Prompt.apart([length], [0]))
     wanted = alone.run(context, [[]], stats).logits
     torch.testing.assert_close(following[-1, -1], wanted[0, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_only_rows_that_are_asked_take_what_another_has_read() -> None:
+    """A middle that drafts for one row of three copies that row's columns, and they are those of its lender."""
+    model: Any = tiny("llama")
+    lender, borrower = RaggedRunner(model, "target", rows=3), RaggedRunner(model, "middle", rows=3)
+    borrower.lender, borrower.borrows_from = lender, 4
+    texts = [list(range(5, 17)), list(range(9, 18)), list(range(3, 18))]
+    context, stats = Context(texts, Prompt.apart([12, 9, 15], [0, 1, 2])), LevelStats("all", 0)
+    with torch.no_grad():
+        whole = lender.run(context, [[], [], []], stats)
+        borrower.asked = [False, True, False]
+        again = borrower.run(Context([[*ids, 3] for ids in texts], context.prompt), [[], [], []], stats)
+    assert list(map(len, borrower.memo)) == [0, 10, 0]
+    assert again.counts == [0, 1, 0], "nine columns were taken, and one was read"
+    for mine, theirs in zip(borrower.ragged.ragged_layers, lender.ragged.ragged_layers, strict=True):
+        for own, lent in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+            here, there = mine.regions.place(1, 0), theirs.regions.place(1, 0)
+            assert torch.equal(own[:, :, here : here + 9], lent[:, :, there : there + 9])
+    assert whole.counts == [12, 9, 15]
