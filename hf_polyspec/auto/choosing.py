@@ -29,7 +29,7 @@ from ..quantization.modules import sharing_copy
 from . import profile as profiles
 from .copying import copy_hindrance
 from .drafters import MTP, Tried, Tries, joint, load_drafter, try_drafters
-from .measuring import FEW, SIZES, Alike, Progress, agreement, generators_kept, time_passes
+from .measuring import FEW, SIZES, Alike, Progress, agreement, generators_kept, own_text, time_passes
 from .profile import Key, Profile
 from .source import MAY, identity_of, layout_of
 from .worth import ASSUMED, PACKED_GAIN, milliseconds, sizes_of, worth
@@ -245,6 +245,8 @@ def _measured(
         return _profile(model, key, False, [], passes, ({}, {}), [line], [], progress)
     packed, passes, words, left = _target(model, key, side, progress, encoded, ranks)
     target = side.twin if packed else model
+    if encoded is None:
+        prompt = own_text(target, prompt, ranks)
     bits, alike, about = _copy(model, target, prompt, passes, side, progress, encoded, ranks)
     agreed = {} if bits is None or alike is None else {bits: alike.share}
     scales = {} if bits is None or alike is None or alike.scale is None else {bits: alike.scale}

@@ -21,6 +21,7 @@ from ..host.picking import picks
 from ..host.positions import positions_told
 from ..host.ranks import ALONE, Ranks
 from ..host.release import input_device
+from ..models.assistants import first_id
 from ..telemetry.counters import LevelStats
 
 SIZES = (1, 2, 4, 8, 16, 32)
@@ -32,6 +33,8 @@ _SAME = 1.06
 """A pass was timed as quick as it can be once its three quickest times are this near: else the machine was busy."""
 _CONTEXT = 48
 _PATIENCE = 2.0
+LEAST, ENOUGH = 8, 48
+"""Tokens of a text that tell anything of a copy, and that tell enough."""
 _READ = 128
 """Most tokens of the prompt over which a copy is compared with the model."""
 
@@ -175,6 +178,33 @@ def _within(sizes: Sequence[int], clock: Clock) -> list[int]:
     return [columns for columns in sizes if columns <= clock.longest] or [1]
 
 
+@torch.no_grad()
+def own_text(model: Any, ids: Sequence[int], ranks: Ranks = ALONE) -> list[int]:
+    """A text on which copies and drafters are tried: a prompt, and what the model itself goes on with where that is
+    short. What a copy makes of five words says nothing of texts.
+
+    Args:
+        model: the target; ids: of a prompt, or none; ranks: the processes that take part in passes of the target.
+
+    Returns:
+        At least `ENOUGH` ids, fewer where two seconds are too short for as many or the model's places are used up.
+    """
+    own = [token for token in ids if token != EMBEDDED]
+    text = own or [first_id(model)]
+    most = min(ENOUGH, positions_told(model) or ENOUGH)
+    runner, stats = runner_for(model, "the target", input_device(model)), LevelStats("writing", 0)
+    dice, began = torch.Generator().manual_seed(len(text)), time.perf_counter()
+    while len(text) < most:
+        logits = runner.run(_context(text), [[]], stats).logits[0, -1].float().cpu()
+        # Drawn, by a generator of its own: likeliest tokens soon repeat themselves.
+        drawn = int(torch.multinomial(logits.softmax(-1), 1, generator=dice))
+        token, ends = ranks.told((drawn, len(text) >= LEAST and time.perf_counter() - began > BUDGET / 2))
+        text = [*text, token]
+        if ends:
+            break
+    return text
+
+
 @dataclass(frozen=True)
 class Alike:
     """How a copy of a model compares with it.
@@ -202,7 +232,7 @@ def agreement(
         None where there is too little of a prompt to tell.
     """
     some = [token for token in ids if token != EMBEDDED][-_READ:]
-    if len(some) < 8:
+    if len(some) < LEAST:
         return None
 
     def said(one: Any) -> torch.Tensor:

@@ -38,6 +38,15 @@ class Job(Protocol):
     chosen: str | None
 
 
+def longest_row(context: Context) -> list[int]:
+    """Of the rows of a call, the one with the most ids of its own: padding says nothing of a text."""
+    ids, mask = context.ids, context.prompt.mask
+    if mask is not None:
+        rows = zip(ids, mask.tolist(), strict=True)
+        ids = [[token for token, real in zip(row, told, strict=False) if real] for row, told in rows]
+    return max(ids, key=len)
+
+
 def choose(job: Job, named: Mapping[str, Any], ranks: Ranks) -> list[Any]:
     """The assistants that "auto" takes; the job runs on its target, with its sizes and control, from now on.
 
@@ -53,7 +62,7 @@ def choose(job: Job, named: Mapping[str, Any], ranks: Ranks) -> list[Any]:
     mode = (job.law.do_sample, job.config.temperature, job.options.couples)
     packs = job.options.polyspec_pack
     more: dict[str, Any] = {"encoded": job.encoded, "tries": tried, "ranks": ranks}
-    ready = prepare(job.model, job.context.ids[0], packs=packs, mode=mode, **more)
+    ready = prepare(job.model, longest_row(job.context), packs=packs, mode=mode, **more)
     said = {name: value for name, value in named.items() if value is not None}
     job.options = PolySpecOptions.read({**ready.options, **said}, job.config)
     if said.get("polyspec_control", getattr(job.config, "polyspec_control", None)) is None:

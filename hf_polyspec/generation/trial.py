@@ -39,7 +39,7 @@ def tried(target: Any, member: Any, ids: Sequence[int]) -> Trial:
 
     Args:
         target: as it is to run; member: a head or drafter, or what stands for it.
-        ids: of a prompt, its end is gone on from.
+        ids: of a prompt, one or more; its end is gone on from.
 
     Returns:
         What it was like. Where the text repeats itself a suffix drafter is as right and costs nothing, so what is right
@@ -48,7 +48,7 @@ def tried(target: Any, member: Any, ids: Sequence[int]) -> Trial:
     Raises:
         ValueError: it does not fit, or drafts nothing.
     """
-    ids = [token for token in ids if token != EMBEDDED][-_READ:] or [_first(target)]
+    ids = [token for token in ids if token != EMBEDDED][-_READ:]
     device = input_device(target)
     options = PolySpecOptions(num_assistant_tokens=TOKENS)
     setting = Setting(options, device, frozenset(), 0, 1)
@@ -89,9 +89,3 @@ def tried(target: Any, member: Any, ids: Sequence[int]) -> Trial:
         return Trial(share, seconds, None if whole == float("inf") else (TOKENS, whole))
 
     return ranks.told(ranks.attempted(found, None))  # type: ignore[no-any-return]
-
-
-def _first(target: Any) -> int:
-    """A token that a text may begin with."""
-    begin = getattr(target.generation_config, "bos_token_id", None)
-    return int(begin) if isinstance(begin, int) else 0

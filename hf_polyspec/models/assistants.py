@@ -292,6 +292,12 @@ def check_assistant_names(names: list[str]) -> None:
             )
 
 
+def first_id(model: Any) -> int:
+    """An id that a text may begin with."""
+    begin = getattr(model.generation_config, "bos_token_id", None)
+    return int(begin) if isinstance(begin, int) else 0
+
+
 def end_ids(model: Any) -> list[int]:
     """The ids that end a text of this model."""
     ids = getattr(model.generation_config, "eos_token_id", None)

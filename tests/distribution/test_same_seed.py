@@ -16,7 +16,7 @@ from same_seed import CHANCES, ENDS, check, sampled
 from tiny_models import head_for, noisy, prompts, tiny
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from hf_polyspec.control import columns
+from hf_polyspec.control import known
 from hf_polyspec.levels.base import Drafter
 from hf_polyspec.levels.early_exit import early_exit
 from hf_polyspec.levels.suffix import SuffixDrafter
@@ -62,7 +62,7 @@ def test_an_exact_copy_is_never_rejected(target: PreTrainedModel, rule: str) -> 
 
 
 def test_num_return_sequences(target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "HOPE", 100.0)  # else drafts are not worth their columns in so short texts of 8 rows
+    monkeypatch.setattr(known, "HOPE", 100.0)  # else drafts are not worth their columns in so short texts of 8 rows
     for options in ({}, ENDS):
         found = check(target, below(target, 0.03, 0.05), 4, num_return_sequences=4, **prompts(2), **options)
         assert found.levels[0].accepted > 0

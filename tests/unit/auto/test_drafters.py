@@ -168,7 +168,7 @@ def test_a_trial_counts_what_is_right(model: PreTrainedModel, monkeypatch: pytes
     assert found.share == pytest.approx(1.0)
     assert found.whole is not None
     assert 0 < trial.TOKENS * found.step < found.whole[1]
-    assert tried(model, noisy(model, 3.0), ()).share < 0.7
+    assert tried(model, noisy(model, 3.0), [3]).share < 0.7
     assert 0 <= tried(model, head_for(model), ids).share < 1
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -9,10 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from tiny_models import tiny
 
 from hf_polyspec.auto import measuring
-from hf_polyspec.auto.measuring import SIZES, Progress, time_passes
+from hf_polyspec.auto.measuring import ENOUGH, LEAST, SIZES, Progress, own_text, time_passes
 from hf_polyspec.auto.worth import sizes_of, worth
+from hf_polyspec.exactness.context import EMBEDDED, Context, Prompt
+from hf_polyspec.generation.automatic import longest_row
 
 Load = Callable[[], float]
 
@@ -73,3 +77,34 @@ def test_beside_other_work_the_same_is_found(timed: Callable[[Load], tuple[dict[
         worths += sizes_of(passes["target"], passes["int8"], 0.9) == sizes_of(*quiet, 0.9)
     assert wrong <= 7
     assert worths >= 17
+
+
+def test_what_a_copy_is_tried_on_is_a_text() -> None:
+    """An engine has no prompt yet, and a short one is gone on from; torch's generators stand where they stood."""
+    model: Any = tiny("llama")
+    before = torch.get_rng_state()
+    for prompt in ([], [5, EMBEDDED, 6], list(range(3, 20))):
+        text, own = own_text(model, prompt), [token for token in prompt if token != EMBEDDED]
+        assert len(text) == ENOUGH
+        assert text[: len(own)] == own
+        assert len(set(text)) > ENOUGH // 3
+    long = list(range(3, 20)) * 5
+    assert own_text(model, long) == long
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_slow_model_writes_a_few_words() -> None:
+    model: Any = tiny("llama")
+    ticks = iter(range(1000))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: 10.0 * next(ticks)))
+        assert LEAST <= len(own_text(model, [])) <= LEAST + 1
+
+
+def test_the_longest_row_is_what_is_tried_on() -> None:
+    """Padding says nothing of a text, and may be most of a batch's first row."""
+    ids = [[0, 0, 0, 5], [0, 7, 8, 9], [0, 0, 3, 4]]
+    mask = torch.tensor([[0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 1, 1]])
+    prompt = Prompt(4, mask, torch.zeros(3, 4, dtype=torch.long))
+    assert longest_row(Context(ids, prompt)) == [7, 8, 9]
+    assert longest_row(Context(ids, Prompt(4, None, torch.zeros(3, 4, dtype=torch.long)))) == ids[0]
