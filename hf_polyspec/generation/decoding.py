@@ -229,14 +229,9 @@ class _Job:
     def chain(self, assistants: list[Any]) -> Verifier:
         """The levels, ready to run; the target starts from the caller's cache if there is something in it."""
         embeds = self.context.prompt.embeds
-        record = {
-            name: True
-            for name, wanted in (
-                ("output_hidden_states", self.wanted.hidden_states),
-                ("output_attentions", self.wanted.attentions),
-            )
-            if wanted
-        }
+        told = {"output_hidden_states": self.wanted.hidden_states, "output_attentions": self.wanted.attentions}
+        record = {name: True for name, wanted in told.items() if wanted}
+        longest = self.config.max_length or UNLIMITED
         runner = runner_for(
             self.model,
             "the target",
@@ -246,7 +241,8 @@ class _Job:
             reads_embeds=True,
             extras=self.extras,
             kept=1,
-            rows=self.context.batch if self._rows_are_own(record) else 1,
+            rows=self.context.batch if self._rows_are_own(record) else 0,
+            columns=longest,
             encoded=self.encoded,
         )
         if self.use_cache and self._cache_is_special():
@@ -265,6 +261,7 @@ class _Job:
             self.encoded,
             self.vocabularies,
             own_rows=self._rows_are_own(record),
+            longest=longest,
             prompt=self.context.prompt,
         )
         return build_chain(self.model, assistants, setting, runner)

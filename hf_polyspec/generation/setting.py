@@ -41,6 +41,7 @@ class Setting:
         joins: whether rows join while others run; there are none at first, and at most `batch`.
         prompt: what the caller gave as one, None where rows join.
         own_rows: whether rows may each have their own columns, by what the caller gave.
+        longest: most columns that a row may come to have.
     """
 
     options: PolySpecOptions
@@ -54,6 +55,7 @@ class Setting:
     vocabularies: Sequence[Vocabularies | None] = ()
     joins: bool = False
     own_rows: bool = False
+    longest: int = 0
     prompt: Prompt | None = None
 
     @property
@@ -96,7 +98,8 @@ def level_runner(assistant: Any, place: int, setting: Setting, target: Any) -> M
         reads_embeds=reads_embeds,
         replace_unknown_ids=True,
         extras=extras,
-        rows=setting.batch if setting.own_rows and not setting.joins and vocabularies is None else 1,
+        rows=setting.batch if setting.own_rows and not setting.joins and vocabularies is None else 0,
+        columns=setting.longest,
     )
     serve(runner, 1 if setting.joins else setting.batch)
     return runner if vocabularies is None else TranslatedRunner(runner, vocabularies)

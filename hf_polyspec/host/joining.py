@@ -24,7 +24,7 @@ def joining_runner(model: Any, name: str, device: torch.device | None = None, **
     Args:
         model, name, device, options: as for `runner_for`.
     """
-    options.pop("rows", None)
+    options.pop("rows", None), options.pop("columns", None)
     extras = options.get("extras")
     if not keeps_states(model) and (extras is None or not extras.any) and rows_apart(model):
         return RaggedRunner(model, name, device, rows=0, **{k: v for k, v in options.items() if k != "kept"})

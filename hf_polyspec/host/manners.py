@@ -16,6 +16,7 @@ from .carried import carried_by, standing
 from .forwarding import Forwarding
 from .own_rows import rows_apart
 from .ragged import RaggedRunner
+from .ragged_cache import outgrows
 from .recurrent import RecurrentRunner
 from .release import cache_argument, forward_arguments, inner_model, input_device
 from .rereading import RereadingRunner, rereads
@@ -56,16 +57,18 @@ def runner_for(model: Any, name: str, device: torch.device | None = None, **opti
     Args:
         model, name, device, options: see `ModelRunner`.
         options: may hold `kept`, see `RecurrentRunner`, and `rows`, the number of rows that may each have their own
-            columns (with plain prompts, a cache, and nothing recorded), 1 for none.
+            columns (with plain prompts, a cache, and nothing recorded), 0 for none, and `columns`, the most that a
+            row may come to have.
     """
-    kept, rows = options.pop("kept", None), options.pop("rows", 1)
+    kept, rows, columns = options.pop("kept", None), options.pop("rows", 0), options.pop("columns", 0)
     if options.get("encoded") is not None:  # see `SeqToSeqRunner`
         return runner_over(model, name, device, **options)
     options.pop("encoded", None)
     if rereads(model):
         return RereadingRunner(model, name, device, **options)
     manner = manner_of(model)
-    if manner is Manner.ATTENTION and rows > 1 and rows_apart(model):
+    # One row, too, holds no more than its windows where its text may come to be much longer.
+    if manner is Manner.ATTENTION and (rows > 1 or (rows == 1 and outgrows(model, columns))) and rows_apart(model):
         return RaggedRunner(model, name, device, rows=rows, **options)
     if manner is Manner.ATTENTION:
         return ModelRunner(model, name, device, **options)

@@ -21,6 +21,8 @@ from .span import Span
 from .spans import pass_under_way
 
 _MORE_ROOM = 64
+OUTGROWN = 2
+"""Windows from which on a text is so long that its layers had better forget what lies before."""
 _MARGIN = 64
 """Columns behind a window that stay when others are let go: a row that is rolled back so far is not read again."""
 ALIGNED = 16
@@ -352,6 +354,12 @@ class RaggedCache(DynamicCache):
                 pair.append(whole)
             made.update(*pair, index)
         return made
+
+
+def outgrows(model: Any, columns: int) -> bool:
+    """Whether layers with a window would hold much less than a text of so many columns, were they to hold only that."""
+    windows = [window for window in windows_of(model) if window is not None]
+    return bool(windows) and columns > OUTGROWN * min(windows) + _MARGIN
 
 
 def windows_of(model: Any) -> list[int | None]:

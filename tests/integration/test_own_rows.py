@@ -144,8 +144,9 @@ def test_no_column_is_fed_for_another_rows_length_or_after_an_end(ends: bool) ->
 
 @pytest.mark.parametrize("family", ["gemma3_text", "mistral"])
 @pytest.mark.parametrize("chain", ["8-bit middle over drafter", "tree", "middle over suffix"])
+@pytest.mark.parametrize("rows", [1, 5])
 def test_layers_with_a_window_hold_little_more_than_it(
-    family: str, chain: str, monkeypatch: pytest.MonkeyPatch
+    family: str, chain: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ragged_cache, "_MARGIN", 4)
     monkeypatch.setattr(ragged_cache, "_MORE_ROOM", 4)
@@ -160,7 +161,7 @@ def test_layers_with_a_window_hold_little_more_than_it(
 
     monkeypatch.setattr(Regions, "reserve", reserved)
     for sampled in (False, True):
-        plain, output = both(target, chain, do_sample=sampled, max_new_tokens=80)
+        plain, output = both(target, chain, rows, do_sample=sampled, max_new_tokens=80)
         assert torch.equal(output.sequences, plain)
     # The window, the margin, the longest pass (a prompt of 13 and a draft) and the room that is left free, in whole
     # stretches; of whole texts there are 93 columns.

@@ -14,6 +14,7 @@ from tiny_models import tiny
 
 from hf_polyspec.exactness.context import Context, Prompt
 from hf_polyspec.host import ragged_cache
+from hf_polyspec.host.manners import runner_for
 from hf_polyspec.host.ragged import RaggedRunner
 from hf_polyspec.host.ragged_cache import ALIGNED, RaggedCache, RaggedLayer, Regions
 from hf_polyspec.telemetry.counters import LevelStats
@@ -132,3 +133,12 @@ def test_only_rows_that_are_asked_take_what_another_has_read() -> None:
             here, there = mine.regions.place(1, 0), theirs.regions.place(1, 0)
             assert torch.equal(own[:, :, here : here + 9], lent[:, :, there : there + 9])
     assert whole.counts == [12, 9, 15]
+
+
+def test_a_text_outgrows_windows_that_are_much_shorter() -> None:
+    """One row of a text that its windows hold as well stays in buffers that compiled blocks write to."""
+    windowed: Any = tiny("mistral", sliding_window=WINDOW)
+    for columns, apart in ((2 * WINDOW + 64, False), (2 * WINDOW + 65, True)):
+        assert isinstance(runner_for(windowed, "all", rows=1, columns=columns), RaggedRunner) == apart
+    assert not isinstance(runner_for(windowed, "all", rows=0, columns=1000), RaggedRunner)
+    assert not isinstance(runner_for(tiny("llama"), "all", rows=1, columns=1000), RaggedRunner)
