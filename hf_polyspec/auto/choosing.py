@@ -6,7 +6,7 @@ from __future__ import annotations
 import datetime
 import threading
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -155,6 +155,26 @@ def known(model: Any, *, packs: bool = True) -> Profile | None:
     return profiles.load(_key(model, packs))
 
 
+def assume(
+    model: Any, levels: Mapping[str, Any], passes: dict[str, Any], agreed: dict[str, float], scales: dict[str, float]
+) -> None:
+    """Let "auto" run a model as it is over these levels, in this process, and know no more of them than this.
+
+    Its control can thus be tried on levels that no measurement would choose.
+
+    Args:
+        model: the target; levels: by name, the slowest first, None for a suffix drafter of each call's own.
+        passes, agreed, scales: see `Profile`; a drafter that agrees in nothing that is known costs nothing to ask.
+    """
+    key, words = _key(model, True), [f"{name} (assumed)" for name in levels if name != SUFFIX]
+    found = _profile(model, key, False, list(levels), passes, (agreed, scales), words, [], Progress(""))
+    with _making:
+        side = _sides.setdefault(model, _Side())
+    with side.lock:
+        side.copies = {name: level for name, level in levels.items() if level is not None}
+        side.profiles[key], side.costs = found, {}
+
+
 def _key(model: Any, packs: bool) -> Key:
     return Key.here(identity_of(model), model.dtype, input_device(model), packs, layout_of(model))
 
@@ -196,7 +216,7 @@ def _made(model: Any, found: Profile, side: _Side, changed: bool, mode: Hashable
     place = (found.key, tuple(members), mode)
     if place not in side.costs:
         tables = [found.passes["target"], *(found.passes[name] for name in members if name in _BITS)]
-        head = next((found.head_of(name) for name in members if name not in (*_BITS, SUFFIX)), None)
+        head = next((found.head_of(name) for name in members if name in found.agreement and name not in _BITS), None)
         agreed, scale = found.agreement.get(middle or "", ASSUMED), found.scales.get(middle or "")
         side.costs[place] = Costs(tables, agreed, head, scale)
     return Ready(target, assistants, dict(found.options), side.costs[place], line)
@@ -363,7 +383,7 @@ def _profile(
     agreed, scales = alike
     chain = [*words, *([SUFFIX] if SUFFIX in members else [])]
     middle = next((name for name in members if name in _BITS), None)
-    drafter = next((name for name in members if name not in (*_BITS, SUFFIX)), None)
+    drafter = next((name for name in members if name in agreed and name not in _BITS), None)
     head = None if drafter is None else profiles.head_of(agreed[drafter], passes[drafter])
     return Profile(
         key,

@@ -45,7 +45,7 @@ MEASUREMENTS = {
     "server": Measurement(f"{_ROOM}.server", "Tokens a second through the server, beside the same chain in process."),
     "tensor-parallel": Measurement(f"{_ROOM}.tensor_parallel", "Chains on a target that processes split between them."),
     "vllm": Measurement(f"{_ROOM}.vllm_table", "vLLM's texts and acceptance with our levels, beside ours."),
-    "worst-case": Measurement(f"{_ROOM}.worst_case", "What the online control costs where nothing can be gained."),
+    "worst-case": Measurement(f"{_ROOM}.worst_case", "What a control costs where nothing can be gained."),
 }
 
 

