@@ -265,8 +265,7 @@ def _measured(
         return _profile(model, key, False, [], passes, ({}, {}), [line], [], progress)
     packed, passes, words, left = _target(model, key, side, progress, encoded, ranks)
     target = side.twin if packed else model
-    if encoded is None:
-        prompt = own_text(target, prompt, ranks)
+    prompt = own_text(target, prompt, ranks) if encoded is None else prompt
     bits, alike, about = _copy(model, target, prompt, passes, side, progress, encoded, ranks)
     agreed = {} if bits is None or alike is None else {bits: alike.share}
     scales = {} if bits is None or alike is None or alike.scale is None else {bits: alike.scale}
