@@ -38,7 +38,7 @@ ALONE = "the model alone"
 
 
 def default_assistants(model: str) -> list[str]:
-    """The chain under a model for which the user named none: a quantised copy of it, and what drafts below.
+    """The chain that the demo takes apart where the user named none: a quantised copy, and what drafts below.
 
     Args:
         model: its name; the one for which a trained head ships with the package gets the head as well.

@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from ...errors import DamagedFileError
+from ...models.assistants import check_level_name
 from ...storage.reading import read_text
 
 
@@ -30,6 +31,18 @@ def count_or_none(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number, 0 for none, got {text!r}.")
     return int(text)
+
+
+def level(text: str) -> str:
+    """The name of a level, as `load_assistant` takes it.
+
+    Raises:
+        ArgumentTypeError: it stands for a choice of levels.
+    """
+    try:
+        return check_level_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def rows(text: str) -> int | str:
