@@ -368,6 +368,15 @@ def _times_of(
     return ranks.told(ranks.attempted(timed, nothing))  # type: ignore[no-any-return]
 
 
+def _why_nobody(members: Sequence[str], left: Sequence[str]) -> str:
+    """What speaks against a copy, or else against packing, where nothing stands above a suffix drafter."""
+    for name in (*_BITS, "packing") if {SUFFIX}.issuperset(members) else ():
+        for sentence in left:
+            if sentence.startswith(f"{name}: "):
+                return f"; no {sentence}"
+    return ""
+
+
 def _profile(
     model: Any,
     key: Key,
@@ -394,7 +403,7 @@ def _profile(
         passes,
         agreed,
         scales,
-        " + ".join(chain),
+        " + ".join(chain) + _why_nobody(members, left),
         tuple(left),
         round(progress.seconds, 3),
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..control.costs import STEPS, Costs, Head, Trial
@@ -13,6 +12,7 @@ from ..cpu.packing import packed_assistants
 from ..eagle.configuration import EagleHeadConfig
 from ..eagle.features import check_fit, lend_parts, target_parts
 from ..host.hub_cache import cached_folders
+from ..host.mtp_tensors import whole_checkpoint
 from ..host.ranks import ALONE, Ranks
 from ..host.release import inner_model, input_device
 from ..levels.elsewhere import Elsewhere
@@ -67,8 +67,7 @@ def drafters_here(model: Any) -> Iterator[str]:
         if found < _MOST and (name == HEAD or is_eagle_head(folder)) and _fits(folder, model):
             found += 1
             yield name
-    # A checkpoint on a hub might be fetched in part.
-    if Path(str(getattr(inner_model(model).config, "name_or_path", "") or "nowhere")).is_dir():
+    if whole_checkpoint(inner_model(model).config) is not None:  # else trying them might fetch it
         yield MTP
 
 

@@ -50,25 +50,30 @@ class Key:
     @classmethod
     def here(cls, weights: str, dtype: torch.dtype, device: torch.device, pack: bool, layout: str) -> Key:
         """The key on this machine, now."""
-        name = processor() if device.type == "cpu" else _accelerator(device)
-        numba = "numba" if compiles() else "no numba"
-        versions = f"hf_polyspec {__version__}, torch {torch.__version__}, transformers {installed()}, {numba}"
         kind = str(dtype).removeprefix("torch.")
-        return cls(
-            weights,
-            kind,
-            device.type,
-            pack,
-            layout,
-            name,
-            torch.get_num_threads(),
-            f"{versions}, Python {platform.python_version()}",
-        )
+        return cls(weights, kind, device.type, pack, layout, *_surroundings(device))
+
+    @property
+    def holds_here(self) -> bool:
+        """Whether it is of this machine as it is now, and of the versions that are installed."""
+        try:
+            here = _surroundings(torch.device(self.device))
+        except (RuntimeError, AssertionError):  # a device that is not there
+            return False
+        return (self.machine, self.threads, self.versions) == here
 
     @property
     def name(self) -> str:
         """Of the file: 16 hexadecimal digits."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _surroundings(device: torch.device) -> tuple[str, int, str]:
+    """Processor, threads and versions."""
+    name = processor() if device.type == "cpu" else _accelerator(device)
+    numba = "numba" if compiles() else "no numba"
+    versions = f"hf_polyspec {__version__}, torch {torch.__version__}, transformers {installed()}, {numba}"
+    return name, torch.get_num_threads(), f"{versions}, Python {platform.python_version()}"
 
 
 def _accelerator(device: torch.device) -> str:

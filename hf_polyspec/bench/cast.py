@@ -17,6 +17,7 @@ from ..cpu.packing import is_packed, pack
 from ..eagle.modeling import EagleHead
 from ..generation.chain import check_assistants
 from ..generation.doors import generate
+from ..host.waiting import wait_for
 from ..levels.base import Drafter
 from ..models.assistants import end_ids, load_assistant
 from ..models.by_name import load_model, load_tokenizer
@@ -142,11 +143,11 @@ class Cast:
         torch.manual_seed(ask.seed)
         with _as_found(self.target, method, self.members(method)) as passes:
             call = self._call(model, method, arguments)
-            _wait(model.device)
+            wait_for(model.device)
             meter.start()
             started = time.perf_counter()
             output = call()
-            _wait(model.device)
+            wait_for(model.device)
             seconds = time.perf_counter() - started
             peak, rise = meter.stop()
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
@@ -286,8 +287,3 @@ def _packed(target: Any) -> Any:
     """The same weights in a model of its own, packed; the target itself where packing does nothing."""
     other = pack(sharing_copy(target))
     return other if is_packed(other) else target
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

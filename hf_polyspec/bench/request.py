@@ -255,6 +255,8 @@ def read_assistants(given: Sequence[str], preset: Preset | None) -> tuple[tuple[
             raise ValueError(f"--assistant {text}: write NAME=WHAT, the name without spaces and the marks @ , ; :.")
         if name in (NONE, AUTO):
             raise ValueError(f"--assistant {text}: {name} has a meaning of its own in methods; give it another name.")
+        if word in (NONE, AUTO):
+            raise ValueError(f"--assistant {text}: {word} is no level; polyspec:{word} is a method, for --methods.")
         if name in mine:
             raise ValueError(f"--assistant gives the name {name!r} twice.")
         mine.add(name)

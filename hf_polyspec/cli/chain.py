@@ -105,10 +105,24 @@ def _number_or_word(text: str | None) -> int | str | None:
     return int(text) if text is not None and text.isdigit() else text
 
 
+def words_of(assistant: list[str] | None, plan: Path | None = None) -> list[str]:
+    """The assistants that a command line names; "auto" chooses where it names none.
+
+    Raises:
+        ValueError: there is a plan, which is of assistants that are named, and none is.
+    """
+    from ..models.assistants import AUTO
+
+    words = assistant or [AUTO]
+    if plan is not None and AUTO in words:
+        raise ValueError("--plan chooses among assistants: name those that it was made for, each with --assistant.")
+    return words
+
+
 def load_chain(
     console: Console,
     model: str | None,
-    assistant: list[str] | None,
+    assistant: list[str],
     device: str,
     dtype: str,
     html: Path | None,
@@ -122,10 +136,10 @@ def load_chain(
     from ..models.by_name import check_device, load_model, load_tokenizer, read_dtype
     from ..models.packaged import PACKAGE, first_time
     from ..quantization import pack as pack_model
-    from .demo import DEFAULT_MODEL, default_assistants
+    from .demo import DEFAULT_MODEL
 
     name = model or DEFAULT_MODEL
-    words = named_assistants(assistant or default_assistants(name))
+    words = named_assistants(assistant)
     check_device(device)
     read_dtype(dtype)
     if html is not None and not html.absolute().parent.is_dir():

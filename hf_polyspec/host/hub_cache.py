@@ -5,7 +5,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import constants
+from huggingface_hub import constants, try_to_load_from_cache
+
+
+def cached_folder(name: str, revision: str | None = None) -> Path | None:
+    """The folder of a repository in the cache, None where nothing of it is there; nothing is asked of the hub.
+
+    Args:
+        name: the hub id; revision: a commit or branch, by default the main one.
+    """
+    try:
+        found = try_to_load_from_cache(name, "config.json", cache_dir=constants.HF_HUB_CACHE, revision=revision)
+    except ValueError:  # it is no id
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def cached_folders() -> list[str]:

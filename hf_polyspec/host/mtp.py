@@ -12,7 +12,7 @@ import torch
 from transformers import cache_utils, modeling_layers
 
 from .compatibility import ATTENTION_LAYERS
-from .mtp_tensors import load_named
+from .mtp_tensors import load_named, read_from, whole_checkpoint
 from .release import CACHE_NAMES, inner_model
 from .whole import whole_part
 
@@ -157,13 +157,16 @@ def _try(made: Any, kind: str) -> None:
 
 
 def _load(model: Any) -> Any:
-    kind, source = type(model).__name__, model.config.name_or_path
+    kind, named = type(model).__name__, model.config.name_or_path
     told = bool(getattr(model.config.get_text_config(), "num_mtp_layers", None))
     device = next(torch.device(parameter.device) for parameter in model.get_decoder().layers[-1].parameters())
     reason: Exception | None = None
     if told:
+        # From the folder in the hub's cache where all is there: transformers would ask the hub for news of an id.
+        here = whole_checkpoint(model.config)
         try:
-            return _MODEL.from_pretrained(model, device_map={"": device})
+            source = model if here is None else read_from(model, str(here))
+            return _MODEL.from_pretrained(source, device_map={"": device})
         except Exception as error:
             reason = error
     try:
@@ -175,9 +178,9 @@ def _load(model: Any) -> Any:
     if reason is None:
         raise ValueError(
             f"{kind} has no multi-token-prediction layers (its config has no num_mtp_layers, and "
-            f"{source!r} no tensors of such layers)"
+            f"{named!r} no tensors of such layers)"
         )
     raise ValueError(
-        f"the multi-token-prediction layers of {kind} could not be loaded from {source!r}: "
+        f"the multi-token-prediction layers of {kind} could not be loaded from {named!r}: "
         f"{' '.join(str(reason).split())}"
     ) from reason

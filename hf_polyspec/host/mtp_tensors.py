@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from .modeling import cached_file
+from .hub_cache import cached_folder
 
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 PARTS = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
 """DeepSeek-V3's names of what is not the decoder layer."""
 _NAMED = {
@@ -83,38 +84,49 @@ def _placed(name: str, depth: int) -> tuple[str, int, str] | None:
     return None
 
 
-def checkpoint_tensors(source: str) -> dict[str, Path]:
-    """The safetensors file of every tensor of a checkpoint on this disk; empty where there is none.
+def whole_checkpoint(config: Any) -> Path | None:
+    """The folder that a model was loaded from, in the hub's cache for a hub id, if its weights are all there.
 
     Args:
-        source: a folder, or a hub id of what lies in the hub's cache; no hub is asked.
+        config: the model's; no hub is asked.
     """
+    folder = _folder(config)
+    if folder is None:
+        return None
+    try:
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        names = {str(file) for file in index["weight_map"].values()}
+    except FileNotFoundError:
+        names = {_SINGLE}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return folder if all((folder / name).is_file() for name in names) else None
+
+
+def _tensors(folder: Path | None) -> dict[str, Path]:
+    """The safetensors file of every tensor of a checkpoint on this disk; empty where there is none."""
     from safetensors import safe_open
 
-    folder = _folder(source)
     if folder is None:
         return {}
-    index = folder / "model.safetensors.index.json"
+    index = folder / _INDEX
     if index.is_file():
         stored = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {str(name): folder / str(file) for name, file in stored.items()}
-    single = folder / "model.safetensors"
+    single = folder / _SINGLE
     if not single.is_file():
         return {}
     with safe_open(single, framework="pt") as opened:
         return dict.fromkeys(opened.keys(), single)
 
 
-def _folder(source: str) -> Path | None:
+def _folder(config: Any) -> Path | None:
+    source = str(getattr(config, "name_or_path", None) or "")
     if not source:
         return None
     if (path := Path(source).expanduser()).is_dir():
         return path
-    try:
-        config = cached_file(source, "config.json", local_files_only=True)
-    except (OSError, ValueError):
-        return None
-    return None if config is None else Path(config).parent
+    return cached_folder(source, getattr(config, "_commit_hash", None))
 
 
 def load_named(kind: Any, model: Any, device: torch.device) -> Any:
@@ -126,7 +138,7 @@ def load_named(kind: Any, model: Any, device: torch.device) -> Any:
     Raises:
         ValueError: there are such tensors, of a layout that is not known.
     """
-    files = checkpoint_tensors(model.config.name_or_path)
+    files = _tensors(_folder(model.config))
     depth = int(model.config.get_text_config(decoder=True).num_hidden_layers)
     layers = named_layers(files, depth)
     if not layers:
@@ -140,7 +152,7 @@ def load_named(kind: Any, model: Any, device: torch.device) -> Any:
     # transformers reads files under DeepSeek-V3's names: these tensors are put there under them.
     with tempfile.TemporaryDirectory() as place:
         _store(layers, files, depth, model, Path(place))
-        return kind.from_pretrained(_stand_in(model, len(layers), depth, place), device_map={"": device})
+        return kind.from_pretrained(_with_layers(model, len(layers), depth, place), device_map={"": device})
 
 
 def _store(layers: list[Layer], files: dict[str, Path], depth: int, model: Any, place: Path) -> None:
@@ -159,12 +171,18 @@ def _store(layers: list[Layer], files: dict[str, Path], depth: int, model: Any, 
     save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
 
 
-def _stand_in(model: Any, count: int, depth: int, place: str) -> Any:
-    """The model with a config of its own, which tells of its layers and where they are."""
+def read_from(model: Any, place: str) -> Any:
+    """The model with a config of its own, which says that its checkpoint lies in this folder."""
     made = copy.copy(model)
-    made.config = config = copy.deepcopy(model.config)
-    config._name_or_path = place
-    text = config.get_text_config(decoder=True)
+    made.config = copy.deepcopy(model.config)
+    made.config._name_or_path = place
+    return made
+
+
+def _with_layers(model: Any, count: int, depth: int, place: str) -> Any:
+    """The same, where the folder holds the layers alone, of which the model's config need not tell."""
+    made = read_from(model, place)
+    text = made.config.get_text_config(decoder=True)
     text.num_mtp_layers = count
     for kinds, theirs, usual in (
         ("layer_types", "mtp_layer_types", "full_attention"),

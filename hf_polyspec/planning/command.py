@@ -15,7 +15,7 @@ from ..cpu.packing import pack as pack_model
 from ..eagle.training.prompts import prompt_ids, read_prompts
 from ..host.generation import quiet
 from ..levels.names import short_name
-from ..models.assistants import check_assistant_names, load_assistant
+from ..models.assistants import check_assistant_names, check_level_name, load_assistant
 from ..models.by_name import check_device, load_model, load_tokenizer, read_dtype
 from .by_batch import batches_table, best_by_batch, where_it_stops
 from .gauge import TakenAgain
@@ -61,7 +61,7 @@ def plan_command(
     `polyspec generate --plan` take.
     """
     wish = Wish(temperature, new_tokens, repeats, draft_seconds, batches, seed)
-    check_assistant_names(assistant)
+    check_assistant_names([check_level_name(name) for name in assistant])
     check_device(device)
     read_dtype(dtype)
     _check_files(plot, out)

@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..generation.doors import generate
+from ..host.waiting import wait_for
 from .candidates import Level, options_of
 from .gauge import Gauge
 from .replay import Measurements, replay
@@ -100,8 +101,7 @@ def _runner(levels: Sequence[Level], measured: Measurements, config: GenerationC
             arguments |= {"assistant_models": members, **options_of(candidate.chain)}
         started = time.perf_counter()
         output = generate(target, ids, **arguments)
-        if target.device.type == "cuda":
-            torch.cuda.synchronize(target.device)
+        wait_for(target.device)
         return time.perf_counter() - started, output.sequences.shape[1] - len(prompt)
 
     return call

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_polyspec.host.cache import RollbackCache
 from hf_polyspec.host.release import with_cache
+from hf_polyspec.host.waiting import wait_for
 
 
 @dataclass(frozen=True)
@@ -182,12 +183,10 @@ def _device(model: nn.Module) -> torch.device:
 def _timed_pass(model: nn.Module, ids: Tensor, cache: RollbackCache) -> float:
     device = _device(model)
     here = ids.to(device)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     begin = time.perf_counter()
     model(here, **with_cache(model, cache))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     taken = time.perf_counter() - begin
     cache.shrink(cache.length - ids.shape[1])
     return taken

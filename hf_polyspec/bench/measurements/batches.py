@@ -28,9 +28,10 @@ from rich.console import Console
 
 from ...generation.doors import generate
 from ...host.generation import BaseStreamer, pad_id
+from ...host.waiting import wait_for
 from . import arguments, joining
 from .batch_bounds import bounds
-from .batch_jobs import KINDS, Job, jobs, prompts
+from .batch_jobs import KINDS, Job, jobs, on_device, prompts
 from .ways import finish, in_turns, parser_of, quotient, table_of, targets_of
 
 PADDED = "generate(), padded rows"
@@ -102,14 +103,17 @@ def measure(
         chains: levels, their names with commas between; new_tokens: at most; rounds: of which the median counts.
         clock: seconds from some moment on.
     """
+    job = on_device(job, target.device)
     ways = {PADDED: None, ALONE: [], **{chain: chain.split(",") for chain in chains}}
     texts: dict[str, torch.Tensor] = {}
     first: dict[str, list[float]] = {way: [] for way in ways}
 
     def timed(way: str, turn: int) -> float:
         watch = _Watch(clock)
+        wait_for(target.device)
         started = clock()
         texts[way] = generated(target, job.inputs, ways[way], new_tokens, streamer=watch, **job.options)
+        wait_for(target.device)
         if turn >= 0:
             first[way].append(watch.first - started)
         return clock() - started
@@ -211,6 +215,8 @@ def main(words: Sequence[str] | None = None) -> None:
         help="compute with one thread and count its own seconds, which other work on the machine disturbs little",
     )  # fmt: skip
     given = parser.parse_args(words)
+    if given.one_thread and torch.device(given.device).type != "cpu":
+        parser.error("--one-thread counts the seconds of a CPU's thread, and others compute on --device.")
     clock = time.thread_time if given.one_thread else time.perf_counter
     if given.one_thread:
         torch.set_num_threads(1)

@@ -152,7 +152,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--widths", type=arguments.count, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--repeats", type=arguments.count, default=101)
     parser.add_argument("--model", help="also time whole answers of this one")
-    parser.add_argument("--assistant", action="append", help="below it, the slowest first; int8 and suffix")
+    parser.add_argument(
+        "--assistant", type=arguments.level, action="append", help="below it, the slowest first; int8 and suffix"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="bfloat16 is packed")
     parser.add_argument("--new-tokens", type=arguments.count, default=64)
     parser.add_argument("--answers", type=arguments.count, default=5)

@@ -44,7 +44,7 @@ def name_of_form(form: Form) -> str:
     return "+".join(word for word in form if word)
 
 
-def load_form(model: str, form: Form) -> Any:
-    """A model, by its name, in a form."""
+def load_form(model: str, form: Form, device: str = "cpu") -> Any:
+    """A model, by its name, in a form, on a device."""
     dtype, change = form
-    return FORMS[change](load_model(model, dtype))
+    return FORMS[change](load_model(model, dtype, device))

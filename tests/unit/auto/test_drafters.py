@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
+from mtp_models import with_mtp
+from safetensors.torch import load_file, save_file
 from tiny_models import head_for, noisy, prompts, tiny
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_polyspec
 from hf_polyspec.auto import choosing, drafters, profile
-from hf_polyspec.auto.drafters import drafters_here, promise
+from hf_polyspec.auto.drafters import drafters_here, load_drafter, promise
 from hf_polyspec.control.costs import STEPS, Head, Trial
 from hf_polyspec.exactness.proposal import Proposal
 from hf_polyspec.generation import automatic, trial
@@ -151,6 +153,54 @@ def test_nothing_but_what_fits_is_found(model: PreTrainedModel, folder: str, tmp
     model.config.name_or_path = str(tmp_path / "model")
     assert list(drafters_here(model)) == [folder, "mtp"]
     assert len(cached_folders()) == 2
+
+
+def store_with_layer(model: PreTrainedModel, place: Path) -> Path:
+    """A checkpoint in two files with a multi-token-prediction layer in the second, which is handed back."""
+    model.save_pretrained(place)
+    whole = place / "model.safetensors"
+    own, width = load_file(whole), int(model.config.hidden_size)
+    layer = {
+        name.replace(".layers.1.", ".layers.2."): weight.clone() for name, weight in own.items() if ".layers.1." in name
+    }
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        layer[f"model.layers.2.{name}.weight"] = torch.ones(width)
+    layer["model.layers.2.eh_proj.weight"] = torch.full((width, 2 * width), 0.1)
+    files = {"model-1.safetensors": own, "model-2.safetensors": layer}
+    for file, tensors in files.items():
+        save_file(tensors, place / file, metadata={"format": "pt"})
+    where = {name: file for file, tensors in files.items() for name in tensors}
+    (place / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    whole.unlink()
+    return place / "model-2.safetensors"
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_the_layers_of_a_checkpoint_in_the_hubs_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    """Of a model that was loaded by its id: from this disk alone, and only where nothing of it is missing."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("somebody was asked"))
+    repository = tmp_path / "hub" / "models--some--model"
+    last = store_with_layer(with_mtp("glm4_moe", 1)[0], repository / "snapshots" / "5e6f")
+    model = AutoModelForCausalLM.from_pretrained(last.parent)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("5e6f")
+    model.config.name_or_path = "some/model"
+    model.config.num_mtp_layers = int(told)
+    assert list(drafters_here(model)) == ["mtp"]
+    drafter = load_drafter("mtp", model)
+    assert drafter.layers.count == 1
+    assert torch.equal(drafter.layers.model.layers[0].eh_proj.weight, torch.full((32, 64), 0.1))
+    (repository / "refs" / "main").unlink()
+    assert not list(drafters_here(model))
+    model.config._commit_hash = "5e6f"
+    assert list(drafters_here(model)) == ["mtp"]
+    last.unlink()
+    assert not list(drafters_here(model))
+    model.config.name_or_path = "no id of a model"
+    assert not list(drafters_here(model))
 
 
 def test_the_head_that_ships_fits_its_model() -> None:

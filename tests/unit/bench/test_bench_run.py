@@ -295,6 +295,7 @@ def test_a_report_is_made_again_from_the_records(bench_run: Path, tmp_path: Path
         (["--model", "m", "--questions", "q", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         (["--model", "m", "--questions", "q", "--assistant", "a/b"], "needs a short name"),
         (["--model", "m", "--questions", "q", "--assistant", "a=x", "--assistant", "a=y"], "the name 'a' twice"),
+        (["--model", "m", "--questions", "q", "--assistant", "a=auto"], "auto is no level; polyspec:auto is a method"),
         (["--model", "m", "--questions", "q", "--methods", "fast"], "a method is one of"),
         (["--model", "m", "--questions", "q", "--sweep", "block"], "--sweep takes an option"),
         (["--model", "m", "--questions", "q", "--plan", "p.json"], "There is no plan p.json"),

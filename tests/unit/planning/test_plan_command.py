@@ -114,6 +114,8 @@ def test_a_plan_of_a_packed_model_packs_it_again(
         (("--plot", "/no/such/folder/plan.png"), "--plot: the folder"),
         (("--prompts", "/no/such/file.txt"), "no file of prompts"),
         (("--assistant", "synthetic:2", "--assistant", "suffix"), "from 0 to 1"),
+        (("--assistant", "auto"), "'auto' chooses levels by itself, and here each level has to be named"),
+        (("--assistant", "none"), "'none' stands for no level at all"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_loaded(arguments: tuple[str, ...], message: str) -> None:

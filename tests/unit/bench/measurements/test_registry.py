@@ -27,6 +27,14 @@ def test_each_loads_and_takes_no_nonsense(name: str, capsys: pytest.CaptureFixtu
     assert name in capsys.readouterr().err, "the sentence comes from the measurement itself"
 
 
+@pytest.mark.parametrize("name", ["planner-accuracy", "head-acceptance", "same-seed", "checks"])
+def test_where_levels_are_named_auto_is_none(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        app(["measure", name, "--assistant", "auto"])
+    assert ended.value.code == 2
+    assert "--assistant: the assistant 'auto' chooses levels by itself" in capsys.readouterr().err
+
+
 def test_an_unknown_name_is_told_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         app(["measure", "worst"])
