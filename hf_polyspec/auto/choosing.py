@@ -32,7 +32,7 @@ from .drafters import MTP, Tried, Tries, joint, load_drafter, try_drafters
 from .measuring import FEW, SIZES, Alike, Progress, agreement, generators_kept, own_text, time_passes
 from .profile import Key, Profile
 from .source import MAY, identity_of, layout_of
-from .worth import ASSUMED, PACKED_GAIN, milliseconds, sizes_of, worth
+from .worth import ASSUMED, PACKED_GAIN, milliseconds, sizes_of, why_nobody, worth
 
 SUFFIX = "suffix"
 _BITS = {"int8": 8, "int4": 4}
@@ -368,15 +368,6 @@ def _times_of(
     return ranks.told(ranks.attempted(timed, nothing))  # type: ignore[no-any-return]
 
 
-def _why_nobody(members: Sequence[str], left: Sequence[str]) -> str:
-    """What speaks against a copy, or else against packing, where nothing stands above a suffix drafter."""
-    for name in (*_BITS, "packing") if {SUFFIX}.issuperset(members) else ():
-        for sentence in left:
-            if sentence.startswith(f"{name}: "):
-                return f"; no {sentence}"
-    return ""
-
-
 def _profile(
     model: Any,
     key: Key,
@@ -403,7 +394,7 @@ def _profile(
         passes,
         agreed,
         scales,
-        " + ".join(chain) + _why_nobody(members, left),
+        " + ".join(chain) + ("" if set(members) - {SUFFIX} else why_nobody((*_BITS, "packing"), left)),
         tuple(left),
         round(progress.seconds, 3),
     )

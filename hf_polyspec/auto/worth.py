@@ -52,3 +52,13 @@ def sizes_of(target: Points, middle: Points | None, agreed: float | None, head: 
 def milliseconds(seconds: float) -> str:
     """As it is shown."""
     return f"{1000 * seconds:.1f} ms"
+
+
+def why_nobody(names: Sequence[str], left: Sequence[str]) -> str:
+    """What speaks against the first of these that was left out, for the end of a line.
+
+    Args:
+        names: of copies, and of packing; left: sentences on what was left out, which begin with its name.
+    """
+    found = (sentence for name in names for sentence in left if sentence.startswith(f"{name}: "))
+    return "".join(f"; no {sentence}" for sentence in list(found)[:1])

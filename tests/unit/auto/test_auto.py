@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 import hf_polyspec
 from hf_polyspec.auto import choosing, measuring, profile
+from hf_polyspec.auto.worth import why_nobody
 from hf_polyspec.control.steady import SteadyControl
 from hf_polyspec.cpu.packing import is_packed
 from hf_polyspec.models.changes import Stamp
@@ -279,10 +280,10 @@ def test_what_does_not_pay_is_left_out_and_said(
 
 
 def test_where_no_copy_was_refused_the_line_says_why_nothing_is_packed() -> None:
-    assert choosing._why_nobody(["suffix"], ["packing: polyspec_pack=False"]) == "; no packing: polyspec_pack=False"
-    assert choosing._why_nobody(["suffix"], ["packing: a", "int4: b"]) == "; no int4: b"
-    assert choosing._why_nobody(["int8", "suffix"], ["packing: a"]) == ""
-    assert choosing._why_nobody(["suffix"], ["some/head, which would not pay"]) == ""
+    names = ("int8", "int4", "packing")
+    assert why_nobody(names, ["packing: polyspec_pack=False"]) == "; no packing: polyspec_pack=False"
+    assert why_nobody(names, ["packing: a", "int4: b"]) == "; no int4: b"
+    assert why_nobody(names, ["some/head, which would not pay"]) == ""
 
 
 def test_weights_are_looked_over_only_for_what_is_made_of_them(
