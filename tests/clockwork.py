@@ -42,6 +42,8 @@ def truth(position: int) -> int:
 class ClockedRunner(ModelRunner):
     """Stands for a model: `seconds(tokens)` a pass, agrees with the target at a share of the positions."""
 
+    use_cache = True
+
     def __init__(
         self, clock: Clock, seconds: Callable[[int], float], agreement: Callable[[], float], size: int
     ) -> None:

@@ -38,6 +38,8 @@ SOON, LATER = 4, 16
 """Rounds after which a drafter below a verifier is asked past that again: at first, and later."""
 LOOK = 1.5
 """What a look at a draft takes with the account of it, in seconds of the draft."""
+MOST_CREDIT = 2.0
+"""Passes that may be lost at once."""
 _IDLE = 4.0
 """Passes after which a pause is no time of this chain."""
 
@@ -74,7 +76,7 @@ class Columns:
         self._places: Sequence[int] = ()
         self._lengths: list[int] = []
         self._turn = 0
-        self._credit = 0.0
+        self._credit = self._one = 0.0
         self._asked_at: float | None = None
         self._nothing = False
         self._refused = 0
@@ -190,8 +192,8 @@ class Columns:
         """A round begins."""
         now = self.level.stats.clock()
         elapsed = 0.0 if self._asked_at is None else now - self._asked_at
-        one = self.seconds.seconds(len(rooms))
-        self._credit = min(2 * one, self._credit + SHARE * min(elapsed, _IDLE * one))
+        self._one = one = self.seconds.seconds(len(rooms))
+        self._credit = min(MOST_CREDIT * one, self._credit + SHARE * min(elapsed, _IDLE * one))
         self._asked_at, self._turn = now, self._turn + 1
 
     def _known(self, source: Drafter, context: Context, rooms: list[int]) -> Known:
@@ -270,12 +272,14 @@ class Columns:
         column = self.seconds.seconds(rows + 1) - self.seconds.seconds(rows)
         cost = max(1, nodes) * column
         costs = cost + (0.0 if any(wanted) else max(1, nodes) * seconds + rival)
-        due = [b for b, room in enumerate(rooms) if room and not wanted[b] and self._is_due(known, b)]
+        waiting = [b for b, room in enumerate(rooms) if room and not wanted[b]]
+        due = [b for b in waiting if self._turn - known.tried[self._places[b]] >= PATIENCE]
         self._on_trial = not any(wanted)
         for b in sorted(due, key=lambda b: known.tried[self._places[b]]):
-            if costs + self._reading(known, b) > self._credit:
+            price = self._at_most_all(costs + self._reading(known, b))
+            if price > self._credit:
                 break
-            self._credit -= costs + self._reading(known, b)
+            self._credit -= price
             wanted[b], costs = rooms[b] if nodes else 1, cost
         for place, count in zip(self._places, wanted, strict=True):
             if count:
@@ -327,7 +331,7 @@ class Columns:
 
     def _seconds_of_pass(self, source: Drafter, rows: int) -> float | None:
         """Of a level that checks, over a column of each of so many rows; None where nothing is known of that."""
-        checks = isinstance(source, Verifier) and self.below is not None and self.below.informed
+        checks = source is self.level.below and self.below is not None and self.below.informed
         return self.below.seconds(rows) if checks and self.below is not None else None
 
     def _gain(self, chances: Sequence[Sequence[float]], wanted: Sequence[int], rows: int) -> float:
@@ -339,15 +343,16 @@ class Columns:
         )
         return expected * plain / rows - (self._pass_seconds(rows, wanted) - plain)
 
-    def _is_due(self, known: Known, row: int) -> bool:
-        return self._turn - known.tried[self._places[row]] >= PATIENCE
-
     def _cost_of_look(self, known: Known) -> float:
         """Seconds that asking a level which tells its drafts' chances is not expected to win back; 0 while that has to
         be found out."""
         seconds = known.seconds or 0.0
         strange = self._turn <= (1 if known.before else PATIENCE)
-        return 0.0 if known.gain >= LOOK * seconds or strange else LOOK * seconds
+        return 0.0 if known.gain >= LOOK * seconds or strange else self._at_most_all(LOOK * seconds)
+
+    def _at_most_all(self, seconds: float) -> float:
+        """No more than may ever be lost at once: what seemed dear is asked again in the end, and paid for later."""
+        return min(seconds, MOST_CREDIT * self._one)
 
     def _cut(
         self, source: Drafter, known: Known, context: Context, rooms: list[int], offered: Proposal, asked: int
@@ -376,9 +381,7 @@ class Columns:
         return allotted(chances, seconds, rows, depth_seconds=depth_seconds, rectangular=wide, worth=worth)
 
     def _pass_seconds(self, rows: int, wanted: Sequence[int]) -> float:
-        if self.level.runner.own_rows:
-            return self.seconds.seconds(rows + sum(wanted))
-        return self.seconds.seconds(rows * (1 + max(wanted)))
+        return self.seconds.seconds(rows + sum(wanted) if self.level.runner.own_rows else rows * (1 + max(wanted)))
 
     def _time(self, source: Drafter, known: Known, began: float, size: int, wanted: Sequence[int]) -> None:
         """A draft is over; one for which a text was read is no measure of others."""
@@ -388,7 +391,8 @@ class Columns:
         if not size:
             return
         asked = [b for b, count in enumerate(wanted) if count]
-        if count := sum(self._unread[b] for b in asked):
+        count = sum(self._unread[b] for b in asked)
+        if count and (known.seconds is None or seconds >= size * known.seconds):
             known.read(seconds, size, count, self._seconds_of_pass(source, len(asked)))
         else:
             known.time(seconds / size, len(asked))

@@ -13,8 +13,6 @@ HOPE = 0.5
 NEWEST = 0.25
 TIMED = 4
 """Drafts that were timed before what they took is believed in a generation to come."""
-FORGIVEN = 0.9
-"""What a generation leaves of the seconds that reading seemed to take: a level that was dear once is asked again."""
 STANDS = 2
 """Looks at drafts that those of a generation before stand for."""
 
@@ -27,7 +25,7 @@ class Known:
         rates: acceptance by row; sureness: of what it says of its drafts itself.
         seconds: of a draft, by token of the longest (of a tree, by node; where chances are told, as a whole); None
             before one was timed. rows: that those drafts were of. reading: seconds besides for each
-            id of a text that is drafted for the first time.
+            id that it has missed.
         gain: seconds that a round of drafts wins, expected of late, where chances are told; looks: drafts it is of.
         asked: the turn in which it was asked last.
         tried: by row, the turn of its last draft; known: rows that it has drafted for.
@@ -51,12 +49,15 @@ class Known:
     _first: tuple[float, int, int] | None = None
 
     def carried(self) -> Known:
-        """The same for other rows of the same kind: what is no matter of one text stands for a few drafts."""
-        settled = self.timed >= TIMED  # a first draft may have compiled something, and what seems dear is not asked
-        seconds, reading = self.seconds if settled else None, FORGIVEN * self.reading
-        found = Known(self.rates.carried(), self.sureness.carried(), seconds, self.rows, reading, self.gain)
-        found.looks, found.timed, found.reads = min(self.looks, STANDS), self.timed if settled else 0, self.reads
-        found.before = settled
+        """The same for other rows of the same kind: what is no matter of one text stands for a few drafts.
+
+        Only of a level that tells its chances, and was timed several times, is it kept what drafts take and win: that
+        is looked at now and then whatever it seems to take. A model's drafts are timed, and their rates found, anew.
+        """
+        found = Known(sureness=self.sureness.carried(), rows=self.rows)
+        if self.looks and self.timed >= TIMED:
+            found.seconds, found.reading, found.gain = self.seconds, self.reading, self.gain
+            found.looks, found.timed, found.reads, found.before = STANDS, self.timed, self.reads, True
         return found
 
     def time(self, seconds: float, rows: int) -> None:

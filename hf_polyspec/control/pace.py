@@ -23,7 +23,8 @@ RESTED = 24
 BEHIND = 4
 """Columns beyond those of a draft from which on a pass has read what its level had missed."""
 EVERY = 4
-"""Of so many passes that are like the last one is learnt from."""
+"""Of so many passes that are like the last one is learnt from, and in one of so many rounds is looked over what most of
+them leave as it is."""
 
 
 class Usual:

@@ -12,6 +12,8 @@ KEPT = 0.98
 """What a pass leaves of the weight of those before it: about the last 50 count."""
 TRUST = 4.0
 """Passes that the expected cost of a column stands for, unless given."""
+SIZE_KEPT, FORGOTTEN = 0.995, 0.25
+"""What a pass leaves of the weight of those of every size, and the weight at which a size is forgotten."""
 SIZE_TRUST = 4.0
 """Passes that the line stands for in those of one size."""
 ASIDE = 0.25
@@ -27,12 +29,12 @@ _TYPICAL = 16.0
 class PassSeconds:
     """A straight line of columns over a shape known beforehand, both of which follow what is measured.
 
-    `seconds(n) = pace (shape(n) + cost n)`, by least squares of relative errors; passes fade, and the cost is drawn to
+    `seconds(n) = pace shape(n) + cost n`, by least squares of relative errors; passes fade, and the cost is drawn to
     what is expected of it, so that passes of one size alone leave it where it was.
 
     Columns of several rows do not lie on a line: one more may fill another tile, and the first that is drafted brings
-    drafts, their judgement and what is rolled back. What lies between sizes that were seen is beside the line as they
-    are.
+    drafts, their judgement and what is rolled back. With `by_size`, a size that was seen of late takes what its own
+    passes took, the line counting for a few of them, and what lies between two sizes lies between their seconds.
 
     Args:
         shape: seconds of a pass by columns, wrong by a factor perhaps; None where nothing was measured.
@@ -62,9 +64,8 @@ class PassSeconds:
         self.cost = self._expected * one
         self.passes = 0
         self._sums = [0.0] * 5
-        self._beside: dict[int, tuple[float, float]] = {}
-        self._sizes: list[int] = []
-        self._bends: list[float] = []
+        self._seen: dict[int, tuple[float, float]] = {}
+        self._risen: tuple[list[int], list[float]] = [], []
         self._found: dict[float, float] = {}
 
     @property
@@ -76,20 +77,22 @@ class PassSeconds:
         """Of a pass over so many columns."""
         found = self._found.get(columns)
         if found is None:
-            found = self._found[columns] = self._line(columns) * self._bend(columns)
+            found = self._found[columns] = self._beside(columns)
         return found
 
     def _line(self, columns: float) -> float:
         return self.pace * self._shape(columns) + self.cost * columns
 
-    def _bend(self, columns: float) -> float:
-        """Of a pass, in what the line says."""
-        if not self._sizes:
-            return 1.0
-        right = bisect_left(self._sizes, columns)
-        if right in (0, len(self._sizes)):
-            return self._bends[min(right, len(self._sizes) - 1)]
-        (one, other), (here, there) = self._sizes[right - 1 : right + 1], self._bends[right - 1 : right + 1]
+    def _beside(self, columns: float) -> float:
+        """Of a pass, by those of its size and of the sizes next to it; without any, what the line says."""
+        line, (sizes, risen) = self._line(columns), self._risen
+        if not sizes:
+            return line
+        right = bisect_left(sizes, columns)
+        if right in (0, len(sizes)):  # as far from the line as the nearest
+            last = min(right, len(sizes) - 1)
+            return line * risen[last] / self._line(sizes[last])
+        (one, other), (here, there) = sizes[right - 1 : right + 1], risen[right - 1 : right + 1]
         return here + (there - here) * (columns - one) / (other - one)
 
     def _shape(self, columns: float) -> float:
@@ -118,14 +121,22 @@ class PassSeconds:
         self._sums = [KEPT * old + weight * new for old, new in zip(self._sums, news, strict=True)]
         self._solve()
         if self._by_size:
-            aside = min(ASIDE, max(-ASIDE, seconds / self._line(columns) - 1))
-            count, whole = self._beside.get(columns, (0.0, 0.0))
-            self._beside[columns] = KEPT * count + 1, KEPT * whole + aside
-            self._sizes = sorted(self._beside)
-            found = [(self._beside[size], self._line(size)) for size in self._sizes]
-            risen = rising([(line * (1 + whole / (count + SIZE_TRUST)), count) for (count, whole), line in found])
-            self._bends = [seconds / line for seconds, (_, line) in zip(risen, found, strict=True)]
+            self._learn_size(columns, seconds)
         self._found = {}
+
+    def _learn_size(self, columns: int, seconds: float) -> None:
+        aside = min(ASIDE, max(-ASIDE, seconds / self._line(columns) - 1))
+        faded = ((size, SIZE_KEPT * count, SIZE_KEPT * whole) for size, (count, whole) in self._seen.items())
+        seen = {size: (count, whole) for size, count, whole in faded if count > FORGOTTEN}
+        count, whole = seen.get(columns, (0.0, 0.0))
+        seen[columns] = count + 1, whole + aside
+        self._seen, sizes = seen, sorted(seen)
+        counts = [seen[size] for size in sizes]
+        points = [
+            (self._line(size) * (1 + whole / (count + SIZE_TRUST)), count)
+            for size, (count, whole) in zip(sizes, counts, strict=True)
+        ]
+        self._risen = sizes, rising(points)  # at once: other threads read it
 
     def scale(self, factor: float) -> None:
         """As if every pass had taken so many times what it took."""

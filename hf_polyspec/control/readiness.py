@@ -32,7 +32,8 @@ def unread(level: Drafter, context: Context, drafted: Collection[int]) -> list[i
         level: that is to draft; drafted: places of rows that it has drafted for, where its own numbers do not tell.
     """
     runner = getattr(level, "runner", None)
-    if isinstance(runner, ModelRunner):
+    # Of what has no ids, or is read anew in every pass, a runner's numbers say nothing.
+    if isinstance(runner, ModelRunner) and runner.use_cache and not context.prompt.hidden:
         return [count if count > BEHIND else 0 for count in runner.lacks(context)]
     return [0 if place in drafted else len(ids) for place, ids in zip(context.places, context.ids, strict=True)]
 

@@ -49,13 +49,6 @@ class RowRates:
         self._all = Counts()
         self._rows: dict[int, Counts] = {}
 
-    def carried(self) -> RowRates:
-        """What was seen of other rows, which stands for as many drafts as it does in a row."""
-        found, tried = RowRates(), max(self._all.tried, default=0.0)
-        share = min(1.0, LIKE_OTHERS / tried) if tried else 0.0
-        found._all = Counts([share * count for count in self._all.tried], [share * count for count in self._all.kept])
-        return found
-
     def add(self, row: int, drafted: int, accepted: int) -> None:
         """A draft of the row of this name was judged."""
         self._all.add(drafted, accepted, ALL_KEPT)

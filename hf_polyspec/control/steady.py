@@ -218,10 +218,11 @@ class SteadyControl:
         return len(setup.levels) == 1 or (usual and self._risks.worst(setup, cutting=True) <= self._left(place))
 
     def _go_on(self, limits: list[int]) -> bool:
-        """Whether several rows go on as they did: most of what is chosen for them is chosen column by column."""
+        """Whether as many rows of several go on as did: most of what is chosen for them is chosen column by column."""
         account, rows = self._account, sum(limit > 0 for limit in limits)
         self._alike += 1
-        if account is None or account.most is not None or not self._several or account.overdrawn or rows != self._rows:
+        same = rows == self._rows and (len(limits) > 1) is self._several
+        if account is None or account.most is not None or not self._several or account.overdrawn or not same:
             self._alike = 0
         if self._alike % EVERY == 0:
             return False

@@ -25,7 +25,8 @@ from .walking import named_parameters_of
 WORTH = 32
 """Fewer tokens than this are read rather than taken."""
 FEW = 4
-"""The same for a middle that drafts pass by: it lags behind the target after each of them."""
+"""The same for a middle that drafts pass by, or that is asked now and then beside several rows: it lags behind the
+target after each of them."""
 _ROWS = 64
 """Rows at the beginning and at the end of the embeddings that are compared."""
 # What may differ between a model and its copy in fewer bits.

@@ -301,6 +301,9 @@ def take_rows(
 ) -> int:
     """As `lending.borrow`, each row by itself: columns that the lender holds and the borrower lacks are copied.
 
+    Args:
+        borrower, lender: runners; rows: ids of each row; asked: those that are copied for, None for all.
+
     Returns:
         Tokens taken, of the row of which the most were.
     """

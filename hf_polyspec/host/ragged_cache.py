@@ -21,6 +21,8 @@ from .span import Span
 from .spans import pass_under_way
 
 _MORE_ROOM = 64
+_PIECE = 32
+"""Columns from which on it is quicker to copy those of each row by themselves."""
 OUTGROWN = 2
 """Windows from which on a text is so long that its layers had better forget what lies before."""
 _MARGIN = 64
@@ -291,12 +293,16 @@ class RaggedCache(DynamicCache):
             layer.move(at(source, first), at(target, first), end - first)
 
     def copy_from(self, other: RaggedCache, taken: Sequence[tuple[int, int, int]]) -> None:
-        """Positions of rows' texts in another model's cache: `(row, first, end)` each; there is room for them."""
+        """Positions of rows' texts in another model's cache: `(row, first, end)` each; there is room for them.
+
+        A row of which the other cache no longer holds all of that begins where it does; else what it holds stays.
+        """
         places: dict[int | None, list[tuple[int, int, int]]] = {}
         for window, regions in self.regions.items():
             theirs, found = other.regions[window], places.setdefault(window, [])
             for row, first, end in taken:
-                regions.dropped[row] = max(regions.dropped[row], theirs.dropped[row])
+                if theirs.dropped[row] > first:
+                    regions.dropped[row] = theirs.dropped[row]
                 start = max(first, regions.dropped[row])
                 found.append((theirs.place(row, start), regions.place(row, start), end - start))
         for index, layer in enumerate(other.ragged_layers):
@@ -306,9 +312,19 @@ class RaggedCache(DynamicCache):
                 self.layers.append(self._layer(len(self.layers)))
             own = self.ragged_layers[index]
             own.fit(layer.keys, layer.values)
-            for states, lent in ((own.keys, layer.keys), (own.values, layer.values)):
-                for source, target, count in places[own.regions.window]:
-                    states.narrow(2, target, count).copy_(lent.narrow(2, source, count))
+            pieces = places[own.regions.window]
+            pairs = (own.keys, layer.keys), (own.values, layer.values)
+            if max(count for _, _, count in pieces) >= _PIECE:
+                for states, lent in pairs:
+                    for source, target, count in pieces:
+                        states.narrow(2, target, count).copy_(lent.narrow(2, source, count))
+                continue
+            from_, to = (
+                torch.cat([torch.arange(piece[end], piece[end] + piece[2]) for piece in pieces]).to(own.keys.device)
+                for end in (0, 1)
+            )
+            for states, lent in pairs:
+                states.index_copy_(2, to, lent.index_select(2, from_).to(states.dtype))
 
     def pick(self, moves: Sequence[tuple[int, int, int]]) -> None:
         """Positions of rows' texts to other ones, all at once: `(row, from, to)` each."""

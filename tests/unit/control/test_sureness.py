@@ -67,6 +67,7 @@ def _late(credit: float) -> tuple[Columns, Drafter, Context]:
     )
     context = Context([[1], [2]], Prompt(1, None, torch.zeros(2, 1, dtype=torch.long)))
     columns._turn, columns._credit, columns._places, columns._lengths = 1000, credit, context.places, [1, 1]
+    columns._one = 1.0
     columns._known(drafter, context, [3, 3]).seconds = 0.001
     return columns, drafter, context
 

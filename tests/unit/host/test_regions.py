@@ -142,3 +142,21 @@ def test_a_text_outgrows_windows_that_are_much_shorter() -> None:
         assert isinstance(runner_for(windowed, "all", rows=1, columns=columns), RaggedRunner) == apart
     assert not isinstance(runner_for(windowed, "all", rows=0, columns=1000), RaggedRunner)
     assert not isinstance(runner_for(tiny("llama"), "all", rows=1, columns=1000), RaggedRunner)
+
+
+def test_a_few_columns_that_are_taken_leave_those_before_where_they_are() -> None:
+    """Of layers with a window: the lender has let go of columns that the middle still holds, and sees."""
+    model: Any = tiny("mistral", sliding_window=16, max_position_embeddings=1024)
+    ids = torch.randint(3, 48, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    lender, borrower = (RaggedRunner(model, name, rows=1) for name in ("target", "middle"))
+    borrower.lender, borrower.borrows_from, stats = lender, 4, LevelStats("all", 0)
+
+    def read(runner: RaggedRunner, count: int) -> torch.Tensor:
+        return runner.run(Context([ids[:count]], Prompt.apart([40], [0])), [[]], stats).logits[0, -1]
+
+    with torch.no_grad():
+        for count in range(100, 190, 6):
+            for more in range(count - 5 if count > 100 else count, count + 1):
+                read(lender, more)
+            found, wanted = read(borrower, count + 1), read(RaggedRunner(model, "fresh", rows=1), count + 1)
+            assert torch.allclose(found, wanted, atol=1e-4)
