@@ -40,6 +40,7 @@ class WrongDrafter(Drafter):
     """
 
     name = DRAFTER
+    asks_nobody = True  # what "auto" takes runs no code of a caller's, for which the model would be looked over
 
     def __init__(self, rows: int) -> None:
         super().__init__()
