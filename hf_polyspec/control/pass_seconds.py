@@ -147,7 +147,7 @@ class PassSeconds:
     def _solve(self) -> None:
         """The pace and cost of least relative squares; neither is ever negative."""
         of_shape, of_both, of_columns, shape_seconds, column_seconds = self._sums
-        trust = self._trust * (_TYPICAL / self.seconds(_TYPICAL)) ** 2
+        trust = self._trust * (_TYPICAL / self._line(_TYPICAL)) ** 2
         a = of_shape + trust * self._expected**2
         b = of_both - trust * self._expected
         c = of_columns + trust

@@ -108,7 +108,7 @@ class SteadyControl:
 
     def before(self, context: Context, limits: list[int]) -> None:
         """Choose how the next round is run."""
-        if self._goes_on(context, limits) or self._go_on(limits):
+        if self._goes_on(context, limits) or self._rows_go_on(limits):
             self._allow()
             return
         self._rows, self._alone = max(1, sum(limit > 0 for limit in limits)), len(limits) == 1
@@ -217,7 +217,7 @@ class SteadyControl:
         usual = self._cutting and not self.heads.known and not account.overdrawn
         return len(setup.levels) == 1 or (usual and self._risks.worst(setup, cutting=True) <= self._left(place))
 
-    def _go_on(self, limits: list[int]) -> bool:
+    def _rows_go_on(self, limits: list[int]) -> bool:
         """Whether as many rows of several go on as did: most of what is chosen for them is chosen column by column."""
         account, rows = self._account, sum(limit > 0 for limit in limits)
         self._alike += 1

@@ -55,15 +55,19 @@ class Timed(Table):
 
 
 class Sayer(Drafter):
-    """Draws nothing, and says how likely its tokens are."""
+    """Draws nothing, and says how likely its tokens are: sometimes, and behind other texts by so much less."""
 
     name = "sayer"
     tells_chances = True
 
+    def __init__(self, less: float = 0.7) -> None:
+        super().__init__()
+        self.less = less
+
     def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
         texts = [sum(ids) for ids in context.ids]
         tokens = [[(text + i) % 2 for i in range(min(2, limit))] for text, limit in zip(texts, limits, strict=True)]
-        chances = [[0.9 - 0.7 * (text % 2)] * len(row) for text, row in zip(texts, tokens, strict=True)]
+        chances = [[0.9 - self.less * (text % 2)] * len(row) for text, row in zip(texts, tokens, strict=True)]
         return Proposal(tokens, None, [[self.index] * len(row) for row in tokens], lambda: chances)
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from enumeration import CPU, EXACT, TableModel, approximations, outcomes
 from joined_rows import Table, drawing, off_the_law, written
+from steered_rows import Sayer
 
 from hf_polyspec.control import PassSeconds, Shares, columns, known
 from hf_polyspec.control.columns import Columns
 from hf_polyspec.exactness.context import Context, Prompt
-from hf_polyspec.exactness.distributions import LawMaker
 from hf_polyspec.exactness.proposal import Proposal
 from hf_polyspec.exactness.row_laws import RowLaws
 from hf_polyspec.generation.loop import DecodingLoop
@@ -42,22 +42,9 @@ class Still(PassSeconds):
         self.passes += 1
 
 
-class Sayer(Drafter):
-    """Draws nothing, and says how likely its tokens are: sometimes, and sometimes not at all."""
-
-    name = "sayer"
-    tells_chances = True
-
-    def propose(self, context: Context, limits: list[int], law: LawMaker) -> Proposal:
-        texts = [sum(ids) for ids in context.ids]
-        tokens = [[(text + i) % 2 for i in range(min(2, limit))] for text, limit in zip(texts, limits, strict=True)]
-        chances = [[0.9 - 0.8 * (text % 2)] * len(row) for text, row in zip(texts, tokens, strict=True)]
-        return Proposal(tokens, None, [[self.index] * len(row) for row in tokens], lambda: chances)
-
-
 def chain(tables: list[TableModel], rule: str, *, says: bool = False) -> Verifier:
     level: Any = CausalLMDrafter(tables[-1], name="drafter", draft_tokens=2)  # type: ignore[arg-type]
-    level = Sayer() if says else level
+    level = Sayer(0.8) if says else level
     for table in reversed(tables[1:-1]):
         level = Verifier(table, level, name="middle", rule=rule, block_size=2)  # type: ignore[arg-type]
     return Verifier(tables[0], level, name="target", rule=rule, draft_limit=2)  # type: ignore[arg-type]

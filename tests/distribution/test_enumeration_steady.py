@@ -87,8 +87,8 @@ def test_two_rows_over_a_middle(rule: str, lengths: tuple[int, ...], says: bool)
 # The mistakes.
 
 
-class Looking(SteadyControl):
-    """Cuts a draft that was drawn, after a look at its tokens."""
+class Meddling(SteadyControl):
+    """Cuts a draft that was drawn after `count` has looked at it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -97,12 +97,20 @@ class Looking(SteadyControl):
 
         def ask(*given: Any) -> Proposal:
             offered = genuine(*given)
-            if offered.q is None:
-                return offered
-            counts = [len(row) if row[:1] == [0] else 0 for row in offered.tokens]
-            return offered.cut(counts)
+            return offered if offered.q is None else offered.cut([self.count(row) for row in offered.tokens])
 
         top.ask = ask  # type: ignore[method-assign]
+
+    def count(self, row: list[int]) -> int:
+        """Tokens of a row that are left."""
+        raise NotImplementedError
+
+
+class Looking(Meddling):
+    """Looks at the draft's tokens."""
+
+    def count(self, row: list[int]) -> int:
+        return len(row) if row[:1] == [0] else 0
 
 
 @pytest.mark.parametrize(("levels", "lengths"), [(2, (4,)), (3, (4,)), (2, (3, 1)), (3, (2, 2))])
@@ -112,20 +120,11 @@ def test_a_size_that_looks_at_what_was_drawn_is_caught(levels: int, lengths: tup
     assert off > 1e-3
 
 
-class Regretting(SteadyControl):
+class Regretting(Meddling):
     """Leaves the middle out of a round that has begun, where its block has turned out short."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        top = self.chain.verifiers[0]
-        genuine = top.ask
-
-        def ask(*given: Any) -> Proposal:
-            offered = genuine(*given)
-            accepted_none = self.chain.levels[1].stats.accepted == 0
-            return offered.cut([0] * len(offered.tokens)) if offered.q is not None and accepted_none else offered
-
-        top.ask = ask  # type: ignore[method-assign]
+    def count(self, row: list[int]) -> int:
+        return 0 if self.chain.levels[1].stats.accepted == 0 else len(row)
 
 
 def test_a_middle_that_is_left_out_by_what_it_just_drew_is_caught() -> None:

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 
 from ...auto.choosing import SUFFIX, assume
-from ...auto.measuring import SIZES, Progress, agreement, time_passes
+from ...auto.measuring import SIZES, Progress, agreement, own_text, time_passes
 from ...auto.worth import ASSUMED, milliseconds
 from ...control import forget
 from ...exactness.context import Context
 from ...exactness.distributions import LawMaker
 from ...exactness.proposal import Proposal
-from ...generation.doors import generate
 from ...levels.base import Drafter
 from ...models.assistants import AUTO, quantized_copy
 from ...quantization import pack
@@ -28,8 +27,6 @@ KINDS = ("drafter", "middle", "both", "model")
 CONTROLS = (AUTO, "online", "fixed")
 PLAIN, ALONE, CONTROLLED = "plain generate()", "the target alone", "controlled"
 MIDDLE, DRAFTER = "int8", "random ids"
-_READ = 96
-"""Tokens of the target's own text over which its int8 copy is compared with it."""
 
 
 class WrongDrafter(Drafter):
@@ -128,7 +125,7 @@ def _assumed(target: Any, kind: str) -> Case:
     agreed: dict[str, float] = {}
     scales: dict[str, float] = {}
     if kind != "drafter":
-        alike = agreement(pack(quantized_copy(target, 8)), packed, _own_text(packed))
+        alike = agreement(pack(quantized_copy(target, 8)), packed, own_text(packed, []))
         agreed[MIDDLE] = ASSUMED if alike is None else alike.share
         if alike is not None and alike.scale is not None:
             scales[MIDDLE] = alike.scale
@@ -149,11 +146,3 @@ def _assumed(target: Any, kind: str) -> Case:
         CONTROLLED: {"assistant_models": AUTO},
     }
     return Case(packed, kind, AUTO, ways, anew, about)
-
-
-def _own_text(target: Any) -> list[int]:
-    """A text that the target goes on with surely: its copies are right in nearly all of it."""
-    ids = torch.arange(1, 9, device=target.device)[None] % rows_of(target)
-    options: dict[str, Any] = {"max_new_tokens": _READ, "min_new_tokens": _READ, "do_sample": False}
-    found: torch.Tensor = generate(target, ids, attention_mask=torch.ones_like(ids), **options)
-    return [int(token) for token in found[0]]
